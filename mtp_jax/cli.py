@@ -1,0 +1,60 @@
+"""The command line: `mtp-jax COMMAND ...`. Parsing only; each command is a file in `commands`.
+
+`mtp-jax --help` imports neither JAX nor Flax.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from mtp_jax.config import ConfigError
+
+# name: (module, what it does)
+COMMANDS = {
+    "train": ("mtp_jax.commands.train", "EXPERIMENT.py [--run-dir DIR]     train, and leave a run directory"),
+    "generate": ("mtp_jax.commands.generate", "RUN --prompt TEXT                 continue text with a trained model"),
+    "bench": ("mtp_jax.commands.bench", "decode RUN                        time decoding with k drafts against none"),
+    "eval": ("mtp_jax.commands.eval", "RUN                               held-out loss by offset"),
+    "doctor": (
+        "mtp_jax.commands.doctor",
+        "[EXPERIMENT.py]                   versions, devices, memory a run would need",
+    ),
+}
+
+USAGE = "usage: mtp-jax COMMAND ...\n\n" + "\n".join(f"  {name:9} {text}" for name, (_, text) in COMMANDS.items())
+USAGE += "\n\nmtp-jax COMMAND --help lists a command's options. Errors exit with status 2, failed runs with 1."
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command. Exits with status 2 on a mistake of the caller's, 1 on a run that failed."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(USAGE)
+        return
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}."
+        _fail(f"there is no command {name!r}; {hint}", 2)
+    command = importlib.import_module(COMMANDS[name][0])
+    try:
+        command.main(rest)
+    except ConfigError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except RuntimeError as error:
+        if type(error).__module__.partition(".")[0] != "mtp_jax":
+            raise
+        _fail(str(error), 1)
+
+
+def _fail(message: str, status: int) -> None:
+    print(f"mtp-jax: error: {message}", file=sys.stderr)
+    sys.exit(status)

@@ -1,0 +1,25 @@
+"""One file for each command of `mtp-jax`: its options as a dataclass, and `main(args)`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], args: Sequence[str], name: str, default: T | None = None) -> T:
+    """The options in `args` as a `cls`. Unknown options are answered with the nearest, and end the process."""
+    import tyro
+
+    return tyro.cli(cls, prog=f"mtp-jax {name}", args=args, default=default)  # type: ignore[arg-type]
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled functions between processes, in `$JAX_COMPILATION_CACHE_DIR` or `~/.cache/mtp_jax/xla`."""
+    import jax
+
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "mtp_jax" / "xla"))

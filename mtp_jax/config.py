@@ -1,0 +1,346 @@
+"""Every number that a run needs, in frozen dataclasses that check themselves.
+
+Importing this module imports neither JAX nor Flax, so a bad value is refused before anything expensive happens.
+Every message names the field, the value found, the value allowed and the way out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message names the field, the values and the way out."""
+
+
+def require(ok: bool, message: str) -> None:
+    """Raise `ConfigError(message)` unless `ok`."""
+    if not ok:
+        raise ConfigError(message)
+
+
+def _at_least(config: Any, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value >= least, f"{type(config).__name__}.{name} is {value}; it must be at least {least}.")
+
+
+def _choices(config: Any) -> None:
+    """Refuse a value that is not among those of a `Literal` field."""
+    for name, hint in typing.get_type_hints(type(config)).items():
+        value, allowed = getattr(config, name), typing.get_args(hint)
+        require(
+            typing.get_origin(hint) is not Literal or value in allowed,
+            f"{type(config).__name__}.{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.",
+        )
+
+
+def _fraction(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value <= 1, f"{type(config).__name__}.{name} is {value}; it must lie in [0, 1].")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama-3 frequency scaling of rotary embeddings (`rope_type: llama3` in Hugging Face configs).
+
+    A `factor` of 1 changes nothing; Llama 3.1 uses 8.
+    """
+
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context_length: int = 8192
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "factor", "original_context_length")
+        require(
+            self.high_freq_factor > self.low_freq_factor,
+            f"RopeScaling.high_freq_factor is {self.high_freq_factor} and low_freq_factor is {self.low_freq_factor}; "
+            "the high one must be the larger (Llama 3 uses 4 and 1).",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The trunk: a Llama-style decoder.
+
+    `vocab_size` may exceed the tokenizer's (a multiple of the tensor axis, say); the ids above it are never targets.
+    `context_length` is the most tokens that one sequence may hold, in training and in decoding.
+    `dtype` is the compute dtype; parameters, logits and log-probabilities are float32 whatever it is.
+    `remat` says what the backward pass recomputes: nothing, all but the matmuls' outputs, or whole blocks.
+    """
+
+    vocab_size: int = 264
+    d_model: int = 256
+    d_ff: int = 704
+    num_layers: int = 6
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int | None = None
+    context_length: int = 1024
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling = RopeScaling()
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    norm_eps: float = 1e-5
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    remat: Literal["none", "dots", "full"] = "none"
+
+    def __post_init__(self) -> None:
+        _choices(self)
+        _at_least(self, 1, "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "context_length")
+        require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"ModelConfig.num_heads is {self.num_heads} and num_kv_heads is {self.num_kv_heads}; every key/value head "
+            "serves the same number of query heads, so the first must be a multiple of the second.",
+        )
+        require(
+            self.head_dim is not None or self.d_model % self.num_heads == 0,
+            f"ModelConfig.d_model is {self.d_model} and num_heads is {self.num_heads}; heads must divide the width. "
+            "Change one of them, or set head_dim.",
+        )
+        require(
+            self.head_width % 2 == 0 and self.head_width > 0,
+            f"ModelConfig.head_dim is {self.head_width}; rotary embeddings turn pairs: it must be even and positive.",
+        )
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head: `head_dim`, or `d_model / num_heads` where that is not given."""
+        return self.head_dim if self.head_dim is not None else self.d_model // self.num_heads
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The distribution over the next `window` tokens (arXiv 2410.17765).
+
+    `kind` names an entry of `mtp_jax.heads.HEADS`: `independent` is rank 1, `cpd` a mixture of `rank` products.
+    `factors`: `full` has an unembedding per (rank, offset); `shared` a D x D map per (rank, offset) under one
+    unembedding; `lowrank` a D x D map per offset plus a correction of width `factor_width` per rank.
+    `target` is the law that decoding preserves: `marginal` is the head's own first-token marginal, `ntp` a separate
+    next-token head whose cross-entropy is added with `ntp_weight`.
+    Offset s is weighted by `gamma**(s-1)`. `balance` keeps components in use, with coefficient `balance_weight`.
+    `init_noise` is the relative noise by which the components differ at the start.
+    """
+
+    kind: str = "cpd"
+    window: int = 4
+    rank: int = 4
+    factors: Literal["full", "shared", "lowrank"] = "full"
+    factor_width: int = 64
+    target: Literal["marginal", "ntp"] = "marginal"
+    ntp_weight: float = 1.0
+    gamma: float = 1.0
+    balance: Literal["none", "squared", "switch"] = "squared"
+    balance_weight: float = 0.05
+    init_noise: float = 0.02
+
+    def __post_init__(self) -> None:
+        _choices(self)
+        _at_least(self, 1, "window", "rank", "factor_width")
+        _at_least(self, 0, "ntp_weight", "balance_weight", "init_noise")
+        require(
+            self.kind != "independent" or self.rank == 1,
+            f"HeadConfig.kind is independent and rank is {self.rank}; independent offsets have rank 1. "
+            "Set rank to 1, or kind to cpd.",
+        )
+        require(0 < self.gamma <= 1, f"HeadConfig.gamma is {self.gamma}; it must lie in (0, 1].")
+
+    @property
+    def has_unembedding(self) -> bool:
+        """Whether the head owns one table of V x D (which tied embeddings share)."""
+        return self.factors != "full" or self.target == "ntp"
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What the model reads: batches of `batch_size` sequences of `seq_len` tokens, over all devices and hosts.
+
+    `source` names an entry of `mtp_jax.data.sources.SOURCES`; `files` is the glob that source `text` reads, one
+    document per file. A fraction `valid_fraction` of the documents, chosen by the hash of their name, is held out.
+    `cache_dir` holds prepared data sets (default: `$MTP_JAX_CACHE`, else `~/.cache/mtp_jax`).
+    """
+
+    source: str = "stdlib"
+    files: str = ""
+    tokenizer: str = "bytes"
+    seq_len: int = 256
+    batch_size: int = 16
+    valid_fraction: float = 0.05
+    seed: int = 0
+    cache_dir: str | None = None
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "seq_len", "batch_size")
+        require(
+            0 < self.valid_fraction < 1,
+            f"DataConfig.valid_fraction is {self.valid_fraction}; it must lie in (0, 1).",
+        )
+        require(
+            self.source != "text" or bool(self.files),
+            "DataConfig.source is text and files is empty; give a glob, such as --data.files 'stories/*.txt'.",
+        )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """Optax. `muon` updates matrices by orthogonalised momentum and the rest by AdamW (with Nesterov
+    momentum), at one learning rate.
+
+    Schedules: `cosine` and `wsd` (constant, then linear decay over the last `decay_fraction` of the steps) end at
+    `final_lr_fraction` of the peak; `constant` stays. All begin with a linear warm-up of `warmup_steps`.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = 1e-3
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    final_lr_fraction: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    momentum: float = 0.95
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        _choices(self)
+        _at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "clip_norm")
+        _fraction(self, "decay_fraction", "final_lr_fraction", "beta1", "beta2", "momentum")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis: `data` replicates weights, `fsdp` shards them with the batch, `tensor` splits
+    matrices and the vocabulary. At most one may be -1, which takes what is left."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        for name, size in to_dict(self).items():
+            require(size >= 1 or size == -1, f"MeshConfig.{name} is {size}; it must be at least 1, or -1 for the rest.")
+        require(sizes.count(-1) <= 1, f"MeshConfig is {sizes}; only one axis can be -1 (what the others leave).")
+
+    def shape(self, num_devices: int) -> tuple[int, int, int]:
+        """The (data, fsdp, tensor) mesh on `num_devices` devices. Raises `ConfigError` if it does not fit."""
+        sizes = [self.data, self.fsdp, self.tensor]
+        fixed = 1
+        for size in sizes:
+            fixed *= 1 if size == -1 else size
+        require(
+            num_devices % fixed == 0 and (-1 in sizes or fixed == num_devices),
+            f"MeshConfig (data, fsdp, tensor) = {tuple(sizes)} needs {'a multiple of ' if -1 in sizes else ''}"
+            f"{fixed} devices and there are {num_devices}; change one axis, or set it to -1.",
+        )
+        data, fsdp, tensor = (num_devices // fixed if size == -1 else size for size in sizes)
+        return data, fsdp, tensor
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run. Experiments are Python files with a module-level `CONFIG` of this type.
+
+    A step reads `data.batch_size` sequences in `grad_accumulation` equal parts. Every `eval_every` steps the first
+    `eval_batches` held-out batches are evaluated; every `checkpoint_every` steps the state is saved, and the newest
+    `keep_checkpoints` stay.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    head: HeadConfig = field(default_factory=HeadConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    steps: int = 1000
+    grad_accumulation: int = 1
+    eval_every: int = 100
+    eval_batches: int = 8
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps", "grad_accumulation", "eval_every", "eval_batches", "checkpoint_every")
+        _at_least(self, 1, "keep_checkpoints", "log_every")
+        batch, parts = self.data.batch_size, self.grad_accumulation
+        require(
+            batch % parts == 0,
+            f"data.batch_size is {batch} and grad_accumulation is {parts}; the parts are equal, so the batch must be a "
+            "multiple of it.",
+        )
+        require(
+            self.data.seq_len <= self.model.context_length,
+            f"data.seq_len is {self.data.seq_len} and model.context_length is {self.model.context_length}; "
+            "the context must hold a training sequence.",
+        )
+        require(
+            self.optimizer.warmup_steps <= self.steps,
+            f"optimizer.warmup_steps is {self.optimizer.warmup_steps} and steps is {self.steps}; "
+            "the warm-up cannot be longer than the run.",
+        )
+        require(
+            not self.model.tie_embeddings or self.head.has_unembedding,
+            "model.tie_embeddings is True and head.factors is full with target marginal, which has no single "
+            "unembedding to tie. Set head.factors to shared or lowrank, head.target to ntp, or untie.",
+        )
+
+    def check_tokenizer(self, vocab_size: int) -> None:
+        """Refuse a model whose vocabulary is smaller than the tokenizer's `vocab_size`."""
+        require(
+            self.model.vocab_size >= vocab_size,
+            f"model.vocab_size is {self.model.vocab_size} and the tokenizer {self.data.tokenizer!r} has {vocab_size} "
+            f"tokens; set model.vocab_size to {vocab_size} or more.",
+        )
+
+    def check_mesh(self, shape: tuple[int, int, int]) -> None:
+        """Refuse a batch or a width that the mesh `(data, fsdp, tensor)` does not divide."""
+        data, fsdp, tensor = shape
+        part = self.data.batch_size // self.grad_accumulation
+        require(
+            part % (data * fsdp) == 0,
+            f"A step's part is {part} sequences (data.batch_size {self.data.batch_size} / grad_accumulation "
+            f"{self.grad_accumulation}) and the mesh has {data} x {fsdp} = {data * fsdp} data x fsdp devices; "
+            "the devices must divide the part.",
+        )
+        divided = [
+            ("model.d_model", self.model.d_model, "fsdp", fsdp),
+            ("model.vocab_size", self.model.vocab_size, "tensor", tensor),
+            ("model.num_kv_heads", self.model.num_kv_heads, "tensor", tensor),
+            ("model.d_ff", self.model.d_ff, "tensor", tensor),
+        ]
+        for name, size, axis, devices in divided:
+            require(
+                size % devices == 0,
+                f"{name} is {size} and the mesh axis {axis} has {devices} devices, which must divide it.",
+            )
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A dataclass as plain JSON values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[T], values: dict[str, Any]) -> T:
+    """The inverse of `to_dict`. Raises `ConfigError` on a field that `cls` does not have, with the nearest name."""
+    hints = typing.get_type_hints(cls)
+    kwargs: dict[str, Any] = {}
+    for name, value in values.items():
+        near = difflib.get_close_matches(name, hints, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else f"; it has {sorted(hints)}."
+        require(name in hints, f"{cls.__name__} has no field {name!r}{hint}")
+        nested = dataclasses.is_dataclass(hints[name]) and isinstance(value, dict)
+        kwargs[name] = from_dict(hints[name], value) if nested else value
+    return cls(**kwargs)

@@ -1,0 +1,181 @@
+"""Batches of token sequences, numbered by step.
+
+The documents of an epoch are permuted by (seed, epoch) and laid end to end, and epochs follow one another: one endless
+string of tokens. Sequence i takes its inputs from [i*T, (i+1)*T) and its targets from up to W tokens further. Sequences
+are shuffled within each epoch's worth of them, so that a batch is not one document; batch n is the shuffled sequences
+[n*B, (n+1)*B). Nothing is packed or remembered: batch n is a pure function of (seed, n), on any number of hosts, and is
+found by binary search. Below, S = T + W is what one sequence reads.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+from mtp_jax.config import require
+from mtp_jax.data.store import Documents
+
+Batch = dict[str, np.ndarray]
+
+# Grain asks how many batches there are; no run comes near the end of these.
+ENDLESS = 2**48
+
+
+class Sequences:
+    """Random access to the sequences of the endless string. Safe to read from several threads."""
+
+    def __init__(self, documents: Documents, *, seq_len: int, window: int, seed: int):
+        """Sequences of `seq_len` tokens (T) with targets up to `window` (W) ahead, in the order that `seed` decides."""
+        _require_documents(documents)
+        self.documents = documents
+        self.seq_len = seq_len
+        self.window = window
+        self.seed = seed
+        self.per_epoch = max(1, len(documents.tokens) // seq_len)
+        # A sequence may cross from one epoch to the next.
+        self._epoch = functools.lru_cache(maxsize=2)(self._permute)
+        self._block = functools.lru_cache(maxsize=2)(lambda block: _permutation(self.per_epoch, seed, 2 * block + 1))
+
+    def shuffle(self, numbers: np.ndarray) -> np.ndarray:
+        """Which sequences come in the places `numbers`: a permutation of each `per_epoch` of them in turn."""
+        blocks, places = np.divmod(numbers, self.per_epoch)
+        order = np.empty_like(numbers)
+        for block in np.unique(blocks):
+            here = blocks == block
+            order[here] = block * self.per_epoch + self._block(int(block))[places[here]]
+        return order
+
+    def read(self, numbers: np.ndarray) -> Batch:
+        """The sequences whose numbers are `numbers` (B,): the arrays that `batches` describes."""
+        store, count, total = self.documents, len(self.documents), len(self.documents.tokens)
+        positions_BS = _positions(numbers, self.seq_len, self.window)
+        epochs_BS, places_BS = np.divmod(positions_BS, total)
+        tokens_BS, ranks_BS = np.empty_like(positions_BS), np.empty_like(positions_BS)
+        for epoch in range(epochs_BS.min(), epochs_BS.max() + 1):
+            here_BS = epochs_BS == epoch
+            places = places_BS[here_BS]
+            order, ends = self._epoch(epoch)
+            rank = np.searchsorted(ends, places, side="right")
+            # A place lies as far before the end of its document here as it does in the store.
+            tokens_BS[here_BS] = store.tokens[store.offsets[order[rank] + 1] - (ends[rank] - places)]
+            ranks_BS[here_BS] = epoch * count + rank
+        return _batch(tokens_BS, ranks_BS, self.window)
+
+    def _permute(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The documents of `epoch` in their order, and where each ends."""
+        order = _permutation(len(self.documents), self.seed, 2 * epoch)
+        return order, np.cumsum(np.diff(self.documents.offsets)[order])
+
+
+def batches(
+    documents: Documents,
+    *,
+    seq_len: int,
+    window: int,
+    batch_size: int,
+    seed: int,
+    start: int = 0,
+    shard: tuple[int, int] = (0, 1),
+    threads: int = 2,
+    prefetch: int = 8,
+) -> Iterator[Batch]:
+    """Training batches from number `start` on, without end, read ahead by Grain.
+
+    `batch_size` (B) is global; with `shard = (index, count)` each batch holds rows [index * B / count,
+    (index + 1) * B / count) of the global one. `prefetch` batches are read ahead by `threads` threads.
+
+    A batch is a dict of
+      `tokens_BT` int32: the inputs;
+      `targets_BTW` int32: `targets_BTW[b, t, s]` is the token s + 1 after position t, so s = 0 is the next token;
+      `valid_BTW` bool: whether that target belongs to the same document as its input. The end-of-document token is a
+        valid target, and as an input has none;
+      `segments_BT` int32: which document of the sequence a token belongs to, counted from 0.
+
+    Raises `ConfigError` if the split has no documents or `count` does not divide B.
+    """
+    import grain
+
+    rows = _rows(batch_size, shard)
+    sequences = Sequences(documents, seq_len=seq_len, window=window, seed=seed)
+    dataset = grain.MapDataset.range(start, ENDLESS).map(
+        lambda n: sequences.read(sequences.shuffle(n * batch_size + rows))
+    )
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))
+
+
+def held_out_batches(
+    documents: Documents,
+    *,
+    seq_len: int,
+    window: int,
+    batch_size: int,
+    limit: int | None = None,
+    shard: tuple[int, int] = (0, 1),
+) -> list[Batch]:
+    """The batches of an evaluation: the documents in the store's order, each token once, at most `limit` batches.
+
+    Arrays, `shard` and errors are those of `batches`. There is always a batch, and all have the same shape: what the
+    documents do not fill at the end is padding, where `valid_BTW` is False.
+    """
+    _require_documents(documents)
+    rows = _rows(batch_size, shard)
+    total = len(documents.tokens)
+    count = -(-total // (batch_size * seq_len))
+
+    def read(n: int) -> Batch:
+        positions_BS = _positions(n * batch_size + rows, seq_len, window)
+        tokens_BS = documents.tokens[np.minimum(positions_BS, total - 1)]
+        ranks_BS = np.searchsorted(documents.offsets[1:], positions_BS, side="right")
+        # Each token of padding is a document of its own, so it has no targets and is nobody's.
+        return _batch(tokens_BS, np.where(positions_BS < total, ranks_BS, positions_BS), window)
+
+    return [read(n) for n in range(count if limit is None else min(limit, count))]
+
+
+def _permutation(size: int, seed: int, stream: int) -> np.ndarray:
+    """A permutation of 0..size-1 that depends on (seed, stream) alone.
+
+    Sorted by the raw output of Philox, which unlike `Generator.permutation` is the same in every version of numpy.
+    """
+    key = np.array([seed % 2**64, stream], np.uint64)
+    return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")
+
+
+def _positions(numbers: np.ndarray, seq_len: int, window: int) -> np.ndarray:
+    return numbers[:, None] * seq_len + np.arange(seq_len + window)
+
+
+def _batch(tokens_BS: np.ndarray, ranks_BS: np.ndarray, window: int) -> Batch:
+    """The arrays of sequences, from their tokens and the running number of each token's document."""
+    tokens_BS = tokens_BS.astype(np.int32)
+    inputs_BT, documents_BT = tokens_BS[:, :-window], ranks_BS[:, :-window]
+    ahead_BTW = sliding_window_view(ranks_BS, window, axis=1)[:, 1:]
+    return {
+        "tokens_BT": inputs_BT.copy(),
+        "targets_BTW": sliding_window_view(tokens_BS, window, axis=1)[:, 1:].copy(),
+        "valid_BTW": ahead_BTW == documents_BT[:, :, None],
+        "segments_BT": (documents_BT - documents_BT[:, :1]).astype(np.int32),
+    }
+
+
+def _require_documents(documents: Documents) -> None:
+    require(
+        len(documents) > 0,
+        f"The {documents.split} split has no documents. The split is by the hash of a document's name: "
+        "change DataConfig.valid_fraction, or give the source more (and smaller) documents.",
+    )
+
+
+def _rows(batch_size: int, shard: tuple[int, int]) -> np.ndarray:
+    """The rows of a global batch that fall to host `index` of `count`."""
+    index, count = shard
+    require(
+        batch_size % count == 0,
+        f"The global batch has {batch_size} sequences and there are {count} hosts, which must divide it. "
+        "Change DataConfig.batch_size.",
+    )
+    require(0 <= index < count, f"The shard is {shard}; the index must be at least 0 and below the count.")
+    return np.arange(batch_size).reshape(count, -1)[index]

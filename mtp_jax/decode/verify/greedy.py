@@ -1,0 +1,29 @@
+"""Greedy prefix match, for temperature 0: the output is the argmax chain of the target."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from mtp_jax.decode.law import Sampling
+from mtp_jax.decode.verify.base import Verdict, match_prefix
+
+
+class Greedy:
+    """Draft and target both take the argmax of their log-probabilities; temperature and filters do not matter."""
+
+    def noise(self, sampling: Sampling, positions_BT: Array, vocab_size: int) -> Array | None:
+        """None."""
+        return None
+
+    def law(self, logp_BTV: Array, sampling: Sampling, *, filtered: bool) -> Array:
+        """The log-probabilities as they are."""
+        return logp_BTV
+
+    def choose(self, logits_BTV: Array, noise_BTV: Array | None) -> Array:
+        """The argmax, `[B, T]`."""
+        return jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
+
+    def verify(self, logits_BTV: Array, draft_Bk: Array, noise_BTV: Array | None) -> Verdict:
+        """See `match_prefix`."""
+        return match_prefix(self.choose(logits_BTV, noise_BTV), draft_Bk)

@@ -1,0 +1,28 @@
+"""The device mesh: three named axes, always there, of size 1 where they are not used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from mtp_jax.config import MeshConfig
+
+AXES = ("data", "fsdp", "tensor")
+
+
+def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = None) -> Mesh:
+    """A `data x fsdp x tensor` mesh in Explicit mode, where a wrong sharding is an error while tracing.
+
+    Args:
+      config: devices along each axis; by default all of them on `data`.
+      devices: the devices to use; by default all that JAX sees.
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    shape = (config or MeshConfig()).shape(len(devices))
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)

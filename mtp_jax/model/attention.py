@@ -1,0 +1,129 @@
+"""Grouped-query attention (arXiv 2305.13245) with optional QKV bias (Qwen2) and QK-norm (Qwen3)."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+from mtp_jax.config import ModelConfig
+from mtp_jax.model.cache import LayerCache, write
+from mtp_jax.model.layers import RMSNorm, init_weight
+from mtp_jax.model.rotary import Rotary, rotate
+from mtp_jax.sharding import BATCH, RULES, gather
+
+
+def causal_mask(segments_BT: Array) -> Array:
+    """`[B, 1, T, T]`: a position sees itself and what came before it in its own document."""
+    time = segments_BT.shape[1]
+    same = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
+    return same & jnp.tril(jnp.ones((time, time), bool))[None, None]
+
+
+def cache_mask(positions_BT: Array, slots: int) -> Array:
+    """`[B, 1, T, S]`: a query at position p sees the cache's positions 0..p."""
+    return jnp.arange(slots)[None, None, None, :] <= positions_BT[:, None, :, None]
+
+
+def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_B1TS: Array) -> Array:
+    """Scaled dot-product attention, `[B, T, N, H]`. Each device attends for its own rows and heads."""
+    heads = P(BATCH, None, "tensor", None)
+
+    @functools.partial(jax.shard_map, in_specs=(heads, heads, heads, P(BATCH, None, None, None)), out_specs=heads)
+    def local(q: Array, k: Array, v: Array, mask: Array) -> Array:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+
+    return local(q_BTNH, k_BSKH, v_BSKH, mask_B1TS)
+
+
+def attend_cached(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_B1TS: Array) -> Array:
+    """Attention of a few queries over the cache, `[B, T, N, H]`.
+
+    The keys are the left operand as they lie in the cache: a product that wanted them transposed would copy the whole
+    cache at every step.
+    """
+    batch, time, num_heads, width = q_BTNH.shape
+    kv_heads, slots = k_BKSH.shape[1], k_BKSH.shape[2]
+    groups = num_heads // kv_heads
+    # M = T x (query heads of a key head). Shardings are said: JAX cannot tell them through axes of size 1.
+    heads, split = RULES.cache_BKSH, P(BATCH, "tensor", None, None, None)
+    q_BTKGH = q_BTNH.reshape(batch, time, kv_heads, groups, width, out_sharding=P(BATCH, None, "tensor", None, None))
+    q_BKHTG = jnp.moveaxis(q_BTKGH, (2, 4), (1, 2))
+    q_BKHM = q_BKHTG.reshape(batch, kv_heads, width, time * groups, out_sharding=heads) * width**-0.5
+    scores_BKSM = jnp.einsum("bksh,bkhm->bksm", k_BKSH, q_BKHM, preferred_element_type=jnp.float32)
+    scores_BKSTG = scores_BKSM.reshape(batch, kv_heads, slots, time, groups, out_sharding=split)
+    scores_BKTGS = jnp.moveaxis(scores_BKSTG, 2, -1)
+    weights_BKTGS = jax.nn.softmax(jnp.where(mask_B1TS[:, :, :, None], scores_BKTGS, -jnp.inf), axis=-1)
+    weights_BKMS = weights_BKTGS.reshape(batch, kv_heads, time * groups, slots, out_sharding=heads)
+    y_BKMH = jnp.einsum("bkms,bksh->bkmh", weights_BKMS.astype(v_BKSH.dtype), v_BKSH)
+    y_BTKGH = jnp.moveaxis(y_BKMH.reshape(batch, kv_heads, time, groups, width, out_sharding=split), 1, 2)
+    return y_BTKGH.reshape(batch, time, num_heads, width, out_sharding=RULES.qkv_BTNH)
+
+
+def reference_attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_B1TS: Array) -> Array:
+    """The definition, for tests: softmax over the keys in float32, key heads repeated for their query heads."""
+    repeats = q_BTNH.shape[2] // k_BSKH.shape[2]
+    k_BSNH, v_BSNH = (jnp.repeat(a.astype(jnp.float32), repeats, axis=2) for a in (k_BSKH, v_BSKH))
+    scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH.astype(jnp.float32), k_BSNH) * q_BTNH.shape[-1] ** -0.5
+    weights_BNTS = jax.nn.softmax(jnp.where(mask_B1TS, scores_BNTS, -jnp.inf), axis=-1)
+    return jnp.einsum("bnts,bsnh->btnh", weights_BNTS, v_BSNH).astype(q_BTNH.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections to heads, rotary embedding, attention, and back to the model width."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        d, n, k, h = config.d_model, config.num_heads, config.num_kv_heads, config.head_width
+        self.wq_DNH = init_weight(rngs, (d, n, h), inputs=1, spec=RULES.w_DNH)
+        self.wk_DKH = init_weight(rngs, (d, k, h), inputs=1, spec=RULES.w_DNH)
+        self.wv_DKH = init_weight(rngs, (d, k, h), inputs=1, spec=RULES.w_DNH)
+        # Residual branches start small, so that depth does not change the scale of the stream (GPT-2).
+        self.wo_NHD = init_weight(rngs, (n, h, d), inputs=2, spec=RULES.w_NHD, scale=(2 * config.num_layers) ** -0.5)
+        if config.qkv_bias:
+            self.bq_NH = nnx.Param(jnp.zeros((n, h), out_sharding=RULES.b_NH))
+            self.bk_KH = nnx.Param(jnp.zeros((k, h), out_sharding=RULES.b_NH))
+            self.bv_KH = nnx.Param(jnp.zeros((k, h), out_sharding=RULES.b_NH))
+        if config.qk_norm:
+            self.q_norm = RMSNorm(h, config.norm_eps)
+            self.k_norm = RMSNorm(h, config.norm_eps)
+        self.config = config
+
+    def __call__(
+        self,
+        x_BTD: Array,
+        rope: Rotary,
+        mask_B1TS: Array,
+        cache: LayerCache | None = None,
+        start_B: Array | None = None,
+    ) -> tuple[Array, LayerCache | None]:
+        """Attend within `x_BTD`, or, given a cache, write at `start_B` first and attend over the cache.
+
+        Returns the output `[B, T, D]` and the cache as written.
+        """
+        dtype = x_BTD.dtype
+        q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, gather(self.wq_DNH[...]).astype(dtype))
+        k_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, gather(self.wk_DKH[...]).astype(dtype))
+        v_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, gather(self.wv_DKH[...]).astype(dtype))
+        if self.config.qkv_bias:
+            q_BTNH = q_BTNH + self.bq_NH[...].astype(dtype)[None, None]
+            k_BTKH = k_BTKH + self.bk_KH[...].astype(dtype)[None, None]
+            v_BTKH = v_BTKH + self.bv_KH[...].astype(dtype)[None, None]
+        if self.config.qk_norm:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        q_BTNH, k_BTKH = rotate(q_BTNH, rope), rotate(k_BTKH, rope)
+        if cache is not None:
+            assert start_B is not None
+            k_BKSH, v_BKSH = cache = write(cache[0], k_BTKH, start_B), write(cache[1], v_BTKH, start_B)
+            slots = mask_B1TS.shape[-1]
+            y_BTNH = attend_cached(q_BTNH, k_BKSH[:, :, :slots], v_BKSH[:, :, :slots], mask_B1TS)
+        else:
+            y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask_B1TS)
+        wo_NHD = gather(self.wo_NHD[...]).astype(dtype)
+        # One contracted axis: with two, XLA may transpose the weight at every step.
+        wo_MD = wo_NHD.reshape(-1, x_BTD.shape[-1], out_sharding=P("tensor", None))
+        y_BTM = y_BTNH.reshape(*x_BTD.shape[:2], -1, out_sharding=RULES.h_BTF)
+        return jnp.einsum("btm,md->btd", y_BTM, wo_MD, out_sharding=RULES.x_BTD), cache

@@ -1,0 +1,252 @@
+"""What a run came to, for a reader: `report.md` with its figures, `report.json`, and the decode table.
+
+A `bench` is the object that `mtp-jax bench` returns: a list of `rows`, one for each setting of (batch, temperature,
+k, verifier, dtype), of which k = 0 is plain decoding, and what all rows share (prompts, device, versions, ...).
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from etils import epath
+
+from mtp_jax.train.loggers import read_metrics, series
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from rich.table import Table
+
+Row = dict[str, Any]
+
+COLUMNS: dict[str, Callable[[Row], str]] = {
+    "batch": lambda row: f"{row['batch']}",
+    "dtype": lambda row: row["dtype"],
+    "T": lambda row: f"{row['temperature']:g}",
+    "verifier": lambda row: row["verifier"],
+    "k": lambda row: f"{row['k']}",
+    "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
+    "speed-up": lambda row: f"{row['speedup']:.2f}x",
+    "tokens per forward": lambda row: f"{row['block_efficiency']:.2f}",
+    "acceptance": lambda row: " ".join(f"{share:.2f}" for share in row["acceptance"]) or "-",
+    "verify cost": lambda row: "-" if row.get("verify_cost") is None else f"{row['verify_cost']:.2f}",
+    "identical": lambda row: {True: "yes", False: "no", None: "-"}[row.get("identical_to_plain")],
+}
+
+# Okabe and Ito's palette: told apart with any kind of colour vision, and in print.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vX"
+
+
+def write_report(run_dir: epath.PathLike, bench: dict[str, Any], config: dict[str, Any]) -> epath.Path:
+    """Write `report.md`, `report.json` and `plots/*.png` into `run_dir` and return the path of `report.md`.
+
+    `config` is the run's `TrainConfig` as a dictionary. Raises `FileNotFoundError` if `run_dir` has no metrics.jsonl.
+    """
+    run_dir = epath.Path(run_dir)
+    records = read_metrics(run_dir)
+    train, evals = ([record for record in records if record["kind"] == kind] for kind in ("train", "eval"))
+    rows = bench["rows"]
+    figures = {"loss": plot_loss(train, evals), "acceptance": plot_acceptance(rows), "speed": plot_speed(rows)}
+    (run_dir / "plots").mkdir(parents=True, exist_ok=True)
+    for name, figure in figures.items():
+        png = io.BytesIO()
+        figure.savefig(png, format="png", dpi=150)
+        (run_dir / "plots" / f"{name}.png").write_bytes(png.getvalue())
+    (run_dir / "report.json").write_text(json.dumps(bench, indent=2) + "\n")
+    report = run_dir / "report.md"
+    text = _markdown(run_dir.name or "Report", train, evals, bench, config)
+    if (run_dir / "completions.html").exists():
+        text += "\n[Completions of held-out documents](completions.html), accepted drafts in colour.\n"
+    report.write_text(text)
+    return report
+
+
+def decode_table(bench: dict[str, Any]) -> Table:
+    """The decode measurements as a table for the terminal."""
+    from rich.table import Table
+
+    columns = _columns(bench["rows"])
+    table = Table(title=_decode_setting(bench), box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in columns:
+        justify = "left" if name in ("dtype", "verifier", "acceptance") else "right"
+        table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=name != "acceptance")
+    for row in bench["rows"]:
+        table.add_row(*(text(row) for text in columns.values()))
+    return table
+
+
+def decode_markdown(bench: dict[str, Any]) -> str:
+    """The decode measurements as a Markdown table."""
+    columns = _columns(bench["rows"])
+    return _table(columns, ([text(row) for text in columns.values()] for row in bench["rows"]))
+
+
+def plot_loss(train: Sequence[Row], evals: Sequence[Row]) -> Figure:
+    """Loss by offset against the step: thin lines for training, marked lines for validation."""
+    from matplotlib import colormaps
+    from matplotlib.lines import Line2D
+
+    window = max((len(series(record, "loss_offset_")) for record in (*train, *evals)), default=0)
+    shades = colormaps["viridis"]([0.88 * s / max(1, window - 1) for s in range(window)])
+    styles: dict[str, Any] = {"training": {"lw": 1, "alpha": 0.45}, "validation": {"lw": 1.8, "marker": "o", "ms": 4}}
+    figure, (axes,) = _figure(["Loss by offset"], "step", "loss (nats per token)")
+    for records, style in zip((train, evals), styles.values(), strict=True):
+        for s, shade in enumerate(shades, 1):
+            points = [(record["step"], record[name]) for record in records if (name := f"loss_offset_{s}") in record]
+            axes.plot(*zip(*points, strict=True), color=shade, **style)
+    lines = [Line2D([], [], color=shades[s - 1], lw=3, label=f"offset {s}") for s in range(window, 0, -1)]
+    lines += [Line2D([], [], color="0.3", label=label, **style) for label, style in styles.items()]
+    _legend(figure, lines)
+    axes.set_xlim(left=0)
+    return figure
+
+
+def plot_acceptance(rows: Sequence[Row]) -> Figure:
+    """Acceptance by offset, one line per (temperature, verifier), at the largest k and the smallest batch."""
+    setting = k, batch, dtype = max(row["k"] for row in rows), min(row["batch"] for row in rows), rows[0]["dtype"]
+    title = f"Acceptance by offset, k = {k}, batch {batch}, {dtype}"
+    figure, (axes,) = _figure([title], "offset of the draft", "share of drafts accepted")
+    for group, style in _lines([row for row in rows if (row["k"], row["batch"], row["dtype"]) == setting]):
+        axes.plot(range(1, k + 1), group[0]["acceptance"], **style)
+    axes.set(ylim=(0, 1.02), xticks=range(1, k + 1))
+    _legend(figure, axes.lines)
+    return figure
+
+
+def plot_speed(rows: Sequence[Row]) -> Figure:
+    """Tokens per second by k, one panel per batch size; dashed lines are the same temperatures without drafts."""
+    rows = [row for row in rows if row["dtype"] == rows[0]["dtype"]]
+    batches = sorted({row["batch"] for row in rows})
+    titles = [f"Decoding speed, batch {batch}, {rows[0]['dtype']}" for batch in batches]
+    figure, panels = _figure(titles, "drafts per forward, k", "tokens/s")
+    for batch, axes in zip(batches, panels, strict=True):
+        plain = {row["temperature"]: row for row in rows if row["k"] == 0 and row["batch"] == batch}
+        for group, style in _lines(rows):
+            points = [row for row in group if row["batch"] == batch]
+            if baseline := plain.get(group[0]["temperature"]):
+                points.insert(0, baseline)
+            axes.plot([row["k"] for row in points], [row["tokens_per_second"] for row in points], **style)
+        for row in plain.values():
+            dashed: dict[str, Any] = {"color": "0.4", "ls": (0, (4, 3)), "lw": 1.0, "zorder": 1.9}
+            axes.axhline(row["tokens_per_second"], label="k = 0, plain decoding", **dashed)
+        axes.set(ylim=(0, None), xticks=sorted({row["k"] for row in rows}))
+    _legend(figure, panels[0].lines)
+    return figure
+
+
+def _figure(titles: Sequence[str], xlabel: str, ylabel: str) -> tuple[Figure, Sequence[Axes]]:
+    from matplotlib.figure import Figure
+
+    # Not pyplot: a figure of its own needs no display and no global state, and is freed like any object.
+    figure = Figure(figsize=(2.6 + 4.6 * len(titles), 4.0), layout="constrained")
+    panels = figure.subplots(1, len(titles), squeeze=False)[0]
+    for title, axes in zip(titles, panels, strict=True):
+        axes.set(xlabel=xlabel, ylabel=ylabel)
+        axes.set_title(title, loc="left", size="medium", weight="bold")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(color="0.92")
+    return figure, panels
+
+
+def _legend(figure: Figure, handles: Iterable[Line2D]) -> None:
+    unique = {str(handle.get_label()): handle for handle in handles}
+    figure.legend(unique.values(), unique.keys(), loc="outside right upper", frameon=False)
+
+
+def _lines(rows: Sequence[Row]) -> Iterator[tuple[list[Row], dict[str, Any]]]:
+    """The drafting rows of each (temperature, verifier), by k, and the style of their line."""
+    drafting = sorted((row for row in rows if row["k"] > 0), key=lambda row: row["k"])
+    temperatures, verifiers = (sorted({row[name] for row in drafting}) for name in ("temperature", "verifier"))
+    for (i, temperature), (j, verifier) in itertools.product(enumerate(temperatures), enumerate(verifiers)):
+        group = [row for row in drafting if (row["temperature"], row["verifier"]) == (temperature, verifier)]
+        if group:
+            style = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[j % len(MARKERS)], "ms": 5, "lw": 1.8}
+            yield group, {**style, "label": f"T = {temperature:g}, {verifier}"}
+
+
+def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+    """The columns to show: all, but batch and dtype only where they vary."""
+    same = {name for name in ("batch", "dtype") if len({row[name] for row in rows}) == 1}
+    return {name: text for name, text in COLUMNS.items() if name not in same}
+
+
+def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    header = list(header)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def _decode_setting(bench: dict[str, Any]) -> str:
+    return (
+        f"{bench['prompts']} prompts of {bench['prompt_tokens']} tokens, {bench['new_tokens']} new tokens each, "
+        f"{bench['repetitions']} repetitions, on {bench['device']}"
+    )
+
+
+def _loss_table(evals: Sequence[Row]) -> str:
+    if not evals:
+        return "The run was not evaluated."
+    first, last = evals[0], evals[-1]
+    offsets = {f"loss_offset_{s}": f"offset {s}" for s, _ in enumerate(series(last, "loss_offset_"), 1)}
+    names = {"loss_first_token": "first token", **offsets, "joint_loss": "joint"}
+    names["gate_effective"] = f"effective components (of {len(series(last, 'gate_share_'))})"
+    rows = (
+        [label, f"{first[name]:.3f}", f"{last[name]:.3f}", f"{last[name] - first[name]:+.3f}"]
+        for name, label in names.items()
+        if name in first and name in last
+    )
+    return _table(["", f"step {first['step']}", f"step {last['step']}", "change"], rows)
+
+
+def _summary(train: Sequence[Row], bench: dict[str, Any], config: dict[str, Any]) -> str:
+    model, head, data, sizes = config["model"], config["head"], config["data"], bench["parameters"]
+    steps = train[-1]["step"] if train else 0
+    dtypes, batches = (" and ".join(dict.fromkeys(str(row[n]) for row in bench["rows"])) for n in ("dtype", "batch"))
+    versions = ", ".join(f"{name} {version}" for name, version in bench["versions"].items())
+    return (
+        f"A trunk of {model['num_layers']} layers of width {model['d_model']} ({sizes['trunk']:,} parameters) with a "
+        f"`{head['kind']}` head over the next {head['window']} tokens, of rank {head['rank']} with `{head['factors']}` "
+        f"factors and target `{head['target']}` ({sizes['head']:,} parameters), trained for {steps:,} steps of "
+        f"{data['batch_size']} x {data['seq_len']} tokens ({steps * data['batch_size'] * data['seq_len']:,} in all) of "
+        f"`{data['source']}`, tokenizer `{data['tokenizer']}`. Decoded in {dtypes} at batch {batches}: "
+        f"{_decode_setting(bench)}. Compiling ({bench['compile_seconds']:.1f} s) and prefill "
+        f"({bench['prefill_seconds']:.2f} s) are not in the speeds. Versions: {versions}."
+    )
+
+
+def _markdown(title: str, train: Sequence[Row], evals: Sequence[Row], bench: dict[str, Any], config: dict) -> str:
+    return f"""# {title}
+
+{_summary(train, bench, config)}
+
+## Validation loss
+
+Losses in nats on held-out documents: each offset is given the ones before it, *joint* is a whole window.
+
+{_loss_table(evals)}
+
+![Loss by offset](plots/loss.png)
+
+*Loss by offset against the step: thin lines are training batches, marked lines held-out documents.*
+
+## Decoding
+
+k = 0 is plain decoding by the same code, and every speed-up is against it. Tokens per forward is what one forward pass
+of the network commits, acceptance the share of the drafts at each offset that were kept, and verify cost the time of
+a cycle of drafting and verifying, in plain steps; identical says whether the text equals that of plain decoding.
+
+{decode_markdown(bench)}
+
+![Acceptance by offset](plots/acceptance.png)
+
+*Share of the drafts kept at each offset, for the longest draft that was measured.*
+
+![Decoding speed](plots/speed.png)
+
+*Tokens per second by the number of drafts in a forward pass; dashed lines are plain decoding at the same temperature.*
+"""

@@ -1,0 +1,99 @@
+"""What a run will cost, from its config alone: parameters, FLOPs of trunk and head, bytes per device, known peaks.
+
+A matrix product of m x n by n x p is 2 m n p FLOPs; training is three times the forward pass.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from mtp_jax.config import HeadConfig, ModelConfig, TrainConfig
+
+# Dense bf16 peak of one device in FLOP/s, by the start of `device_kind`. From the vendors' data sheets.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5p": 459e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Parameters, and training FLOPs per token (forward and backward, without recomputation)."""
+
+    trunk_params: int
+    head_params: int
+    embedding_params: int
+    trunk_flops: float
+    head_flops: float
+    next_token_flops: float
+
+    @property
+    def step_ratio(self) -> float:
+        """FLOPs of a step relative to the same trunk with one plain next-token head."""
+        return (self.trunk_flops + self.head_flops) / (self.trunk_flops + self.next_token_flops)
+
+
+def trunk_forward_flops(model: ModelConfig, seq_len: int) -> float:
+    """Forward FLOPs per token of the layers, causal attention counted at its mean length."""
+    d, h = model.d_model, model.head_width
+    projections = d * h * (2 * model.num_heads + 2 * model.num_kv_heads) + 3 * d * model.d_ff
+    attention = 2 * model.num_heads * h * (seq_len + 1) / 2
+    return 2 * model.num_layers * (projections + attention)
+
+
+def head_forward_flops(head: HeadConfig, model: ModelConfig) -> float:
+    """Forward FLOPs per token of all factors, the gate and the head's own next-token logits."""
+    d, v, r, w, e = model.d_model, model.vocab_size, head.rank, head.window, head.factor_width
+    factors = {
+        "full": r * w * v * d,
+        "shared": r * w * (v * d + d * d),
+        "lowrank": w * (v * (d + r * e) + d * (d + r * e)),
+    }
+    gate = d * r if head.kind != "independent" else 0
+    return 2 * (factors[head.factors] + gate + (v * d if head.target == "ntp" else 0))
+
+
+def costs(config: TrainConfig, params: Any) -> Costs:
+    """The costs of a run. `params` is the parameter tree, of arrays or of shapes."""
+
+    def count(tree: Any) -> int:
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+    model = config.model
+    return Costs(
+        trunk_params=count(params["blocks"]) + count(params["norm"]),
+        head_params=count(params["head"]),
+        embedding_params=count(params.get("embed_VD", {})),
+        trunk_flops=3 * trunk_forward_flops(model, config.data.seq_len),
+        head_flops=3 * head_forward_flops(config.head, model),
+        next_token_flops=6 * model.vocab_size * model.d_model,
+    )
+
+
+def peak_flops(device: Any) -> float | None:
+    """The dense bf16 peak of a device in FLOP/s, or None where it is not in `PEAK_FLOPS`."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes on the fullest device: sharded arrays count their shard."""
+
+    def of(leaf: Any) -> int:
+        sharding = getattr(leaf, "sharding", None)
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    return sum(of(leaf) for leaf in jax.tree.leaves(tree))

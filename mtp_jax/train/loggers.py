@@ -1,0 +1,247 @@
+"""Where the numbers of a run go: `metrics.jsonl`, TensorBoard, and the screen of the person who waits.
+
+The training loop holds one `Loggers` and calls `log(kind, step, metrics)`; process 0 writes and the others do not.
+`read_metrics` is the way back, for reports and notebooks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import itertools
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from etils import epath
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+METRICS_FILE = "metrics.jsonl"
+
+Kind = Literal["train", "eval"]
+
+
+class Logger(Protocol):
+    """Anything that takes the numbers of a step."""
+
+    def log(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the `metrics` of `step`."""
+
+    def close(self) -> None:
+        """Write what is still held back, and let go of files and of the terminal."""
+
+
+class Loggers:
+    """All loggers of a run as one, and as a context manager that closes them.
+
+    `resume_from` is the step that a resumed run starts from: later steps, left behind by a killed run, are forgotten.
+    With `enabled` False, as on every process but the first, nothing is written at all.
+    """
+
+    def __init__(
+        self,
+        run_dir: epath.PathLike,
+        total_steps: int,
+        *,
+        resume_from: int | None = None,
+        enabled: bool = True,
+        console: Console | None = None,
+    ):
+        self._loggers: list[Logger] = []
+        if enabled:
+            self._loggers = [TensorBoardLogger(run_dir, resume_from), JsonlLogger(run_dir, resume_from)]
+            self._loggers.append(Progress(total_steps, resume_from or 0, console))
+
+    def log(self, kind: Kind, step: int, metrics: Mapping[str, Any]) -> None:
+        """Hand the `metrics` of `step` (scalars of Python, NumPy or JAX; None is left out) to every logger."""
+        if self._loggers:
+            values = {name: float(value) for name, value in metrics.items() if value is not None}
+            for logger in self._loggers:
+                logger.log(kind, step, values)
+
+    def close(self) -> None:
+        """Close every logger, even if one of them fails to."""
+        with contextlib.ExitStack() as stack:
+            for logger in self._loggers:
+                stack.callback(logger.close)
+
+    def __enter__(self) -> Loggers:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class JsonlLogger:
+    """One line of strict JSON per call: `{"kind": "train", "step": 10, "time": unix seconds, "loss": 1.64, ...}`.
+
+    Floats keep all their digits; JSON has no NaN and no infinities, so those are the strings "nan", "inf" and "-inf",
+    which `float` (and `read_metrics`) turns back.
+
+    On a local disk each line is appended and flushed. Object stores cannot append: there the lines stay in memory and
+    the whole file is written again every `flush_seconds`, and at the end.
+    """
+
+    def __init__(self, run_dir: epath.PathLike, resume_from: int | None = None, flush_seconds: float = 30.0):
+        self._path = epath.Path(run_dir) / METRICS_FILE
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        earlier = [] if resume_from is None or not self._path.exists() else read_metrics(run_dir)
+        self._lines = [_to_json(record) for record in earlier if record["step"] <= (resume_from or 0)]
+        self._flush_seconds = flush_seconds
+        self._file = None
+        if _is_local(self._path):
+            # The old file is replaced in one go, so that a kill right here cannot lose the history.
+            partial = self._path.with_suffix(".partial")
+            self._file = partial.open("w")
+            self._file.writelines(self._lines)
+            self._file.flush()
+            partial.replace(self._path)
+        else:
+            self._write_all()
+
+    def log(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line."""
+        line = _to_json({"kind": kind, "step": step, "time": time.time(), **metrics})
+        if self._file:
+            self._file.write(line)
+            self._file.flush()
+            return
+        self._lines.append(line)
+        if time.monotonic() - self._flushed >= self._flush_seconds:
+            self._write_all()
+
+    def close(self) -> None:
+        """Flush and close."""
+        if self._file:
+            self._file.close()
+        else:
+            self._write_all()
+
+    def _write_all(self) -> None:
+        self._path.write_text("".join(self._lines))
+        self._flushed = time.monotonic()
+
+
+def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
+    """The records of `<run_dir>/metrics.jsonl`, in order; all values but `kind` and `step` are floats.
+
+    A last line that a killed process left unfinished is ignored. Raises `FileNotFoundError` if there is no such file.
+    """
+    lines = (epath.Path(run_dir) / METRICS_FILE).read_text().splitlines(keepends=True)
+    records = [json.loads(line) for line in lines if line.endswith("\n")]
+    return [{k: v if k in ("kind", "step") else float(v) for k, v in record.items()} for record in records]
+
+
+class TensorBoardLogger:
+    """Event files under `<run_dir>/tensorboard`, with tags `train/<name>` and `eval/<name>`.
+
+    TensorBoard hides the steps after `resume_from` that an earlier process wrote. A `gs://` run directory needs the
+    package google-cloud-storage, and an `s3://` one boto3.
+    """
+
+    def __init__(self, run_dir: epath.PathLike, resume_from: int | None = None):
+        from tensorboardX import SummaryWriter
+
+        purge_step = None if resume_from is None else resume_from + 1
+        self._writer = SummaryWriter(str(epath.Path(run_dir) / "tensorboard"), purge_step=purge_step, flush_secs=30)
+
+    def log(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
+        """Write one scalar per metric."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
+
+
+class Progress:
+    """What a person watches: a bar with the newest training numbers, and above it one line per evaluation.
+
+    Where the output is no terminal (CI, log files) there is no bar and not one control character: a training line
+    comes with the first numbers and then once per tenth of the run.
+    """
+
+    def __init__(self, total_steps: int, first_step: int = 0, console: Console | None = None):
+        from rich import progress
+        from rich.console import Console
+
+        self._console = console or Console()
+        self._live = self._console.is_interactive and self._console.file.isatty()
+        self._total, self._printed_tenth = total_steps, -1
+        self._progress = progress.Progress(
+            progress.TextColumn("step"),
+            progress.MofNCompleteColumn(),
+            progress.BarColumn(bar_width=None),
+            progress.TextColumn("{task.fields[numbers]}", markup=False),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("left"),
+            console=self._console,
+            expand=True,
+            disable=not self._live,
+            # Slow steps and evaluations must not empty the window that the time left is estimated from.
+            speed_estimate_period=3600.0,
+        )
+        self._task = self._progress.add_task("train", total=total_steps, completed=first_step, numbers="")
+        self._progress.start()
+
+    def log(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
+        """Move the bar (train), or print the line of an evaluation (eval)."""
+        if kind == "eval":
+            self._print(f"step {step}  {_eval_text(metrics)}")
+            return
+        numbers = _train_text(metrics)
+        self._progress.update(self._task, completed=step, numbers=numbers)
+        tenth = 10 * step // self._total
+        if not self._live and tenth > self._printed_tenth:
+            self._printed_tenth = tenth
+            self._print(f"step {step}/{self._total}  {numbers}{self._time_left()}")
+
+    def close(self) -> None:
+        """Leave the bar as it stands and give the terminal back."""
+        self._progress.stop()
+
+    def _time_left(self) -> str:
+        seconds = self._progress.tasks[0].time_remaining
+        return f"  {datetime.timedelta(seconds=int(seconds))} left" if seconds else ""
+
+    def _print(self, line: str) -> None:
+        if self._live:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(line, file=self._console.file, flush=True)
+
+
+def series(metrics: Mapping[str, float], prefix: str) -> list[float]:
+    """The values of `<prefix>1`, `<prefix>2`, ... as far as they go."""
+    names = (f"{prefix}{i}" for i in itertools.count(1))
+    return [metrics[name] for name in itertools.takewhile(metrics.__contains__, names)]
+
+
+def _train_text(metrics: Mapping[str, float]) -> str:
+    parts = [("loss", "loss {:.3f}"), ("tokens_per_second", "{:,.0f} tokens/s"), ("mfu", "MFU {:.1%}")]
+    return "  ".join(text.format(metrics[name]) for name, text in parts if name in metrics)
+
+
+def _eval_text(metrics: Mapping[str, float]) -> str:
+    text = f"valid loss {metrics['loss']:.3f}"
+    if by_offset := series(metrics, "loss_offset_"):
+        text += "  by offset " + " ".join(f"{loss:.2f}" for loss in by_offset)
+    if "loss_first_token" in metrics:
+        text += f"  first token {metrics['loss_first_token']:.2f}"
+    if "gate_effective" in metrics:
+        text += f"  effective components {metrics['gate_effective']:.1f}/{len(series(metrics, 'gate_share_'))}"
+    return text
+
+
+def _to_json(record: dict[str, Any]) -> str:
+    finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
+
+def _is_local(path: epath.Path) -> bool:
+    return "://" not in str(path)

@@ -1,0 +1,296 @@
+"""The training loop: everything that touches the outside world. The arithmetic is in `step`."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from mtp_jax.checkpoint import Checkpoints, read_config, write_config
+from mtp_jax.config import ConfigError, TrainConfig, require, to_dict
+from mtp_jax.data import Store, batches, load_tokenizer
+from mtp_jax.data import prepare as prepare_data
+from mtp_jax.mesh import make_mesh
+from mtp_jax.train.costs import Costs, costs, peak_flops
+from mtp_jax.train.evaluate import evaluate, held_out, named, place
+from mtp_jax.train.loggers import Loggers
+from mtp_jax.train.step import Metrics, Trainer, TrainState, make_trainer
+
+# Fields of model, head and data that a resumed run may change: they change no parameter's shape and no batch.
+RESUMABLE = {("model", "dtype"), ("model", "remat"), ("model", "context_length"), ("data", "cache_dir")} | {
+    ("head", name) for name in ("ntp_weight", "gamma", "balance", "balance_weight", "init_noise")
+}
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or its gradient is NaN or infinite. Nothing after the last good checkpoint was saved."""
+
+
+def check_run_dir(run_dir: epath.PathLike, *, resume: bool = False, overwrite: bool = False) -> epath.Path:
+    """The path of a run directory that may be used, before anything expensive happens. Nothing is changed.
+
+    Raises:
+      ConfigError: it exists and is not empty, and neither `resume` nor `overwrite` says what to do; or both do; or
+        there is nothing to resume; or `overwrite` would delete something that is not a run directory.
+    """
+    path = epath.Path(run_dir).expanduser()
+    if resume and overwrite:
+        raise ConfigError("Both --resume and --overwrite are given; choose one.")
+    require(not path.exists() or path.is_dir(), f"The run directory {path} is a file; give another --run-dir.")
+    exists = path.exists() and any(path.iterdir())
+    if resume and not exists:
+        raise ConfigError(f"--resume was given and {path} has no run in it. Leave --resume out to start one.")
+    if exists and not (resume or overwrite):
+        raise ConfigError(
+            f"The run directory {path} exists. Give --resume to go on with it, --overwrite to delete it and start "
+            "again, or another --run-dir."
+        )
+    if exists and overwrite and not (path / "config.json").exists():
+        raise ConfigError(f"{path} is not a run directory (it has no config.json), so --overwrite leaves it alone.")
+    return path
+
+
+def check_same_run(config: TrainConfig, saved: TrainConfig, path: epath.Path) -> None:
+    """Refuse to resume with another model, head or data: the parameters or the next batch would not be the run's."""
+    require(
+        config.optimizer.name == saved.optimizer.name,
+        f"--resume: optimizer.name is {config.optimizer.name!r} and the run in {path} has {saved.optimizer.name!r}; "
+        "their states differ. Give the run's own value, or start another run with --run-dir.",
+    )
+    for part in ("model", "head", "data"):
+        new, old = to_dict(getattr(config, part)), to_dict(getattr(saved, part))
+        for name in old:
+            require(
+                new[name] == old[name] or (part, name) in RESUMABLE,
+                f"--resume: {part}.{name} is {new[name]!r} and the run in {path} has {old[name]!r}. "
+                "Give the run's own value, or start another run with --run-dir.",
+            )
+
+
+def train(
+    config: TrainConfig, run_dir: epath.PathLike, *, resume: bool = False, overwrite: bool = False
+) -> dict[str, float]:
+    """Train a model and leave a run directory that `mtp_jax.load` reads. Returns the last evaluation's metrics.
+
+    Everything that can be refused is refused before data are prepared or anything is compiled. Ctrl-C saves the state
+    and returns.
+
+    Raises:
+      ConfigError: the config, the mesh or the run directory does not fit.
+      NonFiniteLossError: the loss became NaN or infinite; the message names the last good checkpoint.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    config.check_tokenizer(tokenizer.vocab_size)
+    mesh = make_mesh(config.mesh)
+    config.check_mesh((mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]))
+    path = check_run_dir(run_dir, resume=resume, overwrite=overwrite)
+    if resume:
+        check_same_run(config, read_config(path), path)
+    with jax.set_mesh(mesh):
+        trainer = make_trainer(config)
+        store = prepare_data(config.data, log=print)
+        # Nothing that the caller got wrong can fail from here on: an old run is deleted only now.
+        if overwrite and path.exists():
+            path.rmtree()
+        write_config(path, config)
+        with Checkpoints(path, config.keep_checkpoints) as checkpoints:
+            return Run(config, mesh, path, checkpoints, trainer, store).fit(resume)
+
+
+class Run:
+    """One call of `train`: what it holds while it goes."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        mesh: Mesh,
+        path: epath.Path,
+        checkpoints: Checkpoints,
+        trainer: Trainer,
+        store: Store,
+    ):
+        self.config, self.mesh, self.path, self.checkpoints = config, mesh, path, checkpoints
+        self.trainer, self.store = trainer, store
+        self.shard = (jax.process_index(), jax.process_count())
+        self.costs: Costs | None = None
+        self.last_good: int | None = None
+
+    def fit(self, resume: bool) -> dict[str, float]:
+        """Initialise or restore, then train to `config.steps`."""
+        state = self.trainer.init()
+        if resume:
+            state = self.checkpoints.restore(state)
+            self.last_good = int(state.step)
+        first = int(state.step)
+        self.costs = costs(self.config, state.params)
+        self.held_out = held_out(self.config, self.store, self.mesh, self.config.eval_batches)
+        self._describe(state, first)
+        with Loggers(
+            self.path, self.config.steps, resume_from=first if resume else None, enabled=self.shard[0] == 0
+        ) as loggers:
+            return self._steps(state, first, loggers)
+
+    def _steps(self, state: TrainState, first: int, loggers: Loggers) -> dict[str, float]:
+        config, last_eval = self.config, {}
+        clock = Clock(config, self.costs, self.mesh)
+        source = self._batches(first)
+        pending: tuple[int, Metrics] | None = None
+        step = first
+        with Interrupts() as interrupts:
+            while step < config.steps and not interrupts.seen:
+                state, metrics = self.trainer.step(state, place(next(source), self.mesh))
+                step += 1
+                # The metrics of the step before are fetched while this one runs: the device never waits for the host.
+                self._log(loggers, clock, pending)
+                pending = (step, metrics)
+                if step == first + 1:
+                    jax.block_until_ready(metrics)
+                    clock.compiled(step)
+                evaluating = step % config.eval_every == 0 or step == config.steps
+                saving = step % config.checkpoint_every == 0 or step == config.steps
+                if evaluating or saving:
+                    self._log(loggers, clock, pending)
+                    pending = None
+                    with clock.paused():
+                        # What is saved is evaluated first: its own loss has been seen to be finite.
+                        last_eval = self._evaluate(loggers, step, state)
+                        if saving:
+                            self.last_good = self.checkpoints.save(state, config, last_eval)
+            if interrupts.seen and step > first:
+                self._log(loggers, clock, pending)
+                last_eval = self._evaluate(loggers, step, state)
+                self.last_good = self.checkpoints.save(state, config, last_eval)
+            self.checkpoints.wait()
+        if step < config.steps:
+            print(f"Interrupted. Step {self.last_good} is saved in {self.path}; go on with --resume.")
+        return last_eval
+
+    def _log(self, loggers: Loggers, clock: Clock, pending: tuple[int, Metrics] | None) -> None:
+        if pending is None:
+            return
+        step, metrics = pending[0], jax.device_get(pending[1])
+        if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
+            raise self._not_finite(f"Step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}.")
+        if step % self.config.log_every == 0 or step == 1 or step == self.config.steps:
+            loggers.log("train", step, {**named(metrics), **clock.speed(step)})
+
+    def _evaluate(self, loggers: Loggers, step: int, state: TrainState) -> dict[str, float]:
+        metrics = evaluate(self.trainer.evaluate, state.params, self.held_out)
+        loggers.log("eval", step, metrics)
+        if not math.isfinite(metrics["loss"]):
+            raise self._not_finite(f"Step {step}: held-out loss {metrics['loss']}.")
+        return metrics
+
+    def _not_finite(self, what: str) -> NonFiniteLossError:
+        self.checkpoints.wait()
+        advice = "Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or compute in float32"
+        if self.last_good is None:
+            return NonFiniteLossError(f"{what} No checkpoint was saved yet. {advice}, and start with --overwrite.")
+        kept = f"The last good checkpoint is step {self.last_good} in {self.path}."
+        return NonFiniteLossError(f"{what} {kept} {advice}, and --resume.")
+
+    def _batches(self, start: int) -> Iterator[Any]:
+        data = self.config.data
+        return batches(
+            self.store.train,
+            seq_len=data.seq_len,
+            window=self.config.head.window,
+            batch_size=data.batch_size,
+            seed=data.seed,
+            start=start,
+            shard=self.shard,
+        )
+
+    def _describe(self, state: TrainState, first: int) -> None:
+        c, config = self.costs, self.config
+        assert c is not None
+        head = config.head
+        print(
+            f"{self.path}: {'resuming at step ' + str(first) if first else 'new run'}, {config.steps} steps of "
+            f"{config.data.batch_size} x {config.data.seq_len} tokens on mesh {dict(self.mesh.shape)} "
+            f"({self.mesh.devices.flat[0].device_kind})"
+        )
+        print(
+            f"trunk {c.trunk_params:,} parameters, head {c.head_params:,} ({head.kind}, R = {head.rank}, "
+            f"W = {head.window}, {head.factors} factors), embedding {c.embedding_params:,}"
+        )
+        print(
+            f"predicted cost: head / trunk {c.head_flops / c.trunk_flops:.2f} of {c.trunk_flops / 1e6:.1f} MFLOPs a "
+            f"token; a step costs {c.step_ratio:.2f} times one with a plain next-token head",
+            flush=True,
+        )
+
+
+class Interrupts:
+    """Ctrl-C as a flag, so that a step is never cut in half; a second one interrupts at once."""
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __enter__(self) -> Interrupts:
+        self._main = threading.current_thread() is threading.main_thread()
+        if self._main:
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, *_: object) -> None:
+        if self.seen:
+            raise KeyboardInterrupt
+        self.seen = True
+        print("Interrupted: saving after this step. Press again to stop without saving.", flush=True)
+
+
+class Clock:
+    """Tokens per second and MFU between logged steps; compiling, evaluating and saving do not count."""
+
+    def __init__(self, config: TrainConfig, cost: Costs | None, mesh: Mesh):
+        assert cost is not None
+        self.tokens = config.data.batch_size * config.data.seq_len
+        self.flops = cost.trunk_flops + cost.head_flops
+        peak = peak_flops(mesh.devices.flat[0])
+        self.peak = None if peak is None else peak * mesh.devices.size
+        self.begun = self.mark = time.perf_counter()
+        self.mark_step: int | None = None
+
+    def compiled(self, step: int) -> None:
+        """The first step is done: it was mostly compilation, which is reported apart."""
+        now = time.perf_counter()
+        print(f"first step, with compilation: {now - self.begun:.1f} s", flush=True)
+        self.mark, self.mark_step = now, step
+
+    def speed(self, step: int) -> dict[str, float | None]:
+        """Rates since the last call (metrics of `step` are on the host, so that step is done)."""
+        now = time.perf_counter()
+        result: dict[str, float | None] = {"tokens": float(step * self.tokens)}
+        if self.mark_step is not None and step > self.mark_step:
+            rate = (step - self.mark_step) * self.tokens / (now - self.mark)
+            result["tokens_per_second"] = rate
+            result["mfu"] = None if self.peak is None else rate * self.flops / self.peak
+            self.mark, self.mark_step = now, step
+        return result
+
+    def paused(self) -> _Pause:
+        """A context whose time does not count."""
+        return _Pause(self)
+
+
+class _Pause:
+    def __init__(self, clock: Clock):
+        self.clock = clock
+
+    def __enter__(self) -> None:
+        self.begun = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.clock.mark += time.perf_counter() - self.begun

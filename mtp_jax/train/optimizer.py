@@ -1,0 +1,98 @@
+"""Optax, with one table that says how every parameter is treated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+from jax import Array
+from optax.contrib import MuonDimensionNumbers, muon
+
+from mtp_jax.config import OptimizerConfig
+
+# Weight matrices: (input axes, output axes), counted without the stacked layers' L axis. All other axes (L, R, W) are
+# batch axes: Muon orthogonalises each layer's, component's and offset's matrix by itself. Weight decay is theirs alone.
+MATRICES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "wq_DNH": ((0,), (1, 2)),
+    "wk_DKH": ((0,), (1, 2)),
+    "wv_DKH": ((0,), (1, 2)),
+    "wo_NHD": ((0, 1), (2,)),
+    "w_gate_DF": ((0,), (1,)),
+    "w_up_DF": ((0,), (1,)),
+    "w_down_FD": ((0,), (1,)),
+    "u_DRWV": ((0,), (3,)),
+    "map_DRWD": ((0,), (3,)),
+    "map_DWD": ((0,), (2,)),
+    "down_DRWE": ((0,), (3,)),
+    "up_ED": ((0,), (1,)),
+}
+# Embeddings, gates, norms and biases: always Adam, never decayed.
+VECTORS = frozenset({"embed_VD", "unembed_VD", "gate_DR", "scale", "bq_NH", "bk_KH", "bv_KH"})
+
+
+def dimension_numbers(params: Any) -> Any:
+    """For every parameter its `MuonDimensionNumbers`, or None where it is not a matrix.
+
+    Raises:
+      KeyError: a parameter is in neither table: add it to the right one.
+    """
+
+    def of(path: tuple[Any, ...], _: Array) -> MuonDimensionNumbers | None:
+        names = [key.key for key in path]
+        if names[-1] in VECTORS:
+            return None
+        if names[-1] not in MATRICES:
+            raise KeyError(f"parameter {'.'.join(names)} is in neither MATRICES nor VECTORS of {__name__}.")
+        stacked = int("blocks" in names)
+        inputs, outputs = MATRICES[names[-1]]
+        return MuonDimensionNumbers(tuple(a + stacked for a in inputs), tuple(a + stacked for a in outputs))
+
+    return jax.tree_util.tree_map_with_path(of, params)
+
+
+def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate as a function of the step: linear warm-up, then `config.schedule` to the end of the run."""
+    peak, warmup, final = config.learning_rate, config.warmup_steps, config.final_lr_fraction
+    after = max(1, steps - warmup)
+    if config.schedule == "cosine":
+        main = optax.cosine_decay_schedule(peak, after, alpha=final)
+    elif config.schedule == "wsd":
+        decay = max(1, min(after, round(config.decay_fraction * steps)))
+        end = optax.linear_schedule(peak, peak * final, decay)
+        main = optax.join_schedules([optax.constant_schedule(peak), end], [after - decay])
+    else:
+        main = optax.constant_schedule(peak)
+    # Step 0 learns too: the ramp is 1/(n+1), 2/(n+1), ..
+    ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup) if warmup else optax.constant_schedule(peak)
+    return optax.join_schedules([ramp, main], [warmup])
+
+
+def make_optimizer(config: OptimizerConfig, steps: int, params: Any) -> optax.GradientTransformation:
+    """Clipping by the global norm, then AdamW or Muon. `params` may be arrays or their shapes."""
+    schedule, matrices = make_schedule(config, steps), dimension_numbers(params)
+    if config.name == "muon":
+        update = muon(
+            schedule,
+            beta=config.momentum,
+            weight_decay=config.weight_decay,
+            adam_b1=config.beta1,
+            adam_b2=config.beta2,
+            eps=config.eps,
+            adam_weight_decay=0.0,
+            muon_weight_dimension_numbers=matrices,
+            consistent_rms=0.2,  # updates as large as Adam's, so one learning rate serves both (arXiv 2502.16982)
+        )
+    else:
+        decayed = jax.tree.map(lambda _, dims: dims is not None, params, _leaves(params, matrices))
+        update = optax.adamw(
+            schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decayed
+        )
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
+    return optax.chain(clip, update)
+
+
+def _leaves(params: Any, numbers: Any) -> Any:
+    """`numbers` as a tree of the same structure as `params`: None and named tuples count as leaves."""
+    leaf = lambda node: node is None or isinstance(node, MuonDimensionNumbers)  # noqa: E731
+    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(numbers, is_leaf=leaf))

@@ -1,0 +1,131 @@
+"""The train state and the pure functions on it: one optimizer step, one evaluation batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax import Array, lax
+from jax.sharding import PartitionSpec as P
+
+from mtp_jax.config import TrainConfig
+from mtp_jax.model.transformer import LanguageModel
+from mtp_jax.train.optimizer import make_optimizer, make_schedule
+
+Batch = dict[str, Array]
+Metrics = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class TrainState:
+    """All that changes in training: steps taken, parameters by name, optimizer state. Donated whole to the step."""
+
+    step: Array
+    params: dict[str, Any]
+    opt_state: Any
+
+
+@dataclass(frozen=True)
+class Trainer:
+    """The compiled functions of a run. Build it with `make_trainer` under `jax.set_mesh`."""
+
+    graph: nnx.GraphDef
+    init: Callable[[], TrainState]
+    step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
+    evaluate: Callable[[dict[str, Any], Batch, Array], Metrics]
+
+
+def build_model(config: TrainConfig, key: Array) -> LanguageModel:
+    """The model of a config, with fresh parameters."""
+    return LanguageModel(config.model, config.head, rngs=nnx.Rngs(key))
+
+
+def split(model: LanguageModel) -> tuple[nnx.GraphDef, dict[str, Any]]:
+    """A model as (structure, parameters by name); `nnx.merge` puts them together."""
+    graph, state = nnx.split(model)
+    return graph, nnx.to_pure_dict(state)
+
+
+def make_trainer(config: TrainConfig) -> Trainer:
+    """Trace the model's structure and make the jitted functions of `config` for the mesh in scope."""
+    build = functools.partial(build_model, config)
+    graph = nnx.graphdef(jax.eval_shape(build, jax.random.key(0)))
+    init_params = jax.jit(lambda: split(build(jax.random.key(config.seed)))[1])
+    shapes = jax.eval_shape(init_params)
+    optimizer = make_optimizer(config.optimizer, config.steps, shapes)
+
+    def init() -> TrainState:
+        params = init_params()
+        return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+
+    return Trainer(
+        graph,
+        init,
+        jax.jit(functools.partial(train_step, config, graph, optimizer), donate_argnums=0),
+        jax.jit(functools.partial(batch_loss, graph)),
+    )
+
+
+def batch_loss(graph: nnx.GraphDef, params: dict[str, Any], batch: Batch, count_W: Array) -> tuple[Array, Metrics]:
+    """The head's loss on a batch, and its sums; `count_W` is the number of valid targets that the means are over."""
+    model = nnx.merge(graph, params)
+    weights_BTW = batch["valid_BTW"] / jnp.maximum(count_W, 1)[None, None]
+    x_BTD = model(batch["tokens_BT"], batch["segments_BT"])
+    return model.head.loss(x_BTD, batch["targets_BTW"], weights_BTW)
+
+
+def train_step(
+    config: TrainConfig, graph: nnx.GraphDef, optimizer: optax.GradientTransformation, state: TrainState, batch: Batch
+) -> tuple[TrainState, Metrics]:
+    """One optimizer step on one global batch, read in `config.grad_accumulation` equal parts.
+
+    Returns the new state and the metrics at the old parameters, all float32 scalars but `loss_offset` [W] and
+    `gate_share` [R].
+    """
+    # Every target weighs the same, whichever part it is in: the counts are of the whole batch.
+    count_W = jnp.sum(batch["valid_BTW"], axis=(0, 1), dtype=jnp.float32)
+    gradient = jax.value_and_grad(functools.partial(batch_loss, graph), has_aux=True)
+    parts = config.grad_accumulation
+
+    if parts == 1:
+        (loss, aux), grads = gradient(state.params, batch, count_W)
+    else:
+
+        def part(total: Any, batch: Batch) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, gradient(state.params, batch, count_W)), None
+
+        def deal(array: Array) -> Array:
+            # Rows are dealt in turn, so that a part is spread over the devices as the batch is. The sharding is said:
+            # JAX cannot tell it where a part is one row for each device.
+            rows, *rest = jax.typeof(array).sharding.spec
+            shape = (-1, parts, *array.shape[1:])
+            return jnp.moveaxis(array.reshape(shape, out_sharding=P(rows, None, *rest)), 1, 0)
+
+        dealt = jax.tree.map(deal, batch)
+        first = jax.tree.map(lambda a: a[0], dealt)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state.params, first, count_W))
+        ((loss, aux), grads), _ = lax.scan(part, zeros, dealt)
+
+    updates, opt_state = _update(optimizer, grads, state)
+    params: Any = optax.apply_updates(state.params, updates)
+    metrics = {
+        "loss": loss,
+        **aux,
+        "grad_norm": optax.tree.norm(grads),
+        "learning_rate": make_schedule(config.optimizer, config.steps)(state.step),
+    }
+    return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def _update(optimizer: optax.GradientTransformation, grads: Any, state: TrainState) -> tuple[Any, Any]:
+    """`optimizer.update`. Muon multiplies matrices with themselves, both sides sharded: the compiler places those."""
+    specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (state.params, state.opt_state))
+    update: Any = jax.sharding.auto_axes(optimizer.update, out_sharding=specs)
+    return update(grads, state.opt_state, state.params)

@@ -1,0 +1,24 @@
+"""Strict settings for every test: 8 simulated CPU devices, and silent broadcasting over ranks is an error.
+
+Warnings are errors too (setup.cfg). The environment variables reach subprocesses, which otherwise start as a
+user's would: with the real number of devices and JAX's own settings.
+"""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "agg")
+# Compiled functions outlive the run: the second `make test` skips most of the compiling.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".jax_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import hypothesis
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# An example that compiles takes seconds, so no deadline; the same examples in every run, so a failure can be repeated.
+hypothesis.settings.register_profile("mtp_jax", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("mtp_jax")

@@ -1,0 +1,345 @@
+"""Checkpoints: what was saved comes back, bit for bit and anywhere; and a directory says what it is."""
+
+import dataclasses
+import functools
+import json
+import pickle
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+import mtp_jax
+from mtp_jax.checkpoint import CheckpointError, Checkpoints, read_config, versions, write_config
+from mtp_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, from_dict
+from mtp_jax.data.tokenizers import ByteTokenizer
+from mtp_jax.sharding import RULES
+from mtp_jax.train import loop
+from mtp_jax.train.evaluate import place
+from mtp_jax.train.loggers import read_metrics
+from mtp_jax.train.step import TrainState, split
+
+VOCAB = 258
+MESHES = {"adamw": MeshConfig(2, 2, 2), "muon": MeshConfig()}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """What is compared here is one program with itself; faster code would take longer to compile."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    path: Path
+    config: TrainConfig
+    states: dict[int, Any]
+    """What was handed to be saved, as it was in memory, by step."""
+
+
+def fit(config, path, **options):
+    """Train, and return the states that were saved."""
+    states, save = {}, Checkpoints.save
+
+    def record(self, state, *rest):
+        states[int(state.step)] = jax.device_get(state)
+        return save(self, state, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoints, "save", record)
+        loop.train(config, path, **options)
+    return states
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory):
+    """A run of 8 steps on 8 devices, saved at step 4 and at step 8, by the name of its optimizer."""
+    root = tmp_path_factory.mktemp("runs")
+    (root / "corpus").mkdir()
+    for i in range(40):
+        (root / "corpus" / f"{i}.txt").write_text(f"The {i}th of {i % 7} small texts.\n" * 6)
+    data = DataConfig(
+        source="text",
+        files=f"{root}/corpus/*.txt",
+        valid_fraction=0.2,
+        batch_size=8,
+        seq_len=16,
+        cache_dir=f"{root}/cache",
+    )
+
+    @functools.cache
+    def train(name):
+        config = TrainConfig(
+            tiny.model_config(vocab_size=VOCAB),
+            tiny.head_config(window=3, rank=2),
+            data,
+            OptimizerConfig(name=name, learning_rate=1e-2, warmup_steps=2),
+            MESHES[name],
+            steps=8,
+            eval_every=4,
+            eval_batches=2,
+            checkpoint_every=4,
+            log_every=1,
+        )
+        return Trained(root / name, config, fit(config, root / name))
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def trained(train):
+    return train("adamw")
+
+
+@pytest.fixture(scope="module")
+def loaded(trained):
+    return mtp_jax.load(trained.path)
+
+
+def assert_equal(tree, expected):
+    """Bit for bit."""
+    assert jax.tree.structure(tree) == jax.tree.structure(expected)
+    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(expected), strict=True):
+        assert leaf.dtype == other.dtype
+        np.testing.assert_array_equal(leaf, other, err_msg=jax.tree_util.keystr(path))
+
+
+def numbers(run_dir):
+    """Every number of metrics.jsonl that does not depend on the clock."""
+    clock = ("time", "tokens_per_second")
+    return [{k: v for k, v in record.items() if k not in clock} for record in read_metrics(run_dir)]
+
+
+def on_disk(run_dir):
+    return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
+# Resuming
+
+
+@pytest.mark.parametrize("optimizer", MESHES)
+def test_a_resumed_run_is_the_straight_one_bit_for_bit(train, optimizer, tmp_path, caplog):
+    straight = train(optimizer)
+    assert on_disk(straight.path) == ["4", "8"]
+    run_dir = tmp_path / "run"
+    shutil.copytree(straight.path, run_dir)
+    # As if it had been killed between step 4 and step 8.
+    shutil.rmtree(run_dir / "checkpoints" / "8")
+    with jax.log_compiles():
+        states = fit(straight.config, run_dir, resume=True)
+
+    assert list(states) == [8]
+    assert_equal(states[8], straight.states[8])
+    assert numbers(run_dir) == numbers(straight.path)
+    train_steps = [record["step"] for record in numbers(run_dir) if record["kind"] == "train"]
+    assert train_steps == list(range(1, 9))
+    assert on_disk(run_dir) == ["4", "8"]
+    compiled = [r for r in caplog.records if r.getMessage().startswith("Compiling jit(train_step)")]
+    assert len(compiled) == 1, "a restored state is placed as a trained one"
+
+
+def test_the_run_learned_something(trained):
+    """Else its states could be equal for no good reason."""
+    moved = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), trained.states[4].params, trained.states[8].params)
+    assert min(jax.tree.leaves(moved)) > 1e-4
+
+
+# Loading
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(1, 4, 2)])
+def test_what_eight_devices_saved_loads_on_any_mesh(trained, loaded, mesh):
+    run = loaded if mesh is None else mtp_jax.load(str(trained.path), mesh=mesh)
+    _, params = split(run.model)
+    assert_equal(jax.device_get(params), trained.states[8].params)
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(params)} == {1 if mesh is None else 8}
+    assert params["embed_VD"].sharding.spec == RULES.embed_VD
+    assert dict(run.mesh.shape) == ({"data": 1, "fsdp": 1, "tensor": 1} if mesh is None else vars(mesh))
+
+
+def test_the_log_likelihood_is_that_of_the_mesh_it_was_trained_on(trained, loaded):
+    tokens = np.random.default_rng(0).integers(0, VOCAB, (8, 16 + 3)).astype(np.int32)
+    ahead = np.arange(16)[:, None] + np.arange(1, 4)[None]
+
+    def log_likelihood(run):
+        with jax.set_mesh(run.mesh):
+            batch = place({"tokens": tokens[:, :16], "targets": tokens[:, ahead]}, run.mesh)
+            compute = jax.jit(lambda model, batch: model.head.log_likelihood(model(batch["tokens"]), batch["targets"]))
+            return np.asarray(compute(run.model, batch))
+
+    there = log_likelihood(mtp_jax.load(trained.path, mesh=trained.config.mesh))
+    assert there.shape == (8, 16, 3) and np.ptp(there) > 0.1
+    np.testing.assert_allclose(log_likelihood(loaded), there, rtol=0, atol=1e-5)
+
+
+def test_a_loaded_run_has_all_that_it_takes(trained, loaded):
+    assert loaded.config == trained.config and loaded.step == 8
+    assert loaded.tokenizer.to_json() == {"name": "bytes"}
+    assert loaded.tokenizer.decode(loaded.tokenizer.encode("hello")) == "hello"
+    assert isinstance(loaded.model, mtp_jax.LanguageModel)
+
+
+def test_an_earlier_step_can_be_loaded(trained):
+    run = mtp_jax.load(trained.path, step=4)
+    assert run.step == run.meta["step"] == 4
+    assert_equal(jax.device_get(split(run.model)[1]), trained.states[4].params)
+
+
+def test_a_run_in_the_home_directory_loads(trained, monkeypatch):
+    monkeypatch.setenv("HOME", str(trained.path.parent))
+    assert mtp_jax.load(f"~/{trained.path.name}").step == 8
+
+
+def test_a_loaded_run_generates(loaded):
+    options = dict(max_new_tokens=12, temperature=0.9)
+    text = loaded.generate("The 1st", seed=1, **options)
+    assert isinstance(text, str) and text
+    assert loaded.generate("The 1st", seed=1, **options) == text
+    assert loaded.generate("The 1st", seed=2, **options) != text
+    assert loaded.generate(["The 1st"], seed=1, **options) == [text]
+    tokens = loaded.generate_tokens([loaded.tokenizer.encode("The 1st")], seed=1, **options).tokens[0]
+    assert loaded.tokenizer.decode(tokens) == text and 1 <= len(tokens) <= 12
+
+
+def test_generation_stops_at_the_end_of_a_document(loaded, monkeypatch):
+    """Here the end is a token that the model is known to choose."""
+    prompt, options = loaded.tokenizer.encode("The 1st"), dict(max_new_tokens=12, temperature=0.9, seed=1)
+    tokens = loaded.generate_tokens([prompt], stop_tokens=(VOCAB - 1,), **options).tokens[0]
+    monkeypatch.setattr(ByteTokenizer, "end_of_document", int(tokens[3]))
+    first = list(tokens).index(tokens[3])
+    assert list(loaded.generate_tokens([prompt], **options).tokens[0]) == list(tokens[: first + 1])
+
+
+# What cannot be loaded says why
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(ConfigError, match=re.escape(f"{path} is not a run directory: it has no config.json")):
+            mtp_jax.load(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_without_checkpoints_is_refused(tmp_path, trained):
+    write_config(tmp_path, trained.config)
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path} holds no complete checkpoint. Train first")):
+        mtp_jax.load(tmp_path)
+
+
+def test_a_step_that_does_not_exist_is_answered_with_those_that_do(trained):
+    with pytest.raises(CheckpointError, match=re.escape(f"{trained.path} has no step 5; it has [4, 8].")):
+        mtp_jax.load(trained.path, step=5)
+
+
+def test_another_tokenizer_is_refused(trained, monkeypatch):
+    monkeypatch.setattr(ByteTokenizer, "to_json", lambda self: {"name": "bytes", "version": 2})
+    with pytest.raises(ConfigError, match=r"trained with the tokenizer {'name': 'bytes'} and 'bytes' is now {.*2}"):
+        mtp_jax.load(trained.path)
+
+
+def test_a_mesh_that_does_not_fit_is_refused(trained):
+    with pytest.raises(ConfigError, match=r"needs 4 devices and there are 8"):
+        mtp_jax.load(trained.path, mesh=MeshConfig(2, 2, 1))
+
+
+# Saving
+
+
+def make_state(step, value=None):
+    w = jnp.full(3, step if value is None else value, jnp.float32)
+    return TrainState(jnp.asarray(step, jnp.int32), {"w": w}, {"m": 2 * w})
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    config = tiny.train_config()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest_step() is None
+        for step in (1, 2, 5, 7):
+            assert checkpoints.save(make_state(step), config, {}) == step
+        checkpoints.wait()
+        assert checkpoints.latest_step() == 7
+        for step in (5, 7):
+            assert_equal(checkpoints.restore(make_state(0), step), make_state(step))
+        assert_equal(checkpoints.restore(make_state(0)), make_state(7))
+        assert_equal(checkpoints.restore_params(make_state(0).params, 5), make_state(5).params)
+    assert on_disk(tmp_path) == ["5", "7"]
+
+
+def test_a_step_is_saved_once_and_never_behind_a_later_one(tmp_path):
+    config = tiny.train_config()
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        checkpoints.save(make_state(4), config, {})
+        assert checkpoints.save(make_state(4, value=9), config, {}) == 4
+        with pytest.raises(CheckpointError, match=r"did not save step 2 .* it holds steps \[4\]"):
+            checkpoints.save(make_state(2), config, {})
+        checkpoints.wait()
+        assert_equal(checkpoints.restore(make_state(0)), make_state(4))
+
+
+def test_a_checkpoint_that_was_not_finished_is_not_seen_and_is_replaced(tmp_path):
+    config = tiny.train_config()
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(make_state(4), config, {})
+    # What a kill leaves behind while step 8 is written.
+    shutil.copytree(tmp_path / "checkpoints/4", tmp_path / "checkpoints/8.orbax-checkpoint-tmp")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.latest_step() == 4
+    assert on_disk(tmp_path) == ["4", "8.orbax-checkpoint-tmp"], "who only reads deletes nothing"
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.latest_step() == 4
+        checkpoints.save(make_state(8), config, {})
+        assert_equal(checkpoints.restore(make_state(0)), make_state(8))
+    assert on_disk(tmp_path) == ["4", "8"]
+
+
+def test_a_checkpoint_says_what_it_is(trained):
+    with Checkpoints(trained.path) as checkpoints:
+        latest, earlier = checkpoints.meta(), checkpoints.meta(4)
+    for step, meta in ((8, latest), (4, earlier)):
+        assert set(meta) == {"step", "config", "tokenizer", "versions", "metrics"}
+        assert meta["step"] == step
+        assert from_dict(TrainConfig, meta["config"]) == trained.config
+        assert meta["tokenizer"] == {"name": "bytes"}
+        assert {"mtp_jax", "python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(
+            meta["versions"]
+        )
+        evaluation = next(r for r in numbers(trained.path) if (r["kind"], r["step"]) == ("eval", step))
+        assert {"kind": "eval", "step": step, **meta["metrics"]} == evaluation
+    assert latest["versions"] == versions() and versions()["jax"] == jax.__version__
+
+
+def test_a_run_directory_says_what_it_is(trained):
+    assert read_config(trained.path) == trained.config
+    assert json.loads((trained.path / "config.json").read_text())["model"]["d_model"] == 16
+    assert {path.name for path in trained.path.iterdir()} == {
+        *("config.json", "metrics.jsonl", "checkpoints", "tensorboard")
+    }
+
+
+def test_nothing_is_a_pickle(trained, monkeypatch):
+    files = [path for path in trained.path.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    for path in files:
+        assert path.suffix not in {".pkl", ".pickle", ".pt", ".pth", ".npy", ".npz", ".joblib", ".msgpack"}, path
+        begin = path.read_bytes()[:2]
+        assert not (begin[:1] == b"\x80" and 0 < begin[-1] <= pickle.HIGHEST_PROTOCOL), path
+
+    def refuse(*args, **options):
+        raise AssertionError("a checkpoint was unpickled: it could run any code")
+
+    for name in ("load", "loads", "Unpickler"):
+        monkeypatch.setattr(pickle, name, refuse)
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), trained.states[8])
+    with Checkpoints(trained.path) as checkpoints:
+        assert_equal(jax.device_get(checkpoints.restore(target)), trained.states[8])
+        assert checkpoints.meta()["step"] == 8

@@ -1,0 +1,310 @@
+"""Every configuration that cannot run is refused, with the values that disagree; every other survives JSON."""
+
+import ast
+import contextlib
+import functools
+import inspect
+import json
+import re
+import subprocess
+import sys
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+
+import pytest
+
+from mtp_jax import config as config_module
+from mtp_jax.config import (
+    ConfigError,
+    DataConfig,
+    HeadConfig,
+    MeshConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RopeScaling,
+    TrainConfig,
+    from_dict,
+    to_dict,
+)
+
+
+def on_mesh(*shape, batch=16, parts=1, factors="full", **model):
+    data = DataConfig(batch_size=batch)
+    config = TrainConfig(ModelConfig(**model), HeadConfig(factors=factors), data, grad_accumulation=parts)
+    return config.check_mesh(shape)
+
+
+# What is refused, and what its message must say: the fields, the values on both sides, and a way out.
+REFUSED = {
+    "heads_by_groups": (
+        lambda: ModelConfig(num_heads=6, num_kv_heads=4),
+        ["num_heads is 6", "num_kv_heads is 4", "multiple"],
+    ),
+    "width_by_heads": (
+        lambda: ModelConfig(d_model=250, num_heads=4),
+        ["d_model is 250", "num_heads is 4", "head_dim"],
+    ),
+    "odd_head": (lambda: ModelConfig(head_dim=7), ["head_dim is 7", "even"]),
+    "odd_head_by_division": (lambda: ModelConfig(d_model=36, num_heads=4), ["head_dim is 9", "even"]),
+    "no_head": (lambda: ModelConfig(head_dim=0), ["head_dim is 0", "positive"]),
+    "rope_scaling": (
+        lambda: RopeScaling(low_freq_factor=4.0, high_freq_factor=2.0),
+        ["high_freq_factor is 2.0", "low_freq_factor is 4.0", "4 and 1"],
+    ),
+    "window": (lambda: HeadConfig(window=0), ["HeadConfig.window is 0", "at least 1"]),
+    "rank_of_independent": (
+        lambda: HeadConfig(kind="independent", rank=4),
+        ["independent", "rank is 4", "rank 1", "cpd"],
+    ),
+    "gamma_zero": (lambda: HeadConfig(gamma=0.0), ["gamma is 0.0", "(0, 1]"]),
+    "gamma_above": (lambda: HeadConfig(gamma=1.5), ["gamma is 1.5", "(0, 1]"]),
+    "valid_fraction_zero": (lambda: DataConfig(valid_fraction=0.0), ["valid_fraction is 0.0", "(0, 1)"]),
+    "valid_fraction_one": (lambda: DataConfig(valid_fraction=1.0), ["valid_fraction is 1.0", "(0, 1)"]),
+    "text_without_files": (lambda: DataConfig(source="text"), ["source is text", "files is empty", "--data.files"]),
+    "beta": (lambda: OptimizerConfig(beta2=1.5), ["OptimizerConfig.beta2 is 1.5", "[0, 1]"]),
+    "mesh_zero": (lambda: MeshConfig(fsdp=0), ["MeshConfig.fsdp is 0", "-1"]),
+    "mesh_negative": (lambda: MeshConfig(tensor=-2), ["MeshConfig.tensor is -2", "-1"]),
+    "mesh_two_rests": (lambda: MeshConfig(-1, -1, 2), ["(-1, -1, 2)", "only one"]),
+    "mesh_too_large": (lambda: MeshConfig(2, 2, 4).shape(8), ["(2, 2, 4)", "16 devices", "are 8"]),
+    "mesh_too_small": (lambda: MeshConfig(2, 2, 1).shape(8), ["(2, 2, 1)", "4 devices", "are 8"]),
+    "mesh_rest": (lambda: MeshConfig(-1, 3, 1).shape(8), ["(-1, 3, 1)", "multiple of 3", "are 8"]),
+    "batch_by_parts": (
+        lambda: TrainConfig(data=DataConfig(batch_size=10), grad_accumulation=4),
+        ["batch_size is 10", "grad_accumulation is 4", "multiple"],
+    ),
+    "sequence_by_context": (
+        lambda: TrainConfig(model=ModelConfig(context_length=64), data=DataConfig(seq_len=65)),
+        ["seq_len is 65", "context_length is 64"],
+    ),
+    "warmup_by_steps": (
+        lambda: TrainConfig(optimizer=OptimizerConfig(warmup_steps=11), steps=10),
+        ["warmup_steps is 11", "steps is 10"],
+    ),
+    "tied_without_table": (
+        lambda: TrainConfig(model=ModelConfig(tie_embeddings=True)),
+        ["tie_embeddings is True", "factors is full", "marginal", "untie"],
+    ),
+    "tokenizer": (
+        lambda: TrainConfig(model=ModelConfig(vocab_size=100)).check_tokenizer(256),
+        ["vocab_size is 100", "has 256", "'bytes'"],
+    ),
+    "batch_by_devices": (lambda: on_mesh(2, 3, 1), ["16 sequences", "2 x 3 = 6"]),
+    "part_by_devices": (
+        lambda: on_mesh(4, 1, 1, parts=8),
+        ["2 sequences", "batch_size 16", "grad_accumulation 8", "4 x 1 = 4"],
+    ),
+    "width_by_fsdp": (lambda: on_mesh(1, 8, 1, d_model=36, head_dim=8), ["d_model is 36", "fsdp has 8"]),
+    "vocabulary_by_tensor": (lambda: on_mesh(1, 1, 2, vocab_size=263), ["vocab_size is 263", "tensor has 2"]),
+    "groups_by_tensor": (lambda: on_mesh(1, 1, 4, num_kv_heads=2), ["num_kv_heads is 2", "tensor has 4"]),
+    "feed_forward_by_tensor": (lambda: on_mesh(1, 1, 2, d_ff=705), ["d_ff is 705", "tensor has 2"]),
+    "unknown_field": (lambda: from_dict(HeadConfig, {"ranks": 4}), ["HeadConfig", "'ranks'", "did you mean 'rank'"]),
+    "unknown_nested_field": (
+        lambda: from_dict(TrainConfig, {"model": {"num_layer": 4}}),
+        ["ModelConfig", "'num_layer'", "did you mean 'num_layers'"],
+    ),
+    "unknown_field_like_none": (lambda: from_dict(MeshConfig, {"qqq": 1}), ["'qqq'", "data", "fsdp", "tensor"]),
+}
+# The least value of every other number.
+LEAST = {
+    RopeScaling: {"factor": 1, "original_context_length": 1},
+    ModelConfig: {
+        **{"vocab_size": 1, "d_model": 1, "d_ff": 1, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1},
+        "context_length": 1,
+    },
+    HeadConfig: {"window": 1, "rank": 1, "factor_width": 1, "ntp_weight": 0, "balance_weight": 0, "init_noise": 0},
+    DataConfig: {"seq_len": 1, "batch_size": 1},
+    OptimizerConfig: {"learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "clip_norm": 0},
+    TrainConfig: {
+        **{"steps": 1, "grad_accumulation": 1, "eval_every": 1, "eval_batches": 1, "checkpoint_every": 1},
+        **{"keep_checkpoints": 1, "log_every": 1},
+    },
+}
+# What must change with it, so that the least value fits.
+ALONG = {
+    "num_heads": {"num_kv_heads": 1},
+    "d_model": {"head_dim": 2},
+    "steps": {"optimizer": OptimizerConfig(warmup_steps=0)},
+}
+# Fields with a fixed set of values, and one that is not in it.
+CHOICES = [
+    (ModelConfig, "dtype", "float16", "bfloat16"),
+    (ModelConfig, "remat", "ful", "full"),
+    (HeadConfig, "factors", "lowrnk", "lowrank"),
+    (HeadConfig, "target", "next", "ntp"),
+    (HeadConfig, "balance", "sqared", "squared"),
+    (OptimizerConfig, "name", "adam", "adamw"),
+    (OptimizerConfig, "schedule", "linear", "cosine"),
+]
+FRACTIONS = ["decay_fraction", "final_lr_fraction", "beta1", "beta2", "momentum"]
+
+
+def assert_says(message, words):
+    """Every word is there, and a number as a whole number: `is 4` is not found in `is 40`."""
+    missing = [word for word in words if not re.search(re.escape(word) + r"(?![\d])(?!\.\d)", message)]
+    assert not missing, f"{missing} not in: {message}"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_refusal_names_the_fields_and_both_values(name):
+    build, words = REFUSED[name]
+    with pytest.raises(ConfigError) as error:
+        build()
+    assert_says(str(error.value), words)
+
+
+@pytest.mark.parametrize("cls, name", [(cls, name) for cls, names in LEAST.items() for name in names])
+def test_the_least_value_is_allowed_and_the_next_below_is_not(cls, name):
+    least = LEAST[cls][name]
+    with pytest.raises(ConfigError) as error:
+        cls(**{name: least - 1})
+    assert_says(str(error.value), [f"{cls.__name__}.{name} is {least - 1}", f"at least {least}"])
+    with pytest.raises(ConfigError):
+        cls(**{name: float("nan")})
+    assert getattr(cls(**{name: least}, **ALONG.get(name, {})), name) == least
+
+
+@pytest.mark.parametrize("name", FRACTIONS)
+def test_fractions_lie_between_0_and_1(name):
+    for value in (-0.1, 1.1):
+        with pytest.raises(ConfigError) as error:
+            OptimizerConfig(**{name: value})
+        assert_says(str(error.value), [f"OptimizerConfig.{name} is {value}", "[0, 1]"])
+    for value in (0.0, 1.0):
+        OptimizerConfig(**{name: value})
+
+
+@pytest.mark.parametrize("cls, name, value, allowed", CHOICES)
+def test_a_value_that_is_not_among_the_choices_is_refused(cls, name, value, allowed):
+    cls(**{name: allowed})
+    with pytest.raises(ConfigError) as error:
+        cls(**{name: value})
+    assert_says(str(error.value), [f"{cls.__name__}.{name} is", value, allowed])
+
+
+def test_every_refusal_of_the_module_is_among_these(monkeypatch):
+    """A check that is added without a case here fails: the lines that refuse are compared with those in the source."""
+    source = ast.parse(inspect.getsource(config_module))
+    calls = [node for node in ast.walk(source) if isinstance(node, ast.Call)]
+    checks = {call.lineno: call for call in calls if getattr(call.func, "id", "") == "require"}
+    refused, require = set(), config_module.require
+
+    def spy(ok, message):
+        line = sys._getframe(1).f_lineno
+        if not ok:
+            refused.update(first for first, call in checks.items() if first <= line <= call.end_lineno)
+        require(ok, message)
+
+    monkeypatch.setattr(config_module, "require", spy)
+    wrong = [(ModelConfig, "d_model", 0, 1), (OptimizerConfig, "beta1", 2, 1), *CHOICES]
+    builds = [build for build, _ in REFUSED.values()]
+    for build in builds + [functools.partial(cls, **{name: value}) for cls, name, value, _ in wrong]:
+        with contextlib.suppress(ConfigError):
+            build()
+    assert refused == set(checks)
+
+
+def test_what_fits_is_accepted():
+    assert ModelConfig(d_model=250, num_heads=4, head_dim=64).head_width == 64
+    assert ModelConfig(d_model=64, num_heads=4).head_width == 16
+    for factors in ("shared", "lowrank"):
+        TrainConfig(ModelConfig(tie_embeddings=True), HeadConfig(factors=factors))
+    TrainConfig(ModelConfig(tie_embeddings=True), HeadConfig(target="ntp"))
+    TrainConfig(ModelConfig(vocab_size=257)).check_tokenizer(257)
+    on_mesh(2, 2, 2, batch=8, parts=2)
+    on_mesh(1, 1, 2, factors="shared")
+
+
+@pytest.mark.parametrize("factors", ["shared", "lowrank"])
+def test_a_width_that_tensor_does_not_divide_is_accepted(factors):
+    """It is split over fsdp alone (`sharding.py`)."""
+    on_mesh(2, 1, 4, d_model=18, head_dim=4, num_kv_heads=4, factors=factors)
+
+
+@pytest.mark.parametrize(
+    "sizes, devices, shape",
+    [((-1, 1, 1), 8, (8, 1, 1)), ((2, -1, 2), 8, (2, 2, 2)), ((1, 2, 4), 8, (1, 2, 4)), ((-1, 4, 2), 8, (1, 4, 2))],
+)
+def test_the_mesh_uses_every_device(sizes, devices, shape):
+    assert MeshConfig(*sizes).shape(devices) == shape
+
+
+# Round trip
+
+
+def test_every_field_survives_json():
+    """Every field differs from its default, so one that is dropped is noticed."""
+    config = TrainConfig(
+        ModelConfig(
+            vocab_size=512,
+            d_model=64,
+            d_ff=96,
+            num_layers=3,
+            num_heads=8,
+            num_kv_heads=4,
+            head_dim=10,
+            context_length=333,
+            rope_theta=5e5,
+            rope_scaling=RopeScaling(4.0, 2.0, 6.0, 4096),
+            qkv_bias=True,
+            qk_norm=True,
+            tie_embeddings=True,
+            norm_eps=1e-6,
+            dtype="float32",
+            remat="dots",
+        ),
+        HeadConfig("independent", 3, 1, "lowrank", 5, "ntp", 0.5, 0.9, "switch", 0.2, 0.1),
+        DataConfig("text", "*.txt", "tok.json", 17, 6, 0.3, 5, "/cache"),
+        OptimizerConfig("muon", 2e-3, "wsd", 7, 0.3, 0.2, 0.05, 0.8, 0.99, 1e-7, 0.9, 0.5),
+        MeshConfig(2, 3, -1),
+        steps=77,
+        grad_accumulation=3,
+        eval_every=9,
+        eval_batches=4,
+        checkpoint_every=11,
+        keep_checkpoints=5,
+        log_every=3,
+        seed=8,
+    )
+    assert_no_default(config)
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(config)))) == config
+    default = TrainConfig()
+    assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(default)))) == default
+    assert from_dict(TrainConfig, {}) == default
+
+
+def assert_no_default(config):
+    default = type(config)()
+    for field in fields(config):
+        value = getattr(config, field.name)
+        assert value != getattr(default, field.name), f"{type(config).__name__}.{field.name} is its default"
+        if is_dataclass(value):
+            assert_no_default(value)
+
+
+def test_from_dict_checks_what_it_reads():
+    values = to_dict(TrainConfig())
+    values["data"]["batch_size"] = 10
+    values["grad_accumulation"] = 4
+    with pytest.raises(ConfigError, match="batch_size is 10"):
+        from_dict(TrainConfig, values)
+
+
+# Imports
+
+
+def test_importing_the_package_waits_for_no_library():
+    heavy = ("jax", "jaxlib", "flax", "optax", "orbax", "tensorflow")
+    code = (
+        f"import sys, mtp_jax, mtp_jax.config; mtp_jax.TrainConfig(); print([n for n in {heavy} if n in sys.modules])"
+    )
+    root = Path(config_module.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+def test_an_unknown_public_name_is_answered_with_those_there_are():
+    import mtp_jax
+
+    assert set(mtp_jax.__all__) < set(dir(mtp_jax))
+    with pytest.raises(AttributeError, match=r"no attribute 'Trainconfig'.*TrainConfig"):
+        _ = mtp_jax.Trainconfig

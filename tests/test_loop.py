@@ -1,0 +1,519 @@
+"""The loop: what it writes and when, and that whatever stops it leaves a run that goes on.
+
+Most tests give the loop a trainer that takes no time, so that they see the loop and nothing else.
+"""
+
+import dataclasses
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+
+import mtp_jax
+from mtp_jax.checkpoint import CheckpointError, Checkpoints, read_config, write_config
+from mtp_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mtp_jax.train import loop
+from mtp_jax.train.evaluate import evaluate, evaluate_run, named
+from mtp_jax.train.loggers import read_metrics
+from mtp_jax.train.step import TrainState
+
+WINDOW, RANK = 3, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """What is looked at here is the loop; faster code would take longer to compile."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A run of 8 steps, saved and evaluated every 4."""
+    root = tmp_path_factory.mktemp("data")
+    (root / "corpus").mkdir()
+    for i in range(40):
+        (root / "corpus" / f"{i}.txt").write_text(f"The {i}th of {i % 7} small texts.\n" * 6)
+    data = DataConfig(
+        source="text",
+        files=f"{root}/corpus/*.txt",
+        valid_fraction=0.2,
+        batch_size=8,
+        seq_len=16,
+        cache_dir=f"{root}/cache",
+    )
+    return TrainConfig(
+        tiny.model_config(vocab_size=258),
+        tiny.head_config(window=WINDOW, rank=RANK),
+        data,
+        OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
+        MeshConfig(2, 2, 2),
+        steps=8,
+        eval_every=4,
+        eval_batches=2,
+        checkpoint_every=4,
+        log_every=1,
+    )
+
+
+class FakeTrainer:
+    """Steps that take no time. The loss of step n is n, or what `metrics` says; `during[n]` is called in step n."""
+
+    def __init__(self, metrics=None, during=None):
+        self.metrics, self.during, self.events = metrics or {}, during or {}, []
+
+    def init(self):
+        return self.state(0)
+
+    def state(self, step):
+        params = {name: jnp.full(2, step, jnp.float32) for name in ("blocks", "norm", "head", "embed_VD")}
+        return TrainState(jnp.asarray(step, jnp.int32), params, {"moment": jnp.full(2, -step, jnp.float32)})
+
+    def step(self, state, batch):
+        n = int(state.step) + 1
+        self.events.append(f"step {n}")
+        self.during.get(n, lambda: None)()
+        metrics = {"loss": n, "loss_offset": [n / 3] * WINDOW, "loss_first_token": n / 3}
+        metrics |= {"gate_share": [0.5, 0.5], "gate_entropy": 0.7, "grad_norm": 1.0, "learning_rate": 0.1}
+        metrics = {name: np.asarray(value, np.float32) for name, value in (metrics | self.metrics.get(n, {})).items()}
+        return self.state(n), metrics
+
+    def evaluate(self, params, batch, count_W):
+        self.events.append("eval")
+        loss = np.float32(params["head"][0])
+        return loss, {"loss_offset": np.full(WINDOW, loss / 3), "gate_share": np.array([1.0, 0.0])}
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A function that makes a `FakeTrainer` and lets the loop have it."""
+
+    def make(**options):
+        trainer = FakeTrainer(**options)
+        monkeypatch.setattr(loop, "make_trainer", lambda config: trainer)
+        return trainer
+
+    return make
+
+
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
+
+
+def on_disk(run_dir):
+    """The steps that are saved."""
+    return sorted(int(path.name) for path in (run_dir / "checkpoints").iterdir())
+
+
+def logged(run_dir, kind):
+    return [record["step"] for record in read_metrics(run_dir) if record["kind"] == kind]
+
+
+def contents(path):
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in path.rglob("*") if file.is_file()}
+
+
+# What it writes, and when
+
+
+def test_the_run_is_written_at_the_steps_that_the_config_says(config, fake, tmp_path, capsys):
+    fake()
+    config = dataclasses.replace(config, steps=10, log_every=3, eval_every=4, checkpoint_every=3, keep_checkpoints=2)
+    last = loop.train(config, tmp_path / "run")
+    assert logged(tmp_path / "run", "train") == [1, 3, 6, 9, 10]
+    assert logged(tmp_path / "run", "eval") == [3, 4, 6, 8, 9, 10]
+    assert on_disk(tmp_path / "run") == [9, 10]
+    assert read_config(tmp_path / "run") == config
+    # Two batches of which each gives half: the fake gives the whole twice.
+    assert last["loss"] == 20 and last["gate_effective"] == 0.25
+    for record in read_metrics(tmp_path / "run"):
+        if record["kind"] == "train":
+            assert record["loss"] == record["step"] and record["tokens"] == 8 * 16 * record["step"]
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert [checkpoints.meta(step)["metrics"]["loss"] for step in (9, 10)] == [18, 20]
+    output = capsys.readouterr().out
+    assert "new run, 10 steps of 8 x 16 tokens" in output and "predicted cost" in output
+    assert "first step, with compilation" in output
+
+
+def test_the_metrics_of_a_step_are_fetched_while_the_next_one_runs(config, fake, tmp_path, monkeypatch):
+    trainer, fetch, save = fake(), jax.device_get, Checkpoints.save
+
+    def record_fetch(tree):
+        if isinstance(tree, dict) and "loss" in tree:
+            trainer.events.append(f"fetch {int(tree['loss'])}")
+        return fetch(tree)
+
+    def record_save(self, state, *rest):
+        trainer.events.append(f"save {int(state.step)}")
+        return save(self, state, *rest)
+
+    monkeypatch.setattr(jax, "device_get", record_fetch)
+    monkeypatch.setattr(Checkpoints, "save", record_save)
+    config = dataclasses.replace(config, steps=6, eval_every=6, eval_batches=1, checkpoint_every=4)
+    loop.train(config, tmp_path / "run")
+    # A step that is saved waits for its own metrics first, and for its parameters': they may say that it must not be.
+    assert trainer.events == [
+        *("step 1", "step 2", "fetch 1", "step 3", "fetch 2", "step 4", "fetch 3", "fetch 4", "eval", "save 4"),
+        *("step 5", "step 6", "fetch 5", "fetch 6", "eval", "save 6"),
+    ]
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_the_first_process_alone_writes_metrics(config, fake, tmp_path, monkeypatch, process):
+    enabled, loggers = [], loop.Loggers
+
+    def record(*args, **options):
+        enabled.append(options["enabled"])
+        return loggers(*args, **options)
+
+    monkeypatch.setattr(loop, "Loggers", record)
+    monkeypatch.setattr(loop.Run, "_steps", lambda *args: {})
+    trainer, mesh = fake(), loop.make_mesh(config.mesh)
+    with jax.set_mesh(mesh), Checkpoints(tmp_path / "run", keep=1) as checkpoints:
+        run = loop.Run(config, mesh, epath.Path(tmp_path / "run"), checkpoints, trainer, loop.prepare_data(config.data))
+        run.shard = (process, 2)
+        run.fit(resume=False)
+    assert enabled == [process == 0] and trainer.events == []
+    assert (tmp_path / "run" / "metrics.jsonl").exists() == (process == 0)
+
+
+@pytest.fixture(scope="module")
+def trained(config, tmp_path_factory):
+    """A run that is real."""
+    run_dir = tmp_path_factory.mktemp("trained") / "run"
+    loop.train(config, run_dir)
+    return run_dir
+
+
+def test_metrics_have_the_names_that_readers_know(trained):
+    losses = {"loss", "loss_first_token", "joint_loss", *(f"loss_offset_{s + 1}" for s in range(WINDOW))}
+    gate = {"gate_entropy", "gate_effective", *(f"gate_share_{r + 1}" for r in range(RANK))}
+    both = {"kind", "step", "time"} | losses | gate
+    records = read_metrics(trained)
+    assert {record["kind"] for record in records} == {"train", "eval"}
+    for record in records:
+        own = {"grad_norm", "learning_rate", "tokens"} if record["kind"] == "train" else set()
+        # There is no speed before a second step, and no MFU on a device whose peak is not known.
+        assert both | own <= set(record) <= both | own | {"tokens_per_second"}
+        assert all(math.isfinite(value) for name, value in record.items() if name != "kind")
+        assert sum(record[f"gate_share_{r + 1}"] for r in range(RANK)) == pytest.approx(1, abs=1e-5)
+        assert 1 <= record["gate_effective"] <= RANK + 1e-5
+        assert record["joint_loss"] == pytest.approx(sum(record[f"loss_offset_{s + 1}"] for s in range(WINDOW)))
+    assert all(r["tokens_per_second"] > 0 for r in records if r["kind"] == "train" and r["step"] > 1)
+    first, last = (next(r for r in records if (r["kind"], r["step"]) == ("eval", step)) for step in (4, 8))
+    assert last["loss"] < first["loss"]
+
+
+# Evaluation
+
+
+def test_eight_devices_evaluate_as_one_does(config, trained):
+    there = evaluate_run(mtp_jax.load(trained, mesh=config.mesh))
+    run = mtp_jax.load(trained)
+    here = evaluate_run(run)
+    assert there.keys() == here.keys()
+    np.testing.assert_allclose(list(here.values()), list(there.values()), rtol=1e-5)
+    # And as the training loop did.
+    here, then = evaluate_run(run, limit=2), next(r for r in read_metrics(trained)[::-1] if r["kind"] == "eval")
+    np.testing.assert_allclose([here[name] for name in here], [then[name] for name in here], rtol=1e-5)
+
+
+def test_every_target_weighs_the_same_whichever_batch_it_is_in():
+    rng = np.random.default_rng(0)
+    batches = [
+        {"valid_BTW": rng.random((2, 5, WINDOW)) < p, "nll_BTW": rng.random((2, 5, WINDOW))} for p in (0.1, 0.5, 0.9)
+    ]
+
+    def loss(params, batch, count_W):
+        nll_W = (batch["nll_BTW"] * batch["valid_BTW"] / count_W).sum((0, 1))
+        return nll_W.sum(), {"loss_offset": nll_W, "gate_share": np.array([0.5, 0.5]) / len(batches)}
+
+    found = evaluate(loss, None, batches)
+    valid, nll = (np.concatenate([batch[name] for batch in batches]) for name in ("valid_BTW", "nll_BTW"))
+    for s in range(WINDOW):
+        assert found[f"loss_offset_{s + 1}"] == pytest.approx(nll[..., s][valid[..., s]].mean())
+    assert found["loss"] == found["joint_loss"]
+    assert found["gate_effective"] == pytest.approx(2)
+
+
+def test_components_that_are_used_are_counted():
+    for shares, effective in (([1, 0, 0], 1), ([0.5, 0.5, 0], 2), ([1 / 3] * 3, 3)):
+        assert named({"loss_offset": np.ones(2), "gate_share": shares})["gate_effective"] == pytest.approx(effective)
+
+
+# A loss that is not finite
+
+
+@pytest.mark.parametrize(
+    "bad, words",
+    [
+        ({"loss": math.nan}, "loss nan, gradient norm 1"),
+        ({"loss": math.inf}, "loss inf"),
+        ({"grad_norm": math.nan}, "loss 6.0, gradient norm nan"),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_the_run(config, fake, tmp_path, bad, words):
+    fake(metrics={6: bad})
+    config = dataclasses.replace(config, checkpoint_every=2)
+    kept = re.escape(f"The last good checkpoint is step 4 in {tmp_path / 'run'}.")
+    with pytest.raises(loop.NonFiniteLossError, match=rf"Step 6: {words}.*{kept}.*learning_rate"):
+        loop.train(config, tmp_path / "run")
+    assert on_disk(tmp_path / "run") == [2, 4], "step 6 was to be saved and is not"
+    assert logged(tmp_path / "run", "train") == [1, 2, 3, 4, 5]
+
+    trainer = fake()
+    loop.train(config, tmp_path / "run", resume=True)
+    assert trainer.events[0] == "step 5"
+    assert logged(tmp_path / "run", "train") == list(range(1, 9))
+
+
+def test_a_loss_that_is_not_finite_before_any_checkpoint(config, fake, tmp_path):
+    trainer = fake(metrics={2: {"loss": math.nan}})
+    with pytest.raises(loop.NonFiniteLossError, match=r"Step 2: .* No checkpoint was saved yet"):
+        loop.train(config, tmp_path / "run")
+    assert trainer.events == ["step 1", "step 2", "step 3"], "it is noticed one step later"
+    assert on_disk(tmp_path / "run") == []
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        loop.train(config, tmp_path / "run", resume=True)
+
+
+def test_an_interrupted_step_is_not_saved_if_its_loss_is_not_finite(config, fake, tmp_path):
+    fake(metrics={3: {"loss": math.nan}}, during={3: interrupt})
+    with pytest.raises(loop.NonFiniteLossError, match="Step 3"):
+        loop.train(config, tmp_path / "run")
+    assert on_disk(tmp_path / "run") == []
+
+
+# Ctrl-C
+
+
+def test_an_interrupted_run_is_saved_and_goes_on(config, fake, tmp_path, capsys):
+    before = signal.getsignal(signal.SIGINT)
+    trainer = fake(during={3: interrupt})
+    loop.train(config, tmp_path / "run")
+    assert trainer.events == ["step 1", "step 2", "step 3", "eval", "eval"]
+    assert on_disk(tmp_path / "run") == [3] and logged(tmp_path / "run", "train") == [1, 2, 3]
+    output = capsys.readouterr().out
+    assert "saving after this step" in output
+    assert f"Interrupted. Step 3 is saved in {tmp_path / 'run'}; go on with --resume." in output
+    assert signal.getsignal(signal.SIGINT) is before
+
+    trainer = fake()
+    loop.train(config, tmp_path / "run", resume=True)
+    assert [event for event in trainer.events if event != "eval"] == [f"step {n}" for n in range(4, 9)]
+    assert logged(tmp_path / "run", "train") == list(range(1, 9))
+    assert on_disk(tmp_path / "run") == [4, 8]
+    output = capsys.readouterr().out
+    assert "resuming at step 3" in output and "Interrupted" not in output
+
+
+@pytest.mark.parametrize("step, saved", [(4, [4]), (8, [4, 8])])
+def test_a_step_that_is_saved_anyway_may_be_interrupted(config, fake, tmp_path, capsys, step, saved):
+    fake(during={step: interrupt})
+    loop.train(config, tmp_path / "run")
+    assert on_disk(tmp_path / "run") == saved
+    assert ("Interrupted. Step" in capsys.readouterr().out) == (step < config.steps)
+
+
+def test_the_second_interrupt_stops_at_once(config, fake, tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    trainer = fake(during={3: lambda: (interrupt(), interrupt())})
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config, tmp_path / "run")
+    assert trainer.events[-1] == "step 3" and on_disk(tmp_path / "run") == []
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_thread_that_is_not_the_main_one_leaves_signals_alone():
+    before, seen = signal.getsignal(signal.SIGINT), []
+
+    def run():
+        with loop.Interrupts() as interrupts:
+            seen.append((interrupts.seen, signal.getsignal(signal.SIGINT)))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert seen == [(False, before)]
+
+
+def test_ctrl_c_reaches_a_real_run(config, tmp_path):
+    endless = dataclasses.replace(
+        config, mesh=MeshConfig(), steps=10**6, eval_every=10**6, checkpoint_every=10**6, log_every=1
+    )
+    (tmp_path / "endless.py").write_text(
+        "from mtp_jax.config import TrainConfig, from_dict\n"
+        f"CONFIG = from_dict(TrainConfig, {dataclasses.asdict(endless)!r})\n"
+    )
+    command = [sys.executable, "-m", "mtp_jax", "train", f"{tmp_path}/endless.py", "--run-dir", f"{tmp_path}/run"]
+    process = subprocess.Popen(
+        command,
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    try:
+        deadline, metrics = time.monotonic() + 120, tmp_path / "run" / "metrics.jsonl"
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) > 2):
+            assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    (step,) = on_disk(tmp_path / "run")
+    assert f"Interrupted. Step {step} is saved in {tmp_path / 'run'}" in output
+    assert logged(tmp_path / "run", "train") == list(range(1, step + 1))
+    run = mtp_jax.load(tmp_path / "run")
+    assert run.step == step and run.config == endless
+
+
+# The run directory
+
+
+def test_an_existing_run_is_not_touched(config, fake, trained):
+    trainer, before = fake(), contents(trained)
+    with pytest.raises(ConfigError, match=re.escape(f"{trained} exists. Give --resume") + ".*--overwrite"):
+        loop.train(config, trained)
+    with pytest.raises(ConfigError, match="Both --resume and --overwrite"):
+        loop.train(config, trained, resume=True, overwrite=True)
+    assert contents(trained) == before and trainer.events == []
+
+
+def test_overwrite_starts_again(config, fake, trained, tmp_path):
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir)
+    (run_dir / "report.md").write_text("of the old run")
+    trainer = fake()
+    loop.train(dataclasses.replace(config, steps=3, checkpoint_every=3), run_dir, overwrite=True)
+    assert trainer.events[0] == "step 1"
+    assert on_disk(run_dir) == [3] and logged(run_dir, "train") == [1, 2, 3]
+    assert not (run_dir / "report.md").exists()
+
+
+def test_overwrite_deletes_nothing_but_runs(config, fake, tmp_path):
+    trainer = fake()
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+    before = contents(tmp_path)
+    with pytest.raises(ConfigError, match=r"thesis is not a run directory \(it has no config.json\)"):
+        loop.train(config, tmp_path / "thesis", overwrite=True)
+    with pytest.raises(ConfigError, match=r"thesis exists"):
+        loop.train(config, tmp_path / "thesis")
+    assert contents(tmp_path) == before and trainer.events == []
+
+
+def test_a_file_is_no_run_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    for options in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(ConfigError, match="file is a file; give another --run-dir"):
+            loop.check_run_dir(tmp_path / "file", **options)
+
+
+def test_an_empty_or_missing_directory_is_a_new_run(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "missing"):
+        assert loop.check_run_dir(tmp_path / name) == epath.Path(tmp_path / name)
+        with pytest.raises(ConfigError, match=rf"--resume was given and .*{name} has no run in it"):
+            loop.check_run_dir(tmp_path / name, resume=True)
+    assert loop.check_run_dir("~/no run") == epath.Path(Path.home() / "no run")
+
+
+# Resuming another run
+
+
+def change(config, part, **changes):
+    return dataclasses.replace(config, **{part: dataclasses.replace(getattr(config, part), **changes)})
+
+
+@pytest.mark.parametrize(
+    "part, changes, words",
+    [
+        ("model", {"d_model": 32}, "model.d_model is 32 and the run in {} has 16"),
+        ("model", {"rope_theta": 5e5}, "model.rope_theta is 500000.0 and the run in {} has 10000.0"),
+        ("head", {"rank": 5}, "head.rank is 5 and the run in {} has 2"),
+        ("head", {"factors": "shared"}, "head.factors is 'shared' and the run in {} has 'full'"),
+        ("data", {"batch_size": 16}, "data.batch_size is 16 and the run in {} has 8"),
+        ("data", {"seed": 1}, "data.seed is 1 and the run in {} has 0"),
+        ("optimizer", {"name": "muon"}, "optimizer.name is 'muon' and the run in {} has 'adamw'"),
+    ],
+)
+def test_another_run_is_not_resumed(config, fake, trained, part, changes, words):
+    trainer, before = fake(), contents(trained)
+    with pytest.raises(ConfigError, match=re.escape(words.format(trained))):
+        loop.train(change(config, part, **changes), trained, resume=True)
+    assert contents(trained) == before and trainer.events == []
+
+
+@pytest.mark.parametrize(
+    "part, changes",
+    [
+        ("model", {"dtype": "bfloat16", "remat": "full", "context_length": 64}),
+        ("head", {"gamma": 0.5, "balance": "switch", "balance_weight": 1.0}),
+        ("data", {"cache_dir": "elsewhere"}),
+        ("optimizer", {"learning_rate": 1.0}),
+        ("mesh", {"data": 8, "fsdp": 1, "tensor": 1}),
+    ],
+)
+def test_what_changes_no_shape_and_no_batch_may_change(config, part, changes):
+    loop.check_same_run(change(config, part, **changes), config, epath.Path("run"))
+
+
+def test_what_may_change_are_fields_that_there_are(config):
+    fields = {(part, f.name) for part in ("model", "head", "data") for f in dataclasses.fields(getattr(config, part))}
+    assert fields > loop.RESUMABLE
+
+
+def test_a_finished_run_can_be_made_longer(config, fake, tmp_path):
+    fake()
+    loop.train(config, tmp_path / "run")
+    before = logged(tmp_path / "run", "train")
+    trainer = fake()
+    assert loop.train(config, tmp_path / "run", resume=True) == {} and trainer.events == []
+    assert logged(tmp_path / "run", "train") == before and on_disk(tmp_path / "run") == [4, 8]
+    trainer = fake()
+    longer = dataclasses.replace(config, steps=10)
+    loop.train(longer, tmp_path / "run", resume=True)
+    assert trainer.events[:2] == ["step 9", "step 10"]
+    assert on_disk(tmp_path / "run") == [8, 10] and read_config(tmp_path / "run") == longer
+
+
+def test_a_run_that_was_never_saved_cannot_be_resumed(config, fake, tmp_path):
+    trainer = fake()
+    write_config(tmp_path / "run", config)
+    with pytest.raises(CheckpointError, match="holds no complete checkpoint"):
+        loop.train(config, tmp_path / "run", resume=True)
+    assert trainer.events == []
+
+
+def test_parameters_that_give_no_finite_loss_are_not_saved(config, fake, tmp_path, monkeypatch):
+    trainer = fake()
+    finite = trainer.evaluate
+
+    def evaluate(params, batch, count_W):
+        loss, aux = finite(params, batch, count_W)
+        return (np.float32(np.nan) if loss >= 8 else loss), aux
+
+    monkeypatch.setattr(trainer, "evaluate", evaluate)
+    with pytest.raises(loop.NonFiniteLossError, match=r"Step 8: held-out loss nan.* last good checkpoint is step 4"):
+        loop.train(config, tmp_path / "run")
+    assert on_disk(tmp_path / "run") == [4]

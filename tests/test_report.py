@@ -1,0 +1,128 @@
+"""The report: it holds the numbers that it was given, in the files that it promises."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from rich.console import Console
+
+from mtp_jax import report
+from mtp_jax.config import TrainConfig, to_dict
+from mtp_jax.train.loggers import JsonlLogger
+
+
+def decode_row(batch, temperature, k, verifier, dtype="float32"):
+    acceptance = [0.9 - 0.1 * s - 0.1 * temperature for s in range(k)]
+    tokens = 1 + sum(acceptance)
+    return {
+        "batch": batch,
+        "temperature": temperature,
+        "k": k,
+        "verifier": verifier,
+        "dtype": dtype,
+        "tokens_per_second": 1234.0 * batch * tokens / (1 + 0.1 * k),
+        "speedup": tokens / (1 + 0.1 * k),
+        "block_efficiency": tokens,
+        "acceptance": acceptance,
+        "verify_cost": 1 + 0.1 * k if k else None,
+        "identical_to_plain": True if verifier != "block" else None,
+    }
+
+
+def make_bench(batches=(1,), ks=(0, 1, 3)):
+    laws = ((0.0, "greedy"), (0.7, "coupled"), (0.7, "block"))
+    return {
+        "rows": [decode_row(batch, T, k, verifier) for batch in batches for T, verifier in laws for k in ks],
+        "prompts": 24,
+        "prompt_tokens": 96,
+        "new_tokens": 256,
+        "repetitions": 3,
+        "compile_seconds": 14.2,
+        "prefill_seconds": 0.31,
+        "versions": {"jax": "0.10.1", "flax": "0.12.7"},
+        "device": "cpu",
+        "parameters": {"trunk": 5_123_456, "head": 1_081_344},
+    }
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    logger = JsonlLogger(tmp_path / "small-cpd")
+    for step in range(10, 101, 10):
+        losses = {f"loss_offset_{s}": 1.0 + s + 10 / step for s in range(1, 5)}
+        if step == 30:
+            losses["loss_offset_2"] = float("nan")
+        logger.log("train", step, {"loss": sum(losses.values()), **losses})
+        if step in (50, 100):
+            logger.log("eval", step, {"loss": 9.0, "loss_first_token": 2.125, "gate_effective": 3.5, **losses})
+    logger.close()
+    return tmp_path / "small-cpd"
+
+
+def test_the_report_holds_what_was_measured(run_dir):
+    bench = make_bench()
+    path = report.write_report(run_dir, bench, to_dict(TrainConfig()))
+    text = path.read_text()
+    assert path.name == "report.md"
+    assert text.startswith("# small-cpd\n")
+    assert json.loads((run_dir / "report.json").read_text()) == bench
+    for expected in ("5,123,456", "1,081,344", "jax 0.10.1", "trained for 100 steps", "24 prompts of 96 tokens"):
+        assert expected in text
+    assert "|  | step 50 | step 100 | change |" in text
+    assert "| offset 4 | 5.200 | 5.100 | -0.100 |" in text
+    assert "joint |" not in text, "a loss that was not logged has no row"
+    assert "| 0.7 | coupled | 1 | 2,053 | 1.66x | 1.83 | 0.83 | 1.10 | yes |" in text
+    for name in ("loss", "acceptance", "speed"):
+        assert (run_dir / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"](plots/{name}.png)" in text
+
+
+def test_the_tables_share_their_columns_and_show_the_baseline():
+    bench = make_bench()
+    header, _, *rows = report.decode_markdown(bench).splitlines()
+    names = [cell.strip() for cell in header.strip("|").split("|")]
+    assert names == list(report.COLUMNS)[2:], "batch and dtype are columns only where they vary"
+    assert len(rows) == len(bench["rows"])
+    assert rows[0] == "| 0 | greedy | 0 | 1,234 | 1.00x | 1.00 | - | - | yes |"
+
+    stream = io.StringIO()
+    Console(file=stream, width=80).print(report.decode_table(bench))
+    for row, line in zip(rows, stream.getvalue().splitlines()[-len(rows) :], strict=True):
+        assert line.split() == row.replace("|", " ").split()
+
+
+def test_what_varies_becomes_a_column_and_a_panel():
+    bench = make_bench(batches=(1, 8))
+    bench["rows"].append(decode_row(1, 0.0, 3, "greedy", dtype="bfloat16"))
+    header, _, *rows = report.decode_markdown(bench).splitlines()
+    assert header.startswith("| batch | dtype | T |")
+    assert rows[-1].startswith("| 1 | bfloat16 | 0 | greedy | 3 |")
+    titles = [axes.get_title(loc="left") for axes in report.plot_speed(bench["rows"]).axes]
+    assert titles == ["Decoding speed, batch 1, float32", "Decoding speed, batch 8, float32"]
+
+
+def test_figures_draw_the_numbers():
+    rows = make_bench()["rows"]
+    (axes,) = report.plot_speed(rows).axes
+    drawn = {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in axes.lines}
+    assert drawn["T = 0.7, block"] == [
+        row["tokens_per_second"] for row in rows if (row["temperature"], row["verifier"]) == (0.7, "block")
+    ]
+    assert drawn["k = 0, plain decoding"] == [1234.0, 1234.0]
+    (axes,) = report.plot_acceptance(rows).axes
+    assert {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in axes.lines} == {
+        f"T = {row['temperature']:g}, {row['verifier']}": row["acceptance"] for row in rows if row["k"] == 3
+    }
+
+
+def test_a_run_without_evaluations_or_drafts_still_has_a_report(tmp_path):
+    JsonlLogger(tmp_path).close()
+    text = report.write_report(tmp_path, make_bench(ks=(0,)), to_dict(TrainConfig())).read_text()
+    assert "The run was not evaluated." in text
+
+
+def test_a_directory_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
+        report.write_report(tmp_path, make_bench(), to_dict(TrainConfig()))
+    assert list(tmp_path.iterdir()) == []

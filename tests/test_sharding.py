@@ -1,0 +1,345 @@
+"""One device or eight, whatever the mesh: the same numbers, and every array where the rules put it."""
+
+import dataclasses
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from mtp_jax.config import OptimizerConfig
+from mtp_jax.decode.generate import generate, prepare
+from mtp_jax.heads import base, cpd, factors
+from mtp_jax.model import attention, layers, transformer
+from mtp_jax.sharding import BATCH, RULES, Rules, gather
+from mtp_jax.train.optimizer import make_optimizer
+from mtp_jax.train.step import TrainState, batch_loss, build_model, make_trainer, split
+
+# What differs between the models; together they have every kind of parameter.
+MODELS = {
+    "full": (dict(num_kv_heads=2, qkv_bias=True), dict(factors="full")),
+    "shared": (dict(num_kv_heads=4, qk_norm=True, tie_embeddings=True), dict(factors="shared", balance="switch")),
+    "lowrank": (dict(num_kv_heads=2, qkv_bias=True, qk_norm=True, remat="dots"), dict(factors="lowrank", target="ntp")),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """What is compared here is what the partitioner does; faster code would take twice as long to compile."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def make_config(kind, *, num_layers=2, **changes):
+    model, head = MODELS[kind]
+    return tiny.train_config(tiny.model_config(num_layers=num_layers, **model), tiny.head_config(**head), **changes)
+
+
+def paths(tree):
+    return {".".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def shapes_of(config):
+    """The structure of the config's model, and the shapes and shardings of its parameters on the mesh in scope."""
+    return split(jax.eval_shape(lambda: build_model(config, jax.random.key(0))))
+
+
+def random_params(config, seed=0):
+    """Parameters of noise on the mesh in scope. The noise is the same on every mesh."""
+    graph, shapes = shapes_of(config)
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        value = 1 + 0.2 * noise if path[-1].key == "scale" else 0.3 * noise
+        return jax.device_put(value, NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec))
+
+    return graph, jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def test_initial_weights_do_not_depend_on_the_mesh():
+    weights = []
+    for shape in [(1, 1, 1), (2, 2, 2)]:
+        with tiny.mesh(*shape):
+            init = jax.jit(lambda: layers.init_weight(nnx.Rngs(0), (16, 4, 4), inputs=1, spec=RULES.w_DNH)[...])
+            weights.append(jax.device_get(init()))
+    np.testing.assert_array_equal(*weights)
+    np.testing.assert_allclose(np.std(weights[0]), 0.25, rtol=0.15)
+
+
+# Every array where the rules put it
+
+# The rule of every parameter, by its name.
+RULE_OF = {
+    "embed_VD": "embed_VD",
+    "unembed_VD": "unembed_VD",
+    "wq_DNH": "w_DNH",
+    "wk_DKH": "w_DNH",
+    "wv_DKH": "w_DNH",
+    "wo_NHD": "w_NHD",
+    "bq_NH": "b_NH",
+    "bk_KH": "b_NH",
+    "bv_KH": "b_NH",
+    "w_gate_DF": "w_DF",
+    "w_up_DF": "w_DF",
+    "w_down_FD": "w_FD",
+    "scale": "scale",
+    "gate_DR": "gate_DR",
+    "u_DRWV": "u_DRWV",
+    "map_DRWD": "map_DRWD",
+    "map_DWD": "map_DWD",
+    "down_DRWE": "down_DRWE",
+    "up_ED": "up_ED",
+}
+
+
+def expected_spec(path):
+    spec = getattr(RULES, RULE_OF[path.split(".")[-1]])
+    return P(None, *spec) if path.startswith("blocks.") else spec
+
+
+def assert_placed(params):
+    for path, leaf in paths(params).items():
+        spec = leaf.sharding.spec
+        assert len(spec) == leaf.ndim, f"{path}: {spec} has not one entry for each axis of {leaf.shape}"
+        assert spec == expected_spec(path), path
+
+
+def assert_held(array):
+    """Each device holds as little as the spec says."""
+    mesh = array.sharding.mesh.shape
+    axes = [axis if isinstance(axis, tuple) else (axis,) for axis in array.sharding.spec]
+    parts = [math.prod(mesh[name] for name in names if name) for names in axes]
+    expected = tuple(size // n for size, n in zip(array.shape, parts, strict=True))
+    assert {shard.data.shape for shard in array.addressable_shards} == {expected}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 1)])
+def test_parameters_carry_the_specs_of_the_rules(kind, shape):
+    with tiny.mesh(*shape):
+        assert_placed(shapes_of(make_config(kind))[1])
+
+
+def test_every_kind_of_parameter_is_tried():
+    with tiny.mesh():
+        seen = {path.split(".")[-1] for kind in MODELS for path in paths(shapes_of(make_config(kind))[1])}
+    assert seen == set(RULE_OF)
+
+
+def test_layers_ranks_windows_and_time_are_never_split():
+    """Read off the names: R, W, T, H and E stay whole, B goes over data and fsdp, N, K, F and V over tensor."""
+    tensor = {letter: {"tensor"} for letter in "NKFV"}
+    allowed = {"B": {BATCH}, "D": {"fsdp", None}, **tensor}
+    for field in dataclasses.fields(Rules):
+        spec, letters = getattr(RULES, field.name), re.sub(r"^.*_", "", field.name)
+        if field.name == "scale":
+            assert spec == P(None)
+            continue
+        assert len(letters) == len(spec), field.name
+        for letter, axis in zip(letters, spec, strict=True):
+            assert axis in allowed.get(letter, {None}), f"{field.name}: {letter} over {axis}"
+
+
+def test_a_weight_is_gathered_along_fsdp_alone():
+    with tiny.mesh(2, 2, 2):
+        w_DNH = jax.device_put(np.ones((4, 4, 2), np.float32), NamedSharding(jax.sharding.get_mesh(), RULES.w_DNH))
+        whole, back = jax.jit(lambda w: (gather(w), jax.grad(lambda w: jnp.sum(gather(w)))(w)))(w_DNH)
+        assert whole.sharding.spec == P(None, "tensor", None)
+        assert back.sharding.spec == RULES.w_DNH
+        np.testing.assert_array_equal(back, 1)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_activations_keep_their_batch_and_logits_their_vocabulary_sharding(kind):
+    config = make_config(kind)
+    with tiny.mesh(2, 2, 2):
+        graph, shapes = shapes_of(config)
+        tokens = tiny.make_batch(config)["tokens_BT"]
+
+        def activations(params, tokens):
+            model = nnx.merge(graph, params)
+            x_BTD = model(tokens)
+            return model.embed(tokens), x_BTD, model.head.target_log_probs(x_BTD)
+
+        embedded, x_BTD, logp_BTV = jax.eval_shape(activations, shapes, tokens)
+    assert embedded.sharding.spec == x_BTD.sharding.spec == P(("data", "fsdp"), None, None)
+    assert logp_BTV.sharding.spec == P(("data", "fsdp"), None, "tensor")
+
+
+# Training and decoding
+
+
+def param_of(path):
+    """The parameter that an array of the train state belongs to, by its path; None for counts and coefficients."""
+    keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
+    start = next((i for i, key in enumerate(keys) if key in ("embed_VD", "blocks", "norm", "head")), None)
+    return None if start is None else ".".join(keys[start:])
+
+
+def assert_state_placed(state):
+    """Parameters and all their moments are placed by the rules. Returns how many arrays each parameter has."""
+    found = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        name = param_of(path)
+        if name is not None:
+            found[name] = found.get(name, 0) + 1
+            assert len(leaf.sharding.spec) == leaf.ndim, jax.tree_util.keystr(path)
+            assert leaf.sharding.spec == expected_spec(name), jax.tree_util.keystr(path)
+        else:
+            assert leaf.ndim == 0 or leaf.size == 3, jax.tree_util.keystr(path)
+    return found
+
+
+# Matrices have a momentum, everything else two moments; AdamW has two for all. The parameter itself comes on top.
+ARRAYS = {"adamw": {"wq_DNH": 3, "down_DRWE": 3, "embed_VD": 3}, "muon": {"wq_DNH": 2, "down_DRWE": 2, "embed_VD": 3}}
+
+
+def optimizer_config(name):
+    # Nothing is clipped, so the first moments after one step are the gradients times 1 - beta.
+    return OptimizerConfig(name, learning_rate=1e-2, warmup_steps=0, eps=1e-4, clip_norm=0)
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_fresh_state_is_placed_by_the_rules(name, kind):
+    config = make_config(kind, optimizer=optimizer_config(name))
+    with tiny.mesh(2, 2, 2):
+        found = assert_state_placed(jax.eval_shape(make_trainer(config).init))
+        assert set(found) == set(paths(shapes_of(config)[1]))
+    for param, count in ARRAYS[name].items():
+        assert {n for path, n in found.items() if path.endswith(param)} <= {count}, param
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_moments_that_are_replicated_are_noticed(name):
+    config = make_config("full", optimizer=optimizer_config(name))
+    with tiny.mesh(2, 2, 2) as mesh:
+        params = random_params(config)[1]
+        init = make_optimizer(config.optimizer, config.steps, params).init
+        assert_state_placed((params, jax.jit(init)(params)))
+        with pytest.raises(AssertionError, match="mu"):
+            assert_state_placed((params, jax.jit(init, out_shardings=NamedSharding(mesh, P()))(params)))
+
+
+# What each kind of model is trained with.
+OPTIMIZERS = {"full": "muon", "shared": "adamw", "lowrank": "adamw"}
+
+
+def train(kind, shape):
+    """Three steps: the first moments after one step, what moved after three, and the metrics of each."""
+    config = make_config(kind, optimizer=optimizer_config(OPTIMIZERS[kind]))
+    with tiny.mesh(*shape):
+        params = random_params(config)[1]
+        before = jax.device_get(params)
+        optimizer = make_optimizer(config.optimizer, config.steps, params)
+        state = TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+        step, metrics, moments = make_trainer(config).step, [], []
+        for seed in range(3):
+            assert_state_placed(state)
+            state, values = step(state, tiny.make_batch(config, seed))
+            metrics.append(jax.device_get(values))
+            moments = moments or [
+                jax.device_get(moment) for _, moment in optax.tree_utils.tree_get_all_with_path(state, "mu")
+            ]
+        assert_state_placed(state)
+        for leaf in jax.tree.leaves(state):
+            assert_held(leaf)
+        return moments, jax.tree.map(np.subtract, jax.device_get(state.params), before), metrics
+
+
+@pytest.fixture(scope="module")
+def on_one_device():
+    return {kind: train(kind, (1, 1, 1)) for kind in MODELS}
+
+
+def assert_close(tree, expected, tolerance):
+    """Equal, leaf by leaf, relative to the leaf's largest entry."""
+    for (path, leaf), other in zip(jax.tree_util.tree_leaves_with_path(tree), jax.tree.leaves(expected), strict=True):
+        assert np.abs(other).max() > 1e-4, jax.tree_util.keystr(path)
+        atol = tolerance * np.abs(other).max()
+        np.testing.assert_allclose(leaf, other, atol=atol, rtol=0, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize(
+    "kind, shape", [("full", (2, 2, 2)), ("shared", (1, 2, 4)), ("lowrank", (2, 2, 2)), ("lowrank", (1, 8, 1))]
+)
+def test_loss_gradients_and_three_steps_are_those_of_one_device(kind, shape, on_one_device):
+    (moments, moved, metrics), expected = train(kind, shape), on_one_device[kind]
+    assert len(jax.tree.leaves(moments)) == len(jax.tree.leaves(moved))
+    assert_close(metrics[0], expected[2][0], 1e-6)
+    assert_close(moments, expected[0], 1e-5)
+    # Both optimizers enlarge what rounding does to the smallest gradients and singular values.
+    assert_close(moved, expected[1], 1e-3)
+    assert_close(metrics, expected[2], 1e-5)
+
+
+def decode(shape):
+    """Greedy continuations of eight prompts of different lengths, and how many drafts were accepted."""
+    config = make_config("shared", num_layers=1)
+    with tiny.mesh(*shape):
+        model = prepare(nnx.merge(*random_params(config)))
+        prompts = [np.arange(1 + 2 * i) % tiny.VOCAB for i in range(8)]
+        done = generate(model, prompts, max_new_tokens=12)
+        return np.stack(done.tokens), done.accepted, done.forwards
+
+
+@pytest.fixture(scope="module")
+def decoded_on_one_device():
+    return decode((1, 1, 1))
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 2, 4)])
+def test_greedy_decoding_is_that_of_one_device_token_for_token(shape, decoded_on_one_device):
+    tokens, accepted, forwards = decode(shape)
+    for array, expected in zip((tokens, accepted, forwards), decoded_on_one_device, strict=True):
+        np.testing.assert_array_equal(array, expected)
+    assert accepted.sum() > 0 and len(np.unique(forwards)) > 1, "the rows are ragged and some drafts are accepted"
+    assert len(np.unique(tokens)) > 8
+
+
+# Deliberate faults
+
+# A rule, and what is said of it: the parameter whose spec is not the rules', or JAX's own words.
+WRONG_RULES = {
+    "input_width_replicated": ({"w_DNH": P(None, "tensor", None)}, "wk_DKH"),
+    "heads_over_fsdp": ({"w_DNH": P("tensor", "fsdp", None)}, "wk_DKH"),
+    "one_entry_short": ({"w_FD": P("tensor")}, "w_down_FD"),
+    "rank_split": ({"u_DRWV": P("fsdp", None, "tensor", None)}, "u_DRWV"),
+    "residual_stream_replicated": ({"x_BTD": P(None, None, None)}, "shard"),
+    "residual_stream_over_tensor": ({"x_BTD": P("tensor", None, None)}, "shard"),
+    "residual_stream_split_in_time": ({"x_BTD": P("data", "fsdp", None)}, "shard"),
+}
+
+
+def assert_traces_as_the_rules_say(kind="full"):
+    """Trace the loss and its gradients, and check every spec, without compiling anything."""
+    config = make_config(kind)
+    with tiny.mesh(2, 2, 2):
+        graph, shapes = shapes_of(config)
+        assert_placed(shapes)
+        gradient = jax.grad(lambda *args: batch_loss(graph, *args)[0])
+        assert_placed(jax.eval_shape(gradient, shapes, tiny.make_batch(config), jnp.ones(tiny.WINDOW)))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradients_carry_the_specs_of_their_parameters(kind):
+    assert_traces_as_the_rules_say(kind)
+
+
+@pytest.mark.parametrize("name", WRONG_RULES)
+def test_a_wrong_rule_is_noticed_before_anything_is_compiled(name, monkeypatch):
+    changes, said = WRONG_RULES[name]
+    for module in (attention, base, cpd, factors, layers, transformer):
+        monkeypatch.setattr(module, "RULES", dataclasses.replace(RULES, **changes))
+    with pytest.raises(Exception, match=said):
+        assert_traces_as_the_rules_say()

@@ -1,0 +1,78 @@
+"""Tiny configs, models and batches that the tests share: small shapes, so that they share compiled functions too."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from mtp_jax.config import DataConfig, HeadConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
+from mtp_jax.mesh import make_mesh
+from mtp_jax.model.transformer import LanguageModel
+from mtp_jax.sharding import BATCH
+from mtp_jax.train.step import build_model
+
+VOCAB, WINDOW, RANK = 32, 4, 3
+
+
+def model_config(**changes: Any) -> ModelConfig:
+    """Two layers, D = 16, V = 32, float32."""
+    values = dict(vocab_size=VOCAB, d_model=16, d_ff=32, num_layers=2, num_heads=4, num_kv_heads=2, context_length=128)
+    return ModelConfig(**{**values, "dtype": "float32", **changes})
+
+
+def head_config(**changes: Any) -> HeadConfig:
+    """Rank 3, window 4; the components differ from the start, so that they matter."""
+    return HeadConfig(**{**dict(window=WINDOW, rank=RANK, factor_width=8, init_noise=1.0), **changes})
+
+
+def train_config(
+    model: ModelConfig | None = None,
+    head: HeadConfig | None = None,
+    *,
+    batch: int = 8,
+    seq_len: int = 16,
+    **changes: Any,
+) -> TrainConfig:
+    """A run of 8 x 16 tokens a step."""
+    data = DataConfig(batch_size=batch, seq_len=seq_len)
+    values = dict(optimizer=OptimizerConfig(warmup_steps=0), steps=8)
+    return TrainConfig(model or model_config(), head or head_config(), data, **{**values, **changes})
+
+
+@contextlib.contextmanager
+def mesh(data: int = 1, fsdp: int = 1, tensor: int = 1) -> Iterator[jax.sharding.Mesh]:
+    """A mesh of the first data x fsdp x tensor simulated devices, in scope."""
+    made = make_mesh(MeshConfig(data, fsdp, tensor), jax.devices()[: data * fsdp * tensor])
+    with jax.set_mesh(made):
+        yield made
+
+
+def make_model(config: TrainConfig, seed: int = 0) -> LanguageModel:
+    """The config's model, initialised under the mesh in scope. The same parameters on every mesh."""
+    return jax.jit(lambda: build_model(config, jax.random.key(seed)))()
+
+
+def shard(array: Any) -> jax.Array:
+    """An array on the mesh in scope, its first axis over the batch axes."""
+    return jax.device_put(np.asarray(array), jax.NamedSharding(jax.sharding.get_mesh(), P(BATCH)))
+
+
+def make_batch(config: TrainConfig, seed: int = 0, *, masked: bool = True) -> dict[str, jax.Array]:
+    """Random tokens in two documents per row, targets masked at document ends, on the mesh in scope."""
+    rng = np.random.default_rng(seed)
+    batch, time, window = config.data.batch_size, config.data.seq_len, config.head.window
+    tokens = rng.integers(0, config.model.vocab_size, (batch, time + window)).astype(np.int32)
+    ends = rng.integers(1, time, (batch, 1)) if masked else np.full((batch, 1), time + window)
+    segments = (np.arange(time + window)[None] >= ends).astype(np.int32)
+    ahead = np.arange(time)[:, None] + np.arange(1, window + 1)[None]
+    return {
+        "tokens_BT": shard(tokens[:, :time]),
+        "targets_BTW": shard(tokens[:, ahead]),
+        "valid_BTW": shard(segments[:, ahead] == segments[:, :time, None]),
+        "segments_BT": shard(segments[:, :time]),
+    }
