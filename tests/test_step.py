@@ -15,7 +15,8 @@ from mtp_jax.sharding import RULES
 from mtp_jax.train import step as step_module
 from mtp_jax.train.step import make_trainer
 
-OPTIMIZER = OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=4, eps=1e-4, clip_norm=1.0)
+# A large eps: Adam's step is then a smooth function of the gradient, and no rounding error of a small one is blown up.
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, schedule="cosine", warmup_steps=4, eps=1e-2, clip_norm=1.0)
 
 
 @pytest.fixture(scope="module", autouse=True)
