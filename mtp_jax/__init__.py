@@ -21,6 +21,7 @@ _PUBLIC = {
     "ModelConfig": "mtp_jax.config",
     "HeadConfig": "mtp_jax.config",
     "DataConfig": "mtp_jax.config",
+    "DecodeConfig": "mtp_jax.config",
     "OptimizerConfig": "mtp_jax.config",
     "MeshConfig": "mtp_jax.config",
     "ConfigError": "mtp_jax.config",
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from mtp_jax.checkpoint import load as load
     from mtp_jax.config import ConfigError as ConfigError
     from mtp_jax.config import DataConfig as DataConfig
+    from mtp_jax.config import DecodeConfig as DecodeConfig
     from mtp_jax.config import HeadConfig as HeadConfig
     from mtp_jax.config import MeshConfig as MeshConfig
     from mtp_jax.config import ModelConfig as ModelConfig

@@ -12,36 +12,11 @@ import jax
 import numpy as np
 
 from mtp_jax.checkpoint import LoadedRun, versions
-from mtp_jax.config import require
+from mtp_jax.config import BenchConfig, DecodeConfig, require
 from mtp_jax.data import Store, prepare
 from mtp_jax.decode.generate import Generation, Request, make_request, proceed, result, start
 from mtp_jax.train.costs import costs
 from mtp_jax.train.step import split
-
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """What `mtp-jax bench decode` measures: every k of 0..W-1 at every temperature, one prompt at a time.
-
-    `prompts` held-out documents are chosen by `seed`; each gives its first `prompt_tokens` tokens and is continued by
-    `new_tokens`. For each prompt all k follow one another, so that a machine whose speed drifts slows all of them.
-    `repetitions` of the whole; a figure is the median over repetitions of total tokens / total time.
-    """
-
-    prompts: int = 24
-    prompt_tokens: int = 96
-    new_tokens: int = 256
-    temperatures: tuple[float, ...] = (0.0, 0.7)
-    repetitions: int = 1
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        least = {"prompts": 1, "prompt_tokens": 1, "new_tokens": 2, "repetitions": 1}
-        for name, value in least.items():
-            found = getattr(self, name)
-            require(found >= value, f"{name} is {found}; it must be at least {value}.")
-        low = min(self.temperatures, default=-1.0)
-        require(low >= 0, f"temperatures is {self.temperatures}; give one or more, each at least 0.")
 
 
 @dataclass
@@ -55,17 +30,17 @@ class Cell:
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
-def held_out_prompts(store: Store, count: int, length: int, seed: int = 0, *, least: int = 0) -> list[tuple[str, Any]]:
-    """`count` held-out documents chosen by `seed`: (name, first `length` tokens). All have at least `least` tokens.
+def held_out_prompts(store: Store, count: int, length: int, seed: int = 0) -> list[tuple[str, Any]]:
+    """`count` held-out documents chosen by `seed`: (name, first `length` tokens).
 
     Raises `ConfigError` if there are not that many of that length.
     """
-    documents, least = store.valid, max(length, least)
+    documents = store.valid
     order = np.random.default_rng(seed).permutation(len(documents))
-    long = [int(i) for i in order if documents.offsets[i + 1] - documents.offsets[i] >= least]
+    long = [int(i) for i in order if documents.offsets[i + 1] - documents.offsets[i] >= length]
     require(
         len(long) >= count,
-        f"{count} prompts were asked for and {len(long)} held-out documents have {least} tokens or more; "
+        f"{count} prompts were asked for and {len(long)} held-out documents have {length} tokens or more; "
         "ask for fewer or shorter ones, or hold out more (data.valid_fraction).",
     )
     return [(documents.names[i], documents[i][:length]) for i in long[:count]]
@@ -84,7 +59,7 @@ def bench_decode(
         for _, tokens in held_out_prompts(prepare(run.config.data), config.prompts, config.prompt_tokens, config.seed)
     ]
     cells = [
-        Cell(temperature, k, "greedy" if temperature == 0 else "coupled")
+        Cell(temperature, k, DecodeConfig(1, temperature).rule)
         for temperature in config.temperatures
         for k in range(run.config.head.window)
     ]
@@ -92,15 +67,8 @@ def bench_decode(
         model = run.decoder
 
         def request(cell: Cell, index: int) -> Request:
-            return make_request(
-                model,
-                [prompts[index]],
-                max_new_tokens=config.new_tokens,
-                temperature=cell.temperature,
-                k=cell.k,
-                verifier=cell.verifier,
-                seed=config.seed + index,
-            )
+            decode = DecodeConfig(config.new_tokens, cell.temperature, k=cell.k, seed=config.seed + index)
+            return make_request(model, [prompts[index]], decode)
 
         begun = time.perf_counter()
         for cell in cells:

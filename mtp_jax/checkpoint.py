@@ -1,7 +1,8 @@
 """Run directories: Orbax checkpoints that say themselves what they are, and the way back from them.
 
-    RUN/config.json                the resolved TrainConfig, readable without any checkpoint
-    RUN/checkpoints/STEP/          params, opt_state (arrays); meta (JSON: step, config, tokenizer, versions, metrics)
+    RUN/config.json, versions.json the resolved TrainConfig, and what it runs on; readable without any checkpoint
+    RUN/checkpoints/STEP/          params, opt_state (arrays); meta (JSON: step, config, tokenizer, data, versions,
+                                   metrics)
     RUN/metrics.jsonl, tensorboard/
 
 The step is also the data position: batch n is a pure function of (seed, n). Saves are asynchronous and atomic.
@@ -28,7 +29,7 @@ from jax.sharding import Mesh
 from mtp_jax import __version__
 from mtp_jax.config import ConfigError, MeshConfig, TrainConfig, from_dict, require, to_dict
 from mtp_jax.data import Tokenizer, load_tokenizer
-from mtp_jax.decode.generate import Generation, generate, prepare
+from mtp_jax.decode.generate import Generation, for_decoding, generate
 from mtp_jax.mesh import make_mesh
 from mtp_jax.model.transformer import LanguageModel
 from mtp_jax.train.step import TrainState, build_model, split
@@ -45,12 +46,23 @@ def versions() -> dict[str, str]:
     """Versions of Python and of the packages that decide a run's numbers, and the git commit of the code."""
     found = {"mtp_jax": __version__, "python": platform.python_version()}
     found |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    try:
-        git = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:  # no git on this machine
-        return found
-    return found | ({"commit": git.stdout.strip()} if git.returncode == 0 else {})
+    return found | ({"commit": commit} if (commit := _commit()) else {})
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file is tracked in, with `-dirty` where it was changed."""
+
+    def git(*args: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError:  # no git on this machine
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed package may lie inside somebody else's repository.
+    tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
+    return git("describe", "--always", "--dirty", "--abbrev=12") if tracked else None
 
 
 class Checkpoints:
@@ -61,10 +73,11 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=keep is not None)
         self._manager = ocp.CheckpointManager(self.run_dir / "checkpoints", options=options)
 
-    def save(self, state: TrainState, config: TrainConfig, metrics: dict[str, Any]) -> int:
+    def save(self, state: TrainState, config: TrainConfig, metrics: dict[str, Any], data_sha256: str) -> int:
         """Begin to save a state and return its step; the next call waits for this one.
 
-        The caller has seen that the state's loss is finite. A step that is saved already is left as it is.
+        `data_sha256` is that of the training tokens: a run is resumed on the same ones or not at all. The caller has
+        seen that the state's loss is finite. A step that is saved already is left as it is.
 
         Raises:
           CheckpointError: Orbax refused the step, for instance because a later one exists.
@@ -76,6 +89,7 @@ class Checkpoints:
             "step": step,
             "config": to_dict(config),
             "tokenizer": load_tokenizer(config.data.tokenizer).to_json(),
+            "data_sha256": data_sha256,
             "versions": versions(),
             "metrics": metrics,
         }
@@ -115,7 +129,7 @@ class Checkpoints:
         return self._manager.restore(self._step(step), args=args)["params"]
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
-        """The JSON of a step: step, config, tokenizer, versions, metrics."""
+        """The JSON of a step: step, config, tokenizer, data_sha256, versions, metrics."""
         args = ocp.args.Composite(meta=ocp.args.JsonRestore())
         return self._manager.restore(self._step(step), args=args)["meta"]
 
@@ -145,17 +159,25 @@ class Checkpoints:
 
 
 def write_config(run_dir: epath.PathLike, config: TrainConfig) -> None:
-    """Write `config.json` of a new run."""
+    """Write `config.json` and `versions.json` of a run that starts or goes on."""
     path = epath.Path(run_dir)
     path.mkdir(parents=True, exist_ok=True)
-    (path / CONFIG_FILE).write_text(json.dumps(to_dict(config), indent=2) + "\n")
+    for file, values in ((CONFIG_FILE, to_dict(config)), ("versions.json", versions())):
+        (path / file).write_text(json.dumps(values, indent=2) + "\n")
 
 
 def read_config(run_dir: epath.PathLike) -> TrainConfig:
     """The config of a run directory. Raises `ConfigError` if there is none."""
     path = epath.Path(run_dir).expanduser() / CONFIG_FILE
     require(path.exists(), f"{run_dir} is not a run directory: it has no {CONFIG_FILE}. Give what --run-dir was.")
-    return from_dict(TrainConfig, json.loads(path.read_text()))
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is not JSON ({error}). Give what --run-dir was.") from error
+    # Other programs have a config.json too.
+    ours = isinstance(values, dict) and {"model", "head", "data"} <= set(values)
+    require(ours, f"{path} is not the config of a run: it has no model, head and data. Give what --run-dir was.")
+    return from_dict(TrainConfig, values)
 
 
 @dataclass(frozen=True)
@@ -173,7 +195,7 @@ class LoadedRun:
     def decoder(self) -> LanguageModel:
         """The model laid out for decoding."""
         with jax.set_mesh(self.mesh):
-            return prepare(self.model)
+            return for_decoding(self.model)
 
     def generate(self, prompts: str | list[str], **options: Any) -> str | list[str]:
         """Continue text. Options are those of `mtp_jax.generate`; generation stops at the end of a document."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -41,10 +42,19 @@ def _choices(config: Any) -> None:
         )
 
 
-def _fraction(config: Any, *names: str) -> None:
+def _positive(config: Any, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
-        require(0 <= value <= 1, f"{type(config).__name__}.{name} is {value}; it must lie in [0, 1].")
+        require(value > 0, f"{type(config).__name__}.{name} is {value}; it must be positive.")
+
+
+def _fraction(config: Any, *names: str, closed: bool = True) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(
+            0 <= value < 1 or (closed and value == 1),
+            f"{type(config).__name__}.{name} is {value}; it must lie in [0, 1{']' if closed else ')'}.",
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +71,7 @@ class RopeScaling:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "factor", "original_context_length")
+        _positive(self, "low_freq_factor")
         require(
             self.high_freq_factor > self.low_freq_factor,
             f"RopeScaling.high_freq_factor is {self.high_freq_factor} and low_freq_factor is {self.low_freq_factor}; "
@@ -98,6 +109,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _choices(self)
         _at_least(self, 1, "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "context_length")
+        _positive(self, "rope_theta", "norm_eps")
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"ModelConfig.num_heads is {self.num_heads} and num_kv_heads is {self.num_kv_heads}; every key/value head "
@@ -128,7 +140,8 @@ class HeadConfig:
     unembedding; `lowrank` a D x D map per offset plus a correction of width `factor_width` per rank.
     `target` is the law that decoding preserves: `marginal` is the head's own first-token marginal, `ntp` a separate
     next-token head whose cross-entropy is added with `ntp_weight`.
-    Offset s is weighted by `gamma**(s-1)`. `balance` keeps components in use, with coefficient `balance_weight`.
+    Offset s is weighted by `gamma**(s-1)`; `z_weight` is on the mean square of the factors' log-normalisers. `balance`
+    keeps components in use, with coefficient `balance_weight`.
     `init_noise` is the relative noise by which the components differ at the start.
     """
 
@@ -140,6 +153,7 @@ class HeadConfig:
     target: Literal["marginal", "ntp"] = "marginal"
     ntp_weight: float = 1.0
     gamma: float = 1.0
+    z_weight: float = 0.0
     balance: Literal["none", "squared", "switch"] = "squared"
     balance_weight: float = 0.05
     init_noise: float = 0.02
@@ -147,7 +161,7 @@ class HeadConfig:
     def __post_init__(self) -> None:
         _choices(self)
         _at_least(self, 1, "window", "rank", "factor_width")
-        _at_least(self, 0, "ntp_weight", "balance_weight", "init_noise")
+        _at_least(self, 0, "ntp_weight", "z_weight", "balance_weight", "init_noise")
         require(
             self.kind != "independent" or self.rank == 1,
             f"HeadConfig.kind is independent and rank is {self.rank}; independent offsets have rank 1. "
@@ -192,6 +206,90 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class DecodeConfig:
+    """How prompts are continued.
+
+    `max_new_tokens` is exact, unless one of `stop_tokens` comes first. `temperature` (0 is greedy), `top_k` (0 keeps
+    all) and `top_p` are the law that is sampled. Row i samples with `seed + i`; its output is a function of that and
+    its prompt alone. `k` is the number of drafts per forward, 0..W-1 (default W-1), and `verifier` names an entry of
+    `mtp_jax.decode.verify.VERIFIERS`.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+    k: int | None = None
+    verifier: str | None = None
+    stop_tokens: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "max_new_tokens")
+        _at_least(self, 0, "temperature", "top_k", "seed")
+        require(0 < self.top_p <= 1, f"DecodeConfig.top_p is {self.top_p}; it must lie in (0, 1].")
+        require(
+            self.verifier != "greedy" or self.temperature == 0,
+            f"DecodeConfig.verifier is greedy and temperature is {self.temperature}; greedy decoding has temperature "
+            "0. Use coupled.",
+        )
+
+    @property
+    def rule(self) -> str:
+        """The verifier's name: by default `greedy` at temperature 0 and `coupled` above."""
+        return self.verifier or ("greedy" if self.temperature == 0 else "coupled")
+
+    def check(self, model: ModelConfig, head: HeadConfig, prompts: Sequence[Any]) -> None:
+        """Refuse what such a model cannot decode. Each of `prompts` is a sequence of token ids."""
+        window, vocab, context = head.window, model.vocab_size, model.context_length
+        require(len(prompts) > 0, "There are no prompts; give at least one.")
+        require(
+            self.k is None or 0 <= self.k < window,
+            f"k is {self.k} and the head's window is {window}; k must lie in 0..{window - 1}.",
+        )
+        most = 2**32 - len(prompts)
+        require(self.seed <= most, f"seed is {self.seed}; row i samples with seed + i, so it must lie in 0..{most}.")
+        for i, prompt in enumerate(prompts):
+            require(len(prompt) > 0, f"Prompt {i} is empty; it needs at least one token to continue from.")
+            total = len(prompt) + self.max_new_tokens
+            require(
+                total <= context,
+                f"Prompt {i} has {len(prompt)} tokens and max_new_tokens is {self.max_new_tokens}, {total} together; "
+                f"the model's context_length is {context}. Shorten one of them.",
+            )
+            low, high = min(prompt), max(prompt)
+            require(
+                low >= 0 and high < vocab,
+                f"Prompt {i} has token ids {low}..{high}; the vocabulary is 0..{vocab - 1}.",
+            )
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What `mtp-jax bench decode` measures: every k of 0..W-1 at every temperature, one prompt at a time.
+
+    `prompts` held-out documents are chosen by `seed`; each gives its first `prompt_tokens` tokens and is continued by
+    `new_tokens`. For each prompt all k follow one another, so that a machine whose speed drifts slows all of them.
+    `repetitions` of the whole; a rate is the total of tokens over the median of the repetitions' total times.
+    """
+
+    prompts: int = 24
+    prompt_tokens: int = 96
+    new_tokens: int = 256
+    temperatures: tuple[float, ...] = (0.0, 0.7)
+    repetitions: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "prompts", "prompt_tokens", "repetitions")
+        _at_least(self, 2, "new_tokens")
+        require(
+            min(self.temperatures, default=-1.0) >= 0,
+            f"BenchConfig.temperatures is {self.temperatures}; give one or more, each at least 0.",
+        )
+
+
+@dataclass(frozen=True)
 class OptimizerConfig:
     """Optax. `muon` updates matrices by orthogonalised momentum and the rest by AdamW (with Nesterov
     momentum), at one learning rate.
@@ -216,7 +314,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _choices(self)
         _at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "clip_norm")
-        _fraction(self, "decay_fraction", "final_lr_fraction", "beta1", "beta2", "momentum")
+        _positive(self, "eps")
+        _fraction(self, "decay_fraction", "final_lr_fraction")
+        _fraction(self, "beta1", "beta2", "momentum", closed=False)
 
 
 @dataclass(frozen=True)
@@ -253,9 +353,9 @@ class MeshConfig:
 class TrainConfig:
     """A whole run. Experiments are Python files with a module-level `CONFIG` of this type.
 
-    A step reads `data.batch_size` sequences in `grad_accumulation` equal parts. Every `eval_every` steps the first
-    `eval_batches` held-out batches are evaluated; every `checkpoint_every` steps the state is saved, and the newest
-    `keep_checkpoints` stay.
+    A step reads `data.batch_size` sequences in `grad_accumulation` equal parts. Every `eval_every` steps, and before
+    every save, the first `eval_batches` held-out batches are evaluated; every `checkpoint_every` steps the state is
+    saved, and the newest `keep_checkpoints` stay.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -331,6 +431,16 @@ class TrainConfig:
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain JSON values."""
     return dataclasses.asdict(config)
+
+
+def differences(a: Any, b: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted name, value in `a`, value in `b`) of every field in which two configs of one type differ."""
+    for name in (f.name for f in dataclasses.fields(a)):
+        here, there = getattr(a, name), getattr(b, name)
+        if dataclasses.is_dataclass(here) and type(here) is type(there):
+            yield from differences(here, there, f"{prefix}{name}.")
+        elif here != there:
+            yield f"{prefix}{name}", here, there
 
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:

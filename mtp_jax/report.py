@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from mtp_jax.train.loggers import read_metrics, series
+from mtp_jax.config import require
+from mtp_jax.train.loggers import METRICS_FILE, read_metrics, series
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,12 +44,18 @@ PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = "osD^vX"
 
 
+def check_reportable(run_dir: epath.PathLike) -> None:
+    """Raise `ConfigError` if the run has no metrics to report."""
+    path = epath.Path(run_dir).expanduser() / METRICS_FILE
+    require(path.exists(), f"A report shows the run's metrics, and there is no {path}. Leave --report out.")
+
+
 def write_report(run_dir: epath.PathLike, bench: dict[str, Any], config: dict[str, Any]) -> epath.Path:
     """Write `report.md`, `report.json` and `plots/*.png` into `run_dir` and return the path of `report.md`.
 
     `config` is the run's `TrainConfig` as a dictionary. Raises `FileNotFoundError` if `run_dir` has no metrics.jsonl.
     """
-    run_dir = epath.Path(run_dir)
+    run_dir = epath.Path(run_dir).expanduser()
     records = read_metrics(run_dir)
     train, evals = ([record for record in records if record["kind"] == kind] for kind in ("train", "eval"))
     rows = bench["rows"]

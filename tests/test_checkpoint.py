@@ -6,18 +6,23 @@ import json
 import pickle
 import re
 import shutil
+import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import tiny
 
 import mtp_jax
+from mtp_jax import checkpoint
 from mtp_jax.checkpoint import CheckpointError, Checkpoints, read_config, versions, write_config
 from mtp_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, from_dict
+from mtp_jax.data import prepare
 from mtp_jax.data.tokenizers import ByteTokenizer
 from mtp_jax.sharding import RULES
 from mtp_jax.train import loop
@@ -25,6 +30,7 @@ from mtp_jax.train.evaluate import place
 from mtp_jax.train.loggers import read_metrics
 from mtp_jax.train.step import TrainState, split
 
+REPOSITORY = Path(__file__).parents[1]
 VOCAB = 258
 MESHES = {"adamw": MeshConfig(2, 2, 2), "muon": MeshConfig()}
 
@@ -115,7 +121,7 @@ def assert_equal(tree, expected):
 
 def numbers(run_dir):
     """Every number of metrics.jsonl that does not depend on the clock."""
-    clock = ("time", "tokens_per_second")
+    clock = ("time", "tokens_per_second", "compile_seconds")
     return [{k: v for k, v in record.items() if k not in clock} for record in read_metrics(run_dir)]
 
 
@@ -264,7 +270,7 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.latest_step() is None
         for step in (1, 2, 5, 7):
-            assert checkpoints.save(make_state(step), config, {}) == step
+            assert checkpoints.save(make_state(step), config, {}, "") == step
         checkpoints.wait()
         assert checkpoints.latest_step() == 7
         for step in (5, 7):
@@ -277,18 +283,48 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
 def test_a_step_is_saved_once_and_never_behind_a_later_one(tmp_path):
     config = tiny.train_config()
     with Checkpoints(tmp_path, keep=3) as checkpoints:
-        checkpoints.save(make_state(4), config, {})
-        assert checkpoints.save(make_state(4, value=9), config, {}) == 4
+        checkpoints.save(make_state(4), config, {}, "")
+        assert checkpoints.save(make_state(4, value=9), config, {}, "") == 4
         with pytest.raises(CheckpointError, match=r"did not save step 2 .* it holds steps \[4\]"):
-            checkpoints.save(make_state(2), config, {})
+            checkpoints.save(make_state(2), config, {}, "")
         checkpoints.wait()
+        assert_equal(checkpoints.restore(make_state(0)), make_state(4))
+
+
+def test_saving_does_not_wait_for_the_disk(tmp_path, monkeypatch):
+    begun, release, writing = threading.Event(), threading.Event(), ocp.JsonCheckpointHandler.async_save
+
+    class Slow(ocp.future.Future):
+        """A write that goes on when the test says so."""
+
+        def __init__(self, write):
+            self.write = write
+
+        def result(self, timeout=None):
+            begun.set()
+            assert release.wait(10), "the save was waited for"
+            return self.write.result(timeout)
+
+    async def slow(*args, **options):
+        return [Slow(write) for write in await writing(*args, **options)]
+
+    monkeypatch.setattr(ocp.JsonCheckpointHandler, "async_save", slow)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(make_state(4), tiny.train_config(), {}, "")
+        assert begun.wait(10) and "4" not in on_disk(tmp_path)
+        # What a kill would leave at this instant.
+        with Checkpoints(tmp_path) as reader:
+            assert reader.latest_step() is None
+        release.set()
+        checkpoints.wait()
+        assert on_disk(tmp_path) == ["4"]
         assert_equal(checkpoints.restore(make_state(0)), make_state(4))
 
 
 def test_a_checkpoint_that_was_not_finished_is_not_seen_and_is_replaced(tmp_path):
     config = tiny.train_config()
     with Checkpoints(tmp_path, keep=2) as checkpoints:
-        checkpoints.save(make_state(4), config, {})
+        checkpoints.save(make_state(4), config, {}, "")
     # What a kill leaves behind while step 8 is written.
     shutil.copytree(tmp_path / "checkpoints/4", tmp_path / "checkpoints/8.orbax-checkpoint-tmp")
     with Checkpoints(tmp_path) as checkpoints:
@@ -296,7 +332,7 @@ def test_a_checkpoint_that_was_not_finished_is_not_seen_and_is_replaced(tmp_path
     assert on_disk(tmp_path) == ["4", "8.orbax-checkpoint-tmp"], "who only reads deletes nothing"
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.latest_step() == 4
-        checkpoints.save(make_state(8), config, {})
+        checkpoints.save(make_state(8), config, {}, "")
         assert_equal(checkpoints.restore(make_state(0)), make_state(8))
     assert on_disk(tmp_path) == ["4", "8"]
 
@@ -305,10 +341,11 @@ def test_a_checkpoint_says_what_it_is(trained):
     with Checkpoints(trained.path) as checkpoints:
         latest, earlier = checkpoints.meta(), checkpoints.meta(4)
     for step, meta in ((8, latest), (4, earlier)):
-        assert set(meta) == {"step", "config", "tokenizer", "versions", "metrics"}
+        assert set(meta) == {"step", "config", "tokenizer", "data_sha256", "versions", "metrics"}
         assert meta["step"] == step
         assert from_dict(TrainConfig, meta["config"]) == trained.config
         assert meta["tokenizer"] == {"name": "bytes"}
+        assert meta["data_sha256"] == prepare(trained.config.data).sha256
         assert {"mtp_jax", "python", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy"} <= set(
             meta["versions"]
         )
@@ -320,9 +357,56 @@ def test_a_checkpoint_says_what_it_is(trained):
 def test_a_run_directory_says_what_it_is(trained):
     assert read_config(trained.path) == trained.config
     assert json.loads((trained.path / "config.json").read_text())["model"]["d_model"] == 16
+    assert json.loads((trained.path / "versions.json").read_text()) == versions()
     assert {path.name for path in trained.path.iterdir()} == {
-        *("config.json", "metrics.jsonl", "checkpoints", "tensorboard")
+        *("config.json", "versions.json", "metrics.jsonl", "checkpoints", "tensorboard")
     }
+
+
+@pytest.mark.skipif(not (REPOSITORY / ".git").exists(), reason="this is no checkout")
+def test_the_commit_is_that_of_this_checkout():
+    def git(*args):
+        return subprocess.run(["git", *args], cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
+
+    commit, dirty, _ = versions()["commit"].partition("-dirty")
+    assert len(commit) >= 12 and git("rev-parse", "HEAD").startswith(commit)
+    assert bool(dirty) == bool(git("status", "--porcelain", "--untracked-files=no"))
+
+
+def test_a_package_that_lies_in_somebody_elses_repository_has_no_commit(tmp_path, monkeypatch):
+    """A virtual environment inside a project: its commit says nothing about this code."""
+
+    def git(*args):
+        subprocess.run(
+            ["git", "-c", "user.name=x", "-c", "user.email=x", "-c", "commit.gpgsign=false", *args],
+            cwd=tmp_path,
+            check=True,
+        )
+
+    installed = tmp_path / "site-packages" / "mtp_jax" / "checkpoint.py"
+    installed.parent.mkdir(parents=True)
+    installed.write_text("")
+    (tmp_path / "theirs.py").write_text("")
+    monkeypatch.setattr(checkpoint, "__file__", str(installed))
+    assert "commit" not in versions(), "there is no repository"
+    git("init", "--quiet")
+    git("add", "theirs.py")
+    git("commit", "--quiet", "-m", "theirs")
+    assert "commit" not in versions()
+    git("add", "site-packages")
+    git("commit", "--quiet", "-m", "vendored")
+    assert re.fullmatch("[0-9a-f]{12}", versions()["commit"])
+    installed.write_text("changed")
+    assert re.fullmatch("[0-9a-f]{12}-dirty", versions()["commit"])
+    monkeypatch.setenv("PATH", "")
+    assert "commit" not in versions(), "there is no git"
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "{", "null", '{"steps": 3}'])
+def test_a_config_that_is_none_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / 'config.json'}")):
+        read_config(tmp_path)
 
 
 def test_nothing_is_a_pickle(trained, monkeypatch):

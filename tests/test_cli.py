@@ -3,9 +3,12 @@
 Each command runs once as a user runs it, in a process of its own; the rest calls `main` in this one.
 """
 
+import contextlib
+import dataclasses
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +17,9 @@ from types import SimpleNamespace
 import pytest
 
 import mtp_jax
-from mtp_jax import cli
+from mtp_jax import bench, checkpoint, cli, report
+from mtp_jax.checkpoint import read_config, write_config
+from mtp_jax.commands import use_compilation_cache
 from mtp_jax.config import (
     DataConfig,
     HeadConfig,
@@ -25,6 +30,7 @@ from mtp_jax.config import (
     TrainConfig,
     to_dict,
 )
+from mtp_jax.data import ByteTokenizer, prepare
 from mtp_jax.train import loop
 from mtp_jax.train.loggers import read_metrics
 
@@ -119,6 +125,18 @@ def nothing_expensive(monkeypatch):
         monkeypatch.setattr(loop, name, fail)
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """What `train` was called with, each time: (config, run directory, flags). Nothing is trained."""
+    calls = []
+    monkeypatch.setattr(loop, "train", lambda config, run_dir, **flags: calls.append((config, run_dir, flags)))
+    return calls
+
+
+def contents(path):
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in path.rglob("*") if file.is_file()}
+
+
 # A run, from training to the report
 
 
@@ -130,10 +148,17 @@ def run(experiment):
     return SimpleNamespace(dir=run_dir, output=output)
 
 
+@pytest.fixture
+def copy(run, tmp_path):
+    """A copy of the run."""
+    return Path(shutil.copytree(run.dir, tmp_path / "copy"))
+
+
 def test_train_leaves_a_run(run):
     assert "new run, 8 steps of 8 x 16 tokens" in run.output and "predicted cost" in run.output
     assert "\x1b" not in run.output, "the output is no terminal"
-    assert {path.name for path in run.dir.iterdir()} == {"config.json", "metrics.jsonl", "tensorboard", "checkpoints"}
+    files = {path.name for path in run.dir.iterdir()}
+    assert files == {"config.json", "versions.json", "metrics.jsonl", "tensorboard", "checkpoints"}
     records = read_metrics(run.dir)
     assert [r["step"] for r in records if r["kind"] == "train"] == list(range(1, 9))
     assert [r["step"] for r in records if r["kind"] == "eval"] == [4, 8]
@@ -185,19 +210,136 @@ def test_bench_decode_measures_and_reports(run):
         assert (run.dir / "plots" / f"{plot}.png").read_bytes().startswith(b"\x89PNG")
 
 
+BENCH = {
+    **{"prompts": 1, "prompt_tokens": 8, "new_tokens": 8, "repetitions": 1, "seed": 0, "device": "cpu"},
+    **{"versions": {}, "parameters": {}, "compile_seconds": 1.0, "prefill_seconds": 1.0},
+    "rows": [
+        {
+            **{"batch": 1, "temperature": 0.0, "k": 0, "verifier": "greedy", "dtype": "float32", "speedup": 1.0},
+            **{"tokens_per_second": 50.0, "block_efficiency": 1.0, "acceptance": [], "verify_cost": 1.0},
+            "identical_to_plain": True,
+        }
+    ],
+}
+
+
+def test_a_report_that_cannot_be_is_refused_before_measuring(run, tmp_path, refused, monkeypatch):
+    for module, name in ((checkpoint, "load"), (bench, "bench_decode")):
+        monkeypatch.setattr(module, name, lambda *args: pytest.fail("this was to be refused before"))
+    shutil.copy(run.dir / "config.json", tmp_path)
+    before = contents(tmp_path)
+    message = refused("bench", "decode", tmp_path, "--report")
+    assert f"there is no {tmp_path / 'metrics.jsonl'}. Leave --report out." in message
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_what_was_measured_outlives_a_report_that_fails(run, capsys, monkeypatch, error):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(bench, "bench_decode", lambda *args: BENCH)
+    monkeypatch.setattr(report, "write_report", fail)
+    with pytest.raises((OSError, SystemExit)):
+        cli.main(["bench", "decode", str(run.dir), "--report"])
+    assert last_line(capsys.readouterr().out) == BENCH
+
+
 GENERATE = ("--max-new-tokens", "12", "--seed", "3")
+# The noise decides, which drafts and target share: most drafts are accepted.
+HOT = ("--temperature", "2")
+
+
+GREEN = "1;32"
+ANSI = re.compile("\x1b\\[([0-9;]*)m")
+
+
+def styled(output):
+    """Every character of `output` with the ANSI codes that it is shown in."""
+    plain, *rest = ANSI.split(output)
+    pieces = [("", plain), *zip(rest[::2], rest[1::2], strict=True)]
+    return [("" if codes == "0" else codes, character) for codes, text in pieces for character in text]
+
+
+def letters(self, ids):
+    """In place of `decode_bytes`: each token is one letter, so that none is lost or joined with its neighbour."""
+    return bytes(97 + int(i) % 26 for i in ids)
 
 
 def test_colour_is_the_users_choice(run, capsys, monkeypatch):
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr(ByteTokenizer, "decode_bytes", letters)
     outputs = {}
     for color in ("always", "never", "auto"):
-        cli.main(["generate", str(run.dir), "--prompt", "The 1st of", "--color", color, *GENERATE])
+        options = (*HOT, "--color", color, *GENERATE)
+        cli.main(["generate", str(run.dir), "--prompt", "The 1st of", *options])
         outputs[color] = capsys.readouterr().out
-    assert "\x1b[1;32m" in outputs["always"]
+    assert f"\x1b[{GREEN}m" in outputs["always"]
     assert "\x1b" not in outputs["never"] and outputs["auto"] == outputs["never"]
-    assert re.sub("\x1b\\[[0-9;]*m", "", outputs["always"]) == outputs["never"]
+    assert "".join(character for _, character in styled(outputs["always"])) == outputs["never"]
+
+
+@pytest.mark.parametrize("k", [2, 0])
+def test_what_is_green_are_the_accepted_drafts(run, capsys, monkeypatch, k):
+    import mtp_jax.decode.generate as decode
+
+    stream, parts = decode.stream, []
+
+    def record(*args, **options):
+        for tokens, accepted in stream(*args, **options):
+            parts.append((letters(None, tokens).decode(), accepted))
+            yield tokens, accepted
+
+    monkeypatch.setattr(ByteTokenizer, "decode_bytes", letters)
+    monkeypatch.setattr(decode, "stream", record)
+    options = ("--k", str(k), *HOT, "--color", "always", *GENERATE)
+    cli.main(["generate", str(run.dir), "--prompt", "The 1st of", *options])
+    text, summary = capsys.readouterr().out.splitlines()
+    prompt = letters(None, b"The 1st of").decode()
+    expected = [("2", character) for character in prompt]
+    expected += [(GREEN * (i < accepted), character) for text, accepted in parts for i, character in enumerate(text)]
+    assert styled(text) == expected
+    drafts = sum(accepted for _, accepted in parts)
+    assert (drafts > 0) == (k > 0)
+    emitted = sum(len(text) for text, _ in parts)
+    assert f"[{emitted} tokens, {drafts} of them accepted drafts; {len(parts) - 1} forwards after prefill" in summary
+
+
+def test_a_character_in_two_forwards_is_one_character(run, capsys, monkeypatch):
+    """It has the colour of its last byte. Half a character at the end is shown as such."""
+    import mtp_jax.decode.generate as decode
+
+    parts = [(b"a\xc3", 1), (b"\xa9b", 1), (b"c\xe2\x82", 0), (b"\xacd\xc3", 2)]
+    monkeypatch.setattr(decode, "stream", lambda *args, **options: [(list(text), n) for text, n in parts])
+    cli.main(["generate", str(run.dir), "--prompt", "x", "--color", "always", *GENERATE])
+    text = capsys.readouterr().out.splitlines()[0]
+    green = [(GREEN, character) for character in "a\xe9\u20acd"]
+    assert styled(text) == [("2", "x"), *green[:2], ("", "b"), ("", "c"), *green[2:], ("", "\ufffd")]
+
+
+def test_generate_refuses_before_it_loads_or_prints(run, refused, monkeypatch):
+    before = contents(run.dir)
+    monkeypatch.setattr(checkpoint, "load", lambda *args: pytest.fail("this was to be refused before"))
+    for options, words in (
+        (("--k", 9), "k is 9 and the head's window is 3; k must lie in 0..2."),
+        (("--k", -1), "k must lie in 0..2."),
+        (("--max-new-tokens", 0), "max_new_tokens is 0; it must be at least 1."),
+        (("--max-new-tokens", 128), "Prompt 0 has 1 tokens and max_new_tokens is 128, 129 together"),
+        (("--temperature", -1), "temperature is -1.0; it must be at least 0."),
+        (("--top-p", 0), "top_p is 0.0; it must lie in (0, 1]."),
+        (("--top-k", -1), "top_k is -1; it must be at least 0."),
+        (("--seed", 2**32), f"seed is {2**32}; row i samples with seed + i"),
+    ):
+        message = refused("generate", run.dir, "--prompt", "x", *options)
+        assert words in message and message.startswith("mtp-jax: error:")
+    message = refused("generate", run.dir, "--prompt", "x" * 100, "--max-new-tokens", 29)
+    assert "Prompt 0 has 100 tokens and max_new_tokens is 29, 129 together" in message
+    assert "Prompt 0 is empty" in refused("generate", run.dir, "--prompt", "")
+    held_out = ("generate", run.dir, "--held-out", 2, "--max-new-tokens")
+    assert "Prompt 0 has 100 tokens" in refused(*held_out, 29, "--prompt-tokens", 100)
+    assert "--prompt-tokens is 0" in refused(*held_out, 29, "--prompt-tokens", 0)
+    assert contents(run.dir) == before
 
 
 def test_held_out_documents_are_continued(run, capsys):
@@ -205,6 +347,7 @@ def test_held_out_documents_are_continued(run, capsys):
     output = capsys.readouterr().out
     names = re.findall(r"(\d+\.txt), continued at temperature 0.7", output)
     assert len(set(names)) == 2 and output.count("tokens per forward]") == 2
+    assert set(names) <= set(prepare(read_config(run.dir).data).valid.names)
     page = (run.dir / "completions.html").read_text()
     assert all(name in page for name in names)
     for name in names:
@@ -297,6 +440,44 @@ def test_an_experiment_without_a_config_is_refused(tmp_path, refused):
     assert "notes.txt is not a Python file" in refused("train", tmp_path / "notes.txt")
 
 
+# The compilation cache
+
+
+@pytest.fixture
+def caches(monkeypatch):
+    """The directories that JAX is told to keep compiled functions in."""
+    import jax
+
+    caches = []
+    monkeypatch.setattr(jax.config, "update", lambda name, value: caches.append((name, value)))
+    return caches
+
+
+COMMANDS = {
+    "train": ("train", "{experiment}"),
+    "eval": ("eval", "{empty}"),
+    "generate": ("generate", "{empty}", "--prompt", "x"),
+    "bench": ("bench", "decode", "{empty}"),
+    "doctor": ("doctor",),
+}
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_command_keeps_what_it_compiles(name, experiment, calls, caches, tmp_path, monkeypatch):
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    argv = [arg.format(experiment=experiment, empty=tmp_path) for arg in COMMANDS[name]]
+    with contextlib.suppress(SystemExit):
+        cli.main(argv)
+    assert caches == [("jax_compilation_cache_dir", str(tmp_path / "home" / ".cache" / "mtp_jax" / "xla"))]
+
+
+def test_the_cache_that_the_user_chose_is_left_alone(caches, monkeypatch):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/tmp/mine")
+    use_compilation_cache()
+    assert caches == []
+
+
 # What cannot run is refused before it costs anything
 
 REFUSED = {
@@ -329,6 +510,20 @@ def test_a_value_of_another_type_is_refused(experiment, refused, nothing_expensi
     assert "many" in message and "--steps" in message
     message = refused("train", experiment, "--head.factors", "ful")
     assert "ful" in message and "shared" in message and "lowrank" in message
+
+
+def test_an_old_run_outlives_a_new_one_that_is_refused(experiment, copy, refused, tmp_path):
+    overwrite = ("train", experiment, "--overwrite", "--run-dir")
+    hugging_face = tmp_path / "llama"
+    hugging_face.mkdir()
+    (hugging_face / "config.json").write_text('{"architectures": ["LlamaForCausalLM"], "hidden_size": 64}')
+    (hugging_face / "model.safetensors").write_bytes(bytes(range(256)))
+    before = contents(tmp_path)
+    assert "The valid split has no documents" in refused(*overwrite, copy, "--data.valid-fraction", 1e-9)
+    assert "no file matches it" in refused(*overwrite, copy, "--data.files", "nothing/*.txt")
+    assert "d_model is 18" in refused(*overwrite, copy, "--model.d-model", 18)
+    assert f"--overwrite leaves {hugging_face} alone, for it is not a run" in refused(*overwrite, hugging_face)
+    assert contents(tmp_path) == before
 
 
 def test_an_existing_run_is_refused(experiment, run, refused, nothing_expensive):
@@ -381,6 +576,14 @@ def test_a_run_that_failed_exits_with_status_1(experiment, refused, monkeypatch)
     assert refused("train", experiment, status=1) == "mtp-jax: error: Step 3: loss nan"
 
 
+def test_an_interrupted_run_exits_with_status_130(experiment, refused, monkeypatch):
+    def interrupt(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train", interrupt)
+    assert refused("train", experiment, status=130) == ""
+
+
 def test_errors_that_are_not_ours_keep_their_traceback(experiment, monkeypatch):
     def fail(*args, **options):
         raise RuntimeError("out of memory")
@@ -398,7 +601,7 @@ OTHER = TrainConfig(
         **dict(context_length=64, rope_theta=500.0, rope_scaling=RopeScaling(2.0, 1.5, 5.0, 32)),
         **dict(qkv_bias=True, qk_norm=True, tie_embeddings=True, norm_eps=1e-6, dtype="bfloat16", remat="dots"),
     ),
-    HeadConfig("independent", 2, 1, "lowrank", 4, "ntp", 0.5, 0.9, "switch", 0.1, 0.5),
+    HeadConfig("independent", 2, 1, "lowrank", 4, "ntp", 0.5, 0.9, 1e-3, "switch", 0.1, 0.5),
     DataConfig("stdlib", "other/*.txt", "bytes", 24, 16, 0.1, 5, "elsewhere"),
     OptimizerConfig("muon", 3e-3, "wsd", 3, 0.3, 0.2, 0.05, 0.8, 0.9, 1e-6, 0.9, 0.5),
     MeshConfig(2, 2, 2),
@@ -423,23 +626,89 @@ def test_every_field_can_be_set(experiment, tmp_path, monkeypatch):
     options = []
     for name, value in fields.items():
         options += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
-    monkeypatch.setattr(loop, "Run", lambda *args: SimpleNamespace(fit=lambda resume: {}))
+    configs = []
+    monkeypatch.setattr(loop, "Run", lambda config, *args: configs.append(config) or SimpleNamespace(fit=print))
     monkeypatch.chdir(tmp_path)  # the cache directory is relative
     cli.main(["train", str(experiment), "--run-dir", f"{tmp_path}/run", *options])
-    assert json.loads((tmp_path / "run" / "config.json").read_text()) == to_dict(OTHER)
+    assert configs == [OTHER]
 
 
-def test_the_run_directory_has_the_experiments_name_and_flags_are_passed_on(experiment, monkeypatch):
-    calls = []
-    monkeypatch.setattr(loop, "train", lambda config, run_dir, **flags: calls.append((run_dir, flags)))
+def test_the_run_directory_has_the_experiments_name_and_flags_are_passed_on(experiment, run, calls):
     cli.main(["train", str(experiment)])
-    cli.main(["train", str(experiment), "--run-dir", "elsewhere", "--resume"])
+    cli.main(["train", str(experiment), "--run-dir", str(run.dir), "--resume"])
     cli.main(["train", str(experiment), "--overwrite"])
-    assert calls == [
+    assert [(run_dir, flags) for _, run_dir, flags in calls] == [
         ("runs/small_cpd", {"resume": False, "overwrite": False}),
-        ("elsewhere", {"resume": True, "overwrite": False}),
+        (str(run.dir), {"resume": True, "overwrite": False}),
         ("runs/small_cpd", {"resume": False, "overwrite": True}),
     ]
+
+
+# Resuming
+
+
+def test_a_run_goes_on_by_its_own_config(experiment, run, calls, capsys):
+    """Not by what the experiment says now; and what is set on the command line changes it."""
+    own = read_config(run.dir)
+    cli.main(["train", str(experiment), "--run-dir", str(run.dir), "--resume"])
+    assert capsys.readouterr().out == f"--resume: data.seed is 7 in this run (0 in {experiment})\n"
+    options = ["--steps", "12", "--head.gamma", "0.5", "--optimizer.warmup-steps", "10"]
+    cli.main(["train", str(experiment), *options, "--resume", "--run-dir", str(run.dir)])
+    assert capsys.readouterr().out.splitlines() == [
+        f"--resume: head.gamma is 0.5 in this run (1.0 in {experiment})",
+        f"--resume: data.seed is 7 in this run (0 in {experiment})",
+        f"--resume: optimizer.warmup_steps is 10 in this run (2 in {experiment})",
+        f"--resume: steps is 12 in this run (8 in {experiment})",
+    ]
+    changed = dataclasses.replace(
+        own,
+        head=dataclasses.replace(own.head, gamma=0.5),
+        optimizer=dataclasses.replace(own.optimizer, warmup_steps=10),
+        steps=12,
+    )
+    flags = {"resume": True, "overwrite": False}
+    assert calls == [(own, str(run.dir), flags), (changed, str(run.dir), flags)]
+
+
+def test_an_option_need_fit_the_run_alone(experiment, copy, calls, refused):
+    """The run may be longer than the experiment, so that its warm-up may be."""
+    write_config(copy, dataclasses.replace(read_config(copy), steps=40))
+    resume = ("train", experiment, "--run-dir", copy, "--resume")
+    cli.main([*map(str, resume), "--optimizer.warmup-steps", "30"])
+    ((config, *_),) = calls
+    assert (config.optimizer.warmup_steps, config.steps) == (30, 40)
+    message = refused(*resume, "--optimizer.warmup-steps", 41)
+    assert "optimizer.warmup_steps is 41 and steps is 40" in message and len(calls) == 1
+    assert "--model.d-model" in refused(*resume, "--model.d-modle", 16), "the nearest is still found"
+
+
+def test_a_run_is_resumed_to_more_steps(experiment, copy, capsys):
+    before = read_config(copy)
+    cli.main(["train", str(experiment), "--run-dir", str(copy), "--resume", "--steps", "10"])
+    output = capsys.readouterr().out
+    assert f"--resume: steps is 10 in this run (8 in {experiment})" in output
+    assert f"{copy}: resuming at step 8, 10 steps of 8 x 16 tokens" in output
+    assert read_config(copy) == dataclasses.replace(before, steps=10)
+    steps = [record["step"] for record in read_metrics(copy) if record["kind"] == "train"]
+    assert steps == list(range(1, 11)) and (copy / "checkpoints" / "10").exists()
+
+
+def test_a_refused_resume_changes_nothing(experiment, copy, refused):
+    before = contents(copy)
+    resume = ("train", experiment, "--run-dir", copy, "--resume")
+    message = refused(*resume, "--steps", 7)
+    assert f"the run in {copy} is at step 8 and steps is 7; set --steps to 8 or more." in message
+    file = experiment.parent / "corpus" / prepare(read_config(copy).data).train.names[0]
+    text, sha256 = file.read_text(), prepare(read_config(copy).data).sha256
+    try:
+        file.write_text(text.swapcase())
+        message = refused(*resume, "--steps", 12)
+        assert prepare(read_config(copy).data).sha256[:12] in message and sha256[:12] in message
+    finally:
+        file.write_text(text)
+    assert "head.rank is 3 and the run in" in refused(*resume, "--head.rank", 3)
+    assert "Both --resume and --overwrite" in refused(*resume, "--overwrite")
+    assert contents(copy) == before
 
 
 # The doctor

@@ -15,17 +15,25 @@ import pytest
 
 from mtp_jax import config as config_module
 from mtp_jax.config import (
+    BenchConfig,
     ConfigError,
     DataConfig,
+    DecodeConfig,
     HeadConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
     RopeScaling,
     TrainConfig,
+    differences,
     from_dict,
     to_dict,
 )
+
+
+def decode(*prompts, new=8, vocab_size=32, context=16, **changes):
+    config = DecodeConfig(new, **changes)
+    return config.check(ModelConfig(vocab_size=vocab_size, context_length=context), HeadConfig(window=4), prompts)
 
 
 def on_mesh(*shape, batch=16, parts=1, factors="full", **model):
@@ -61,7 +69,25 @@ REFUSED = {
     "valid_fraction_zero": (lambda: DataConfig(valid_fraction=0.0), ["valid_fraction is 0.0", "(0, 1)"]),
     "valid_fraction_one": (lambda: DataConfig(valid_fraction=1.0), ["valid_fraction is 1.0", "(0, 1)"]),
     "text_without_files": (lambda: DataConfig(source="text"), ["source is text", "files is empty", "--data.files"]),
-    "beta": (lambda: OptimizerConfig(beta2=1.5), ["OptimizerConfig.beta2 is 1.5", "[0, 1]"]),
+    "top_p_zero": (lambda: DecodeConfig(8, top_p=0.0), ["DecodeConfig.top_p is 0.0", "(0, 1]"]),
+    "top_p_above": (lambda: DecodeConfig(8, top_p=1.5), ["DecodeConfig.top_p is 1.5", "(0, 1]"]),
+    "greedy_by_temperature": (
+        lambda: DecodeConfig(8, 0.7, verifier="greedy"),
+        ["verifier is greedy", "temperature is 0.7", "Use coupled"],
+    ),
+    "no_prompts": (lambda: decode(), ["no prompts", "at least one"]),
+    "drafts_by_window": (lambda: decode([1], k=4), ["k is 4", "window is 4", "0..3"]),
+    "negative_drafts": (lambda: decode([1], k=-1), ["k is -1", "0..3"]),
+    "seed_by_rows": (lambda: decode([1], [2], seed=2**32 - 1), [f"seed is {2**32 - 1}", f"0..{2**32 - 2}"]),
+    "empty_prompt": (lambda: decode([1], []), ["Prompt 1 is empty"]),
+    "prompt_by_context": (
+        lambda: decode([1], [1] * 9),
+        ["Prompt 1 has 9 tokens", "max_new_tokens is 8", "17 together", "context_length is 16"],
+    ),
+    "prompt_by_vocabulary": (lambda: decode([3, 32]), ["Prompt 0 has token ids 3..32", "0..31"]),
+    "negative_token": (lambda: decode([-1, 3]), ["Prompt 0 has token ids -1..3", "0..31"]),
+    "no_temperatures": (lambda: BenchConfig(temperatures=()), ["BenchConfig.temperatures is ()", "one or more"]),
+    "negative_temperature": (lambda: BenchConfig(temperatures=(0.7, -0.1)), ["is (0.7, -0.1)", "at least 0"]),
     "mesh_zero": (lambda: MeshConfig(fsdp=0), ["MeshConfig.fsdp is 0", "-1"]),
     "mesh_negative": (lambda: MeshConfig(tensor=-2), ["MeshConfig.tensor is -2", "-1"]),
     "mesh_two_rests": (lambda: MeshConfig(-1, -1, 2), ["(-1, -1, 2)", "only one"]),
@@ -111,8 +137,13 @@ LEAST = {
         **{"vocab_size": 1, "d_model": 1, "d_ff": 1, "num_layers": 1, "num_heads": 1, "num_kv_heads": 1},
         "context_length": 1,
     },
-    HeadConfig: {"window": 1, "rank": 1, "factor_width": 1, "ntp_weight": 0, "balance_weight": 0, "init_noise": 0},
+    HeadConfig: {
+        **{"window": 1, "rank": 1, "factor_width": 1},
+        **{"ntp_weight": 0, "z_weight": 0, "balance_weight": 0, "init_noise": 0},
+    },
     DataConfig: {"seq_len": 1, "batch_size": 1},
+    DecodeConfig: {"max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0},
+    BenchConfig: {"prompts": 1, "prompt_tokens": 1, "new_tokens": 2, "repetitions": 1},
     OptimizerConfig: {"learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "clip_norm": 0},
     TrainConfig: {
         **{"steps": 1, "grad_accumulation": 1, "eval_every": 1, "eval_batches": 1, "checkpoint_every": 1},
@@ -135,7 +166,15 @@ CHOICES = [
     (OptimizerConfig, "name", "adam", "adamw"),
     (OptimizerConfig, "schedule", "linear", "cosine"),
 ]
-FRACTIONS = ["decay_fraction", "final_lr_fraction", "beta1", "beta2", "momentum"]
+# Whether 1 belongs to the interval: a mean that decays by a factor of 1 never learns anything.
+FRACTIONS = {"decay_fraction": True, "final_lr_fraction": True, "beta1": False, "beta2": False, "momentum": False}
+# Numbers that must be above 0.
+POSITIVE = [
+    *((RopeScaling, "low_freq_factor"), (ModelConfig, "rope_theta"), (ModelConfig, "norm_eps")),
+    (OptimizerConfig, "eps"),
+]
+# What a config cannot be made without.
+GIVEN = {DecodeConfig: {"max_new_tokens": 8}}
 
 
 def assert_says(message, words):
@@ -156,21 +195,30 @@ def test_the_refusal_names_the_fields_and_both_values(name):
 def test_the_least_value_is_allowed_and_the_next_below_is_not(cls, name):
     least = LEAST[cls][name]
     with pytest.raises(ConfigError) as error:
-        cls(**{name: least - 1})
+        cls(**{**GIVEN.get(cls, {}), name: least - 1})
     assert_says(str(error.value), [f"{cls.__name__}.{name} is {least - 1}", f"at least {least}"])
     with pytest.raises(ConfigError):
-        cls(**{name: float("nan")})
-    assert getattr(cls(**{name: least}, **ALONG.get(name, {})), name) == least
+        cls(**{**GIVEN.get(cls, {}), name: float("nan")})
+    assert getattr(cls(**{**GIVEN.get(cls, {}), name: least, **ALONG.get(name, {})}), name) == least
 
 
-@pytest.mark.parametrize("name", FRACTIONS)
-def test_fractions_lie_between_0_and_1(name):
-    for value in (-0.1, 1.1):
+@pytest.mark.parametrize("name, closed", FRACTIONS.items())
+def test_fractions_lie_between_0_and_1(name, closed):
+    for value in (-0.1, 1.1, float("nan"), *([] if closed else [1.0])):
         with pytest.raises(ConfigError) as error:
             OptimizerConfig(**{name: value})
-        assert_says(str(error.value), [f"OptimizerConfig.{name} is {value}", "[0, 1]"])
-    for value in (0.0, 1.0):
+        assert_says(str(error.value), [f"OptimizerConfig.{name} is {value}", "[0, 1]" if closed else "[0, 1)"])
+    for value in (0.0, 0.999, *([1.0] if closed else [])):
         OptimizerConfig(**{name: value})
+
+
+@pytest.mark.parametrize("cls, name", POSITIVE)
+def test_what_is_divided_by_is_positive(cls, name):
+    for value in (0.0, -1.0, float("nan")):
+        with pytest.raises(ConfigError) as error:
+            cls(**{name: value})
+        assert_says(str(error.value), [f"{cls.__name__}.{name} is {value}", "must be positive"])
+    assert getattr(cls(**{name: 1e-12}), name) == 1e-12
 
 
 @pytest.mark.parametrize("cls, name, value, allowed", CHOICES)
@@ -195,7 +243,8 @@ def test_every_refusal_of_the_module_is_among_these(monkeypatch):
         require(ok, message)
 
     monkeypatch.setattr(config_module, "require", spy)
-    wrong = [(ModelConfig, "d_model", 0, 1), (OptimizerConfig, "beta1", 2, 1), *CHOICES]
+    wrong = [(ModelConfig, "d_model", 0, 1), (ModelConfig, "norm_eps", 0, 1), (OptimizerConfig, "beta1", 2, 1)]
+    wrong += CHOICES
     builds = [build for build, _ in REFUSED.values()]
     for build in builds + [functools.partial(cls, **{name: value}) for cls, name, value, _ in wrong]:
         with contextlib.suppress(ConfigError):
@@ -212,6 +261,15 @@ def test_what_fits_is_accepted():
     TrainConfig(ModelConfig(vocab_size=257)).check_tokenizer(257)
     on_mesh(2, 2, 2, batch=8, parts=2)
     on_mesh(1, 1, 2, factors="shared")
+    decode([0, 31] * 4, seed=2**32 - 1)
+    for k in (None, 0, 3):
+        decode([0], [31] * 8, k=k, temperature=0.7, seed=2**32 - 2)
+
+
+def test_the_verifier_is_greedy_only_without_temperature():
+    rules = [DecodeConfig(1, temperature).rule for temperature in (0, 0.0, 0.1, 2)]
+    assert rules == ["greedy", "greedy", "coupled", "coupled"]
+    assert DecodeConfig(1, 0.0, verifier="coupled").rule == "coupled"
 
 
 @pytest.mark.parametrize("factors", ["shared", "lowrank"])
@@ -252,7 +310,7 @@ def test_every_field_survives_json():
             dtype="float32",
             remat="dots",
         ),
-        HeadConfig("independent", 3, 1, "lowrank", 5, "ntp", 0.5, 0.9, "switch", 0.2, 0.1),
+        HeadConfig("independent", 3, 1, "lowrank", 5, "ntp", 0.5, 0.9, 1e-3, "switch", 0.2, 0.1),
         DataConfig("text", "*.txt", "tok.json", 17, 6, 0.3, 5, "/cache"),
         OptimizerConfig("muon", 2e-3, "wsd", 7, 0.3, 0.2, 0.05, 0.8, 0.99, 1e-7, 0.9, 0.5),
         MeshConfig(2, 3, -1),
@@ -270,6 +328,15 @@ def test_every_field_survives_json():
     default = TrainConfig()
     assert from_dict(TrainConfig, json.loads(json.dumps(to_dict(default)))) == default
     assert from_dict(TrainConfig, {}) == default
+    # And the two differ in all that they hold.
+    differing = {name: (here, there) for name, here, there in differences(config, default)}
+    assert set(differing) == {name for name, _ in leaves(to_dict(config))} and list(differences(config, config)) == []
+    assert differing["model.rope_scaling.factor"] == (4.0, 1.0) and differing["seed"] == (8, 0)
+
+
+def leaves(values, prefix=""):
+    for name, value in values.items():
+        yield from leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
 
 
 def assert_no_default(config):

@@ -1,5 +1,7 @@
 """Documents to batches: every token where it belongs, once, whatever the number of hosts."""
 
+import dataclasses
+import hashlib
 import itertools
 import json
 import os
@@ -122,9 +124,17 @@ def test_a_cache_that_cannot_be_written_is_refused(corpus, tmp_path):
 
 def test_an_empty_split_is_refused():
     empty = data.Documents("valid", np.empty(0, np.uint16), np.zeros(1, np.int64), [])
-    for refused in (lambda: make_batches(empty, 1), lambda: make_held_out_batches(empty)):
+    for refused in (lambda: make_batches(empty, 1), lambda: make_held_out_batches(empty), empty.require_some):
         with pytest.raises(ConfigError, match=r"valid split has no documents.*valid_fraction"):
             refused()
+
+
+@pytest.mark.parametrize("fraction, split", [(1e-9, "valid"), (1 - 1e-9, "train")])
+def test_a_fraction_that_leaves_a_split_empty_is_refused_each_time(corpus, fraction, split):
+    """Also by whoever finds the store made."""
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=rf"The {split} split has no documents.*valid_fraction"):
+            data.prepare(dataclasses.replace(corpus, valid_fraction=fraction))
 
 
 def test_hosts_that_do_not_divide_the_batch_are_refused():
@@ -173,6 +183,19 @@ def test_what_a_store_depends_on_gives_another_store(corpus, tmp_path):
     file.rename(file.with_name("renamed.txt"))
     paths.add(data.prepare(corpus).path)
     assert len(paths) == 5
+
+
+def test_the_hash_of_a_store_is_that_of_its_training_tokens(corpus, tmp_path):
+    store = data.prepare(corpus)
+    assert store.sha256 == hashlib.sha256((store.path / "train.tokens.bin").read_bytes()).hexdigest()
+    train, valid = (tmp_path / "corpus" / documents.names[0] for documents in (store.train, store.valid))
+    # Neither a touched file nor another held-out document changes the batches.
+    os.utime(train, ns=(0, 0))
+    valid.write_bytes(b"other")
+    same = data.prepare(corpus)
+    assert same.path != store.path and same.sha256 == store.sha256
+    train.write_bytes(train.read_bytes()[:-1] + b"\0")
+    assert data.prepare(corpus).sha256 != store.sha256
 
 
 def test_documents_that_change_while_they_are_read_are_noticed(corpus, tmp_path, monkeypatch):

@@ -10,10 +10,10 @@ import tiny
 from jax.sharding import PartitionSpec as P
 from test_law import FALSE_ALARM, POWER, goodness_of_fit, reference_law
 
-from mtp_jax.config import ConfigError
+from mtp_jax.config import ConfigError, DecodeConfig
 from mtp_jax.decode import generate as decoding
 from mtp_jax.decode import loop
-from mtp_jax.decode.generate import generate, make_request, prepare, proceed, result, start, stream
+from mtp_jax.decode.generate import for_decoding, generate, make_request, proceed, result, start, stream
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.state import Stops
 from mtp_jax.decode.verify import Verdict
@@ -70,7 +70,7 @@ def build(mesh: jax.sharding.Mesh, **changes) -> Models:
         return jax.device_put(value.astype(leaf.dtype), jax.NamedSharding(mesh, leaf.sharding.spec))
 
     stacked = jax.tree_util.tree_map_with_path(fill, shapes)
-    return Models(stacked, prepare(stacked))
+    return Models(stacked, for_decoding(stacked))
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +90,7 @@ def ask(model, prompts=PROMPTS, *, laws=None, stop=-1, **options) -> decoding.Re
     """A request of the shapes that all tests share: 4 prompts of up to 16 tokens, up to 16 new ones, one stop token."""
     if laws is not None:
         options.update(temperature=1.0, top_k=1)  # compiled for top-k and top-p
-    request = make_request(model, prompts, **{"max_new_tokens": NEW, **options})
+    request = make_request(model, prompts, DecodeConfig(**{"max_new_tokens": NEW, **options}))
     request = dataclasses.replace(request, stops=Stops(jax.numpy.asarray(np.array([stop], np.int32))))
     if laws is None:
         return request
@@ -223,7 +223,7 @@ def test_sampling_follows_the_targets_law(model, models):
     """First tokens of 4,096 seeds in one batch. Power: against a temperature that is off by 20%."""
     rows, temperature = 4096, 1.4
     prompts = [PROMPTS[0]] * rows
-    request = make_request(model, prompts, max_new_tokens=1, k=0, temperature=temperature, seed=100)
+    request = make_request(model, prompts, DecodeConfig(max_new_tokens=1, k=0, temperature=temperature, seed=100))
     counts = np.bincount(np.concatenate(result(request, start(model, request)).tokens), minlength=VOCAB)
     tokens_BT = np.zeros((4, 32), np.int32)
     tokens_BT[0, :3] = PROMPTS[0]
@@ -500,6 +500,64 @@ def test_fault_drafts_that_ignore_the_targets_token_cost_acceptance_and_not_the_
     assert costs_acceptance_only(model, 1.2, lambda: monkeypatch.setattr(Head, "condition", forget))
 
 
+# bfloat16: products of different widths round differently, so outputs are compared at one width.
+
+
+@pytest.fixture(scope="module")
+def narrow():
+    """The model to decode with in bfloat16. Its parameters are those of `models`, rounded."""
+    with tiny.mesh() as mesh:
+        return build(mesh, dtype="bfloat16").ready
+
+
+@pytest.mark.parametrize("k", range(WINDOW))
+def test_bfloat16_takes_tokens_that_are_nearly_the_best_in_float32(models, narrow, k):
+    with tiny.mesh():
+        request = ask(narrow, k=k)
+        assert {a.dtype for a in jax.tree.leaves(prefilled(narrow, request).cache)} == {jax.numpy.dtype("bfloat16")}
+        out = finish(narrow, request)
+        assert [len(row) for row in out.tokens] == [NEW] * 4
+        assert set(np.ravel(out.tokens)) <= set(range(VOCAB))
+        rows = [[*prompt, *new] for prompt, new in zip(PROMPTS, out.tokens, strict=True)]
+        tokens_BT = np.array([row + [0] * (32 - len(row)) for row in rows], np.int32)
+        logp_BTV = np.asarray(full_log_probs(models.stacked, tiny.shard(tokens_BT)))
+    for prompt, row, logp_TV in zip(PROMPTS, rows, logp_BTV, strict=True):
+        for position in range(len(prompt), len(row)):
+            assert logp_TV[position - 1, row[position]] > logp_TV[position - 1].max() - 0.05
+
+
+@pytest.mark.parametrize("k", range(1, WINDOW))
+def test_whatever_is_drafted_bfloat16_output_is_the_same_at_one_width(narrow, k):
+    with tiny.mesh():
+        request, rng = ask(narrow, k=k), np.random.default_rng(0)
+        expected = finish(narrow, request)
+
+        def right(count_B):
+            rows = zip(expected.tokens, count_B, strict=True)
+            return np.stack([np.append(row, [0] * k)[count : count + k] for row, count in rows])
+
+        perfect = drive(narrow, request, right)
+        garbage = drive(narrow, request, lambda count_B: rng.integers(0, VOCAB, (4, k)))
+        useless = drive(narrow, request, lambda count_B: (right(count_B) + 1) % VOCAB)
+    for out in perfect, garbage, useless:
+        np.testing.assert_array_equal(out.tokens, expected.tokens)
+    assert perfect.forwards.tolist() == [-(-(NEW - 1) // (k + 1))] * 4
+    assert perfect.forwards.sum() < expected.forwards.sum() < useless.forwards.sum() == 4 * (NEW - 1)
+
+
+def test_a_bfloat16_loop_that_is_compiled_to_draft_garbage_gives_the_same_output(narrow, monkeypatch):
+    def garbage(plan, model, x_BD, token_B, noise_BTV, sampling):
+        return (5 * token_B[:, None] + 7 * jax.numpy.arange(plan.k)[None]) % VOCAB
+
+    with tiny.mesh():
+        request = ask(narrow)
+        expected = finish(narrow, request)
+        monkeypatch.setattr(loop, "draft", garbage)
+        out = faulty_loop()(narrow, request)
+    np.testing.assert_array_equal(out.tokens, expected.tokens)
+    assert out.forwards.sum() > expected.forwards.sum()
+
+
 # What is compiled.
 
 
@@ -609,7 +667,7 @@ def test_bad_input_is_refused_with_its_numbers(model, prompts, options, message)
 
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(models):
     with tiny.mesh(data=2, fsdp=2), pytest.raises(ConfigError, match="has 3 prompts and the mesh 4 data x fsdp dev"):
-        make_request(models.ready, [[1]] * 3, max_new_tokens=4)
+        make_request(models.ready, [[1]] * 3, DecodeConfig(max_new_tokens=4))
 
 
 @pytest.mark.parametrize("name", ["ready", "stacked"])

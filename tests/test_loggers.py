@@ -1,8 +1,10 @@
 """The loggers: strict JSON that survives kills and resumes, event files that can be read, and a quiet plain log."""
 
+import datetime
 import io
 import json
 import math
+import re
 import struct
 import subprocess
 import sys
@@ -125,23 +127,69 @@ def test_plain_output_is_modest_and_has_no_control_characters(monkeypatch):
     assert lines[-1].startswith("step 1000/1000  ")
 
 
-def test_a_terminal_gets_a_bar_and_evaluations_above_it():
-    class Terminal(io.StringIO):
-        def isatty(self):
-            return True
+class Terminal(io.StringIO):
+    """A terminal that keeps what was written to it."""
 
+    def isatty(self):
+        return True
+
+    def console(self, **options):
+        environment = {"TERM": "xterm"}
+        return Console(file=self, force_terminal=True, width=120, color_system=None, _environ=environment, **options)
+
+    def bar(self):
+        """The bar as it stands at last, without control characters."""
+        lines = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", self.getvalue()).replace("\r", "\n").splitlines()
+        return [line for line in lines if line.startswith("step") and line.rstrip().endswith("left")][-1]
+
+
+def test_a_terminal_gets_a_bar_and_evaluations_above_it():
     stream = Terminal()
-    console = Console(file=stream, force_terminal=True, width=120, color_system=None, _environ={"TERM": "xterm"})
-    progress = Progress(400, first_step=100, console=console)
+    progress = Progress(400, first_step=100, console=stream.console())
     progress.log("train", 300, {"loss": 1.5, "tokens_per_second": 12345.6})
     progress.log("eval", 200, EVAL)
     progress.close()
     shown = stream.getvalue()
     assert EVAL_LINE in shown
-    assert "300/400" in shown
-    assert "12,346 tokens/s" in shown
+    assert "300/400" in stream.bar() and "loss 1.500  12,346 tokens/s" in stream.bar()
     assert "MFU" not in shown
     assert shown.index("\x1b[?25l") < shown.index("\x1b[?25h"), "the cursor was not given back"
+
+
+@pytest.mark.parametrize("last", [103, 104, 105])
+def test_the_bar_moves_with_every_step_and_shows_the_newest_numbers(last):
+    """The numbers of a step come while the next one runs: the bar does not go back for them."""
+    stream, now = Terminal(), [0.0]
+    progress = Progress(400, first_step=100, console=stream.console(get_time=lambda: now[0]))
+    for step in range(101, last + 1):
+        now[0] += 2
+        progress.advance(step)
+        if step == 103:
+            progress.log("train", 102, TRAIN)
+    progress.close()
+    assert f"{last}/400" in stream.bar()
+    assert "loss 1.500  12,346 tokens/s  MFU 41.2%" in stream.bar()
+    left = datetime.timedelta(seconds=2 * (400 - last))
+    assert f"{left} left" in stream.bar()
+
+
+def test_a_plain_log_says_how_much_time_is_left():
+    stream, now = io.StringIO(), [0.0]
+    progress = Progress(40, console=Console(file=stream, get_time=lambda: now[0]))
+    for step in range(1, 41):
+        now[0] += 2
+        progress.advance(step)
+        if step > 1:
+            progress.log("train", step - 1, TRAIN)
+    progress.log("train", 40, TRAIN)
+    progress.close()
+    first, *rest, last = stream.getvalue().splitlines()
+    numbers = "loss 1.500  12,346 tokens/s  MFU 41.2%"
+    assert first == f"step 1/40  {numbers}  0:01:16 left", "two steps have begun, 38 are left"
+    assert rest == [
+        f"step {n}/40  {numbers}  0:{2 * (39 - n) // 60:02}:{2 * (39 - n) % 60:02} left" for n in range(4, 40, 4)
+    ]
+    assert last == f"step 40/40  {numbers}"
 
 
 def test_a_head_without_a_gate_has_no_effective_components():
@@ -153,6 +201,7 @@ def test_a_head_without_a_gate_has_no_effective_components():
 def test_loggers_write_everywhere_and_close_when_the_run_fails(tmp_path):
     stream = io.StringIO()
     with pytest.raises(KeyboardInterrupt), Loggers(tmp_path, 10, console=Console(file=stream)) as log:
+        log.advance(1)
         log.log("train", 1, {"loss": np.float32(0.5), "mfu": None})
         raise KeyboardInterrupt
     (record,) = read_metrics(tmp_path)
@@ -164,6 +213,7 @@ def test_loggers_write_everywhere_and_close_when_the_run_fails(tmp_path):
 
 def test_other_processes_write_nothing(tmp_path, capsys):
     with Loggers(tmp_path / "run", 10, enabled=False) as log:
+        log.advance(1)
         log.log("train", 1, TRAIN)
     assert not (tmp_path / "run").exists()
     assert capsys.readouterr() == ("", "")

@@ -3,7 +3,10 @@
 Most tests give the loop a trainer that takes no time, so that they see the loop and nothing else.
 """
 
+import contextlib
 import dataclasses
+import itertools
+import json
 import math
 import os
 import re
@@ -14,6 +17,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +27,12 @@ import tiny
 from etils import epath
 
 import mtp_jax
-from mtp_jax.checkpoint import CheckpointError, Checkpoints, read_config, write_config
+from mtp_jax.checkpoint import CheckpointError, Checkpoints, read_config, versions, write_config
 from mtp_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mtp_jax.data import ByteTokenizer, batches, held_out_batches
+from mtp_jax.data.sources import is_held_out
 from mtp_jax.train import loop
+from mtp_jax.train.costs import Costs, costs
 from mtp_jax.train.evaluate import evaluate, evaluate_run, named
 from mtp_jax.train.loggers import read_metrics
 from mtp_jax.train.step import TrainState
@@ -93,6 +100,9 @@ class FakeTrainer:
         metrics = {name: np.asarray(value, np.float32) for name, value in (metrics | self.metrics.get(n, {})).items()}
         return self.state(n), metrics
 
+    def compile(self, state, batch):
+        return self
+
     def evaluate(self, params, batch, count_W):
         self.events.append("eval")
         loss = np.float32(params["head"][0])
@@ -139,6 +149,7 @@ def test_the_run_is_written_at_the_steps_that_the_config_says(config, fake, tmp_
     assert logged(tmp_path / "run", "eval") == [3, 4, 6, 8, 9, 10]
     assert on_disk(tmp_path / "run") == [9, 10]
     assert read_config(tmp_path / "run") == config
+    assert json.loads((tmp_path / "run" / "versions.json").read_text()) == versions()
     # Two batches of which each gives half: the fake gives the whole twice.
     assert last["loss"] == 20 and last["gate_effective"] == 0.25
     for record in read_metrics(tmp_path / "run"):
@@ -148,7 +159,7 @@ def test_the_run_is_written_at_the_steps_that_the_config_says(config, fake, tmp_
         assert [checkpoints.meta(step)["metrics"]["loss"] for step in (9, 10)] == [18, 20]
     output = capsys.readouterr().out
     assert "new run, 10 steps of 8 x 16 tokens" in output and "predicted cost" in output
-    assert "first step, with compilation" in output
+    assert re.search(r"^compiled in \d+\.\d s$", output, re.MULTILINE)
 
 
 def test_the_metrics_of_a_step_are_fetched_while_the_next_one_runs(config, fake, tmp_path, monkeypatch):
@@ -186,11 +197,179 @@ def test_the_first_process_alone_writes_metrics(config, fake, tmp_path, monkeypa
     monkeypatch.setattr(loop.Run, "_steps", lambda *args: {})
     trainer, mesh = fake(), loop.make_mesh(config.mesh)
     with jax.set_mesh(mesh), Checkpoints(tmp_path / "run", keep=1) as checkpoints:
-        run = loop.Run(config, mesh, epath.Path(tmp_path / "run"), checkpoints, trainer, loop.prepare_data(config.data))
+        store, path = loop.prepare_data(config.data), epath.Path(tmp_path / "run")
+        run = loop.Run(config, mesh, path, checkpoints, trainer, store, [])
         run.shard = (process, 2)
         run.fit(resume=False)
     assert enabled == [process == 0] and trainer.events == []
     assert (tmp_path / "run" / "metrics.jsonl").exists() == (process == 0)
+
+
+def test_what_it_will_cost_is_said_before_the_first_step(config, fake, tmp_path, capsys):
+    said = []
+    trainer = fake(during={1: lambda: said.append(capsys.readouterr().out)})
+    loop.train(dataclasses.replace(config, steps=2), tmp_path / "run")
+    (output,), cost = said, costs(config, trainer.init().params)
+    assert f"trunk {cost.trunk_params:,} parameters, head {cost.head_params:,} (cpd, R = 2, W = 3, full fact" in output
+    assert f"embedding {cost.embedding_params:,}" in output
+    words = r"predicted cost: head / trunk ([\d.]+) of ([\d.]+) MFLOPs a token; a step costs ([\d.]+) times one"
+    numbers = [float(number) for number in re.search(words, output).groups()]
+    ratio = cost.head_flops / cost.trunk_flops
+    assert numbers == [round(ratio, 2), round(cost.trunk_flops / 1e6, 1), round(cost.step_ratio, 2)]
+    assert "resuming" not in output and "new run, 2 steps" in output
+
+
+def test_the_bar_moves_with_every_step(config, fake, tmp_path, monkeypatch):
+    trainer = fake()
+    monkeypatch.setattr(loop.Loggers, "advance", lambda self, step: trainer.events.append(f"bar at {step}"))
+    loop.train(dataclasses.replace(config, log_every=100, eval_every=8, checkpoint_every=8), tmp_path / "run")
+    assert trainer.events[:16] == [event for n in range(1, 9) for event in (f"step {n}", f"bar at {n}")]
+
+
+# What it reads
+
+
+def test_it_trains_on_one_split_and_evaluates_on_the_other(config, fake, tmp_path, monkeypatch):
+    """The two are written in different letters, so that one token of the wrong one is seen."""
+    (tmp_path / "corpus").mkdir()
+    for i in range(40):
+        letters = "nopqrst" if is_held_out(f"{i}.txt", config.data.valid_fraction) else "abcdefg"
+        (tmp_path / "corpus" / f"{i}.txt").write_text("".join(letters[(i * j) % 7] for j in range(60 + i)))
+    config = change(config, "data", files=f"{tmp_path}/corpus/*.txt")
+    config = dataclasses.replace(config, steps=6, checkpoint_every=3, eval_every=3)
+    seen = {"step": [], "evaluate": []}
+
+    def recorded(name, function):
+        def record(*args):
+            seen[name].append(jax.device_get(args[1]))
+            return function(*args)
+
+        return record
+
+    def run(steps, **options):
+        trainer = fake()
+        for name in seen:
+            monkeypatch.setattr(trainer, name, recorded(name, getattr(trainer, name)))
+        loop.train(dataclasses.replace(config, steps=steps), tmp_path / "run", **options)
+
+    run(3)
+    run(6, resume=True)
+    store, sizes = loop.prepare_data(config.data), dict(seq_len=16, window=WINDOW, batch_size=8)
+    end = ByteTokenizer.end_of_document
+    for name, letters in (("step", b"abcdefg"), ("evaluate", b"nopqrst")):
+        tokens = {int(t) for batch in seen[name] for part in ("tokens_BT", "targets_BTW") for t in batch[part].flat}
+        assert tokens == {*letters, end}
+    expected = {
+        "step": list(itertools.islice(batches(store.train, seed=config.data.seed, **sizes), 6)),
+        "evaluate": held_out_batches(store.valid, limit=config.eval_batches, **sizes) * 2,
+    }
+    for name, found in seen.items():
+        assert len(found) == len(expected[name])
+        for batch, other in zip(found, expected[name], strict=True):
+            assert batch.keys() == other.keys()
+            for part in batch:
+                np.testing.assert_array_equal(batch[part], other[part])
+
+
+# Speed
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """The time, in seconds, as a list of one number that only the test changes; each device can do 1000 FLOP/s."""
+    now = [100.0]
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(loop, "peak_flops", lambda device: 1000.0)
+    return now
+
+
+def make_clock(config):
+    cost = Costs(0, 0, 0, trunk_flops=30.0, head_flops=20.0, next_token_flops=5.0)
+    return loop.Clock(config, cost, loop.make_mesh(config.mesh))
+
+
+def test_speed_is_that_of_the_steps_since_the_last_record(config, now):
+    clock = make_clock(config)
+    clock.compile_seconds = 7.5
+    now[0] += 1000  # whatever comes before it starts
+    clock.start(4)
+    now[0] += 2
+    # 128 tokens of 50 FLOPs in 2 seconds, on 8 devices.
+    expected = {"tokens": 5 * 128, "tokens_per_second": 64, "mfu": 64 * 50 / 8000, "compile_seconds": 7.5}
+    assert clock.speed(5) == expected
+    now[0] += 1
+    with clock.paused():
+        now[0] += 50
+    with clock.paused():
+        now[0] += 5
+    now[0] += 3
+    expected = {"tokens": 9 * 128, "tokens_per_second": 128, "mfu": 128 * 50 / 8000, "compile_seconds": None}
+    assert clock.speed(9) == expected
+    now[0] += 1
+    assert clock.speed(9) == {"tokens": 9 * 128, "compile_seconds": None}, "no step, no speed"
+    now[0] += 1
+    assert clock.speed(10)["tokens_per_second"] == 64
+
+
+def test_a_device_whose_peak_is_not_known_has_no_mfu(config, now, monkeypatch):
+    monkeypatch.setattr(loop, "peak_flops", lambda device: None)
+    clock = make_clock(config)
+    clock.start(0)
+    now[0] += 1
+    assert clock.speed(1) == {"tokens": 128, "tokens_per_second": 128, "mfu": None, "compile_seconds": None}
+
+
+@pytest.mark.parametrize("log_every", [1, 3])
+def test_compiling_evaluating_and_saving_take_no_time(config, fake, tmp_path, now, monkeypatch, log_every):
+    """On a device that works while the host goes on: compiling takes 40 s, a step 2, a held-out batch 25, a save 9."""
+    save, fetch, done = Checkpoints.save, jax.device_get, [0.0]
+
+    def work(seconds):
+        done[0] = max(now[0], done[0]) + seconds
+        return done[0]
+
+    def wait(until):
+        now[0] = max(now[0], until)
+
+    def slow_save(*args):
+        wait(work(9))
+        return save(*args)
+
+    def slow_fetch(tree):
+        if isinstance(tree, dict) and "finished" in tree:
+            wait(tree.pop("finished"))
+        return fetch(tree)
+
+    monkeypatch.setattr(Checkpoints, "save", slow_save)
+    monkeypatch.setattr(jax, "device_get", slow_fetch)
+    config = dataclasses.replace(config, log_every=log_every, eval_every=2)
+    cost = costs(config, FakeTrainer().init().params)
+    for steps, resume in ((5, False), (8, True)):
+        trainer = fake()
+        step, evaluate = trainer.step, trainer.evaluate
+
+        def slow_step(state, batch, step=step):
+            state, metrics = step(state, batch)
+            return state, {**metrics, "finished": work(2)}
+
+        def slow_evaluate(*args, evaluate=evaluate):
+            wait(work(25))
+            return evaluate(*args)
+
+        def slow_compile(state, batch, trainer=trainer):
+            wait(work(40))
+            return trainer
+
+        monkeypatch.setattr(trainer, "step", slow_step)
+        monkeypatch.setattr(trainer, "evaluate", slow_evaluate)
+        monkeypatch.setattr(trainer, "compile", slow_compile)
+        loop.train(dataclasses.replace(config, steps=steps), tmp_path / "run", resume=resume)
+    records = [record for record in read_metrics(tmp_path / "run") if record["kind"] == "train"]
+    assert [record["step"] for record in records] == ([1, 2, 3, 4, 5, 6, 7, 8] if log_every == 1 else [1, 3, 5, 6, 8])
+    for record in records:
+        assert record["tokens_per_second"] == pytest.approx(64)
+        assert record["mfu"] == pytest.approx(64 * (cost.trunk_flops + cost.head_flops) / 8000)
+        assert record.get("compile_seconds") == (40 if record["step"] in (1, 6) else None)
 
 
 @pytest.fixture(scope="module")
@@ -208,14 +387,15 @@ def test_metrics_have_the_names_that_readers_know(trained):
     records = read_metrics(trained)
     assert {record["kind"] for record in records} == {"train", "eval"}
     for record in records:
-        own = {"grad_norm", "learning_rate", "tokens"} if record["kind"] == "train" else set()
-        # There is no speed before a second step, and no MFU on a device whose peak is not known.
-        assert both | own <= set(record) <= both | own | {"tokens_per_second"}
+        own = {"grad_norm", "learning_rate", "tokens", "tokens_per_second"} if record["kind"] == "train" else set()
+        # There is no MFU on a device whose peak is not known.
+        own |= {"compile_seconds"} if (record["kind"], record["step"]) == ("train", 1) else set()
+        assert both | own == set(record)
         assert all(math.isfinite(value) for name, value in record.items() if name != "kind")
         assert sum(record[f"gate_share_{r + 1}"] for r in range(RANK)) == pytest.approx(1, abs=1e-5)
         assert 1 <= record["gate_effective"] <= RANK + 1e-5
         assert record["joint_loss"] == pytest.approx(sum(record[f"loss_offset_{s + 1}"] for s in range(WINDOW)))
-    assert all(r["tokens_per_second"] > 0 for r in records if r["kind"] == "train" and r["step"] > 1)
+        assert record["kind"] == "eval" or record["tokens_per_second"] > 0
     first, last = (next(r for r in records if (r["kind"], r["step"]) == ("eval", step)) for step in (4, 8))
     assert last["loss"] < first["loss"]
 
@@ -241,7 +421,7 @@ def test_every_target_weighs_the_same_whichever_batch_it_is_in():
     ]
 
     def loss(params, batch, count_W):
-        nll_W = (batch["nll_BTW"] * batch["valid_BTW"] / count_W).sum((0, 1))
+        nll_W = (batch["nll_BTW"] * batch["valid_BTW"] / np.asarray(count_W)).sum((0, 1))
         return nll_W.sum(), {"loss_offset": nll_W, "gate_share": np.array([0.5, 0.5]) / len(batches)}
 
     found = evaluate(loss, None, batches)
@@ -306,7 +486,8 @@ def test_an_interrupted_step_is_not_saved_if_its_loss_is_not_finite(config, fake
 def test_an_interrupted_run_is_saved_and_goes_on(config, fake, tmp_path, capsys):
     before = signal.getsignal(signal.SIGINT)
     trainer = fake(during={3: interrupt})
-    loop.train(config, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt):
+        loop.train(config, tmp_path / "run")
     assert trainer.events == ["step 1", "step 2", "step 3", "eval", "eval"]
     assert on_disk(tmp_path / "run") == [3] and logged(tmp_path / "run", "train") == [1, 2, 3]
     output = capsys.readouterr().out
@@ -325,9 +506,10 @@ def test_an_interrupted_run_is_saved_and_goes_on(config, fake, tmp_path, capsys)
 
 @pytest.mark.parametrize("step, saved", [(4, [4]), (8, [4, 8])])
 def test_a_step_that_is_saved_anyway_may_be_interrupted(config, fake, tmp_path, capsys, step, saved):
-    fake(during={step: interrupt})
-    loop.train(config, tmp_path / "run")
-    assert on_disk(tmp_path / "run") == saved
+    trainer = fake(during={step: interrupt})
+    with pytest.raises(KeyboardInterrupt) if step < config.steps else contextlib.nullcontext():
+        loop.train(config, tmp_path / "run")
+    assert on_disk(tmp_path / "run") == saved and trainer.events[-3:] == [f"step {step}", "eval", "eval"]
     assert ("Interrupted. Step" in capsys.readouterr().out) == (step < config.steps)
 
 
@@ -379,7 +561,7 @@ def test_ctrl_c_reaches_a_real_run(config, tmp_path):
         output, _ = process.communicate(timeout=60)
     finally:
         process.kill()
-    assert process.returncode == 0, output
+    assert process.returncode == 130 and "Traceback" not in output, output
     (step,) = on_disk(tmp_path / "run")
     assert f"Interrupted. Step {step} is saved in {tmp_path / 'run'}" in output
     assert logged(tmp_path / "run", "train") == list(range(1, step + 1))
@@ -410,16 +592,59 @@ def test_overwrite_starts_again(config, fake, trained, tmp_path):
     assert not (run_dir / "report.md").exists()
 
 
-def test_overwrite_deletes_nothing_but_runs(config, fake, tmp_path):
-    trainer = fake()
-    (tmp_path / "thesis").mkdir()
-    (tmp_path / "thesis" / "chapter1.tex").write_text("years of work")
+NO_RUNS = {
+    "a thesis": ({"chapter1.tex": b"years of work"}, "thesis is not a run directory: it has no config.json"),
+    "weights of another program": (
+        {"config.json": b'{"architectures": ["LlamaForCausalLM"], "d_model": 64}', "model.safetensors": b"\0\1"},
+        "is not the config of a run",
+    ),
+    "an almost empty config": ({"config.json": b"{}", "model.safetensors": b"\0\1"}, "is not the config of a run"),
+    "a config that is no object": ({"config.json": b"[1]", "data": b""}, "is not the config of a run"),
+    "a config that is no JSON": ({"config.json": b"\xff\xfe", "data": b""}, "is not JSON"),
+    "a config of another version": (
+        {"config.json": b'{"model": {"layers": 3}, "head": {}, "data": {}}'},
+        "ModelConfig has no field 'layers'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NO_RUNS)
+def test_overwrite_deletes_nothing_but_runs(config, fake, tmp_path, name):
+    files, words = NO_RUNS[name]
+    trainer, path = fake(), tmp_path / "thesis"
+    path.mkdir()
+    for file, text in files.items():
+        (path / file).write_bytes(text)
     before = contents(tmp_path)
-    with pytest.raises(ConfigError, match=r"thesis is not a run directory \(it has no config.json\)"):
-        loop.train(config, tmp_path / "thesis", overwrite=True)
+    with pytest.raises(ConfigError, match=rf"--overwrite leaves .*/thesis alone, .*{words}"):
+        loop.train(config, path, overwrite=True)
     with pytest.raises(ConfigError, match=r"thesis exists"):
-        loop.train(config, tmp_path / "thesis")
+        loop.train(config, path)
     assert contents(tmp_path) == before and trainer.events == []
+
+
+NOT_TRAINED = {
+    "held-out split": ("data", {"valid_fraction": 1e-9}, "The valid split has no documents"),
+    "training split": ("data", {"valid_fraction": 1 - 1e-9}, "The train split has no documents"),
+    "files": ("data", {"files": "/nothing/*.txt"}, "no file matches"),
+    "source": ("data", {"source": "txt"}, "DataConfig.source is 'txt'"),
+    "tokenizer": ("data", {"tokenizer": "byte"}, "DataConfig.tokenizer is 'byte'"),
+    "cache": ("data", {"cache_dir": "/dev/null/cache"}, "cannot be written"),
+    "vocabulary": ("model", {"vocab_size": 100}, "vocab_size is 100"),
+    "head": ("head", {"kind": "cdp"}, "did you mean 'cpd'"),
+    "devices": ("mesh", {"data": 3}, "needs 12 devices and there are 8"),
+    "batch": ("data", {"batch_size": 6}, "6 sequences"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_TRAINED)
+def test_an_old_run_outlives_a_new_one_that_is_refused(config, trained, monkeypatch, name):
+    part, changes, words = NOT_TRAINED[name]
+    monkeypatch.setattr(loop, "Run", lambda *args: pytest.fail("this was to be refused before"))
+    before = contents(trained)
+    with pytest.raises(ConfigError, match=words):
+        loop.train(change(config, part, **changes), trained, overwrite=True)
+    assert contents(trained) == before
 
 
 def test_a_file_is_no_run_directory(tmp_path):
@@ -436,6 +661,15 @@ def test_an_empty_or_missing_directory_is_a_new_run(tmp_path):
         with pytest.raises(ConfigError, match=rf"--resume was given and .*{name} has no run in it"):
             loop.check_run_dir(tmp_path / name, resume=True)
     assert loop.check_run_dir("~/no run") == epath.Path(Path.home() / "no run")
+
+
+def test_an_old_run_outlives_hosts_that_do_not_divide_the_batch(config, trained, monkeypatch):
+    monkeypatch.setattr(loop, "Run", lambda *args: pytest.fail("this was to be refused before"))
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    before = contents(trained)
+    with pytest.raises(ConfigError, match="8 sequences and there are 3 hosts"):
+        loop.train(config, trained, overwrite=True)
+    assert contents(trained) == before
 
 
 # Resuming another run
@@ -464,11 +698,44 @@ def test_another_run_is_not_resumed(config, fake, trained, part, changes, words)
     assert contents(trained) == before and trainer.events == []
 
 
+def test_a_run_is_not_resumed_to_a_step_that_is_behind_it(config, fake, tmp_path):
+    fake()
+    loop.train(config, tmp_path / "run")
+    trainer, before = fake(), contents(tmp_path / "run")
+    words = re.escape(f"the run in {tmp_path / 'run'} is at step 8 and steps is 7; set --steps to 8 or more.")
+    with pytest.raises(ConfigError, match=words):
+        loop.train(dataclasses.replace(config, steps=7), tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == before and trainer.events == []
+
+
+def test_a_run_is_not_resumed_on_other_data(config, fake, tmp_path):
+    shutil.copytree(Path(config.data.files).parent, tmp_path / "corpus")
+    config = change(config, "data", files=f"{tmp_path}/corpus/*.txt")
+    fake()
+    loop.train(config, tmp_path / "run")
+    store = loop.prepare_data(config.data)
+    train, valid = (tmp_path / "corpus" / documents.names[0] for documents in (store.train, store.valid))
+    text, before = train.read_text(), contents(tmp_path / "run")
+    train.write_text(text.swapcase())
+    other, trainer = loop.prepare_data(config.data).sha256, fake()
+    assert other != store.sha256
+    with pytest.raises(
+        ConfigError, match=rf"have sha256 {other[:12]} and the run .* on {store.sha256[:12]};.*--run-dir"
+    ):
+        loop.train(dataclasses.replace(config, steps=10), tmp_path / "run", resume=True)
+    assert contents(tmp_path / "run") == before and trainer.events == []
+    # With the old text back, and other held-out documents, its next batch is the run's.
+    train.write_text(text)
+    valid.write_text("other")
+    loop.train(dataclasses.replace(config, steps=10), tmp_path / "run", resume=True)
+    assert trainer.events[:2] == ["step 9", "step 10"]
+
+
 @pytest.mark.parametrize(
     "part, changes",
     [
         ("model", {"dtype": "bfloat16", "remat": "full", "context_length": 64}),
-        ("head", {"gamma": 0.5, "balance": "switch", "balance_weight": 1.0}),
+        ("head", {"gamma": 0.5, "z_weight": 0.1, "balance": "switch", "balance_weight": 1.0}),
         ("data", {"cache_dir": "elsewhere"}),
         ("optimizer", {"learning_rate": 1.0}),
         ("mesh", {"data": 8, "fsdp": 1, "tensor": 1}),

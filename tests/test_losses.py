@@ -1,6 +1,8 @@
 """The tiled loss against plain autodiff and against the formula, at any tile size; load balancing by hand."""
 
 import functools
+import math
+import re
 from types import SimpleNamespace
 
 import jax
@@ -8,21 +10,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from mtp_jax.heads.factors import FACTORS, factor_logits
+from mtp_jax.config import OptimizerConfig
+from mtp_jax.heads.factors import FACTORS
 from mtp_jax.losses import mixture
 from mtp_jax.losses.balance import balance_loss
-from mtp_jax.losses.mixture import mixture_log_likelihood, mixture_loss
-from mtp_jax.model.layers import init_weight
-from mtp_jax.sharding import RULES, gather
+from mtp_jax.losses.mixture import Terms, factor_scores, mixture_log_likelihood, mixture_loss
+from mtp_jax.model.layers import product
+from mtp_jax.sharding import RULES
+from mtp_jax.train.step import make_trainer
 
-B, T, W, R, D, V = 4, 7, 4, 3, 8, 12
-GAMMA = 0.8
-POSITION = B * R * W * V * 4  # bytes of the logits of one position of every row, in float32
-# One tile; seven of one position; three of three positions, of which the last two are padding.
-TILES = {"whole": (1, 10**9), "positions": (7, POSITION), "padded": (3, int(2.5 * POSITION))}
+B, T, W, R, D, V, E = 4, 7, 4, 3, 8, 12, 5
+GAMMA, Z = 0.8, 0.3
+POSITION = R * W * V * 8  # bytes of the logits of one position, in float64
+# Tiles of the 28 positions: one; 28 of one position; six of five positions, of which the last two are padding.
+TILES = {"whole": (1, 10**9), "positions": (28, POSITION), "padded": (6, int(5.5 * POSITION))}
 
 
 @pytest.fixture(autouse=True)
@@ -31,145 +34,274 @@ def mesh():
         yield
 
 
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
 def log_softmax(z, axis=-1):
     z = z - z.max(axis=axis, keepdims=True)
     return z - np.log(np.exp(z).sum(axis=axis, keepdims=True))
 
 
-def make_arrays(seed=0, dtype=np.float32):
+def make_arrays(seed=0):
     """Hidden states, gate, targets and weights: windows end early, so that counts fall with the offset, unevenly."""
     rng = np.random.default_rng(seed)
     length_BT = rng.integers(0, W + 1, (B, T))
     valid_BTW = np.arange(W) < length_BT[..., None]
     return SimpleNamespace(
-        x_BTD=rng.standard_normal((B, T, D)).astype(dtype),
-        log_w_BTR=log_softmax(rng.standard_normal((B, T, R))).astype(dtype),
+        x_BTD=rng.standard_normal((B, T, D)),
+        log_w_BTR=log_softmax(rng.standard_normal((B, T, R))),
         targets_BTW=rng.integers(0, V, (B, T, W)).astype(np.int32),
-        weights_BTW=(valid_BTW / valid_BTW.sum((0, 1))).astype(dtype),
+        weights_BTW=valid_BTW / valid_BTW.sum((0, 1)),
         valid_BTW=valid_BTW,
     )
-
-
-def replicated():
-    return jax.NamedSharding(jax.sharding.get_mesh(), P())
 
 
 def on_mesh(arrays):
     return [tiny.shard(a) for a in (arrays.x_BTD, arrays.log_w_BTR, arrays.targets_BTW, arrays.weights_BTW)]
 
 
-def param_shapes(factors, vocab, width, **changes):
-    """(factors, unembedding) as shapes on the mesh: gathered along fsdp, as the head hands them to the loss."""
-    head = tiny.head_config(**dict(factors=factors, factor_width=3) | changes)
-    model = tiny.model_config(vocab_size=vocab, d_model=width)
-
-    def build():
-        rngs = nnx.Rngs(jax.random.key(0))
-        table = init_weight(rngs, (vocab, width), inputs=1, spec=RULES.unembed_VD)[...]
-        return jax.tree.map(gather, (FACTORS[factors](head, model, rngs=rngs), None if factors == "full" else table))
-
-    def place(leaf):
-        sharding = jax.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(place, jax.eval_shape(build))
+SHAPES = {
+    "full": {"u_DRWV": (D, R, W, V)},
+    "shared": {"map_DRWD": (D, R, W, D), "unembed_VD": (V, D)},
+    "lowrank": {"map_DWD": (D, W, D), "down_DRWE": (D, R, W, E), "up_ED": (E, D), "unembed_VD": (V, D)},
+}
 
 
 def make_params(factors, seed=0):
-    """Parameters of numpy's random numbers: compiling an initialisation takes longer than all the rest."""
+    """Parameters on the mesh, split as those of a model are."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: jax.device_put((rng.standard_normal(leaf.shape) / 2).astype(np.float32), leaf.sharding),
-        param_shapes(factors, V, D),
-    )
+
+    def place(name, shape):
+        sharding = jax.NamedSharding(jax.sharding.get_mesh(), getattr(RULES, name))
+        return jax.device_put(rng.standard_normal(shape) / 2, sharding)
+
+    return {name: place(name, shape) for name, shape in SHAPES[factors].items()}
 
 
-def plain_logits(u_DRWV, x_BTD):
-    """Logits in the dtype of the arguments: float64 where they are."""
-    return jnp.einsum("btd,drwv->btrwv", x_BTD, u_DRWV)
+class Identity:
+    """The form whose hidden states are the logits, so that their gradient is that of the logits."""
+
+    @staticmethod
+    def tables(params):
+        return params
+
+    @staticmethod
+    def logits(tables, x_BTD):
+        return x_BTD.reshape(*x_BTD.shape[:2], R, W, V)
 
 
-def identity_logits(_, x_BTD):
-    """The hidden states are the logits, so that their gradient is that of the logits."""
-    return x_BTD.reshape(*x_BTD.shape[:2], R, W, V)
+def reference_logits(params, x_BTD):
+    """Each form as it is written, from its parameters."""
+    if "u_DRWV" in params:
+        return jnp.einsum("btd,drwv->btrwv", x_BTD, params["u_DRWV"])
+    if "map_DRWD" in params:
+        return jnp.einsum("btd,drwe,ve->btrwv", x_BTD, params["map_DRWD"], params["unembed_VD"])
+    shared_BTWV = jnp.einsum("btd,dwe,ve->btwv", x_BTD, params["map_DWD"], params["unembed_VD"])
+    own = "btd,drwe,ec,vc->btrwv", x_BTD, params["down_DRWE"], params["up_ED"], params["unembed_VD"]
+    return shared_BTWV[:, :, None] + jnp.einsum(*own)
 
 
-def reference_loss(logits_fn, gamma, params, x_BTD, log_w_BTR, targets_BTW, weights_BTW):
+def reference_loss(form, terms, params, x_BTD, log_w_BTR, targets_BTW, weights_BTW):
     """DESIGN 6 as it is written, with all logits at once and no thought for anything but clarity."""
-    logp_BTRWV = jax.nn.log_softmax(logits_fn(params, x_BTD), axis=-1)
-    hit_BTWV = jax.nn.one_hot(targets_BTW, logp_BTRWV.shape[-1], dtype=logp_BTRWV.dtype)
+    logits_BTRWV = (form or reference_logits)(params, x_BTD)
+    lse_BTRW = jax.nn.logsumexp(logits_BTRWV, axis=-1)
+    hit_BTWV = jax.nn.one_hot(targets_BTW, logits_BTRWV.shape[-1], dtype=logits_BTRWV.dtype)
     joint_BTR, before_BT, nll = log_w_BTR, 0.0, []
-    for s in range(logp_BTRWV.shape[3]):
-        joint_BTR = joint_BTR + (logp_BTRWV[:, :, :, s] * hit_BTWV[:, :, None, s]).sum(-1)
+    for s in range(logits_BTRWV.shape[3]):
+        joint_BTR = joint_BTR + (logits_BTRWV[:, :, :, s] * hit_BTWV[:, :, None, s]).sum(-1) - lse_BTRW[..., s]
         after_BT = jax.nn.logsumexp(joint_BTR, axis=2)
         nll.append(-jnp.sum(weights_BTW[..., s] * (after_BT - before_BT)))
         before_BT = after_BT
-    return sum(gamma**s * nll_s for s, nll_s in enumerate(nll)), jnp.stack(nll)
+    z = jnp.sum(weights_BTW * jnp.mean(lse_BTRW**2, axis=2))
+    loss = sum(terms.gamma**s * nll_s for s, nll_s in enumerate(nll)) + terms.z_weight * z
+    return loss, jnp.stack(nll)
 
 
-def differentiate(loss_fn, logits_fn, params, arrays, gamma=GAMMA, times=1.0):
-    """((loss, nll), gradients of params, x and log w) of `times` the loss, compiled afresh."""
+def recomputed_loss(form, terms, params, x_BTD, log_w_BTR, targets_BTW, weights_BTW):
+    """The same by the other primitive, whose backward pass computes the logits again."""
+    logp_BTRW, lse_BTRW = factor_scores(form, params, x_BTD, targets_BTW)
+    return mixture._objective(terms, logp_BTRW, lse_BTRW, log_w_BTR, weights_BTW)
+
+
+def differentiate(loss_fn, form, params, arrays, terms=Terms(GAMMA, Z), times=1.0):  # noqa: B008
+    """((loss, nll), gradients of params, x and log w) of `times` the loss, compiled afresh.
+
+    The reference runs on whole arrays, without shardings.
+    """
+    if loss_fn is reference_loss:
+        params = jax.tree.map(np.asarray, params)
+        values = arrays.x_BTD, arrays.log_w_BTR, arrays.targets_BTW, arrays.weights_BTW
+    else:
+        values = on_mesh(arrays)
 
     def loss(*args):
-        value, nll_W = loss_fn(logits_fn, gamma, *args)
+        value, nll_W = loss_fn(form, terms, *args)
         return times * value, nll_W
 
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
-    return jax.tree.map(np.asarray, compiled(params, *on_mesh(arrays)))
+    return jax.tree.map(np.asarray, compiled(params, *values))
 
 
-def assert_close(got, want, **tolerance):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), got, want)
+def assert_close(got, want, tolerance):
+    """Every leaf within `tolerance` of the largest value of its reference."""
+
+    def close(got, want):
+        np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * np.abs(want).max())
+
+    jax.tree.map(close, got, want)
 
 
-def set_tiles(monkeypatch, name, logits_fn, params, arrays):
+def set_tile_bytes(monkeypatch, size):
+    monkeypatch.setattr(mixture, "TILE_BYTES", {"cpu": size})
+
+
+def set_tiles(monkeypatch, name):
     """Set the tile size; make sure that it gives the number of tiles that it is there for."""
     count, size = TILES[name]
-    monkeypatch.setattr(mixture, "TILE_BYTES", size)
-    tiles = jax.eval_shape(lambda *args: mixture._tiles(logits_fn, *args)[0], params, *on_mesh(arrays)[:2])
-    assert tiles.shape == (count, B, -(-T // count), *arrays.x_BTD.shape[2:])
+    set_tile_bytes(monkeypatch, size)
+    assert count * -(-B * T // count) >= B * T and -(-B * T // max(1, size // POSITION)) == count
 
 
 @pytest.fixture(scope="module", params=FACTORS)
 def problem(request):
-    """Parameters, arrays, and the reference's loss and gradients, in float32."""
-    with tiny.mesh():
-        params, arrays = make_params(request.param), make_arrays()
-        want = differentiate(reference_loss, factor_logits, params, arrays)
-        return SimpleNamespace(factors=request.param, params=params, arrays=arrays, want=want)
+    """Parameters, arrays, and the reference's loss and gradients, in float64."""
+    with tiny.mesh(), jax.enable_x64(True):
+        form, params, arrays = FACTORS[request.param], make_params(request.param), make_arrays()
+        want = differentiate(reference_loss, None, params, arrays)
+        return SimpleNamespace(factors=request.param, form=form, params=params, arrays=arrays, want=want)
+
+
+# The bar is 1e-12 relative.
 
 
 @pytest.mark.parametrize("tiles", TILES)
-def test_loss_and_gradient_are_those_of_plain_autodiff(problem, tiles, monkeypatch):
-    set_tiles(monkeypatch, tiles, factor_logits, problem.params, problem.arrays)
-    got = differentiate(mixture_loss, factor_logits, problem.params, problem.arrays)
-    assert_close(got, problem.want, rtol=2e-5, atol=2e-6)
+@pytest.mark.parametrize("loss_fn", [mixture_loss, recomputed_loss])
+def test_loss_and_gradient_are_those_of_plain_autodiff(problem, loss_fn, tiles, monkeypatch):
+    set_tiles(monkeypatch, tiles)
+    got = differentiate(loss_fn, problem.form, problem.params, problem.arrays)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(got)} == {"float64"}
+    assert_close(got, problem.want, 1e-12)
+
+
+def test_tiles_are_as_many_as_their_size_says(monkeypatch):
+    for name in TILES:
+        set_tiles(monkeypatch, name)
+        text = jax.jit(functools.partial(mixture_loss, FACTORS["full"], Terms())).lower(
+            make_params("full"), *on_mesh(make_arrays())
+        )
+        assert f"tensor<{TILES[name][0]}x1x" in text.as_text()
 
 
 @pytest.mark.parametrize(("tiles", "time"), [(1, T), (2, T), (T, T), (1, 1)])
 def test_batch_of_one_sequence(tiles, time, monkeypatch):
-    """On one device: a reshape between axes of size 1 must not lose track of which one is the batch."""
-    monkeypatch.setattr(mixture, "TILE_BYTES", -(-POSITION // B * time // tiles))
+    set_tile_bytes(monkeypatch, POSITION * -(-time // tiles))
     params, arrays = make_params("full"), SimpleNamespace(**{k: v[:1, :time] for k, v in vars(make_arrays()).items()})
-    got = differentiate(mixture_loss, factor_logits, params, arrays)
-    assert_close(got, differentiate(reference_loss, factor_logits, params, arrays), rtol=2e-5, atol=2e-6)
+    got = differentiate(mixture_loss, FACTORS["full"], params, arrays)
+    assert_close(got, differentiate(reference_loss, None, params, arrays), 1e-12)
 
 
-@pytest.mark.parametrize("tiles", TILES)
-def test_loss_and_gradient_in_float64(tiles, monkeypatch):
-    with jax.enable_x64(True):
-        arrays = make_arrays(dtype=np.float64)
-        u_DRWV = jax.device_put(np.random.default_rng(1).standard_normal((D, R, W, V)), replicated())
-        set_tiles(monkeypatch, tiles, plain_logits, u_DRWV, arrays)
-        got = differentiate(mixture_loss, plain_logits, u_DRWV, arrays)
-        want = differentiate(reference_loss, plain_logits, u_DRWV, arrays)
-    assert {leaf.dtype.name for leaf in jax.tree.leaves(got)} == {"float64"}
-    assert_close(got, want, rtol=1e-12, atol=1e-14)
+@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 1, 4), (1, 4, 1)])
+@pytest.mark.parametrize("loss_fn", [mixture_loss, recomputed_loss])
+def test_gradients_on_eight_devices_are_those_of_one(problem, loss_fn, shape, monkeypatch):
+    """Batch over data and fsdp, vocabulary over tensor, several tiles; and split as the parameters are."""
+    set_tile_bytes(monkeypatch, 3 * POSITION // 4)
+    with tiny.mesh(*shape):
+        params = make_params(problem.factors)
+        loss = functools.partial(loss_fn, problem.form, Terms(GAMMA, Z))
+        compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+        got = compiled(params, *on_mesh(problem.arrays))
+        specs = [jax.tree.map(lambda a: a.sharding.spec, tree) for tree in (got[1][0], params)]
+    assert specs[0] == specs[1]
+    assert_close(jax.device_get(got), problem.want, 1e-12)
+
+
+def test_devices_that_do_the_same_work_do_not_add_up(problem):
+    """Parameters and batch that are whole on every device."""
+    with tiny.mesh(2, 2, 2):
+        mesh = jax.sharding.get_mesh()
+        everywhere = jax.NamedSharding(mesh, P())
+        params = jax.tree.map(lambda a: jax.device_put(np.asarray(a), everywhere), problem.params)
+        arrays = (
+            problem.arrays.x_BTD,
+            problem.arrays.log_w_BTR,
+            problem.arrays.targets_BTW,
+            problem.arrays.weights_BTW,
+        )
+        for loss_fn in (mixture_loss, recomputed_loss):
+            loss = functools.partial(loss_fn, problem.form, Terms(GAMMA, Z))
+            compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
+            got = compiled(params, *(jax.device_put(a, everywhere) for a in arrays))
+            assert_close(jax.device_get(got), problem.want, 1e-12)
+
+
+def lower_large(shape, factors="shared", dtype=jnp.float32, batch=8, time=128, vocab=4096):
+    """The compiled loss and gradient of a problem that is never run, R = 8, W = 4, D = 256."""
+    sizes = {"D": 256, "R": 8, "W": 4, "V": vocab, "E": 64}
+    with tiny.mesh(*shape) as mesh, jax.enable_x64(False):
+
+        def abstract(dtype, spec, *shape):
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+        params = {
+            name: abstract(jnp.float32, getattr(RULES, name), *(sizes[letter] for letter in name.split("_")[1]))
+            for name in SHAPES[factors]
+        }
+        arrays = [
+            abstract(kind, RULES.x_BTD, batch, time, size)
+            for size, kind in ((256, dtype), (8, jnp.float32), (4, jnp.int32), (4, jnp.float32))
+        ]
+        loss = functools.partial(mixture_loss, FACTORS[factors], Terms())
+        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)).lower(params, *arrays).compile()
+
+
+def loop_and_rest(text):
+    """The lines of a compiled program that are in the body of a loop, and the others."""
+    bodies = set(re.findall(r"body=%([\w.\-]+)", text))
+    inside, rest, here = [], [], False
+    for line in text.splitlines():
+        if match := re.match(r"%?([\w.\-]+) \(.*\{$", line):
+            here = match[1] in bodies
+        (inside if here else rest).append(line)
+    return inside, rest
+
+
+def collectives(lines):
+    """Elements that each collective of these lines gives, largest first."""
+    found = []
+    for line in lines:
+        if match := re.search(r"= (\(?[^=]*?) (all-reduce|reduce-scatter|all-gather|all-to-all)\(", line):
+            shapes = re.findall(r"\w+\[([\d,]*)\]", match[1])
+            found += [math.prod(int(n) for n in shape.split(",") if n) for shape in shapes]
+    return sorted(found, reverse=True)
+
+
+def test_no_gradient_of_a_table_is_exchanged_in_the_loop():
+    """In it only what positions have; after it one reduction for each table."""
+    with pytest.MonkeyPatch.context() as patch:
+        set_tile_bytes(patch, 2**20)
+        inside, rest = loop_and_rest(lower_large((2, 2, 2)).as_text())
+    positions = 2**20 // (8 * 4 * 2048 * 4)
+    assert collectives(inside) and collectives(inside)[0] <= positions * 256
+    # The largest outside: a map [D, R, W, D] is gathered, its gradient scattered over fsdp.
+    assert collectives(rest)[0] == 256 * 8 * 4 * 256
+
+
+def test_work_is_divided_among_devices():
+    """A loop's body is counted once, so the tiles are made one."""
+    with pytest.MonkeyPatch.context() as patch:
+        set_tile_bytes(patch, 2**40)
+        flops = {shape: lower_large(shape).cost_analysis()["flops"] for shape in ((1, 1, 1), (8, 1, 1), (2, 2, 2))}
+    assert flops[8, 1, 1] < 1.02 * flops[1, 1, 1] / 8
+    # The maps are not split over tensor: a small part of the work, at this vocabulary 1/16 of the logits'.
+    assert flops[2, 2, 2] < 1.15 * flops[1, 1, 1] / 8
 
 
 def make_logits_problem():
-    """Arrays in float64 whose hidden states are the logits."""
-    arrays = make_arrays(dtype=np.float64)
+    """Arrays whose hidden states are the logits."""
+    arrays = make_arrays()
     arrays.x_BTD = 2 * np.random.default_rng(2).standard_normal((B, T, R * W * V))
     return arrays
 
@@ -192,8 +324,7 @@ def check_formula(arrays):
     d_logp_BTRW = np.stack([each_BTRW[..., j:].sum(-1) for j in range(W)], axis=-1)
     d_logits = d_logp_BTRW[..., None] * (hit_BTWV[:, :, None] - np.exp(logp_BTRWV))
 
-    with jax.enable_x64(True):
-        (loss, nll_W), (_, d_x, d_log_w) = differentiate(mixture_loss, identity_logits, (), arrays)
+    (loss, nll_W), (_, d_x, d_log_w) = differentiate(mixture_loss, Identity, {}, arrays, Terms(GAMMA))
     marginal_BTW = np.log(np.exp(joint_BTRW).sum(2))
     before_BTW = np.concatenate([np.zeros((B, T, 1)), marginal_BTW[..., :-1]], axis=-1)
     want_W = -(arrays.weights_BTW * (marginal_BTW - before_BTW)).sum((0, 1))
@@ -207,24 +338,34 @@ def test_gradient_is_the_formula():
     check_formula(make_logits_problem())
 
 
-true_conditionals, true_untile, true_cumsum = mixture._conditionals, mixture._untile, jnp.cumsum
+true_conditionals, true_untile, true_cumsum = mixture._conditionals, mixture._Device.untile, jnp.cumsum
+true_d_logits = mixture._Device.d_logits
 
 
-def one_posterior(logits_BTRWV, log_w_BTR, targets_BTW):
+def one_posterior(logp_BTRW, log_w_BTR):
     """The right values, with the gradient that the posterior of the last offset gives to all."""
-    hit_BTRWV = jax.nn.one_hot(targets_BTW, V)[:, :, None]
-    logp_BTRW = jnp.cumsum((jax.nn.log_softmax(logits_BTRWV) * hit_BTRWV).sum(-1), axis=-1) + log_w_BTR[..., None]
-    posterior_BTR = jax.lax.stop_gradient(jax.nn.softmax(logp_BTRW[..., -1], axis=2))
-    joint_BTW = (posterior_BTR[..., None] * logp_BTRW).sum(2)
+    joint_BTRW = jnp.cumsum(logp_BTRW, axis=-1) + log_w_BTR[..., None]
+    posterior_BTR = jax.lax.stop_gradient(jax.nn.softmax(joint_BTRW[..., -1], axis=2))
+    joint_BTW = (posterior_BTR[..., None] * joint_BTRW).sum(2)
     straight = jnp.diff(joint_BTW, axis=-1, prepend=jnp.zeros_like(joint_BTW[..., :1]))
-    return straight + jax.lax.stop_gradient(true_conditionals(logits_BTRWV, log_w_BTR, targets_BTW) - straight)
+    return straight + jax.lax.stop_gradient(true_conditionals(logp_BTRW, log_w_BTR) - straight)
+
+
+def no_hit(self, logits, lse, targets, d_logp, d_lse):
+    """The gradient of the normalisers alone."""
+    return true_d_logits(self, logits, lse, jnp.full_like(targets, V), d_logp, d_lse)
 
 
 FAULTS = {
     "one posterior for all offsets": (mixture, "_conditionals", one_posterior, "gradient of logits"),
     "cumsum over components": (jnp, "cumsum", lambda a, axis: true_cumsum(a, axis=2), "value by offset"),
-    "gamma forgotten": (mixture, "_weigh", lambda nll_W, gamma: jnp.sum(nll_W), "value"),
-    "tiles out of order": (mixture, "_untile", lambda a, time: true_untile(a[::-1], time), "gradient of logits"),
+    "tiles out of order": (
+        mixture._Device,
+        "untile",
+        lambda self, a, x: true_untile(self, a[::-1], x),
+        "gradient of logits",
+    ),
+    "no target in the gradient": (mixture._Device, "d_logits", no_hit, "gradient of logits"),
 }
 
 
@@ -232,7 +373,7 @@ FAULTS = {
 def test_fault_is_caught(fault, monkeypatch):
     """The check above fails on a loss that is wrong in one way, at the place where it is wrong."""
     owner, name, replacement, place = FAULTS[fault]
-    monkeypatch.setattr(mixture, "TILE_BYTES", POSITION)
+    set_tile_bytes(monkeypatch, POSITION)
     monkeypatch.setattr(owner, name, replacement)
     with pytest.raises(AssertionError, match=f"Not equal to tolerance.*\n{place}\n"):
         check_formula(make_logits_problem())
@@ -240,23 +381,22 @@ def test_fault_is_caught(fault, monkeypatch):
 
 def test_every_factor_gets_a_gradient(problem):
     """Of its own: each rank and each offset."""
-    (d_factors, _), *_ = differentiate(mixture_loss, factor_logits, problem.params, problem.arrays)[1]
+    d_params, *_ = differentiate(mixture_loss, problem.form, problem.params, problem.arrays)[1]
     d_own = {"full": "u_DRWV", "shared": "map_DRWD", "lowrank": "down_DRWE"}[problem.factors]
-    norm_RW = np.sqrt((np.asarray(getattr(d_factors, d_own)[...]) ** 2).sum((0, 3)))
+    norm_RW = np.sqrt((d_params[d_own] ** 2).sum((0, 3)))
     assert norm_RW.shape == (R, W)
     assert (norm_RW > 1e-3).all()
 
 
 def test_masked_targets_contribute_nothing(problem, monkeypatch):
     """Their ids change neither loss nor gradient, not even in the last bit."""
-    set_tiles(monkeypatch, "padded", factor_logits, problem.params, problem.arrays)
+    set_tiles(monkeypatch, "padded")
     other = SimpleNamespace(**vars(problem.arrays))
     garbage = np.random.default_rng(9).integers(0, V, other.targets_BTW.shape).astype(np.int32)
     other.targets_BTW = np.where(other.valid_BTW, other.targets_BTW, garbage)
     assert (other.targets_BTW != problem.arrays.targets_BTW).any()
-    compiled = jax.jit(
-        jax.value_and_grad(functools.partial(mixture_loss, factor_logits, GAMMA), argnums=(0, 1, 2), has_aux=True)
-    )
+    loss = functools.partial(mixture_loss, problem.form, Terms(GAMMA))
+    compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
     runs = [compiled(problem.params, *on_mesh(arrays)) for arrays in (problem.arrays, other)]
     jax.tree.map(np.testing.assert_array_equal, *runs)
     # A position without any valid target has no gradient.
@@ -266,89 +406,122 @@ def test_masked_targets_contribute_nothing(problem, monkeypatch):
 
 
 def test_forward_only_is_the_value_that_is_differentiated(problem, monkeypatch):
-    """And both are the means, each offset over its own valid targets, of the conditional log-likelihoods."""
-    set_tiles(monkeypatch, "padded", factor_logits, problem.params, problem.arrays)
+    """And its offsets are the means, each over its own valid targets, of the conditional log-likelihoods."""
+    set_tiles(monkeypatch, "padded")
     arrays = on_mesh(problem.arrays)
     forward, likelihood_BTW = jax.tree.map(
         np.asarray,
         jax.jit(
             lambda params, *arrays: (
-                mixture_loss(factor_logits, GAMMA, params, *arrays),
-                mixture_log_likelihood(factor_logits, params, *arrays[:3]),
+                mixture_loss(problem.form, Terms(GAMMA, Z), params, *arrays),
+                mixture_log_likelihood(problem.form, params, *arrays[:3]),
             )
         )(problem.params, *arrays),
     )
-    differentiated = differentiate(mixture_loss, factor_logits, problem.params, problem.arrays)[0]
-    assert_close(forward, differentiated, rtol=1e-6)
+    assert_close(forward, problem.want[0], 1e-12)
     valid_BTW = problem.arrays.valid_BTW
     means_W = [-likelihood_BTW[..., s][valid_BTW[..., s]].mean() for s in range(W)]
     assert len({valid_BTW[..., s].sum() for s in range(W)}) > 1
-    np.testing.assert_allclose(forward[1], means_W, rtol=1e-5)
+    np.testing.assert_allclose(forward[1], means_W, rtol=1e-12)
 
 
-def test_cotangent_scales_the_gradient():
-    params, arrays = make_params("full"), make_arrays()
-    plain, scaled = (differentiate(mixture_loss, factor_logits, params, arrays, times=times) for times in (1.0, -2.5))
-    assert_close(scaled[1], jax.tree.map(lambda g: -2.5 * g, plain[1]), rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize("loss_fn", [mixture_loss, recomputed_loss])
+def test_cotangent_scales_the_gradient(problem, loss_fn):
+    scaled = differentiate(loss_fn, problem.form, problem.params, problem.arrays, times=-2.5)
+    assert_close(scaled[1], jax.tree.map(lambda g: -2.5 * g, problem.want[1]), 1e-12)
 
 
 def test_reported_offsets_carry_no_gradient():
     params, arrays = make_params("full"), on_mesh(make_arrays())
-    gradient = jax.jit(jax.grad(lambda *args: mixture_loss(factor_logits, GAMMA, *args)[1].sum(), argnums=(0, 1, 2)))
+    loss = functools.partial(mixture_loss, FACTORS["full"], Terms())
+    gradient = jax.jit(jax.grad(lambda *args: loss(*args)[1].sum(), argnums=(0, 1, 2)))
     assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(gradient(params, *arrays)))
 
 
-def test_loss_on_eight_devices_is_that_on_one(monkeypatch):
-    """Batch over data and fsdp, vocabulary over tensor, several tiles."""
-    monkeypatch.setattr(mixture, "TILE_BYTES", POSITION // 8)
-    results = []
-    for shape in (1, 1, 1), (2, 2, 2):
-        with tiny.mesh(*shape):
-            results.append(differentiate(mixture_loss, factor_logits, make_params("lowrank"), make_arrays()))
-    assert_close(*results, rtol=2e-5, atol=2e-6)
+def test_bfloat16_gradients_are_as_good_as_those_of_the_naive_loss():
+    """Against float64, with the operands rounded alike: the naive loss computes all in float32 after rounding."""
+    rng = np.random.default_rng(0)
+    (batch, time, width, vocab), seen = (2, 32, 64, 1000), {}
+    rounded = lambda *shape: np.asarray(jnp.asarray(rng.standard_normal(shape), jnp.bfloat16), np.float64)  # noqa: E731
+    params = {"map_DRWD": rounded(width, R, W, width) / 8, "unembed_VD": rounded(vocab, width) / 4}
+    arrays = SimpleNamespace(x_BTD=rounded(batch, time, width), log_w_BTR=log_softmax(rounded(batch, time, R)))
+    arrays.targets_BTW = rng.integers(0, vocab, (batch, time, W)).astype(np.int32)
+    arrays.weights_BTW = np.full((batch, time, W), 1 / (batch * time))
+    form = FACTORS["shared"]
+    truth = differentiate(reference_loss, None, params, arrays, Terms())[1]
+    single = jax.tree.map(lambda a: a.astype(np.float32), params)
+    arrays.log_w_BTR, arrays.weights_BTW = (a.astype(np.float32) for a in (arrays.log_w_BTR, arrays.weights_BTW))
+
+    def naive_logits(params, x_BTD):
+        rows = jnp.einsum("btd,drwe->btrwe", x_BTD, params["map_DRWD"].astype(jnp.bfloat16))
+        return jnp.einsum("btrwd,vd->btrwv", rows.astype(jnp.float32), params["unembed_VD"])
+
+    arrays.x_BTD = np.asarray(jnp.asarray(arrays.x_BTD, jnp.bfloat16))
+    for name, loss_fn, kind in (("ours", mixture_loss, form), ("naive", reference_loss, naive_logits)):
+        with jax.enable_x64(False):
+            found = differentiate(loss_fn, kind, single, arrays, Terms())[1]
+        pairs = zip(jax.tree.leaves(found[:2]), jax.tree.leaves(truth[:2]), strict=True)
+        seen[name] = [np.linalg.norm(a.astype(np.float64) - b) / np.linalg.norm(b) for a, b in pairs]
+    assert max(seen["ours"]) < 0.02
+    assert all(ours < 1.3 * naive for ours, naive in zip(seen["ours"], seen["naive"], strict=True)), seen
 
 
-SHARED_BY = {(1, 1, 1): 4, (2, 1, 1): 2, (1, 2, 1): 2, (1, 1, 2): 2, (2, 2, 1): 1}
+# Memory.
 
 
-@pytest.mark.parametrize(("shape", "tiles"), SHARED_BY.items())
-def test_tile_size_is_counted_per_device(shape, tiles, monkeypatch):
-    monkeypatch.setattr(mixture, "TILE_BYTES", 2 * POSITION)
-    with tiny.mesh(*shape):
-        arguments = make_params("full"), on_mesh(make_arrays())[0]
-        split = jax.eval_shape(lambda *args: mixture._tiles(factor_logits, *args)[0], *arguments)
-    assert split.shape[0] == tiles
-
-
-def scratch_bytes(factors, time, tile_bytes=None):
-    """Scratch memory of loss and gradient for a vocabulary of 32,768, R = 8, W = 4 and D = 256; nothing is run."""
-
-    def loss(*args):
-        return mixture_loss(factor_logits, 1.0, *args)[0]
-
-    sizes = (256, jnp.float32), (8, jnp.float32), (4, jnp.int32), (4, jnp.float32)
-    sharding = jax.NamedSharding(jax.sharding.get_mesh(), RULES.x_BTD)
-    arrays = [jax.ShapeDtypeStruct((2, time // 2, size), dtype, sharding=sharding) for size, dtype in sizes]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mixture, "TILE_BYTES", tile_bytes or mixture.TILE_BYTES)
-        params = param_shapes(factors, 32768, 256, rank=8, factor_width=64)
-        compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(params, *arrays).compile()
-    return compiled.memory_analysis().temp_size_in_bytes
+def scratch_bytes(batch, time, factors="shared", vocab=32768):
+    return lower_large((1, 1, 1), factors, batch=batch, time=time, vocab=vocab).memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("factors", ["shared", "lowrank"])
 def test_memory_is_that_of_a_tile(factors):
     """The logits of 512 positions are 2 GiB; 100 MiB are enough, of which 32 are the table's gradient."""
-    assert scratch_bytes(factors, 512) < 100 * 2**20
+    assert scratch_bytes(2, 256, factors) < 100 * 2**20
 
 
-def test_memory_does_not_grow_with_the_batch():
-    assert scratch_bytes("shared", 2048) < 1.1 * scratch_bytes("shared", 512)
+@pytest.mark.parametrize(("batch", "time"), [(2, 1024), (64, 32), (512, 4)])
+def test_memory_does_not_grow_with_the_batch(batch, time):
+    """Beyond the gradient of the hidden states, whatever the shape of the batch is."""
+    d_x = 4 * 256 * batch * time
+    assert scratch_bytes(batch, time) - d_x < 1.05 * scratch_bytes(2, 256)
 
 
-def test_memory_of_one_large_tile_is_seen():
+def test_memory_of_one_large_tile_is_seen(monkeypatch):
     """The measure that the tests above use does see logits that live together."""
-    assert scratch_bytes("shared", 512, tile_bytes=2**31) > 2**31
+    set_tile_bytes(monkeypatch, 2**31)
+    assert scratch_bytes(2, 256) > 2**31
+
+
+def test_a_large_vocabulary_trains():
+    """A real step at V = 32,768, R = 8, W = 4: the loss falls."""
+    with jax.enable_x64(False):
+        model = tiny.model_config(vocab_size=32768)
+        config = tiny.train_config(
+            model,
+            tiny.head_config(rank=8, factors="lowrank"),
+            batch=2,
+            seq_len=8,
+            optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0),
+        )
+        trainer = make_trainer(config)
+        state, batch, losses = trainer.init(), tiny.make_batch(config), []
+        for _ in range(3):
+            state, metrics = trainer.step(state, batch)
+            losses.append(float(metrics["loss"]))
+    assert losses[0] > losses[1] > losses[2] and losses[0] < 1.05 * W * np.log(32768)
+
+
+# Products.
+
+
+def test_a_product_sums_in_float32():
+    """bfloat16 operands, and a weight's gradient that keeps the digits of its sum."""
+    x, w = jnp.ones((1, 4096, 1), jnp.bfloat16), jnp.ones((1, 1), jnp.float32)
+    with jax.enable_x64(False):
+        y, pull = jax.vjp(lambda x, w: product("btd,vd->btv", x, w), x, w)
+        d_x, d_w = pull(jnp.ones_like(y).at[0, 0, 0].set(1 + 2**-7))
+    assert (y.dtype, d_x.dtype, d_w.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    assert float(d_w[0, 0]) == 4096 + 2**-7
 
 
 # Load balancing.

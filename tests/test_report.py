@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from mtp_jax import report
-from mtp_jax.config import TrainConfig, to_dict
+from mtp_jax.config import ConfigError, TrainConfig, to_dict
 from mtp_jax.train.loggers import JsonlLogger
 
 
@@ -125,4 +125,15 @@ def test_a_run_without_evaluations_or_drafts_still_has_a_report(tmp_path):
 def test_a_directory_without_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
         report.write_report(tmp_path, make_bench(), to_dict(TrainConfig()))
+    with pytest.raises(ConfigError, match=r"there is no .*metrics\.jsonl\. Leave --report out"):
+        report.check_reportable(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_in_the_home_directory_is_reported(run_dir, monkeypatch):
+    monkeypatch.setenv("HOME", str(run_dir.parent))
+    report.check_reportable("~/small-cpd")
+    assert report.write_report("~/small-cpd", make_bench(), to_dict(TrainConfig())) == run_dir / "report.md"
+    assert "completions.html" not in (run_dir / "report.md").read_text()
+    (run_dir / "completions.html").write_text("")
+    assert "](completions.html)" in report.write_report(run_dir, make_bench(), to_dict(TrainConfig())).read_text()

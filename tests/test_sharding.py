@@ -1,6 +1,7 @@
 """One device or eight, whatever the mesh: the same numbers, and every array where the rules put it."""
 
 import dataclasses
+import functools
 import math
 import re
 
@@ -15,7 +16,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from mtp_jax.config import OptimizerConfig
-from mtp_jax.decode.generate import generate, prepare
+from mtp_jax.decode.generate import for_decoding, generate
 from mtp_jax.heads import base, cpd, factors
 from mtp_jax.model import attention, layers, transformer
 from mtp_jax.sharding import BATCH, RULES, Rules, gather
@@ -283,11 +284,37 @@ def test_loss_gradients_and_three_steps_are_those_of_one_device(kind, shape, on_
     assert_close(metrics, expected[2], 1e-5)
 
 
+def loss_and_gradients(shape):
+    """Of one model whose heads, width and vocabulary every mesh divides, on one batch with masked targets."""
+    config = tiny.train_config(tiny.model_config(num_kv_heads=4, qkv_bias=True, qk_norm=True))
+    with tiny.mesh(*shape):
+        graph, params = random_params(config)
+        batch = tiny.make_batch(config)
+        gradient = jax.jit(jax.value_and_grad(functools.partial(batch_loss, graph), has_aux=True))
+        (loss, aux), grads = gradient(params, batch, jnp.sum(batch["valid_BTW"], axis=(0, 1), dtype=jnp.float32))
+        assert_placed(grads)
+        for grad in jax.tree.leaves(grads):
+            assert_held(grad)
+        return jax.device_get(({"loss": loss, **aux}, grads))
+
+
+@pytest.fixture(scope="module")
+def loss_and_gradients_on_one_device():
+    return loss_and_gradients((1, 1, 1))
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2)])
+def test_one_model_has_the_loss_and_gradients_of_one_device_on_every_mesh(shape, loss_and_gradients_on_one_device):
+    (metrics, grads), expected = loss_and_gradients(shape), loss_and_gradients_on_one_device
+    assert_close(metrics, expected[0], 1e-6)
+    assert_close(grads, expected[1], 1e-5)
+
+
 def decode(shape):
     """Greedy continuations of eight prompts of different lengths, and how many drafts were accepted."""
     config = make_config("shared", num_layers=1)
     with tiny.mesh(*shape):
-        model = prepare(nnx.merge(*random_params(config)))
+        model = for_decoding(nnx.merge(*random_params(config)))
         prompts = [np.arange(1 + 2 * i) % tiny.VOCAB for i in range(8)]
         done = generate(model, prompts, max_new_tokens=12)
         return np.stack(done.tokens), done.accepted, done.forwards

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import json
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from mtp_jax.commands import parse, use_compilation_cache
-from mtp_jax.config import ConfigError
+from mtp_jax.config import BenchConfig, ConfigError
 
 BENCHES = ("decode",)
 
@@ -24,15 +25,7 @@ class Decode:
 
     run: Annotated[str, tyro.conf.Positional]
     """The run directory."""
-    prompts: int = 24
-    """Held-out documents, chosen by `seed`."""
-    prompt_tokens: int = 96
-    new_tokens: int = 256
-    temperatures: tuple[float, ...] = (0.0, 0.7)
-    """0 is verified greedily, the others with coupled noise."""
-    repetitions: int = 1
-    """Repetitions of the whole; figures are medians over them."""
-    seed: int = 0
+    config: Annotated[BenchConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=BenchConfig)
     step: int | None = None
     """Which checkpoint; the latest by default."""
     report: bool = False
@@ -53,18 +46,20 @@ def main(args: list[str]) -> None:
 
     from rich.console import Console
 
-    from mtp_jax.bench import BenchConfig, bench_decode
+    from mtp_jax.bench import bench_decode
     from mtp_jax.checkpoint import load
     from mtp_jax.config import to_dict
-    from mtp_jax.report import decode_table, write_report
+    from mtp_jax.report import check_reportable, decode_table, write_report
 
-    fields = BenchConfig.__dataclass_fields__
-    config = BenchConfig(**{name: getattr(options, name) for name in fields})
+    if options.report:
+        check_reportable(options.run)
     run = load(options.run, options.step)
     console = Console()
     with console.status("loading") as status:
-        bench = bench_decode(run, config, status.update)
+        bench = bench_decode(run, options.config, status.update)
     console.print(decode_table(bench))
-    if options.report:
-        print(f"Wrote {write_report(options.run, bench, to_dict(run.config))}")
-    print(json.dumps(bench))
+    try:
+        if options.report:
+            print(f"Wrote {write_report(options.run, bench, to_dict(run.config))}")
+    finally:  # what was measured is printed, whatever becomes of the report
+        print(json.dumps(bench))

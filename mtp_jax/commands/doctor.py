@@ -57,7 +57,7 @@ def _run(config: TrainConfig) -> None:
 
     from mtp_jax.data import load_tokenizer
     from mtp_jax.mesh import make_mesh
-    from mtp_jax.sharding import BATCH
+    from mtp_jax.sharding import RULES
     from mtp_jax.train.costs import costs, tree_bytes
     from mtp_jax.train.step import make_trainer
 
@@ -70,8 +70,8 @@ def _run(config: TrainConfig) -> None:
         state = jax.eval_shape(trainer.init)
 
         def rows(dtype: type, *shape: int) -> jax.ShapeDtypeStruct:
-            spec = jax.P(BATCH, *(None for _ in shape))
-            return jax.ShapeDtypeStruct((data.batch_size, *shape), dtype, sharding=jax.NamedSharding(mesh, spec))
+            sharding = jax.NamedSharding(mesh, RULES.rows_B)
+            return jax.ShapeDtypeStruct((data.batch_size, *shape), dtype, sharding=sharding)
 
         batch = {
             "tokens_BT": rows(jnp.int32, data.seq_len),

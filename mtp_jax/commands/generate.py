@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 from mtp_jax.commands import parse, use_compilation_cache
-from mtp_jax.config import require
+from mtp_jax.config import DecodeConfig, require
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +29,8 @@ class Generate:
     prompt: str | None = None
     """The text to continue."""
     held_out: int = 0
-    """Continue this many held-out documents instead, from their first `prompt-tokens` tokens."""
+    """Continue this many held-out documents instead, from their first `prompt-tokens` tokens; what is printed is also
+    left in the run directory, as completions.html."""
     prompt_tokens: int = 96
     """Length of the held-out prompts."""
     max_new_tokens: int = 256
@@ -55,56 +57,55 @@ def main(args: list[str]) -> None:
         "such as --prompt 'def main():' or --held-out 3.",
     )
     use_compilation_cache()
+    from etils import epath
     from rich.console import Console
 
     from mtp_jax.bench import held_out_prompts
-    from mtp_jax.checkpoint import load
-    from mtp_jax.data import prepare
+    from mtp_jax.checkpoint import load, read_config
+    from mtp_jax.data import load_tokenizer, prepare
+
+    config = read_config(options.run)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    if options.prompt is not None:
+        prompts = [("", tokenizer.encode(options.prompt))]
+    else:
+        require(options.prompt_tokens >= 1, f"--prompt-tokens is {options.prompt_tokens}; it must be at least 1.")
+        prompts = held_out_prompts(prepare(config.data), options.held_out, options.prompt_tokens, options.seed)
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k")
+    decode = DecodeConfig(**{name: getattr(options, name) for name in names}, stop_tokens=(tokenizer.end_of_document,))
+    decode.check(config.model, config.head, [tokens for _, tokens in prompts])
 
     forced = {"auto": None, "always": True, "never": False}[options.color]
     # What is asked for is given, whatever $TERM and $NO_COLOR say.
     colors: dict[str, Any] = {"color_system": "standard", "no_color": False} if forced else {}
     console = Console(force_terminal=forced, **colors, highlight=False, soft_wrap=True, record=options.held_out > 0)
     run = load(options.run, options.step)
-    if options.prompt is not None:
-        _complete(run, run.tokenizer.encode(options.prompt), options, console)
-        return
-    prompts = held_out_prompts(prepare(run.config.data), options.held_out, options.prompt_tokens, options.seed)
     for index, (name, tokens) in enumerate(prompts):
-        console.rule(f"{name}, continued at temperature {options.temperature:g}", characters="-")
-        _complete(run, tokens, options, console, options.seed + index)
-    page = f"{options.run}/completions.html"
-    console.save_html(page)
-    console.print(f"The same in colour: {page}", style="dim")
+        if name:
+            console.rule(f"{name}, continued at temperature {options.temperature:g}", characters="-")
+        _complete(run, tokens, dataclasses.replace(decode, seed=options.seed + index), console)
+    if options.held_out:
+        page = epath.Path(options.run).expanduser() / "completions.html"
+        page.write_text(console.export_html())
+        console.print(f"The same in colour: {page}", style="dim")
 
 
-def _complete(run: LoadedRun, prompt: Any, options: Generate, console: Console, seed: int | None = None) -> None:
+def _complete(run: LoadedRun, prompt: Any, decode: DecodeConfig, console: Console) -> None:
     """Print one completion as it comes, then its counts."""
     import jax
 
     from mtp_jax.decode.generate import stream
 
-    end = run.tokenizer.end_of_document
     console.print(run.tokenizer.decode(prompt), style="dim", end="", markup=False)
     # Half a character at the end of one forward is finished by the next.
     text = codecs.getincrementaldecoder("utf-8")("replace")
     forwards, emitted, drafts = -1, 0, 0
     with jax.set_mesh(run.mesh):
-        for tokens, accepted in stream(
-            run.decoder,
-            prompt,
-            max_new_tokens=options.max_new_tokens,
-            temperature=options.temperature,
-            top_k=options.top_k,
-            top_p=options.top_p,
-            seed=options.seed if seed is None else seed,
-            k=options.k,
-            stop_tokens=(end,),
-        ):
+        for tokens, accepted in stream(run.decoder, prompt, **vars(decode)):
             forwards, emitted, drafts = forwards + 1, emitted + len(tokens), drafts + accepted
             for part, style in ((tokens[:accepted], DRAFT), (tokens[accepted:], None)):
                 console.print(text.decode(run.tokenizer.decode_bytes(part)), style=style, end="", markup=False)
-    console.print()
+    console.print(text.decode(b"", final=True), markup=False)
     per_forward = (emitted - 1) / max(1, forwards)
     console.print(
         f"[{emitted} tokens, {drafts} of them accepted drafts; {forwards} forwards after prefill, "

@@ -10,14 +10,13 @@ import tyro
 
 from mtp_jax.commands import parse, use_compilation_cache
 from mtp_jax.commands.experiment import load_experiment, split_file
-from mtp_jax.config import TrainConfig
+from mtp_jax.config import TrainConfig, differences
 
 
-@dataclass(frozen=True)
-class Train:
-    """Train the CONFIG of an experiment file; every field of it can be set here."""
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Where a run goes, and what becomes of one that is there."""
 
-    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
     run_dir: str
     """Where the run goes; runs/<the experiment's name> by default."""
     resume: bool = False
@@ -26,14 +25,37 @@ class Train:
     """Delete the run that is there and start again."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Train(Where):
+    """Train the CONFIG of an experiment file; every field of it can be set here.
+
+    With --resume the run's own config holds instead, and what is set here changes it.
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+
+
 def main(args: list[str]) -> None:
     """See the module."""
     if args in (["-h"], ["--help"]):
         print("usage: mtp-jax train EXPERIMENT.py [options]\n\nmtp-jax train EXPERIMENT.py --help lists the options.")
         return
     file, rest = split_file(args, "train")
-    default = Train(load_experiment(file), str(Path("runs") / Path(file).stem))
-    options = parse(Train, rest, f"train {file}", default)
+    config = experiment = load_experiment(file)
+    default = Where(run_dir=str(Path("runs") / Path(file).stem))
+    # The options need to fit the run alone, so where that is must be known before they are read.
+    where, _ = tyro.cli(
+        Where, prog=f"mtp-jax train {file}", args=rest, default=default, return_unknown_args=True, add_help=False
+    )
+    if where.resume:
+        from mtp_jax.checkpoint import read_config
+        from mtp_jax.train.loop import check_run_dir
+
+        config = read_config(check_run_dir(where.run_dir, resume=True, overwrite=where.overwrite))
+    options = parse(Train, rest, f"train {file}", Train(run_dir=default.run_dir, config=config))
+    if options.resume:
+        for name, here, there in differences(experiment, options.config):
+            print(f"--resume: {name} is {there!r} in this run ({here!r} in {file})")
 
     from mtp_jax.train.loop import train
 

@@ -29,7 +29,7 @@ class Sequences:
 
     def __init__(self, documents: Documents, *, seq_len: int, window: int, seed: int):
         """Sequences of `seq_len` tokens (T) with targets up to `window` (W) ahead, in the order that `seed` decides."""
-        _require_documents(documents)
+        documents.require_some()
         self.documents = documents
         self.seq_len = seq_len
         self.window = window
@@ -120,7 +120,7 @@ def held_out_batches(
     Arrays, `shard` and errors are those of `batches`. There is always a batch, and all have the same shape: what the
     documents do not fill at the end is padding, where `valid_BTW` is False.
     """
-    _require_documents(documents)
+    documents.require_some()
     rows = _rows(batch_size, shard)
     total = len(documents.tokens)
     count = -(-total // (batch_size * seq_len))
@@ -159,14 +159,6 @@ def _batch(tokens_BS: np.ndarray, ranks_BS: np.ndarray, window: int) -> Batch:
         "valid_BTW": ahead_BTW == documents_BT[:, :, None],
         "segments_BT": (documents_BT - documents_BT[:, :1]).astype(np.int32),
     }
-
-
-def _require_documents(documents: Documents) -> None:
-    require(
-        len(documents) > 0,
-        f"The {documents.split} split has no documents. The split is by the hash of a document's name: "
-        "change DataConfig.valid_fraction, or give the source more (and smaller) documents.",
-    )
 
 
 def _rows(batch_size: int, shard: tuple[int, int]) -> np.ndarray:

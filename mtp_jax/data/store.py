@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mtp_jax.config import ConfigError, DataConfig
+from mtp_jax.config import ConfigError, DataConfig, require
 from mtp_jax.data.sources import Source, is_held_out, load_source
 from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
 
@@ -46,6 +46,14 @@ class Documents:
     offsets: np.ndarray
     names: Sequence[str]
 
+    def require_some(self) -> None:
+        """Raise `ConfigError` if there are none."""
+        require(
+            len(self) > 0,
+            f"The {self.split} split has no documents. The split is by the hash of a document's name: "
+            "change DataConfig.valid_fraction, or give the source more (and smaller) documents.",
+        )
+
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
@@ -58,14 +66,18 @@ class Documents:
 class Store:
     """An opened store: its directory, its manifest, and the two splits, which share no document.
 
-    `manifest["splits"][split]` gives the counts `documents` and `tokens` and the `sha256` of the tokens, which is the
-    same wherever the batches are.
+    `manifest["splits"][split]` gives the counts `documents` and `tokens` and the `sha256` of the tokens.
     """
 
     path: Path
     manifest: dict[str, Any]
     train: Documents
     valid: Documents
+
+    @property
+    def sha256(self) -> str:
+        """The hash of the training tokens: where it is the same, the batches are."""
+        return self.manifest["splits"]["train"]["sha256"]
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Store:
@@ -85,7 +97,7 @@ def prepare(config: DataConfig, log: Callable[[str], None] = logger.info) -> Sto
     """Open the token store that `config` describes, made first if the cache has none; only then `log` gets one line.
 
     Any number of processes may call this at once. Empty documents are left out. Raises `ConfigError` on an unknown
-    source or tokenizer, a source without documents, or a cache that cannot be written, and `RuntimeError` if the
+    source or tokenizer, a split without documents, or a cache that cannot be written, and `RuntimeError` if the
     source changes while it is read.
     """
     source, tokenizer = load_source(config), load_tokenizer(config.tokenizer)
@@ -101,7 +113,10 @@ def prepare(config: DataConfig, log: Callable[[str], None] = logger.info) -> Sto
     path = cache / "tokens" / f"{_slug(config.source)}-{_slug(config.tokenizer)}-{digest}"
     if not path.exists():
         _make(path, identity, source, tokenizer, cache / "tfds", log)
-    return Store.open(path)
+    store = Store.open(path)
+    for documents in (store.train, store.valid):
+        documents.require_some()
+    return store
 
 
 def _cache_dir(config: DataConfig) -> Path:

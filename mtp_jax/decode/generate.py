@@ -10,16 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
-from mtp_jax.config import ConfigError, require
+from mtp_jax.config import ConfigError, DecodeConfig, require
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.loop import Plan, prefill, run
 from mtp_jax.decode.state import DecodeState, Stops
 from mtp_jax.decode.verify import get_verifier
 from mtp_jax.model.block import Block
 from mtp_jax.model.transformer import LanguageModel, unstack
-from mtp_jax.sharding import BATCH
+from mtp_jax.sharding import RULES
 
 Prompt = Sequence[int] | np.ndarray
 
@@ -65,7 +64,7 @@ def bucket(length: int) -> int:
     return max(16, 1 << (length - 1).bit_length())
 
 
-def prepare(model: LanguageModel) -> LanguageModel:
+def for_decoding(model: LanguageModel) -> LanguageModel:
     """The model as decoding wants it: layers unstacked, matrices in the compute dtype. Do it once after loading."""
 
     def cast(path: tuple[Any, ...], weight: Array) -> Array:
@@ -80,46 +79,12 @@ def prepare(model: LanguageModel) -> LanguageModel:
     return jax.jit(convert)(model)
 
 
-def make_request(
-    model: LanguageModel,
-    prompts: Sequence[Prompt],
-    *,
-    max_new_tokens: int,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    seed: int = 0,
-    k: int | None = None,
-    verifier: str | None = None,
-    stop_tokens: Sequence[int] = (),
-) -> Request:
-    """Check what the user asks for and lay it out. Arguments and errors as in `generate`."""
-    window, vocab, context = model.head.config.window, model.config.vocab_size, model.config.context_length
-    k = window - 1 if k is None else k
-    require(len(prompts) > 0, "There are no prompts; give at least one.")
-    require(0 <= k < window, f"k is {k} and the head's window is {window}; k must lie in 0..{window - 1}.")
-    require(max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}; it must be at least 1.")
-    require(temperature >= 0, f"temperature is {temperature}; it must be at least 0 (0 is greedy).")
-    require(0 < top_p <= 1, f"top_p is {top_p}; it must lie in (0, 1].")
-    most = 2**32 - len(prompts)
-    require(0 <= seed <= most, f"seed is {seed}; row i samples with seed + i, so it must lie in 0..{most}.")
-    require(top_k >= 0, f"top_k is {top_k}; it must be at least 0 (0 keeps all tokens).")
-    for i, prompt in enumerate(prompts):
-        require(len(prompt) > 0, f"Prompt {i} is empty; it needs at least one token to continue from.")
-        total = len(prompt) + max_new_tokens
-        require(
-            total <= context,
-            f"Prompt {i} has {len(prompt)} tokens and max_new_tokens is {max_new_tokens}, {total} together; the "
-            f"model's context_length is {context}. Shorten one of them.",
-        )
-        low, high = int(np.min(prompt)), int(np.max(prompt))
-        require(low >= 0 and high < vocab, f"Prompt {i} has token ids {low}..{high}; the vocabulary is 0..{vocab - 1}.")
-    name = verifier or ("greedy" if temperature == 0 else "coupled")
-    get_verifier(name)
-    require(
-        name != "greedy" or temperature == 0,
-        f"verifier is greedy and temperature is {temperature}; greedy decoding has temperature 0. Use coupled.",
-    )
+def make_request(model: LanguageModel, prompts: Sequence[Prompt], config: DecodeConfig) -> Request:
+    """Check what the user asks for and lay it out. Errors as in `generate`."""
+    config.check(model.config, model.head.config, prompts)
+    window = model.head.config.window
+    k = window - 1 if config.k is None else config.k
+    get_verifier(config.rule)
 
     batch, width = len(prompts), bucket(max(len(p) for p in prompts))
     padded = np.zeros((batch, width), np.int32)
@@ -127,16 +92,16 @@ def make_request(
         row[: len(prompt)] = prompt
     lengths = np.array([len(p) for p in prompts], np.int32)
     # Every forward writes k + 1 positions, the last of them up to k behind the limit.
-    slots = width + bucket(max_new_tokens) + window
+    slots = width + bucket(config.max_new_tokens) + window
     sampling = Sampling(
-        _rows(np.full(batch, temperature, np.float32)),
-        _rows(np.full(batch, top_k, np.int32)),
-        _rows(np.full(batch, top_p, np.float32)),
-        _rows(jax.vmap(jax.random.key)(np.arange(seed, seed + batch, dtype=np.uint32))),
+        _rows(np.full(batch, config.temperature, np.float32)),
+        _rows(np.full(batch, config.top_k, np.int32)),
+        _rows(np.full(batch, config.top_p, np.float32)),
+        _rows(jax.vmap(jax.random.key)(np.arange(config.seed, config.seed + batch, dtype=np.uint32))),
     )
-    plan = Plan(k, name, slots, filtered=top_k > 0 or top_p < 1)
-    stops = Stops(jnp.asarray(np.array(stop_tokens, np.int32)))
-    return Request(plan, _rows(padded), _rows(lengths), _rows(lengths + max_new_tokens), sampling, stops)
+    plan = Plan(k, config.rule, slots, filtered=config.top_k > 0 or config.top_p < 1)
+    stops = Stops(jnp.asarray(np.array(config.stop_tokens, np.int32)))
+    return Request(plan, _rows(padded), _rows(lengths), _rows(lengths + config.max_new_tokens), sampling, stops)
 
 
 def start(model: LanguageModel, request: Request) -> DecodeState:
@@ -157,34 +122,29 @@ def result(request: Request, state: DecodeState) -> Generation:
     return Generation(rows, np.asarray(state.forwards_B), np.asarray(state.accepted_Bk))
 
 
-def generate(model: LanguageModel, prompts: Sequence[Prompt], **options: object) -> Generation:
+def generate(model: LanguageModel, prompts: Sequence[Prompt], **options: Any) -> Generation:
     """Continue every prompt. The output law is the target's, whatever `k` is.
 
     Args:
-      model: a model, best one that `prepare` has laid out (it is prepared on the fly if not).
+      model: a model, best one that `for_decoding` has laid out (it is laid out on the fly if not).
       prompts: token ids of each row; they may differ in length.
-      max_new_tokens: exact, unless a stop token comes first.
-      temperature, top_k, top_p: the law that is sampled; temperature 0 is greedy.
-      seed: row i samples with seed + i; a row's output is a function of its seed and prompt alone.
-      k: drafts per forward, 0..W-1 (default W-1).
-      verifier: `greedy` (default at temperature 0) or `coupled` (default above).
-      stop_tokens: ids that end a row.
+      options: the fields of `DecodeConfig`: max_new_tokens, temperature, top_k, top_p, seed, k, verifier, stop_tokens.
 
     Raises:
       ConfigError: a bad value; the message names it and what is allowed.
     """
-    model = model if not isinstance(model.blocks, Block) else prepare(model)
-    request = make_request(model, prompts, **options)  # type: ignore[arg-type]
+    model = model if not isinstance(model.blocks, Block) else for_decoding(model)
+    request = make_request(model, prompts, DecodeConfig(**options))
     return result(request, proceed(model, request, start(model, request)))
 
 
-def stream(model: LanguageModel, prompt: Prompt, **options: object) -> Iterator[tuple[np.ndarray, int]]:
+def stream(model: LanguageModel, prompt: Prompt, **options: Any) -> Iterator[tuple[np.ndarray, int]]:
     """Continue one prompt and yield, after each forward, (the new tokens, how many of them were accepted drafts).
 
     Arguments as in `generate`. The last token of a forward is the target's own unless the row ended before it.
     """
-    model = model if not isinstance(model.blocks, Block) else prepare(model)
-    request = make_request(model, [prompt], **options)  # type: ignore[arg-type]
+    model = model if not isinstance(model.blocks, Block) else for_decoding(model)
+    request = make_request(model, [prompt], DecodeConfig(**options))
     state = start(model, request)
     seen = accepted = 0
     while True:
@@ -207,4 +167,4 @@ def _rows(array: np.ndarray | Array) -> Array:
         array.shape[0] % devices == 0,
         f"The batch has {array.shape[0]} prompts and the mesh {devices} data x fsdp devices, which must divide it.",
     )
-    return jax.device_put(array, jax.NamedSharding(mesh, P(BATCH)))
+    return jax.device_put(array, jax.NamedSharding(mesh, RULES.rows_B))

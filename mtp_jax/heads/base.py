@@ -12,9 +12,9 @@ from flax import nnx
 from jax import Array
 
 from mtp_jax.config import HeadConfig, ModelConfig
-from mtp_jax.heads.factors import FACTORS, Factors, factor_logits, next_token_logits, unembed
+from mtp_jax.heads.factors import FACTORS, NextToken
 from mtp_jax.losses.balance import balance_loss
-from mtp_jax.losses.mixture import mixture_log_likelihood, mixture_loss
+from mtp_jax.losses.mixture import Terms, mixture_log_likelihood, mixture_loss
 from mtp_jax.model.layers import init_weight
 from mtp_jax.sharding import RULES, gather
 
@@ -54,6 +54,11 @@ class Head(nnx.Module):
         """log w_r(h): `[B, T, R]` in float32, normalised over R."""
         raise TypeError(f"{type(self).__name__} does not define log_weights.")
 
+    @staticmethod
+    def gate_flops(config: HeadConfig, model: ModelConfig) -> int:
+        """Forward FLOPs of `log_weights` for one position."""
+        return 0
+
     def loss(self, x_BTD: Array, targets_BTW: Array, weights_BTW: Array) -> tuple[Array, Aux]:
         """The training loss in nats, and what to report of it.
 
@@ -63,21 +68,22 @@ class Head(nnx.Module):
           weights_BTW: 0 where a target is masked, else 1 / (valid targets of that offset in the whole optimizer batch).
 
         Returns:
-          sum_s gamma^(s-1) * mean loss at offset s, plus the next-token and balance terms that the config asks for,
+          sum_s gamma^(s-1) * mean loss at offset s, plus the next-token, z and balance terms that the config asks for,
           and sums that add up over micro-batches: `loss_offset` [W] nats, `loss_first_token` nats (of the target),
           `gate_entropy` nats, `gate_share` [R].
         """
         chex.assert_rank([x_BTD, targets_BTW, weights_BTW], 3)
         chex.assert_equal_shape([targets_BTW, weights_BTW])
         log_w_BTR = self.log_weights(x_BTD)
-        loss, nll_W = mixture_loss(
-            factor_logits, self.config.gamma, self._factors(), x_BTD, log_w_BTR, targets_BTW, weights_BTW
-        )
+        terms = Terms(self.config.gamma, self.config.z_weight)
+        params = self.factors.params(self._table())
+        loss, nll_W = mixture_loss(type(self.factors), terms, params, x_BTD, log_w_BTR, targets_BTW, weights_BTW)
         aux = {"loss_offset": nll_W, "loss_first_token": nll_W[0], **self._gate_aux(log_w_BTR, weights_BTW)}
         if self.config.target == "ntp":
-            own = (gather(self.unembed_VD[...]), x_BTD, jnp.zeros_like(log_w_BTR[..., :1]))
-            ntp_loss, aux_1 = mixture_loss(next_token_logits, 1.0, *own, targets_BTW[..., :1], weights_BTW[..., :1])
-            loss, aux["loss_first_token"] = loss + self.config.ntp_weight * ntp_loss, aux_1[0]
+            params, alone_BT1 = {"unembed_VD": self.unembed_VD[...]}, jnp.zeros_like(log_w_BTR[..., :1])
+            first = targets_BTW[..., :1], weights_BTW[..., :1]
+            ntp_loss, nll_1 = mixture_loss(NextToken, Terms(1.0, terms.z_weight), params, x_BTD, alone_BT1, *first)
+            loss, aux["loss_first_token"] = loss + self.config.ntp_weight * ntp_loss, nll_1[0]
         if self.config.balance != "none" and self.config.balance_weight > 0:
             balance = balance_loss(self.config.balance, log_w_BTR, weights_BTW[..., 0])
             loss = loss + self.config.balance_weight * balance
@@ -85,22 +91,26 @@ class Head(nnx.Module):
 
     def log_likelihood(self, x_BTD: Array, targets_BTW: Array) -> Array:
         """log q(x_s | x_<s, h), `[B, T, W]` in nats: their sum over offsets is the joint. Forward only, in tiles."""
-        return mixture_log_likelihood(factor_logits, self._factors(), x_BTD, self.log_weights(x_BTD), targets_BTW)
+        params = self.factors.params(self._table())
+        return mixture_log_likelihood(type(self.factors), params, x_BTD, self.log_weights(x_BTD), targets_BTW)
+
+    def logits(self, x_BTD: Array, offsets: slice = slice(None)) -> Array:
+        """The logits `[B, T, R, W, V]` of a slice of the offsets 0..W-1 (all by default), in float32."""
+        params = jax.tree.map(gather, self.factors.params(self._table(), offsets))
+        return self.factors.logits(self.factors.tables(params), x_BTD)
 
     def target_log_probs(self, x_BTD: Array) -> Array:
         """The law of the next token that verification preserves: log-probabilities `[B, T, V]` in float32."""
         if self.config.target == "ntp":
-            return jax.nn.log_softmax(unembed(x_BTD, gather(self.unembed_VD[...])), axis=-1)
-        factors, unembed_VD = self._factors()
-        logits_BTRV = factors.logits(x_BTD, unembed_VD, slice(0, 1))[:, :, :, 0]
-        logp_BTRV = jax.nn.log_softmax(logits_BTRV, axis=-1)
+            logits_BTRWV = NextToken.logits({"unembed_VD": gather(self.unembed_VD[...])}, x_BTD)
+            return jax.nn.log_softmax(logits_BTRWV[:, :, 0, 0], axis=-1)
+        logp_BTRV = jax.nn.log_softmax(self.logits(x_BTD, slice(0, 1))[:, :, :, 0], axis=-1)
         return jax.nn.logsumexp(self.log_weights(x_BTD)[..., None] + logp_BTRV, axis=2)
 
     def draft_state(self, x_BD: Array, window: int | None = None) -> DraftState:
         """The joint law of the next `window` tokens (default W) after each row's hidden state."""
         x_B1D = x_BD[:, None]
-        factors, unembed_VD = self._factors()
-        logits_BRWV = factors.logits(x_B1D, unembed_VD, slice(0, window))[:, 0]
+        logits_BRWV = self.logits(x_B1D, slice(0, window))[:, 0]
         return DraftState(self.log_weights(x_B1D)[:, 0], jax.nn.log_softmax(logits_BRWV, axis=-1), 0)
 
     def next_log_probs(self, state: DraftState) -> Array:
@@ -117,10 +127,9 @@ class Head(nnx.Module):
         log_alpha_BR = jax.nn.log_softmax(log_alpha_BR, axis=-1)
         return DraftState(log_alpha_BR, state.logp_BRWV, state.offset + 1)
 
-    def _factors(self) -> tuple[Factors, Array | None]:
-        """The factors and the table they share, whole along `fsdp`."""
-        unembed_VD = None if self.config.factors == "full" else self.unembed_VD[...]
-        return jax.tree.map(gather, (self.factors, unembed_VD))
+    def _table(self) -> Array | None:
+        """The unembedding that the factors share, where they do."""
+        return None if self.config.factors == "full" else self.unembed_VD[...]
 
     def _gate_aux(self, log_w_BTR: Array, weights_BTW: Array) -> Aux:
         w_BTR, weight_BT1 = jnp.exp(log_w_BTR), weights_BTW[..., :1]

@@ -24,3 +24,8 @@ class CPDHead(Head):
         """See `Head.log_weights`. The gate is computed in float32."""
         z_BTR = jnp.einsum("btd,dr->btr", x_BTD.astype(jnp.float32), gather(self.gate_DR[...]))
         return jax.nn.log_softmax(z_BTR, axis=-1)
+
+    @staticmethod
+    def gate_flops(config: HeadConfig, model: ModelConfig) -> int:
+        """See `Head.gate_flops`."""
+        return 2 * model.d_model * config.rank

@@ -1,10 +1,10 @@
 """The factors p_rs(x_s | h) of a head: three ways to give R x W logits vectors of size V to one hidden state.
 
-| factors | logits at (r, s) | matmul cost per position |
+| factors | logits at (r, s) | forward FLOPs per position |
 | --- | --- | --- |
-| `full` | U_rs h | R W V D |
-| `shared` | U A_rs h | R W V D + R W D^2 |
-| `lowrank` | U A_s h + (U B) C_rs h | W V (D + R E) + W D^2 + V D E / positions |
+| `full` | U_rs h | 2 R W V D |
+| `shared` | U A_rs h | 2 R W V D + 2 R W D^2 |
+| `lowrank` | U A_s h + (U B) C_rs h | 2 W V (D + R E) + 2 W D (D + R E); U B once per call |
 
 U is the head's unembedding. Components are drawn per offset, copied over R and told apart by a little noise.
 """
@@ -19,12 +19,14 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from mtp_jax.config import HeadConfig, ModelConfig
-from mtp_jax.model.layers import init_weight
+from mtp_jax.model.layers import init_weight, product
 from mtp_jax.sharding import RULES
+
+Tables = dict[str, Any]
 
 
 class Factors(nnx.Module):
-    """Logits of every factor.
+    """Parameters of the factors; the form of `mtp_jax.losses.mixture` that says how logits come from them.
 
     `STACKED` names the parameters that have a W axis, and where. `unstack` turns each into a list over offsets.
     """
@@ -34,9 +36,31 @@ class Factors(nnx.Module):
     def __init__(self, head: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         raise TypeError("Factors is the interface; use one of FACTORS.")
 
-    def logits(self, x_BTD: Array, unembed_VD: Array | None, offsets: slice = slice(None)) -> Array:
-        """`[B, T, R, W, V]` in float32, for the offsets of a slice of 0..W-1 (all by default)."""
-        raise TypeError(f"{type(self).__name__} does not define logits.")
+    @staticmethod
+    def tables(params: Tables) -> Tables:
+        """What a position's logits are computed from: made once for many positions."""
+        return params
+
+    @staticmethod
+    def logits(tables: Tables, x_BTD: Array) -> Array:
+        """`[B, T, R, W, V]` in float32."""
+        raise TypeError("Factors is the interface; use one of FACTORS.")
+
+    @staticmethod
+    def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
+        """FLOPs of the logits of one position, all R and W."""
+        raise TypeError("Factors is the interface; use one of FACTORS.")
+
+    def params(self, unembed_VD: Array | None, offsets: slice = slice(None)) -> Tables:
+        """The parameters by name, those of a slice of the offsets 0..W-1 (all by default), and the unembedding."""
+        found: Tables = {} if unembed_VD is None else {"unembed_VD": unembed_VD}
+        for name, param in vars(self).items():
+            if isinstance(param, nnx.List):
+                found[name] = [offset[...] for offset in param[offsets]]
+            elif isinstance(param, nnx.Param):
+                axes = (slice(None),) * self.STACKED.get(name, 0)
+                found[name] = param[...][(*axes, offsets)] if name in self.STACKED else param[...]
+        return found
 
     def unstack(self) -> None:
         """Give each offset its own arrays, so that decoding reads those of the offsets it asks for and copies none."""
@@ -44,16 +68,6 @@ class Factors(nnx.Module):
             stacked = getattr(self, name)[...]
             offsets = [lax.slice_in_dim(stacked, s, s + 1, axis=axis) for s in range(stacked.shape[axis])]
             setattr(self, name, nnx.List([nnx.Param(offset) for offset in offsets]))
-
-    def project(self, equation: str, x_BTD: Array, name: str, offsets: slice, dtype: Any = None) -> Array:
-        """`einsum(equation, x, parameter)` for some offsets; W is the last but one axis of the result."""
-        weights = getattr(self, name)
-        if isinstance(weights, nnx.List):
-            parts = [weight[...] for weight in weights[offsets]]
-        else:
-            parts = [weights[...][(slice(None),) * self.STACKED[name] + (offsets,)]]
-        results = [jnp.einsum(equation, x_BTD, w.astype(x_BTD.dtype), preferred_element_type=dtype) for w in parts]
-        return results[0] if len(results) == 1 else jnp.concatenate(results, axis=-2)
 
 
 def _copies(rngs: nnx.Rngs, shape_DRWX: tuple[int, ...], noise: float, spec: P) -> nnx.Param[Array]:
@@ -63,11 +77,11 @@ def _copies(rngs: nnx.Rngs, shape_DRWX: tuple[int, ...], noise: float, spec: P) 
     return nnx.Param(base[...] + noise * init_weight(rngs, shape_DRWX, inputs=1, spec=spec)[...])
 
 
-def unembed(x: Array, unembed_VD: Array) -> Array:
-    """`[..., D]` to float32 logits `[..., V]`."""
-    letters = "btrw"[: x.ndim - 1]
-    equation = f"{letters}d,vd->{letters}v"
-    return jnp.einsum(equation, x, unembed_VD.astype(x.dtype), preferred_element_type=jnp.float32)
+def _by_offset(equation: str, x_BTD: Array, weights: Array | list[Array]) -> Array:
+    """`product` with weights that have a W axis, or a list over it; W is the last but one axis of the result."""
+    parts = weights if isinstance(weights, list) else [weights]
+    results = [product(equation, x_BTD, part) for part in parts]
+    return results[0] if len(results) == 1 else jnp.concatenate(results, axis=-2)
 
 
 class FullFactors(Factors):
@@ -80,9 +94,15 @@ class FullFactors(Factors):
         shape = (model.d_model, head.rank, head.window, model.vocab_size)
         self.u_DRWV = _copies(rngs, shape, head.init_noise, RULES.u_DRWV)
 
-    def logits(self, x_BTD: Array, unembed_VD: Array | None, offsets: slice = slice(None)) -> Array:
+    @staticmethod
+    def logits(tables: Tables, x_BTD: Array) -> Array:
         """See `Factors.logits`."""
-        return self.project("btd,drwv->btrwv", x_BTD, "u_DRWV", offsets, jnp.float32)
+        return _by_offset("btd,drwv->btrwv", x_BTD, tables["u_DRWV"])
+
+    @staticmethod
+    def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
+        """See `Factors.forward_flops`."""
+        return 2 * head.rank * head.window * model.vocab_size * model.d_model
 
 
 class SharedFactors(Factors):
@@ -94,10 +114,16 @@ class SharedFactors(Factors):
         shape = (model.d_model, head.rank, head.window, model.d_model)
         self.map_DRWD = _copies(rngs, shape, head.init_noise, RULES.map_DRWD)
 
-    def logits(self, x_BTD: Array, unembed_VD: Array | None, offsets: slice = slice(None)) -> Array:
+    @staticmethod
+    def logits(tables: Tables, x_BTD: Array) -> Array:
         """See `Factors.logits`."""
-        assert unembed_VD is not None
-        return unembed(self.project("btd,drwe->btrwe", x_BTD, "map_DRWD", offsets), unembed_VD)
+        rows_BTRWD = _by_offset("btd,drwe->btrwe", x_BTD, tables["map_DRWD"]).astype(x_BTD.dtype)
+        return product("btrwd,vd->btrwv", rows_BTRWD, tables["unembed_VD"])
+
+    @staticmethod
+    def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
+        """See `Factors.forward_flops`."""
+        return 2 * head.rank * head.window * model.d_model * (model.vocab_size + model.d_model)
 
 
 class LowRankFactors(Factors):
@@ -111,28 +137,38 @@ class LowRankFactors(Factors):
         self.down_DRWE = init_weight(rngs, (d, r, w, e), inputs=1, spec=RULES.down_DRWE, scale=head.init_noise)
         self.up_ED = init_weight(rngs, (e, d), inputs=1, spec=RULES.up_ED)
 
-    def logits(self, x_BTD: Array, unembed_VD: Array | None, offsets: slice = slice(None)) -> Array:
+    @staticmethod
+    def tables(params: Tables) -> Tables:
+        """See `Factors.tables`: the corrections have a table of their own, U B."""
+        return params | {"up_VE": product("vd,ed->ve", params["unembed_VD"], params["up_ED"])}
+
+    @staticmethod
+    def logits(tables: Tables, x_BTD: Array) -> Array:
         """See `Factors.logits`."""
-        assert unembed_VD is not None
-        dtype = x_BTD.dtype
-        shared_BTWD = self.project("btd,dwe->btwe", x_BTD, "map_DWD", offsets)
-        own_BTRWE = self.project("btd,drwe->btrwe", x_BTD, "down_DRWE", offsets)
-        up_VE = jnp.einsum("vd,ed->ve", unembed_VD.astype(dtype), self.up_ED[...].astype(dtype))
-        shared_BTWV = jnp.einsum(
-            "btwd,vd->btwv", shared_BTWD, unembed_VD.astype(dtype), preferred_element_type=jnp.float32
-        )
-        return shared_BTWV[:, :, None] + unembed(own_BTRWE, up_VE)
+        shared_BTWD = _by_offset("btd,dwe->btwe", x_BTD, tables["map_DWD"]).astype(x_BTD.dtype)
+        own_BTRWE = _by_offset("btd,drwe->btrwe", x_BTD, tables["down_DRWE"]).astype(x_BTD.dtype)
+        shared_BTWV = product("btwd,vd->btwv", shared_BTWD, tables["unembed_VD"])
+        return shared_BTWV[:, :, None] + product("btrwe,ve->btrwv", own_BTRWE, tables["up_VE"])
+
+    @staticmethod
+    def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
+        """See `Factors.forward_flops`."""
+        widths = model.d_model + head.rank * head.factor_width
+        return 2 * head.window * widths * (model.vocab_size + model.d_model)
+
+
+class NextToken(Factors):
+    """An ordinary next-token head as a form: R = W = 1, and the unembedding is all there is."""
+
+    @staticmethod
+    def logits(tables: Tables, x_BTD: Array) -> Array:
+        """See `Factors.logits`."""
+        return product("btd,vd->btv", x_BTD, tables["unembed_VD"])[:, :, None, None]
+
+    @staticmethod
+    def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
+        """See `Factors.forward_flops`."""
+        return 2 * model.vocab_size * model.d_model
 
 
 FACTORS: dict[str, type[Factors]] = {"full": FullFactors, "shared": SharedFactors, "lowrank": LowRankFactors}
-
-
-def factor_logits(params: tuple[Factors, Array | None], x_BTD: Array) -> Array:
-    """The logits `[B, T, R, W, V]` of (factors, unembedding), as a function of parameters for `losses.mixture`."""
-    factors, unembed_VD = params
-    return factors.logits(x_BTD, unembed_VD)
-
-
-def next_token_logits(unembed_VD: Array, x_BTD: Array) -> Array:
-    """An ordinary next-token head in the same form: `[B, T, 1, 1, V]`."""
-    return unembed(x_BTD, unembed_VD)[:, :, None, None]

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
-from jax.sharding import PartitionSpec as P
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.model.cache import LayerCache, write
 from mtp_jax.model.layers import RMSNorm, init_weight
 from mtp_jax.model.rotary import Rotary, rotate
-from mtp_jax.sharding import BATCH, RULES, gather
+from mtp_jax.sharding import RULES, gather, whole
 
 
 def causal_mask(segments_BT: Array) -> Array:
@@ -31,9 +30,9 @@ def cache_mask(positions_BT: Array, slots: int) -> Array:
 
 def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_B1TS: Array) -> Array:
     """Scaled dot-product attention, `[B, T, N, H]`. Each device attends for its own rows and heads."""
-    heads = P(BATCH, None, "tensor", None)
+    heads = RULES.qkv_BTNH
 
-    @functools.partial(jax.shard_map, in_specs=(heads, heads, heads, P(BATCH, None, None, None)), out_specs=heads)
+    @functools.partial(jax.shard_map, in_specs=(heads, heads, heads, RULES.mask_B1TS), out_specs=heads)
     def local(q: Array, k: Array, v: Array, mask: Array) -> Array:
         return jax.nn.dot_product_attention(q, k, v, mask=mask)
 
@@ -50,8 +49,8 @@ def attend_cached(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_B1TS: Array)
     kv_heads, slots = k_BKSH.shape[1], k_BKSH.shape[2]
     groups = num_heads // kv_heads
     # M = T x (query heads of a key head). Shardings are said: JAX cannot tell them through axes of size 1.
-    heads, split = RULES.cache_BKSH, P(BATCH, "tensor", None, None, None)
-    q_BTKGH = q_BTNH.reshape(batch, time, kv_heads, groups, width, out_sharding=P(BATCH, None, "tensor", None, None))
+    heads, split = RULES.cache_BKSH, RULES.scores_BKSTG
+    q_BTKGH = q_BTNH.reshape(batch, time, kv_heads, groups, width, out_sharding=RULES.q_BTKGH)
     q_BKHTG = jnp.moveaxis(q_BTKGH, (2, 4), (1, 2))
     q_BKHM = q_BKHTG.reshape(batch, kv_heads, width, time * groups, out_sharding=heads) * width**-0.5
     scores_BKSM = jnp.einsum("bksh,bkhm->bksm", k_BKSH, q_BKHM, preferred_element_type=jnp.float32)
@@ -124,6 +123,6 @@ class Attention(nnx.Module):
             y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask_B1TS)
         wo_NHD = gather(self.wo_NHD[...]).astype(dtype)
         # One contracted axis: with two, XLA may transpose the weight at every step.
-        wo_MD = wo_NHD.reshape(-1, x_BTD.shape[-1], out_sharding=P("tensor", None))
+        wo_MD = wo_NHD.reshape(-1, x_BTD.shape[-1], out_sharding=whole(RULES.w_FD))
         y_BTM = y_BTNH.reshape(*x_BTD.shape[:2], -1, out_sharding=RULES.h_BTF)
         return jnp.einsum("btm,md->btd", y_BTM, wo_MD, out_sharding=RULES.x_BTD), cache

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from mtp_jax.config import ModelConfig
-from mtp_jax.sharding import RULES, gather
+from mtp_jax.sharding import RULES, gather, shares
 
 
 def init_weight(
@@ -20,6 +22,51 @@ def init_weight(
     """A float32 weight of variance `scale**2 / fan_in`; the first `inputs` axes are the fan-in."""
     std = scale / math.sqrt(math.prod(shape[:inputs]))
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, out_sharding=spec))
+
+
+def product(equation: str, x: Array, w: Array) -> Array:
+    """`einsum(equation, x, w)` in float32, of operands in x's dtype, in both directions.
+
+    The gradient that comes back is rounded to x's dtype like the operands, and that of `w` has all the digits of its
+    float32 sum. The equation is that of a matrix product: rows and inner axes, (inner and outer axes, or outer and
+    inner), to rows and outer axes, as in "btd,drwe->btrwe" and "btrwd,vd->btrwv".
+    """
+    return _product(equation, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(equation: str, x: Array, w: Array) -> Any:
+    return _sum32(equation, x, w.astype(x.dtype))
+
+
+def _sum32(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+
+
+def _product_forward(equation: str, x: Array, w: Array) -> tuple[Array, Any]:
+    return _product(equation, x, w), (x, w)
+
+
+def _product_backward(equation: str, residuals: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
+    (x, w), (inputs, output) = residuals, equation.split("->")
+    if any(shares(jax.typeof(a).sharding.spec) for a in residuals):  # whole arrays on a mesh: JAX knows their shardings
+        return jax.vjp(lambda x, w: _sum32(equation, x, w.astype(x.dtype)), x, w)[1](d)
+    left, right = inputs.split(",")
+    rows = len(set(left) & set(output))  # in front, in both of them
+    inner = left[rows:]
+    # As plain matrices: of a product with several contracted axes XLA may transpose a whole operand.
+    x_MK = x.reshape(math.prod(x.shape[:rows]), -1)
+    d_MN = d.astype(x.dtype).reshape(x_MK.shape[0], -1)
+    if right.startswith(inner):
+        w_KN = w.astype(x.dtype).reshape(x_MK.shape[1], -1)
+        d_x, d_w = _sum32("mn,kn->mk", d_MN, w_KN), _sum32("mk,mn->kn", x_MK, d_MN)
+    else:
+        w_NK = w.astype(x.dtype).reshape(-1, x_MK.shape[1])
+        d_x, d_w = _sum32("mn,nk->mk", d_MN, w_NK), _sum32("mn,mk->nk", d_MN, x_MK)
+    return d_x.reshape(x.shape).astype(x.dtype), d_w.reshape(w.shape).astype(w.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 class RMSNorm(nnx.Module):

@@ -12,6 +12,8 @@ from typing import Any
 import jax
 
 from mtp_jax.config import HeadConfig, ModelConfig, TrainConfig
+from mtp_jax.heads import HEADS
+from mtp_jax.heads.factors import FACTORS, NextToken
 
 # Dense bf16 peak of one device in FLOP/s, by the start of `device_kind`. From the vendors' data sheets.
 PEAK_FLOPS = {
@@ -56,14 +58,8 @@ def trunk_forward_flops(model: ModelConfig, seq_len: int) -> float:
 
 def head_forward_flops(head: HeadConfig, model: ModelConfig) -> float:
     """Forward FLOPs per token of all factors, the gate and the head's own next-token logits."""
-    d, v, r, w, e = model.d_model, model.vocab_size, head.rank, head.window, head.factor_width
-    factors = {
-        "full": r * w * v * d,
-        "shared": r * w * (v * d + d * d),
-        "lowrank": w * (v * (d + r * e) + d * (d + r * e)),
-    }
-    gate = d * r if head.kind != "independent" else 0
-    return 2 * (factors[head.factors] + gate + (v * d if head.target == "ntp" else 0))
+    own = NextToken.forward_flops(head, model) if head.target == "ntp" else 0
+    return FACTORS[head.factors].forward_flops(head, model) + HEADS[head.kind].gate_flops(head, model) + own
 
 
 def costs(config: TrainConfig, params: Any) -> Costs:

@@ -9,18 +9,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from mtp_jax.checkpoint import LoadedRun
 from mtp_jax.config import TrainConfig
 from mtp_jax.data import Store, held_out_batches, prepare
-from mtp_jax.sharding import BATCH
-from mtp_jax.train.step import batch_loss, split
+from mtp_jax.sharding import RULES
+from mtp_jax.train.step import batch_loss, split, target_counts
 
 
 def place(batch: Any, mesh: Mesh) -> Any:
     """This process's rows of a batch as part of the global one."""
-    sharding = jax.NamedSharding(mesh, P(BATCH))
+    sharding = jax.NamedSharding(mesh, RULES.rows_B)
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
@@ -39,7 +38,7 @@ def held_out(config: TrainConfig, store: Store, mesh: Mesh, limit: int | None) -
 
 def evaluate(loss: Callable[..., Any], params: Any, batches: list[Any]) -> dict[str, float]:
     """Mean losses over batches, each target weighing the same. `loss` is a compiled `batch_loss`."""
-    count_W = sum(np.asarray(batch["valid_BTW"].sum((0, 1)), np.float32) for batch in batches)
+    count_W = target_counts(batches)
     sums = [loss(params, batch, count_W) for batch in batches]
     value, aux = jax.tree.map(lambda *parts: sum(np.asarray(part) for part in parts), *sums)
     return named({"loss": value, **aux})
@@ -56,8 +55,8 @@ def evaluate_run(run: LoadedRun, limit: int | None = None) -> dict[str, float]:
 def named(metrics: Any) -> dict[str, float]:
     """Metrics as flat scalars: vectors become `loss_offset_1`.., and what is derived from them is added.
 
-    `joint_loss` is -log q of the whole window. `gate_effective` is 1 / sum_r share_r^2: R if all components have the
-    same mean weight, 1 if one has all of it.
+    `joint_loss` is the sum of the offsets' means: -log q of a whole window, where all windows are whole.
+    `gate_effective` is 1 / sum_r share_r^2: R if all components have the same mean weight, 1 if one has all of it.
     """
     flat: dict[str, float] = {}
     for name, value in metrics.items():

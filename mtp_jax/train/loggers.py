@@ -52,9 +52,11 @@ class Loggers:
         console: Console | None = None,
     ):
         self._loggers: list[Logger] = []
+        self._progress: Progress | None = None
         if enabled:
             self._loggers = [TensorBoardLogger(run_dir, resume_from), JsonlLogger(run_dir, resume_from)]
-            self._loggers.append(Progress(total_steps, resume_from or 0, console))
+            self._progress = Progress(total_steps, resume_from or 0, console)
+            self._loggers.append(self._progress)
 
     def log(self, kind: Kind, step: int, metrics: Mapping[str, Any]) -> None:
         """Hand the `metrics` of `step` (scalars of Python, NumPy or JAX; None is left out) to every logger."""
@@ -62,6 +64,11 @@ class Loggers:
             values = {name: float(value) for name, value in metrics.items() if value is not None}
             for logger in self._loggers:
                 logger.log(kind, step, values)
+
+    def advance(self, step: int) -> None:
+        """`step` has begun: move the bar, whose numbers come later."""
+        if self._progress:
+            self._progress.advance(step)
 
     def close(self) -> None:
         """Close every logger, even if one of them fails to."""
@@ -189,13 +196,17 @@ class Progress:
         self._task = self._progress.add_task("train", total=total_steps, completed=first_step, numbers="")
         self._progress.start()
 
+    def advance(self, step: int) -> None:
+        """Move the bar to `step`."""
+        self._progress.update(self._task, completed=step)
+
     def log(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
-        """Move the bar (train), or print the line of an evaluation (eval)."""
+        """Show the newest numbers (train), or print the line of an evaluation (eval)."""
         if kind == "eval":
             self._print(f"step {step}  {_eval_text(metrics)}")
             return
         numbers = _train_text(metrics)
-        self._progress.update(self._task, completed=step, numbers=numbers)
+        self._progress.update(self._task, completed=max(step, int(self._progress.tasks[0].completed)), numbers=numbers)
         tenth = 10 * step // self._total
         if not self._live and tenth > self._printed_tenth:
             self._printed_tenth = tenth

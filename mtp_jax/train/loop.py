@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import threading
@@ -25,7 +26,7 @@ from mtp_jax.train.step import Metrics, Trainer, TrainState, make_trainer
 
 # Fields of model, head and data that a resumed run may change: they change no parameter's shape and no batch.
 RESUMABLE = {("model", "dtype"), ("model", "remat"), ("model", "context_length"), ("data", "cache_dir")} | {
-    ("head", name) for name in ("ntp_weight", "gamma", "balance", "balance_weight", "init_noise")
+    ("head", name) for name in ("ntp_weight", "gamma", "z_weight", "balance", "balance_weight", "init_noise")
 }
 
 
@@ -52,8 +53,11 @@ def check_run_dir(run_dir: epath.PathLike, *, resume: bool = False, overwrite: b
             f"The run directory {path} exists. Give --resume to go on with it, --overwrite to delete it and start "
             "again, or another --run-dir."
         )
-    if exists and overwrite and not (path / "config.json").exists():
-        raise ConfigError(f"{path} is not a run directory (it has no config.json), so --overwrite leaves it alone.")
+    if exists and overwrite:
+        try:
+            read_config(path)
+        except (ConfigError, TypeError, ValueError) as error:
+            raise ConfigError(f"--overwrite leaves {path} alone, for it is not a run of mtp_jax: {error}") from error
     return path
 
 
@@ -74,17 +78,28 @@ def check_same_run(config: TrainConfig, saved: TrainConfig, path: epath.Path) ->
             )
 
 
+def check_same_data(store: Store, meta: dict[str, Any], path: epath.Path) -> None:
+    """Refuse to resume on other training tokens than those of the checkpoint: its next batch would not be the run's."""
+    saved = meta["data_sha256"]
+    require(
+        store.sha256 == saved,
+        f"--resume: the training tokens in {store.path} have sha256 {store.sha256[:12]} and the run in {path} was "
+        f"trained on {saved[:12]}; files, tokenizer or interpreter have changed. Bring the old ones back, or start "
+        "another run with --run-dir.",
+    )
+
+
 def train(
     config: TrainConfig, run_dir: epath.PathLike, *, resume: bool = False, overwrite: bool = False
 ) -> dict[str, float]:
     """Train a model and leave a run directory that `mtp_jax.load` reads. Returns the last evaluation's metrics.
 
-    Everything that can be refused is refused before data are prepared or anything is compiled. Ctrl-C saves the state
-    and returns.
+    Everything that can be refused is refused before anything is compiled, and before an old run is deleted.
 
     Raises:
-      ConfigError: the config, the mesh or the run directory does not fit.
+      ConfigError: the config, the mesh, the data or the run directory does not fit.
       NonFiniteLossError: the loss became NaN or infinite; the message names the last good checkpoint.
+      KeyboardInterrupt: Ctrl-C, after the state was saved.
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     config.check_tokenizer(tokenizer.vocab_size)
@@ -96,12 +111,12 @@ def train(
     with jax.set_mesh(mesh):
         trainer = make_trainer(config)
         store = prepare_data(config.data, log=print)
+        evaluation = held_out(config, store, mesh, config.eval_batches)
         # Nothing that the caller got wrong can fail from here on: an old run is deleted only now.
         if overwrite and path.exists():
             path.rmtree()
-        write_config(path, config)
         with Checkpoints(path, config.keep_checkpoints) as checkpoints:
-            return Run(config, mesh, path, checkpoints, trainer, store).fit(resume)
+            return Run(config, mesh, path, checkpoints, trainer, store, evaluation).fit(resume)
 
 
 class Run:
@@ -115,46 +130,57 @@ class Run:
         checkpoints: Checkpoints,
         trainer: Trainer,
         store: Store,
+        evaluation: list[Any],
     ):
         self.config, self.mesh, self.path, self.checkpoints = config, mesh, path, checkpoints
-        self.trainer, self.store = trainer, store
+        self.trainer, self.store, self.held_out = trainer, store, evaluation
         self.shard = (jax.process_index(), jax.process_count())
-        self.costs: Costs | None = None
         self.last_good: int | None = None
 
     def fit(self, resume: bool) -> dict[str, float]:
         """Initialise or restore, then train to `config.steps`."""
         state = self.trainer.init()
         if resume:
+            check_same_data(self.store, self.checkpoints.meta(), self.path)
             state = self.checkpoints.restore(state)
             self.last_good = int(state.step)
         first = int(state.step)
-        self.costs = costs(self.config, state.params)
-        self.held_out = held_out(self.config, self.store, self.mesh, self.config.eval_batches)
-        self._describe(state, first)
-        with Loggers(
+        require(
+            first <= self.config.steps,
+            f"--resume: the run in {self.path} is at step {first} and steps is {self.config.steps}; "
+            f"set --steps to {first} or more.",
+        )
+        # Only now is it known that the run goes on by this config.
+        write_config(self.path, self.config)
+        cost = costs(self.config, state.params)
+        self._describe(cost, first)
+        loggers = Loggers(
             self.path, self.config.steps, resume_from=first if resume else None, enabled=self.shard[0] == 0
-        ) as loggers:
-            return self._steps(state, first, loggers)
+        )
+        with loggers:
+            return self._steps(state, first, loggers, Clock(self.config, cost, self.mesh))
 
-    def _steps(self, state: TrainState, first: int, loggers: Loggers) -> dict[str, float]:
+    def _steps(self, state: TrainState, first: int, loggers: Loggers, clock: Clock) -> dict[str, float]:
         config, last_eval = self.config, {}
-        clock = Clock(config, self.costs, self.mesh)
-        source = self._batches(first)
         pending: tuple[int, Metrics] | None = None
         step = first
+        if first < config.steps:
+            source = self._batches(first)
+            batch = place(next(source), self.mesh)
+            clock.compile_seconds = self._compile(state, batch)
         with Interrupts() as interrupts:
+            clock.start(first)
             while step < config.steps and not interrupts.seen:
-                state, metrics = self.trainer.step(state, place(next(source), self.mesh))
+                state, metrics = self.trainer.step(state, batch)
                 step += 1
+                loggers.advance(step)
                 # The metrics of the step before are fetched while this one runs: the device never waits for the host.
                 self._log(loggers, clock, pending)
                 pending = (step, metrics)
-                if step == first + 1:
-                    jax.block_until_ready(metrics)
-                    clock.compiled(step)
                 evaluating = step % config.eval_every == 0 or step == config.steps
                 saving = step % config.checkpoint_every == 0 or step == config.steps
+                if step < config.steps:
+                    batch = place(next(source), self.mesh)
                 if evaluating or saving:
                     self._log(loggers, clock, pending)
                     pending = None
@@ -162,15 +188,27 @@ class Run:
                         # What is saved is evaluated first: its own loss has been seen to be finite.
                         last_eval = self._evaluate(loggers, step, state)
                         if saving:
-                            self.last_good = self.checkpoints.save(state, config, last_eval)
-            if interrupts.seen and step > first:
+                            self._save(state, last_eval)
+            if interrupts.seen and step > first and self.last_good != step:
                 self._log(loggers, clock, pending)
                 last_eval = self._evaluate(loggers, step, state)
-                self.last_good = self.checkpoints.save(state, config, last_eval)
+                self._save(state, last_eval)
             self.checkpoints.wait()
         if step < config.steps:
-            print(f"Interrupted. Step {self.last_good} is saved in {self.path}; go on with --resume.")
+            print(f"Interrupted. Step {self.last_good} is saved in {self.path}; go on with --resume.", flush=True)
+            raise KeyboardInterrupt
         return last_eval
+
+    def _compile(self, state: TrainState, batch: Any) -> float:
+        """Compile the step and the evaluation, say how long it took, and return the seconds."""
+        begun = time.perf_counter()
+        self.trainer = self.trainer.compile(state, batch)
+        seconds = time.perf_counter() - begun
+        print(f"compiled in {seconds:.1f} s", flush=True)
+        return seconds
+
+    def _save(self, state: TrainState, metrics: dict[str, float]) -> None:
+        self.last_good = self.checkpoints.save(state, self.config, metrics, self.store.sha256)
 
     def _log(self, loggers: Loggers, clock: Clock, pending: tuple[int, Metrics] | None) -> None:
         if pending is None:
@@ -208,10 +246,8 @@ class Run:
             shard=self.shard,
         )
 
-    def _describe(self, state: TrainState, first: int) -> None:
-        c, config = self.costs, self.config
-        assert c is not None
-        head = config.head
+    def _describe(self, c: Costs, first: int) -> None:
+        config, head = self.config, self.config.head
         print(
             f"{self.path}: {'resuming at step ' + str(first) if first else 'new run'}, {config.steps} steps of "
             f"{config.data.batch_size} x {config.data.seq_len} tokens on mesh {dict(self.mesh.shape)} "
@@ -254,43 +290,33 @@ class Interrupts:
 class Clock:
     """Tokens per second and MFU between logged steps; compiling, evaluating and saving do not count."""
 
-    def __init__(self, config: TrainConfig, cost: Costs | None, mesh: Mesh):
-        assert cost is not None
+    def __init__(self, config: TrainConfig, cost: Costs, mesh: Mesh):
         self.tokens = config.data.batch_size * config.data.seq_len
         self.flops = cost.trunk_flops + cost.head_flops
         peak = peak_flops(mesh.devices.flat[0])
         self.peak = None if peak is None else peak * mesh.devices.size
-        self.begun = self.mark = time.perf_counter()
-        self.mark_step: int | None = None
+        self.compile_seconds: float | None = None
 
-    def compiled(self, step: int) -> None:
-        """The first step is done: it was mostly compilation, which is reported apart."""
-        now = time.perf_counter()
-        print(f"first step, with compilation: {now - self.begun:.1f} s", flush=True)
-        self.mark, self.mark_step = now, step
+    def start(self, step: int) -> None:
+        """Steps after `step` count from now on."""
+        self.mark, self.mark_step = time.perf_counter(), step
 
     def speed(self, step: int) -> dict[str, float | None]:
-        """Rates since the last call (metrics of `step` are on the host, so that step is done)."""
+        """Rates since the last call (metrics of `step` are on the host, so that step is done), and, in the first
+        record of a process, the seconds that it compiled."""
         now = time.perf_counter()
         result: dict[str, float | None] = {"tokens": float(step * self.tokens)}
-        if self.mark_step is not None and step > self.mark_step:
+        if step > self.mark_step:
             rate = (step - self.mark_step) * self.tokens / (now - self.mark)
             result["tokens_per_second"] = rate
             result["mfu"] = None if self.peak is None else rate * self.flops / self.peak
             self.mark, self.mark_step = now, step
+        result["compile_seconds"], self.compile_seconds = self.compile_seconds, None
         return result
 
-    def paused(self) -> _Pause:
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
         """A context whose time does not count."""
-        return _Pause(self)
-
-
-class _Pause:
-    def __init__(self, clock: Clock):
-        self.clock = clock
-
-    def __enter__(self) -> None:
-        self.begun = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self.clock.mark += time.perf_counter() - self.begun
+        begun = time.perf_counter()
+        yield
+        self.mark += time.perf_counter() - begun

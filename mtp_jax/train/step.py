@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,13 @@ class Trainer:
     graph: nnx.GraphDef
     init: Callable[[], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
-    evaluate: Callable[[dict[str, Any], Batch, Array], Metrics]
+    evaluate: Callable[[dict[str, Any], Batch, Array], tuple[Array, Metrics]]
+
+    def compile(self, state: TrainState, batch: Batch) -> Trainer:
+        """The same with step and evaluation compiled for a state and a batch like these. Neither is touched."""
+        count_W = target_counts([batch])
+        step, evaluate = self.step.lower(state, batch), self.evaluate.lower(state.params, batch, count_W)  # type: ignore[attr-defined]
+        return dataclasses.replace(self, step=step.compile(), evaluate=evaluate.compile())
 
 
 def build_model(config: TrainConfig, key: Array) -> LanguageModel:
@@ -73,6 +80,11 @@ def make_trainer(config: TrainConfig) -> Trainer:
     )
 
 
+def target_counts(batches: Sequence[Batch]) -> Array:
+    """Valid targets at each offset in all of `batches` together, `[W]` in float32."""
+    return sum(jnp.sum(batch["valid_BTW"], axis=(0, 1), dtype=jnp.float32) for batch in batches)  # type: ignore[return-value]
+
+
 def batch_loss(graph: nnx.GraphDef, params: dict[str, Any], batch: Batch, count_W: Array) -> tuple[Array, Metrics]:
     """The head's loss on a batch, and its sums; `count_W` is the number of valid targets that the means are over."""
     model = nnx.merge(graph, params)
@@ -90,7 +102,7 @@ def train_step(
     `gate_share` [R].
     """
     # Every target weighs the same, whichever part it is in: the counts are of the whole batch.
-    count_W = jnp.sum(batch["valid_BTW"], axis=(0, 1), dtype=jnp.float32)
+    count_W = target_counts([batch])
     gradient = jax.value_and_grad(functools.partial(batch_loss, graph), has_aux=True)
     parts = config.grad_accumulation
 
