@@ -31,16 +31,16 @@ class Cell:
 
 
 def held_out_prompts(store: Store, count: int, length: int, seed: int = 0) -> list[tuple[str, Any]]:
-    """`count` held-out documents chosen by `seed`: (name, first `length` tokens).
+    """`count` held-out documents chosen by `seed`: (name, first `length` tokens). None ends with its prompt.
 
     Raises `ConfigError` if there are not that many of that length.
     """
     documents = store.valid
     order = np.random.default_rng(seed).permutation(len(documents))
-    long = [int(i) for i in order if documents.offsets[i + 1] - documents.offsets[i] >= length]
+    long = [int(i) for i in order if documents.offsets[i + 1] - documents.offsets[i] > length]
     require(
         len(long) >= count,
-        f"{count} prompts were asked for and {len(long)} held-out documents have {length} tokens or more; "
+        f"{count} prompts were asked for and {len(long)} held-out documents have more than {length} tokens; "
         "ask for fewer or shorter ones, or hold out more (data.valid_fraction).",
     )
     return [(documents.names[i], documents[i][:length]) for i in long[:count]]

@@ -35,6 +35,9 @@ from mtp_jax.model.transformer import LanguageModel
 from mtp_jax.train.step import TrainState, build_model, split
 
 CONFIG_FILE = "config.json"
+# What training, `generate --held-out` and `bench --report` leave in a run directory.
+WRITTEN = (CONFIG_FILE, "versions.json", "checkpoints", "metrics.jsonl", "tensorboard", "*.partial")
+WRITTEN += ("completions.html", "report.md", "report.json", "plots")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -151,7 +154,8 @@ class Checkpoints:
         steps = list(self._manager.all_steps())
         if not steps:
             raise CheckpointError(
-                f"{self.run_dir} holds no complete checkpoint. Train first: mtp-jax train EXPERIMENT.py --run-dir DIR"
+                f"{self.run_dir} holds no complete checkpoint: the run ended before its first save, or never was. "
+                "Start it with `mtp-jax train EXPERIMENT.py --run-dir DIR`, and --overwrite if it is there."
             )
         if step is not None and step not in steps:
             raise CheckpointError(f"{self.run_dir} has no step {step}; it has {steps}.")
@@ -163,7 +167,32 @@ def write_config(run_dir: epath.PathLike, config: TrainConfig) -> None:
     path = epath.Path(run_dir)
     path.mkdir(parents=True, exist_ok=True)
     for file, values in ((CONFIG_FILE, to_dict(config)), ("versions.json", versions())):
-        (path / file).write_text(json.dumps(values, indent=2) + "\n")
+        _replace(path / file, json.dumps(values, indent=2) + "\n")
+
+
+def _replace(path: epath.Path, text: str) -> None:
+    """Write a file in one go, so that a kill right here leaves the old one; object stores do nothing else."""
+    aside = path if "://" in str(path) else path.with_name(f"{path.name}.partial")
+    aside.write_text(text)
+    if aside != path:
+        aside.replace(path)
+
+
+def clear_run(run_dir: epath.PathLike) -> None:
+    """Delete what a run writes, and nothing else that may lie in its directory."""
+    for name in WRITTEN:
+        for path in epath.Path(run_dir).glob(name):
+            path.rmtree() if path.is_dir() else path.unlink()
+
+
+def on_mesh(shapes: Any, mesh: Mesh) -> Any:
+    """Abstract arrays of a traced function, as shapes that lie on a mesh of devices."""
+
+    def place(a: Any) -> jax.ShapeDtypeStruct:
+        spec = jax.P() if a.sharding is None else a.sharding.spec
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, shapes)
 
 
 def read_config(run_dir: epath.PathLike) -> TrainConfig:
@@ -239,10 +268,5 @@ def load(run_dir: epath.PathLike, step: int | None = None, mesh: MeshConfig | Me
         build = functools.partial(build_model, config, jax.random.key(0))
         graph = nnx.graphdef(jax.eval_shape(build))
         target = jax.eval_shape(jax.jit(lambda: split(build())[1]))
-        target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=_place(a, mesh)), target)
-        params = checkpoints.restore_params(target, meta["step"])
+        params = checkpoints.restore_params(on_mesh(target, mesh), meta["step"])
     return LoadedRun(nnx.merge(graph, params), tokenizer, config, mesh, meta["step"], meta)
-
-
-def _place(shape: Any, mesh: Mesh) -> jax.NamedSharding:
-    return jax.NamedSharding(mesh, shape.sharding.spec)

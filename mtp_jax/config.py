@@ -227,6 +227,10 @@ class DecodeConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_new_tokens")
         _at_least(self, 0, "temperature", "top_k", "seed")
+        require(
+            self.temperature == 0 or self.temperature >= 1e-6,
+            f"DecodeConfig.temperature is {self.temperature}; it must be 0 (greedy), or at least 1e-06.",
+        )
         require(0 < self.top_p <= 1, f"DecodeConfig.top_p is {self.top_p}; it must lie in (0, 1].")
         require(
             self.verifier != "greedy" or self.temperature == 0,
@@ -283,6 +287,7 @@ class BenchConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "prompts", "prompt_tokens", "repetitions")
         _at_least(self, 2, "new_tokens")
+        _at_least(self, 0, "seed")
         require(
             min(self.temperatures, default=-1.0) >= 0,
             f"BenchConfig.temperatures is {self.temperatures}; give one or more, each at least 0.",

@@ -237,7 +237,7 @@ def test_a_directory_that_is_no_run_is_refused(tmp_path):
 
 def test_a_run_without_checkpoints_is_refused(tmp_path, trained):
     write_config(tmp_path, trained.config)
-    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path} holds no complete checkpoint. Train first")):
+    with pytest.raises(CheckpointError, match=re.escape(f"{tmp_path} holds no complete checkpoint: the run ended")):
         mtp_jax.load(tmp_path)
 
 

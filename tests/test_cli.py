@@ -549,7 +549,7 @@ def test_a_directory_that_is_no_run_is_refused(command, tmp_path, refused):
         (("--prompt", "x", "--held-out", 2), ["--prompt is 'x' and --held-out is 2"]),
         (("--prompt", "x", "--k", 3), ["k is 3 and the head's window is 3", "0..2"]),
         (("--prompt", "x", "--max-new-tokens", 200), ["200", "201 together", "context_length is 128"]),
-        (("--held-out", 100), ["100 prompts were asked for", "documents have 96 tokens or more"]),
+        (("--held-out", 100), ["100 prompts were asked for", "documents have more than 96 tokens"]),
         (("--prompt", "x", "--color", "sometimes"), ["sometimes", "always", "never"]),
     ],
 )

@@ -69,6 +69,7 @@ REFUSED = {
     "valid_fraction_zero": (lambda: DataConfig(valid_fraction=0.0), ["valid_fraction is 0.0", "(0, 1)"]),
     "valid_fraction_one": (lambda: DataConfig(valid_fraction=1.0), ["valid_fraction is 1.0", "(0, 1)"]),
     "text_without_files": (lambda: DataConfig(source="text"), ["source is text", "files is empty", "--data.files"]),
+    "tiny_temperature": (lambda: DecodeConfig(8, 1e-7), ["DecodeConfig.temperature is 1e-07", "at least 1e-06"]),
     "top_p_zero": (lambda: DecodeConfig(8, top_p=0.0), ["DecodeConfig.top_p is 0.0", "(0, 1]"]),
     "top_p_above": (lambda: DecodeConfig(8, top_p=1.5), ["DecodeConfig.top_p is 1.5", "(0, 1]"]),
     "greedy_by_temperature": (

@@ -195,12 +195,11 @@ def test_the_first_process_alone_writes_metrics(config, fake, tmp_path, monkeypa
 
     monkeypatch.setattr(loop, "Loggers", record)
     monkeypatch.setattr(loop.Run, "_steps", lambda *args: {})
-    trainer, mesh = fake(), loop.make_mesh(config.mesh)
-    with jax.set_mesh(mesh), Checkpoints(tmp_path / "run", keep=1) as checkpoints:
-        store, path = loop.prepare_data(config.data), epath.Path(tmp_path / "run")
-        run = loop.Run(config, mesh, path, checkpoints, trainer, store, [])
+    trainer, mesh, path = fake(), loop.make_mesh(config.mesh), epath.Path(tmp_path / "run")
+    with jax.set_mesh(mesh), Checkpoints(path, keep=1) as checkpoints:
+        run = loop.Run(config, mesh, path, resume=False)
         run.shard = (process, 2)
-        run.fit(resume=False)
+        run.fit(checkpoints)
     assert enabled == [process == 0] and trainer.events == []
     assert (tmp_path / "run" / "metrics.jsonl").exists() == (process == 0)
 
@@ -640,11 +639,42 @@ NOT_TRAINED = {
 @pytest.mark.parametrize("name", NOT_TRAINED)
 def test_an_old_run_outlives_a_new_one_that_is_refused(config, trained, monkeypatch, name):
     part, changes, words = NOT_TRAINED[name]
-    monkeypatch.setattr(loop, "Run", lambda *args: pytest.fail("this was to be refused before"))
+    monkeypatch.setattr(loop, "clear_run", lambda path: pytest.fail("this was to be refused before"))
     before = contents(trained)
     with pytest.raises(ConfigError, match=words):
         loop.train(change(config, part, **changes), trained, overwrite=True)
     assert contents(trained) == before
+
+
+def test_an_old_run_outlives_a_new_one_that_cannot_be_compiled(config, fake, trained, monkeypatch):
+    trainer, before = fake(), contents(trained)
+    monkeypatch.setattr(trainer, "compile", lambda *args: (_ for _ in ()).throw(MemoryError("no room")))
+    with pytest.raises(MemoryError):
+        loop.train(config, trained, overwrite=True)
+    assert contents(trained) == before
+
+
+def test_overwrite_leaves_what_no_run_writes(config, fake, tmp_path):
+    """Notes, data, a cache: whatever a user keeps in the directory of a run."""
+    fake()
+    cached = change(config, "data", cache_dir=f"{tmp_path}/run/cache")
+    loop.train(cached, tmp_path / "run")
+    (tmp_path / "run" / "notes.md").write_text("rank 4 it is")
+    (tmp_path / "run" / "report.md").write_text("old")
+    kept = {name: data for name, data in contents(tmp_path / "run").items() if "cache" in str(name)}
+    loop.train(cached, tmp_path / "run", overwrite=True)
+    after = contents(tmp_path / "run")
+    assert (tmp_path / "run" / "notes.md").exists() and not (tmp_path / "run" / "report.md").exists()
+    assert kept and {name: data for name, data in after.items() if "cache" in str(name)} == kept
+
+
+def test_a_run_directory_may_be_a_link(config, fake, tmp_path):
+    fake()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        loop.train(config, tmp_path / "run", overwrite=True)
+    assert on_disk(tmp_path / "disk") == [4, 8] and (tmp_path / "run").is_symlink()
 
 
 def test_a_file_is_no_run_directory(tmp_path):
@@ -664,7 +694,7 @@ def test_an_empty_or_missing_directory_is_a_new_run(tmp_path):
 
 
 def test_an_old_run_outlives_hosts_that_do_not_divide_the_batch(config, trained, monkeypatch):
-    monkeypatch.setattr(loop, "Run", lambda *args: pytest.fail("this was to be refused before"))
+    monkeypatch.setattr(loop, "clear_run", lambda path: pytest.fail("this was to be refused before"))
     monkeypatch.setattr(jax, "process_count", lambda: 3)
     before = contents(trained)
     with pytest.raises(ConfigError, match="8 sequences and there are 3 hosts"):

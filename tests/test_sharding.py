@@ -370,3 +370,18 @@ def test_a_wrong_rule_is_noticed_before_anything_is_compiled(name, monkeypatch):
         monkeypatch.setattr(module, "RULES", dataclasses.replace(RULES, **changes))
     with pytest.raises(Exception, match=said):
         assert_traces_as_the_rules_say()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+def test_weights_of_one_layer_at_a_time_are_whole(remat, dtype):
+    """ZeRO-3: neither the forward nor the backward pass keeps the gathered weights of all layers."""
+    layers, width, wide = 5, 16, 48
+    model = tiny.model_config(num_layers=layers, d_model=width, d_ff=wide, remat=remat, dtype=dtype)
+    config = tiny.train_config(model, batch=8, seq_len=8)
+    with tiny.mesh(1, 8, 1):
+        trainer = make_trainer(config)
+        text = trainer.step.lower(jax.eval_shape(trainer.init), tiny.make_batch(config)).compile().as_text()
+    whole = [f"{layers},{width},{wide}", f"{layers},{wide},{width}"]
+    assert [shape for shape in whole if f"[{shape}]" in text] == []
+    assert f"[{layers},{width // 8},{wide}]" in text  # the parts that a device holds

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from mtp_jax.commands import parse, use_compilation_cache
-from mtp_jax.commands.experiment import load_experiment
+from mtp_jax.commands.experiment import load_experiment, split_file
 from mtp_jax.config import TrainConfig
 
 
@@ -26,7 +26,8 @@ def main(args: list[str]) -> None:
         return
     config = None
     if args:
-        config = parse(Doctor, args[1:], f"doctor {args[0]}", Doctor(load_experiment(args[0]))).config
+        file, rest = split_file(args, "doctor")
+        config = parse(Doctor, rest, f"doctor {file}", Doctor(load_experiment(file))).config
     use_compilation_cache()
     _machine()
     if config is not None:
@@ -55,15 +56,12 @@ def _run(config: TrainConfig) -> None:
     import jax
     import jax.numpy as jnp
 
-    from mtp_jax.data import load_tokenizer
-    from mtp_jax.mesh import make_mesh
     from mtp_jax.sharding import RULES
     from mtp_jax.train.costs import costs, tree_bytes
+    from mtp_jax.train.loop import check_machine
     from mtp_jax.train.step import make_trainer
 
-    config.check_tokenizer(load_tokenizer(config.data.tokenizer).vocab_size)
-    mesh = make_mesh(config.mesh)
-    config.check_mesh((mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]))
+    mesh = check_machine(config)
     data, head = config.data, config.head
     with jax.set_mesh(mesh):
         trainer = make_trainer(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+import sys
 from pathlib import Path
 
 from mtp_jax.config import ConfigError, TrainConfig
@@ -20,10 +21,11 @@ def load_experiment(file: str) -> TrainConfig:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.py")], n=1)
         hint = f"did you mean {path.parent / near[0]}?" if near else "give the path of a Python file with a CONFIG."
         raise ConfigError(f"there is no experiment {file!r}; {hint}")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"mtp_jax_experiment_{path.stem}", path)
     if spec is None or spec.loader is None:
         raise ConfigError(f"{file} is not a Python file; give the path of one with a CONFIG.")
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # where dataclasses look their module up
     spec.loader.exec_module(module)
     config = getattr(module, "CONFIG", None)
     if not isinstance(config, TrainConfig):

@@ -66,19 +66,21 @@ def main(args: list[str]) -> None:
 
     config = read_config(options.run)
     tokenizer = load_tokenizer(config.data.tokenizer)
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k")
+    decode = DecodeConfig(**{name: getattr(options, name) for name in names}, stop_tokens=(tokenizer.end_of_document,))
     if options.prompt is not None:
         prompts = [("", tokenizer.encode(options.prompt))]
     else:
         require(options.prompt_tokens >= 1, f"--prompt-tokens is {options.prompt_tokens}; it must be at least 1.")
         prompts = held_out_prompts(prepare(config.data), options.held_out, options.prompt_tokens, options.seed)
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k")
-    decode = DecodeConfig(**{name: getattr(options, name) for name in names}, stop_tokens=(tokenizer.end_of_document,))
     decode.check(config.model, config.head, [tokens for _, tokens in prompts])
 
     forced = {"auto": None, "always": True, "never": False}[options.color]
     # What is asked for is given, whatever $TERM and $NO_COLOR say.
     colors: dict[str, Any] = {"color_system": "standard", "no_color": False} if forced else {}
-    console = Console(force_terminal=forced, **colors, highlight=False, soft_wrap=True, record=options.held_out > 0)
+    console = Console(
+        force_terminal=forced, **colors, highlight=False, emoji=False, soft_wrap=True, record=options.held_out > 0
+    )
     run = load(options.run, options.step)
     for index, (name, tokens) in enumerate(prompts):
         if name:
@@ -96,7 +98,7 @@ def _complete(run: LoadedRun, prompt: Any, decode: DecodeConfig, console: Consol
 
     from mtp_jax.decode.generate import stream
 
-    console.print(run.tokenizer.decode(prompt), style="dim", end="", markup=False)
+    console.print(visible(run.tokenizer.decode(prompt)), style="dim", end="", markup=False)
     # Half a character at the end of one forward is finished by the next.
     text = codecs.getincrementaldecoder("utf-8")("replace")
     forwards, emitted, drafts = -1, 0, 0
@@ -104,7 +106,8 @@ def _complete(run: LoadedRun, prompt: Any, decode: DecodeConfig, console: Consol
         for tokens, accepted in stream(run.decoder, prompt, **vars(decode)):
             forwards, emitted, drafts = forwards + 1, emitted + len(tokens), drafts + accepted
             for part, style in ((tokens[:accepted], DRAFT), (tokens[accepted:], None)):
-                console.print(text.decode(run.tokenizer.decode_bytes(part)), style=style, end="", markup=False)
+                new = visible(text.decode(run.tokenizer.decode_bytes(part)))
+                console.print(new, style=style, end="", markup=False)
     console.print(text.decode(b"", final=True), markup=False)
     per_forward = (emitted - 1) / max(1, forwards)
     console.print(
@@ -113,3 +116,8 @@ def _complete(run: LoadedRun, prompt: Any, decode: DecodeConfig, console: Consol
         style="dim",
         markup=False,
     )
+
+
+def visible(text: str) -> str:
+    """`text` with control characters as escapes: what a model writes must not command the terminal."""
+    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)

@@ -120,7 +120,7 @@ def advance(
     tokens_BT, accepted_B = verifier.verify(logits_BTV, state.draft_Bk, state.noise_BTV)
 
     stop_BT = stops.hit(tokens_BT)
-    before_stop_B = jnp.sum(jnp.cumprod((~stop_BT).astype(jnp.int32), axis=1), axis=1)
+    before_stop_B = jnp.sum(jnp.cumprod((~stop_BT).astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
     count_B = jnp.minimum(jnp.minimum(accepted_B, before_stop_B) + 1, state.limit_B - state.length_B)
     count_B = jnp.where(state.done_B, 0, count_B)
     length_B = state.length_B + count_B
@@ -132,11 +132,11 @@ def advance(
     )
     accepted_Bk = state.accepted_Bk
     if state.draft_Bk.shape[1]:
-        offsets = jnp.arange(plan.k)[None]
+        offsets = jnp.arange(plan.k, dtype=jnp.int32)[None]
         # Drafts behind a stop token or the limit do not count: count_B is 0 for rows that are done.
         accepted_Bk = accepted_Bk + (offsets < jnp.minimum(accepted_B, count_B)[:, None])
 
-    ahead = jnp.arange(plan.k + 1)[None]
+    ahead = jnp.arange(plan.k + 1, dtype=jnp.int32)[None]
     noise_BTV = verifier.noise(sampling, length_B[:, None] + ahead, logits_BTV.shape[-1])
     last = jnp.clip(count_B - 1, 0, width - 1)
     state = dataclasses.replace(

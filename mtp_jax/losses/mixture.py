@@ -285,7 +285,7 @@ class _Device:
         return jax.tree.map(lambda d, w, spec: reduce_local(d, w, spec), d_whole, self.params, self.specs)
 
     def _locate(self, targets_BTW: Array, logits_MV: Array) -> tuple[Array, Array]:
-        """Where in each row the target's logit is, `[M, 1]` (somewhere, if not here), and whether this device has it."""
+        """Where the target's logit is in each row, `[M, 1]` (anywhere, if not here), and whether this device has it."""
         rows, size = logits_MV.shape
         batch, time, window = targets_BTW.shape
         shape = (batch, time, rows // targets_BTW.size, window)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -17,8 +19,14 @@ from mtp_jax.model.layers import RMSNorm, init_weight
 from mtp_jax.model.rotary import rotary
 from mtp_jax.sharding import RULES, gather
 
+
+def save_activations(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Save everything but weights as they are gathered and cast: one layer's at a time is enough (ZeRO-3)."""
+    return primitive.name not in ("reshard", "convert_element_type", "transpose", "reshape")
+
+
 REMAT_POLICIES = {
-    "none": jax.checkpoint_policies.everything_saveable,
+    "none": save_activations,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
@@ -65,8 +73,7 @@ class LanguageModel(nnx.Module):
         def layer(x_BTD: Array, block: Block) -> tuple[Array, None]:
             return block(x_BTD, rope, mask_B1TS)[0], None
 
-        policy = REMAT_POLICIES[self.config.remat]
-        body = layer if self.config.remat == "none" else jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        body = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
         x_BTD = self.embed(tokens_BT)
         if isinstance(self.blocks, Block):
             x_BTD, _ = lax.scan(body, x_BTD, self.blocks)
@@ -88,7 +95,7 @@ class LanguageModel(nnx.Module):
           hidden states `[B, T, D]` after the final norm, and the cache.
         """
         assert not isinstance(self.blocks, Block), "decoding unrolls the layers: call unstack(model) once after loading"
-        positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])[None]
+        positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
         rope = rotary(self.config, positions_BT)
         mask_B1TS = cache_mask(positions_BT, slots or cache[0][0].shape[2])
         x_BTD, written = self.embed(tokens_BT), []
@@ -99,7 +106,7 @@ class LanguageModel(nnx.Module):
 
 
 def _positions(tokens_BT: Array) -> Array:
-    return jnp.zeros_like(tokens_BT) + jnp.arange(tokens_BT.shape[1])[None]
+    return jnp.zeros_like(tokens_BT) + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]
 
 
 def unstack(model: LanguageModel) -> LanguageModel:

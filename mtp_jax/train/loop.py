@@ -14,7 +14,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from mtp_jax.checkpoint import Checkpoints, read_config, write_config
+from mtp_jax.checkpoint import Checkpoints, clear_run, on_mesh, read_config, write_config
 from mtp_jax.config import ConfigError, TrainConfig, require, to_dict
 from mtp_jax.data import Store, batches, load_tokenizer
 from mtp_jax.data import prepare as prepare_data
@@ -22,12 +22,20 @@ from mtp_jax.mesh import make_mesh
 from mtp_jax.train.costs import Costs, costs, peak_flops
 from mtp_jax.train.evaluate import evaluate, held_out, named, place
 from mtp_jax.train.loggers import Loggers
-from mtp_jax.train.step import Metrics, Trainer, TrainState, make_trainer
+from mtp_jax.train.step import Metrics, TrainState, make_trainer
 
 # Fields of model, head and data that a resumed run may change: they change no parameter's shape and no batch.
 RESUMABLE = {("model", "dtype"), ("model", "remat"), ("model", "context_length"), ("data", "cache_dir")} | {
     ("head", name) for name in ("ntp_weight", "gamma", "z_weight", "balance", "balance_weight", "init_noise")
 }
+
+
+def check_machine(config: TrainConfig) -> Mesh:
+    """The mesh of a config. Raises `ConfigError` if the devices, the batch or the tokenizer do not fit it."""
+    config.check_tokenizer(load_tokenizer(config.data.tokenizer).vocab_size)
+    mesh = make_mesh(config.mesh)
+    config.check_mesh((mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]))
+    return mesh
 
 
 class NonFiniteLossError(RuntimeError):
@@ -41,7 +49,7 @@ def check_run_dir(run_dir: epath.PathLike, *, resume: bool = False, overwrite: b
       ConfigError: it exists and is not empty, and neither `resume` nor `overwrite` says what to do; or both do; or
         there is nothing to resume; or `overwrite` would delete something that is not a run directory.
     """
-    path = epath.Path(run_dir).expanduser()
+    path = epath.Path(run_dir).expanduser().resolve()
     if resume and overwrite:
         raise ConfigError("Both --resume and --overwrite are given; choose one.")
     require(not path.exists() or path.is_dir(), f"The run directory {path} is a file; give another --run-dir.")
@@ -101,123 +109,112 @@ def train(
       NonFiniteLossError: the loss became NaN or infinite; the message names the last good checkpoint.
       KeyboardInterrupt: Ctrl-C, after the state was saved.
     """
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    config.check_tokenizer(tokenizer.vocab_size)
-    mesh = make_mesh(config.mesh)
-    config.check_mesh((mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]))
+    mesh = check_machine(config)
     path = check_run_dir(run_dir, resume=resume, overwrite=overwrite)
     if resume:
         check_same_run(config, read_config(path), path)
     with jax.set_mesh(mesh):
-        trainer = make_trainer(config)
-        store = prepare_data(config.data, log=print)
-        evaluation = held_out(config, store, mesh, config.eval_batches)
-        # Nothing that the caller got wrong can fail from here on: an old run is deleted only now.
-        if overwrite and path.exists():
-            path.rmtree()
+        run = Run(config, mesh, path, resume)
+        # All that can fail before the first step has not failed: an old run is deleted only now.
+        if overwrite:
+            clear_run(path)
+        write_config(path, config)
         with Checkpoints(path, config.keep_checkpoints) as checkpoints:
-            return Run(config, mesh, path, checkpoints, trainer, store, evaluation).fit(resume)
+            return run.fit(checkpoints)
 
 
 class Run:
-    """One call of `train`: what it holds while it goes."""
+    """One call of `train`. Making it prepares data, initialises or restores the state, and compiles."""
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        mesh: Mesh,
-        path: epath.Path,
-        checkpoints: Checkpoints,
-        trainer: Trainer,
-        store: Store,
-        evaluation: list[Any],
-    ):
-        self.config, self.mesh, self.path, self.checkpoints = config, mesh, path, checkpoints
-        self.trainer, self.store, self.held_out = trainer, store, evaluation
+    def __init__(self, config: TrainConfig, mesh: Mesh, path: epath.Path, resume: bool):
+        self.config, self.mesh, self.path, self.resume = config, mesh, path, resume
         self.shard = (jax.process_index(), jax.process_count())
-        self.last_good: int | None = None
-
-    def fit(self, resume: bool) -> dict[str, float]:
-        """Initialise or restore, then train to `config.steps`."""
-        state = self.trainer.init()
-        if resume:
-            check_same_data(self.store, self.checkpoints.meta(), self.path)
-            state = self.checkpoints.restore(state)
-            self.last_good = int(state.step)
-        first = int(state.step)
+        self.trainer = make_trainer(config)
+        self.store = prepare_data(config.data, log=print)
+        self.held_out = held_out(config, self.store, mesh, config.eval_batches)
+        self.state = self._restore() if resume else self.trainer.init()
+        self.first = int(self.state.step)
+        self.last_good = self.first if resume else None
         require(
-            first <= self.config.steps,
-            f"--resume: the run in {self.path} is at step {first} and steps is {self.config.steps}; "
-            f"set --steps to {first} or more.",
+            self.first <= config.steps,
+            f"--resume: the run in {path} is at step {self.first} and steps is {config.steps}; "
+            f"set --steps to {self.first} or more.",
         )
-        # Only now is it known that the run goes on by this config.
-        write_config(self.path, self.config)
-        cost = costs(self.config, state.params)
-        self._describe(cost, first)
-        loggers = Loggers(
-            self.path, self.config.steps, resume_from=first if resume else None, enabled=self.shard[0] == 0
-        )
-        with loggers:
-            return self._steps(state, first, loggers, Clock(self.config, cost, self.mesh))
+        cost = costs(config, self.state.params)
+        self._describe(cost)
+        self.clock = Clock(config, cost, mesh)
+        if self.first < config.steps:
+            self.batches = self._batches()
+            self.batch = next(self.batches)
+            self.clock.compile_seconds = self._compile()
 
-    def _steps(self, state: TrainState, first: int, loggers: Loggers, clock: Clock) -> dict[str, float]:
-        config, last_eval = self.config, {}
+    def _restore(self) -> TrainState:
+        with Checkpoints(self.path) as checkpoints:
+            check_same_data(self.store, checkpoints.meta(), self.path)
+            return checkpoints.restore(on_mesh(jax.eval_shape(self.trainer.init), self.mesh))
+
+    def _compile(self) -> float:
+        """Compile the step and the evaluation, say how long it took, and return the seconds."""
+        begun = time.perf_counter()
+        self.trainer = self.trainer.compile(self.state, self.batch)
+        seconds = time.perf_counter() - begun
+        print(f"compiled in {seconds:.1f} s", flush=True)
+        return seconds
+
+    def fit(self, checkpoints: Checkpoints) -> dict[str, float]:
+        """Train to `config.steps`. Returns the metrics of the last evaluation."""
+        self.checkpoints = checkpoints
+        resume_from, enabled = (self.first if self.resume else None), self.shard[0] == 0
+        with Loggers(self.path, self.config.steps, resume_from=resume_from, enabled=enabled) as loggers:
+            return self._steps(self.state, loggers)
+
+    def _steps(self, state: TrainState, loggers: Loggers) -> dict[str, float]:
+        config, clock, step = self.config, self.clock, self.first
+        last_eval: dict[str, float] = {}
         pending: tuple[int, Metrics] | None = None
-        step = first
-        if first < config.steps:
-            source = self._batches(first)
-            batch = place(next(source), self.mesh)
-            clock.compile_seconds = self._compile(state, batch)
         with Interrupts() as interrupts:
-            clock.start(first)
+            clock.start(step)
             while step < config.steps and not interrupts.seen:
-                state, metrics = self.trainer.step(state, batch)
+                state, metrics = self.trainer.step(state, self.batch)
                 step += 1
                 loggers.advance(step)
                 # The metrics of the step before are fetched while this one runs: the device never waits for the host.
-                self._log(loggers, clock, pending)
+                self._log(loggers, pending)
                 pending = (step, metrics)
                 evaluating = step % config.eval_every == 0 or step == config.steps
                 saving = step % config.checkpoint_every == 0 or step == config.steps
                 if step < config.steps:
-                    batch = place(next(source), self.mesh)
+                    self.batch = next(self.batches)
                 if evaluating or saving:
-                    self._log(loggers, clock, pending)
+                    self._log(loggers, pending)
                     pending = None
                     with clock.paused():
                         # What is saved is evaluated first: its own loss has been seen to be finite.
                         last_eval = self._evaluate(loggers, step, state)
                         if saving:
                             self._save(state, last_eval)
-            if interrupts.seen and step > first and self.last_good != step:
-                self._log(loggers, clock, pending)
+            if interrupts.seen and step > self.first and self.last_good != step:
+                self._log(loggers, pending)
                 last_eval = self._evaluate(loggers, step, state)
                 self._save(state, last_eval)
             self.checkpoints.wait()
         if step < config.steps:
-            print(f"Interrupted. Step {self.last_good} is saved in {self.path}; go on with --resume.", flush=True)
+            kept = f"Step {self.last_good} is saved in {self.path}; go on with --resume." if self.last_good else ""
+            print(f"Interrupted. {kept}", flush=True)
             raise KeyboardInterrupt
         return last_eval
-
-    def _compile(self, state: TrainState, batch: Any) -> float:
-        """Compile the step and the evaluation, say how long it took, and return the seconds."""
-        begun = time.perf_counter()
-        self.trainer = self.trainer.compile(state, batch)
-        seconds = time.perf_counter() - begun
-        print(f"compiled in {seconds:.1f} s", flush=True)
-        return seconds
 
     def _save(self, state: TrainState, metrics: dict[str, float]) -> None:
         self.last_good = self.checkpoints.save(state, self.config, metrics, self.store.sha256)
 
-    def _log(self, loggers: Loggers, clock: Clock, pending: tuple[int, Metrics] | None) -> None:
+    def _log(self, loggers: Loggers, pending: tuple[int, Metrics] | None) -> None:
         if pending is None:
             return
         step, metrics = pending[0], jax.device_get(pending[1])
         if not (math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])):
             raise self._not_finite(f"Step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}.")
         if step % self.config.log_every == 0 or step == 1 or step == self.config.steps:
-            loggers.log("train", step, {**named(metrics), **clock.speed(step)})
+            loggers.log("train", step, {**named(metrics), **self.clock.speed(step)})
 
     def _evaluate(self, loggers: Loggers, step: int, state: TrainState) -> dict[str, float]:
         metrics = evaluate(self.trainer.evaluate, state.params, self.held_out)
@@ -234,20 +231,22 @@ class Run:
         kept = f"The last good checkpoint is step {self.last_good} in {self.path}."
         return NonFiniteLossError(f"{what} {kept} {advice}, and --resume.")
 
-    def _batches(self, start: int) -> Iterator[Any]:
+    def _batches(self) -> Iterator[Any]:
+        """The batches from the state's step on, on the mesh."""
         data = self.config.data
-        return batches(
+        found = batches(
             self.store.train,
             seq_len=data.seq_len,
             window=self.config.head.window,
             batch_size=data.batch_size,
             seed=data.seed,
-            start=start,
+            start=self.first,
             shard=self.shard,
         )
+        return (place(batch, self.mesh) for batch in found)
 
-    def _describe(self, c: Costs, first: int) -> None:
-        config, head = self.config, self.config.head
+    def _describe(self, c: Costs) -> None:
+        config, head, first = self.config, self.config.head, self.first
         print(
             f"{self.path}: {'resuming at step ' + str(first) if first else 'new run'}, {config.steps} steps of "
             f"{config.data.batch_size} x {config.data.seq_len} tokens on mesh {dict(self.mesh.shape)} "

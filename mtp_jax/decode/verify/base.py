@@ -43,4 +43,4 @@ def match_prefix(chosen_BT: Array, draft_Bk: Array) -> Verdict:
     Given that drafts 1..i-1 equal what the target chose, its choice at i follows its own law, whatever the draft.
     """
     agree_Bk = (chosen_BT[:, : draft_Bk.shape[1]] == draft_Bk).astype(jnp.int32)
-    return Verdict(chosen_BT, jnp.sum(jnp.cumprod(agree_Bk, axis=1), axis=1))
+    return Verdict(chosen_BT, jnp.sum(jnp.cumprod(agree_Bk, axis=1), axis=1, dtype=jnp.int32))
