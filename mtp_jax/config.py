@@ -87,6 +87,7 @@ class ModelConfig:
     `context_length` is the most tokens that one sequence may hold, in training and in decoding.
     `dtype` is the compute dtype; parameters, logits and log-probabilities are float32 whatever it is.
     `remat` says what the backward pass recomputes: nothing, all but the matmuls' outputs, or whole blocks.
+    `attention` is how training attends: by XLA anywhere, or by cuDNN's flash attention on NVIDIA GPUs in bfloat16.
     """
 
     vocab_size: int = 264
@@ -105,6 +106,7 @@ class ModelConfig:
     norm_eps: float = 1e-5
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "none"
+    attention: Literal["xla", "cudnn"] = "xla"
 
     def __post_init__(self) -> None:
         _choices(self)
@@ -123,6 +125,13 @@ class ModelConfig:
         require(
             self.head_width % 2 == 0 and self.head_width > 0,
             f"ModelConfig.head_dim is {self.head_width}; rotary embeddings turn pairs: it must be even and positive.",
+        )
+
+        fits_cudnn = self.dtype == "bfloat16" and self.head_width % 8 == 0 and self.head_width <= 128
+        require(
+            self.attention == "xla" or fits_cudnn,
+            f"ModelConfig.attention is cudnn, dtype is {self.dtype} and head_dim is {self.head_width}; cuDNN attends "
+            "in bfloat16 with heads of a multiple of 8 up to 128. Change them, or set attention to xla.",
         )
 
     @property
@@ -281,7 +290,7 @@ class BenchConfig:
     prompt_tokens: int = 96
     new_tokens: int = 256
     temperatures: tuple[float, ...] = (0.0, 0.7)
-    repetitions: int = 1
+    repetitions: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -292,6 +301,40 @@ class BenchConfig:
             min(self.temperatures, default=-1.0) >= 0,
             f"BenchConfig.temperatures is {self.temperatures}; give one or more, each at least 0.",
         )
+
+
+@dataclass(frozen=True)
+class LossBenchConfig:
+    """What `mtp-jax bench loss` measures: loss and gradient of a head of `rank` x `window` factors over a vocabulary of
+    `v`, on `tokens` positions of width `d`, on one device. `factor_width` is that of `lowrank` factors."""
+
+    d: int = 256
+    v: int = 32768
+    window: int = 4
+    rank: int = 8
+    tokens: int = 512
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    factors: Literal["full", "shared", "lowrank"] = "shared"
+    factor_width: int = 64
+    repetitions: int = 5
+
+    def __post_init__(self) -> None:
+        _choices(self)
+        _at_least(self, 1, "d", "v", "window", "rank", "tokens", "factor_width", "repetitions")
+
+
+@dataclass(frozen=True)
+class TrainBenchConfig:
+    """What `mtp-jax bench train` measures: steps of an experiment's model with a CPD head of each of `ranks`, against
+    the same trunk with one plain next-token head, on random tokens."""
+
+    ranks: tuple[int, ...] = (1, 2, 4, 8)
+    repetitions: int = 5
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "repetitions")
+        low = min(self.ranks, default=0)
+        require(low >= 1, f"TrainBenchConfig.ranks is {self.ranks}; give one or more, each at least 1.")
 
 
 @dataclass(frozen=True)

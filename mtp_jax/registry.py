@@ -16,5 +16,5 @@ def lookup(registry: Mapping[str, T], name: str, field: str) -> T:
     if name in registry:
         return registry[name]
     near = difflib.get_close_matches(name, registry, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"{field} is {name!r}; {hint}It can be {', '.join(sorted(registry))}.")
+    hint = f"did you mean {near[0]!r}? It" if near else "it"
+    raise ConfigError(f"{field} is {name!r}; {hint} can be {', '.join(sorted(registry))}.")

@@ -17,7 +17,8 @@ from types import SimpleNamespace
 import pytest
 
 import mtp_jax
-from mtp_jax import bench, checkpoint, cli, report
+from mtp_jax import checkpoint, cli, report
+from mtp_jax.bench import decode as bench
 from mtp_jax.checkpoint import read_config, write_config
 from mtp_jax.commands import use_compilation_cache
 from mtp_jax.config import (
@@ -388,8 +389,8 @@ def test_help_lists_the_commands(argv, capsys):
     [
         (["train", "--help"], "usage: mtp-jax train EXPERIMENT.py"),
         (["doctor", "--help"], "usage: mtp-jax doctor [EXPERIMENT.py"),
-        (["bench"], "usage: mtp-jax bench {decode} RUN"),
-        (["bench", "--help"], "usage: mtp-jax bench {decode} RUN"),
+        (["bench"], "usage: mtp-jax bench decode RUN"),
+        (["bench", "--help"], "usage: mtp-jax bench decode RUN"),
     ],
 )
 def test_help_of_a_command_with_a_file_says_how_to_call_it(argv, words, capsys):
@@ -410,8 +411,8 @@ def test_help_of_an_experiment_lists_every_field(experiment, refused):
 def test_an_unknown_command_is_answered_with_the_nearest(refused):
     assert "there is no command 'trian'; did you mean 'train'?" in refused("trian")
     assert "there is no command 'qqq'; there are train, generate, bench, eval, doctor." in refused("qqq")
-    assert "there is no benchmark 'decoed'; did you mean 'decode'?" in refused("bench", "decoed", "run")
-    assert "there is no benchmark 'qqq'; there is decode." in refused("bench", "qqq")
+    assert "The benchmark is 'decoed'; did you mean 'decode'?" in refused("bench", "decoed", "run")
+    assert "The benchmark is 'qqq'; it can be decode, loss, train." in refused("bench", "qqq")
 
 
 def test_an_unknown_option_is_answered_with_the_nearest(experiment, refused, nothing_expensive):
@@ -597,9 +598,10 @@ def test_errors_that_are_not_ours_keep_their_traceback(experiment, monkeypatch):
 
 OTHER = TrainConfig(
     ModelConfig(
-        **dict(vocab_size=260, d_model=32, d_ff=48, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=6),
+        **dict(vocab_size=260, d_model=32, d_ff=48, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=8),
         **dict(context_length=64, rope_theta=500.0, rope_scaling=RopeScaling(2.0, 1.5, 5.0, 32)),
         **dict(qkv_bias=True, qk_norm=True, tie_embeddings=True, norm_eps=1e-6, dtype="bfloat16", remat="dots"),
+        attention="cudnn",
     ),
     HeadConfig("independent", 2, 1, "lowrank", 4, "ntp", 0.5, 0.9, 1e-3, "switch", 0.1, 0.5),
     DataConfig("stdlib", "other/*.txt", "bytes", 24, 16, 0.1, 5, "elsewhere"),

@@ -20,10 +20,12 @@ from mtp_jax.config import (
     DataConfig,
     DecodeConfig,
     HeadConfig,
+    LossBenchConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
     RopeScaling,
+    TrainBenchConfig,
     TrainConfig,
     differences,
     from_dict,
@@ -55,6 +57,7 @@ REFUSED = {
     "odd_head": (lambda: ModelConfig(head_dim=7), ["head_dim is 7", "even"]),
     "odd_head_by_division": (lambda: ModelConfig(d_model=36, num_heads=4), ["head_dim is 9", "even"]),
     "no_head": (lambda: ModelConfig(head_dim=0), ["head_dim is 0", "positive"]),
+    "cudnn_dtype": (lambda: ModelConfig(attention="cudnn", dtype="float32"), ["cudnn", "float32", "bfloat16"]),
     "rope_scaling": (
         lambda: RopeScaling(low_freq_factor=4.0, high_freq_factor=2.0),
         ["high_freq_factor is 2.0", "low_freq_factor is 4.0", "4 and 1"],
@@ -88,6 +91,7 @@ REFUSED = {
     "prompt_by_vocabulary": (lambda: decode([3, 32]), ["Prompt 0 has token ids 3..32", "0..31"]),
     "negative_token": (lambda: decode([-1, 3]), ["Prompt 0 has token ids -1..3", "0..31"]),
     "no_temperatures": (lambda: BenchConfig(temperatures=()), ["BenchConfig.temperatures is ()", "one or more"]),
+    "no_ranks": (lambda: TrainBenchConfig(ranks=()), ["TrainBenchConfig.ranks is ()", "one or more"]),
     "negative_temperature": (lambda: BenchConfig(temperatures=(0.7, -0.1)), ["is (0.7, -0.1)", "at least 0"]),
     "mesh_zero": (lambda: MeshConfig(fsdp=0), ["MeshConfig.fsdp is 0", "-1"]),
     "mesh_negative": (lambda: MeshConfig(tensor=-2), ["MeshConfig.tensor is -2", "-1"]),
@@ -145,6 +149,8 @@ LEAST = {
     DataConfig: {"seq_len": 1, "batch_size": 1},
     DecodeConfig: {"max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0},
     BenchConfig: {"prompts": 1, "prompt_tokens": 1, "new_tokens": 2, "repetitions": 1},
+    LossBenchConfig: dict.fromkeys(("d", "v", "window", "rank", "tokens", "factor_width", "repetitions"), 1),
+    TrainBenchConfig: {"repetitions": 1},
     OptimizerConfig: {"learning_rate": 0, "warmup_steps": 0, "weight_decay": 0, "clip_norm": 0},
     TrainConfig: {
         **{"steps": 1, "grad_accumulation": 1, "eval_every": 1, "eval_batches": 1, "checkpoint_every": 1},
@@ -161,6 +167,8 @@ ALONG = {
 CHOICES = [
     (ModelConfig, "dtype", "float16", "bfloat16"),
     (ModelConfig, "remat", "ful", "full"),
+    (ModelConfig, "attention", "cuda", "cudnn"),
+    (LossBenchConfig, "dtype", "float16", "bfloat16"),
     (HeadConfig, "factors", "lowrnk", "lowrank"),
     (HeadConfig, "target", "next", "ntp"),
     (HeadConfig, "balance", "sqared", "squared"),
@@ -331,7 +339,9 @@ def test_every_field_survives_json():
     assert from_dict(TrainConfig, {}) == default
     # And the two differ in all that they hold.
     differing = {name: (here, there) for name, here, there in differences(config, default)}
-    assert set(differing) == {name for name, _ in leaves(to_dict(config))} and list(differences(config, config)) == []
+    assert {*differing, "model.attention"} == {name for name, _ in leaves(to_dict(config))} and list(
+        differences(config, config)
+    ) == []
     assert differing["model.rope_scaling.factor"] == (4.0, 1.0) and differing["seed"] == (8, 0)
 
 
@@ -344,7 +354,9 @@ def assert_no_default(config):
     default = type(config)()
     for field in fields(config):
         value = getattr(config, field.name)
-        assert value != getattr(default, field.name), f"{type(config).__name__}.{field.name} is its default"
+        # This one allows the default dtype alone; the command line's tests set it.
+        alone = field.name == "attention"
+        assert alone or value != getattr(default, field.name), f"{type(config).__name__}.{field.name} is its default"
         if is_dataclass(value):
             assert_no_default(value)
 

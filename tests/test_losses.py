@@ -338,8 +338,8 @@ def test_gradient_is_the_formula():
     check_formula(make_logits_problem())
 
 
-true_conditionals, true_untile, true_cumsum = mixture._conditionals, mixture._Device.untile, jnp.cumsum
-true_d_logits = mixture._Device.d_logits
+true_conditionals, true_untile, true_cumsum = mixture.conditionals, mixture.Device.untile, jnp.cumsum
+true_d_logits = mixture.Device.d_logits
 
 
 def one_posterior(logp_BTRW, log_w_BTR):
@@ -357,15 +357,15 @@ def no_hit(self, logits, lse, targets, d_logp, d_lse):
 
 
 FAULTS = {
-    "one posterior for all offsets": (mixture, "_conditionals", one_posterior, "gradient of logits"),
+    "one posterior for all offsets": (mixture, "conditionals", one_posterior, "gradient of logits"),
     "cumsum over components": (jnp, "cumsum", lambda a, axis: true_cumsum(a, axis=2), "value by offset"),
     "tiles out of order": (
-        mixture._Device,
+        mixture.Device,
         "untile",
         lambda self, a, x: true_untile(self, a[::-1], x),
         "gradient of logits",
     ),
-    "no target in the gradient": (mixture._Device, "d_logits", no_hit, "gradient of logits"),
+    "no target in the gradient": (mixture.Device, "d_logits", no_hit, "gradient of logits"),
 }
 
 

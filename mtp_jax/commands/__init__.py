@@ -5,7 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 T = TypeVar("T")
 
@@ -15,6 +18,14 @@ def parse(cls: type[T], args: Sequence[str], name: str, default: T | None = None
     import tyro
 
     return tyro.cli(cls, prog=f"mtp-jax {name}", args=args, default=default)  # type: ignore[arg-type]
+
+
+def console() -> Console:
+    """Where tables go: as wide as the terminal, and wide enough where there is none."""
+    from rich.console import Console
+
+    found = Console()
+    return found if found.is_terminal else Console(width=max(found.width, 120))
 
 
 def use_compilation_cache() -> None:

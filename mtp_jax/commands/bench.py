@@ -1,19 +1,18 @@
-"""`mtp-jax bench decode RUN`: time decoding with k drafts against none."""
+"""`mtp-jax bench decode | loss | train`: one file of `mtp_jax.bench` each. All end with one JSON object."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
 import json
-from dataclasses import dataclass
-from typing import Annotated
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Annotated, Any
 
 import tyro
 
-from mtp_jax.commands import parse, use_compilation_cache
-from mtp_jax.config import BenchConfig, ConfigError
-
-BENCHES = ("decode",)
+from mtp_jax.commands import console, parse, use_compilation_cache
+from mtp_jax.commands.experiment import load_experiment, split_file
+from mtp_jax.config import BenchConfig, LossBenchConfig, TrainBenchConfig, TrainConfig
+from mtp_jax.registry import lookup
 
 
 @dataclass(frozen=True)
@@ -25,28 +24,38 @@ class Decode:
 
     run: Annotated[str, tyro.conf.Positional]
     """The run directory."""
-    config: Annotated[BenchConfig, tyro.conf.arg(name="")] = dataclasses.field(default_factory=BenchConfig)
+    config: Annotated[BenchConfig, tyro.conf.arg(name="")] = field(default_factory=BenchConfig)
     step: int | None = None
     """Which checkpoint; the latest by default."""
     report: bool = False
     """Also write report.md, report.json and plots/ into the run directory."""
 
 
+@dataclass(frozen=True)
+class Train:
+    """Compare training steps with CPD heads to one with a next-token head; every field of the experiment can be set.
+
+    Prints a table, and as the last line one JSON object.
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    bench: TrainBenchConfig = field(default_factory=TrainBenchConfig)
+
+
 def main(args: list[str]) -> None:
     """See the module."""
     if not args or args[0] in ("-h", "--help"):
-        print(f"usage: mtp-jax bench {{{','.join(BENCHES)}}} RUN [options]")
+        print("usage: mtp-jax bench decode RUN [options]\n       mtp-jax bench loss [options]")
+        print("       mtp-jax bench train EXPERIMENT.py [options]\n\nmtp-jax bench NAME --help lists the options.")
         return
-    if args[0] not in BENCHES:
-        near = difflib.get_close_matches(args[0], BENCHES, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"there is {', '.join(BENCHES)}."
-        raise ConfigError(f"there is no benchmark {args[0]!r}; {hint}")
-    options = parse(Decode, args[1:], "bench decode")
+    lookup(BENCHES, args[0], "The benchmark")(args[1:])
+
+
+def _decode(args: list[str]) -> None:
+    options = parse(Decode, args, "bench decode")
     use_compilation_cache()
 
-    from rich.console import Console
-
-    from mtp_jax.bench import bench_decode
+    from mtp_jax.bench.decode import bench_decode
     from mtp_jax.checkpoint import load
     from mtp_jax.config import to_dict
     from mtp_jax.report import check_reportable, decode_table, write_report
@@ -54,12 +63,90 @@ def main(args: list[str]) -> None:
     if options.report:
         check_reportable(options.run)
     run = load(options.run, options.step)
-    console = Console()
-    with console.status("loading") as status:
-        bench = bench_decode(run, options.config, status.update)
-    console.print(decode_table(bench))
+    bench = _with_status(lambda status: bench_decode(run, options.config, status))
+    console().print(decode_table(bench))
     try:
         if options.report:
             print(f"Wrote {write_report(options.run, bench, to_dict(run.config))}")
     finally:  # what was measured is printed, whatever becomes of the report
         print(json.dumps(bench))
+
+
+def _loss(args: list[str]) -> None:
+    config = parse(LossBenchConfig, args, "bench loss")
+    use_compilation_cache()
+
+    from mtp_jax.bench.loss import bench_loss
+
+    bench = _with_status(lambda status: bench_loss(config, status))
+    mib = 2**20
+    rows = [
+        (
+            name,
+            *(f"{found[part]:.3f}" for part in ("median", "quartile_1", "quartile_3")),
+            f"{found['median'] / bench['seconds']['matmuls']['median']:.2f}x",
+            f"{bench[memory] / mib:,.0f}",
+        )
+        for name, memory in (("ours", "temp_bytes"), ("naive", "naive_temp_bytes"), ("matmuls", "matmuls_temp_bytes"))
+        if (found := bench["seconds"].get(name))
+    ]
+    title = (
+        f"Loss and gradient of {config.tokens:,} positions, D = {config.d}, V = {config.v:,}, W = {config.window}, "
+        f"R = {config.rank}, {config.factors} factors, {config.dtype}, on {bench['device']}"
+    )
+    _print_table(title, ("", "median s", "quartile 1", "quartile 3", "of matmuls", "scratch MiB"), rows)
+    if not bench["naive_fits"]:
+        print(f"naive needs {bench['naive_temp_bytes'] / mib:,.0f} MiB and {bench['free_bytes'] / mib:,.0f} are free.")
+    naive = (
+        "" if bench["time_ratio_to_naive"] is None else f", {1 / bench['time_ratio_to_naive']:.2f}x faster than naive"
+    )
+    print(f"ours takes {bench['time_ratio_to_matmuls']:.3f}x the time of its matrix products{naive}")
+    print(f"gradient error against float64: ours {bench['grad_error']:.2e}, naive {bench['naive_grad_error']:.2e}")
+    print(json.dumps(bench))
+
+
+def _train(args: list[str]) -> None:
+    file, rest = split_file(args, "bench train")
+    options = parse(Train, rest, f"bench train {file}", Train(load_experiment(file)))
+    use_compilation_cache()
+
+    from mtp_jax.bench.train import bench_train
+
+    bench = _with_status(lambda status: bench_train(options.config, options.bench, status))
+    rows = [
+        (
+            row["head"],
+            f"{row['seconds']['median']:.3f}",
+            f"{row['step_ratio']:.2f}x",
+            f"{row['predicted_ratio']:.2f}x",
+            f"{row['step_ratio'] / row['predicted_ratio']:.2f}",
+            f"{row['tokens_per_second']:,.0f}",
+            "-" if row["mfu"] is None else f"{row['mfu']:.1%}",
+            f"{row['peak_bytes'] / 2**20:,.0f}",
+        )
+        for row in bench["rows"]
+    ]
+    header = ("", "median s", "step", "predicted", "step / predicted", "tokens/s", "MFU", "peak MiB")
+    _print_table(f"Training steps of {file}, on {bench['device']}", header, rows)
+    print(json.dumps(bench))
+
+
+BENCHES: dict[str, Callable[[list[str]], None]] = {"decode": _decode, "loss": _loss, "train": _train}
+
+
+def _with_status(measure: Callable[[Callable[[str], None]], dict[str, Any]]) -> dict[str, Any]:
+    from rich.console import Console
+
+    with Console(stderr=True).status("") as status:
+        return measure(status.update)
+
+
+def _print_table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)

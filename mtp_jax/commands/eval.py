@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from mtp_jax.commands import parse, use_compilation_cache
+from mtp_jax.commands import console, parse, use_compilation_cache
 from mtp_jax.config import require
 
 
@@ -29,7 +29,6 @@ def main(args: list[str]) -> None:
     options = parse(Eval, args, "eval")
     require(options.batches is None or options.batches >= 1, f"--batches is {options.batches}; it must be at least 1.")
     use_compilation_cache()
-    from rich.console import Console
     from rich.table import Table
 
     from mtp_jax.checkpoint import load
@@ -43,10 +42,10 @@ def main(args: list[str]) -> None:
         table.add_column(name, justify="right")
     losses = [metrics[f"loss_offset_{s + 1}"] for s in range(window)]
     table.add_row(*(f"{x:.4f}" for x in [*losses, metrics["loss_first_token"], metrics["joint_loss"]]))
-    console = Console()
-    console.print(table)
+    terminal = console()
+    terminal.print(table)
     shares = " ".join(f"{metrics[f'gate_share_{r + 1}']:.2f}" for r in range(rank))
-    console.print(
+    terminal.print(
         f"components: {metrics['gate_effective']:.2f} effective of {rank}, shares {shares}, "
         f"gate entropy {metrics['gate_entropy']:.3f} nats",
         highlight=False,

@@ -60,7 +60,7 @@ def main(args: list[str]) -> None:
     from etils import epath
     from rich.console import Console
 
-    from mtp_jax.bench import held_out_prompts
+    from mtp_jax.bench.decode import held_out_prompts
     from mtp_jax.checkpoint import load, read_config
     from mtp_jax.data import load_tokenizer, prepare
 

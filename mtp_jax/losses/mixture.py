@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from mtp_jax.sharding import gather_local, like, reduce_local, shares, varies, vary
 
 # Most bytes of float32 logits that are alive together on one device: as few as keep the products at full speed.
-TILE_BYTES = {"cpu": 32 * 2**20, "gpu": 2**30, "tpu": 2**28}
+TILE_BYTES = {"cpu": 20 * 2**20, "gpu": 2**30, "tpu": 2**28}
 
 
 class Form(Protocol):
@@ -97,7 +97,7 @@ def _loss_forward(
     @functools.partial(jax.shard_map, in_specs=specs, out_specs=((P(), P()), specs[:3]))
     def local(params: Any, *arrays: Array) -> Any:
         x, log_w, targets, weights = arrays
-        device = _Device(form, params, specs[0], x, targets)
+        device = Device(form, params, specs[0], x, targets)
         weights = weights / device.copies
 
         def tile(carry: Any, arrays: tuple[Array, ...]) -> Any:
@@ -128,7 +128,7 @@ _mixture_loss.defvjp(_loss_forward, _loss_backward)
 
 def mixture_log_likelihood(form: type[Form], params: Any, x_BTD: Array, log_w_BTR: Array, targets_BTW: Array) -> Array:
     """log q(x_s | x_<s) by offset, `[B, T, W]` in nats, by the same tiles. Arguments as in `mixture_loss`."""
-    return _conditionals(factor_scores(form, params, x_BTD, targets_BTW)[0], log_w_BTR)
+    return conditionals(factor_scores(form, params, x_BTD, targets_BTW)[0], log_w_BTR)
 
 
 def factor_scores(form: type[Form], params: Any, x_BTD: Array, targets_BTW: Array) -> tuple[Array, Array]:
@@ -151,7 +151,7 @@ def _scores_forward(form: type[Form], params: Any, x: Array, targets: Array) -> 
 
     @functools.partial(jax.shard_map, in_specs=specs, out_specs=(rows, rows))
     def local(params: Any, x: Array, targets: Array) -> Any:
-        device = _Device(form, params, specs[0], x, targets)
+        device = Device(form, params, specs[0], x, targets)
 
         def tile(_: None, arrays: tuple[Array, ...]) -> Any:
             return None, device.scores(device.logits(arrays[0])[0], arrays[1])
@@ -169,7 +169,7 @@ def _scores_backward(form: type[Form], residuals: Any, cotangents: tuple[Array, 
 
     @functools.partial(jax.shard_map, in_specs=specs, out_specs=specs[:2])
     def local(params: Any, x: Array, targets: Array, *arrays: Array) -> Any:
-        device = _Device(form, params, specs[0], x, targets)
+        device = Device(form, params, specs[0], x, targets)
 
         def tile(d_tables: Any, arrays: tuple[Array, ...]) -> Any:
             x, targets, lse, d_logp, d_lse = arrays
@@ -186,7 +186,7 @@ def _scores_backward(form: type[Form], residuals: Any, cotangents: tuple[Array, 
 _factor_scores.defvjp(_scores_forward, _scores_backward)
 
 
-def _conditionals(logp_BTRW: Array, log_w_BTR: Array) -> Array:
+def conditionals(logp_BTRW: Array, log_w_BTR: Array) -> Array:
     """log q(x_s | x_<s), `[B, T, W]`, from log p_rs(x_s)."""
     joint_BTW = jax.nn.logsumexp(log_w_BTR[..., None] + jnp.cumsum(logp_BTRW, axis=-1), axis=2)
     return joint_BTW - jnp.pad(joint_BTW[..., :-1], ((0, 0), (0, 0), (1, 0)))  # M_0 = 0
@@ -194,14 +194,20 @@ def _conditionals(logp_BTRW: Array, log_w_BTR: Array) -> Array:
 
 def _objective(terms: Terms, logp_BTRW: Array, lse_BTRW: Array, log_w_BTR: Array, weights_BTW: Array) -> Any:
     """(loss, nll by offset) of positions, from the scores of their factors."""
-    nll_W = -jnp.sum(weights_BTW * _conditionals(logp_BTRW, log_w_BTR), axis=(0, 1))
+    nll_W = -jnp.sum(weights_BTW * conditionals(logp_BTRW, log_w_BTR), axis=(0, 1))
     loss = jnp.sum(nll_W * terms.gamma ** jnp.arange(nll_W.shape[0]))
     if terms.z_weight:
         loss = loss + terms.z_weight * jnp.sum(weights_BTW * jnp.mean(jnp.square(lse_BTRW), axis=2))
     return loss, nll_W
 
 
-class _Device:
+def tile_positions(positions: int, logits_bytes: int) -> int:
+    """Positions in a tile, of `positions` on a device whose logits are `logits_bytes` each."""
+    most = max(1, TILE_BYTES[jax.default_backend()] // logits_bytes)
+    return -(-positions // -(-positions // most))
+
+
+class Device:
     """What one device does with its part of a batch: inside `shard_map`."""
 
     def __init__(self, form: type[Form], params: Any, specs: Any, x_BTD: Array, targets_BTW: Array):
@@ -213,13 +219,8 @@ class _Device:
         working = varies(x_BTD) | self.split
         mesh = jax.sharding.get_abstract_mesh()
         self.copies = math.prod(size for name, size in mesh.shape.items() if name not in working)
-        self.width = self._tile_width(x_BTD)
-
-    def _tile_width(self, x_BTD: Array) -> int:
-        positions = x_BTD.shape[0] * x_BTD.shape[1]
-        one = jax.eval_shape(lambda tables, x: self.form.logits(tables, vary(x)), self.tables, x_BTD[:1, :1])
-        most = max(1, TILE_BYTES[jax.default_backend()] // (one.size * one.dtype.itemsize))
-        return -(-positions // -(-positions // most))
+        one = jax.eval_shape(lambda tables, x: form.logits(tables, vary(x)), self.tables, x_BTD[:1, :1])
+        self.width = tile_positions(x_BTD.shape[0] * x_BTD.shape[1], one.size * one.dtype.itemsize)
 
     def tiles(self, arrays: Any) -> Any:
         """Each `[B, T, ...]` as `[tiles, 1, positions, ...]`, padded at the end with zeros (of weight zero)."""
@@ -275,9 +276,9 @@ class _Device:
         """The gradient of the logits, from those of the scores."""
         index_M1, here_M1 = self._locate(targets_BTW, logits_MV)
         lse_M1, d_logp_M1, d_lse_M1 = (a.reshape(-1, 1) for a in (lse_BTRW, d_logp_BTRW, d_lse_BTRW))
-        vocabulary = lax.broadcasted_iota(jnp.int32, (1, logits_MV.shape[1]), 1)
-        hit_MV = vocabulary == jnp.where(here_M1, index_M1, -1)
-        return (d_lse_M1 - d_logp_M1) * jnp.exp(logits_MV - lse_M1) + jnp.where(hit_MV, d_logp_M1, 0.0)
+        d_MV = (d_lse_M1 - d_logp_M1) * jnp.exp(logits_MV - lse_M1)
+        rows = jnp.arange(index_M1.shape[0])
+        return d_MV.at[rows, index_M1[:, 0]].add(jnp.where(here_M1, d_logp_M1, 0.0)[:, 0], unique_indices=True)
 
     def d_params(self, d_tables: Any) -> Any:
         """The gradient of the parameters, reduced over devices and split as they are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,13 +29,15 @@ def cache_mask(positions_BT: Array, slots: int) -> Array:
     return jnp.arange(slots)[None, None, None, :] <= positions_BT[:, None, :, None]
 
 
-def attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_B1TS: Array) -> Array:
+def attend(
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_B1TS: Array, implementation: Literal["xla", "cudnn"] = "xla"
+) -> Array:
     """Scaled dot-product attention, `[B, T, N, H]`. Each device attends for its own rows and heads."""
     heads = RULES.qkv_BTNH
 
     @functools.partial(jax.shard_map, in_specs=(heads, heads, heads, RULES.mask_B1TS), out_specs=heads)
     def local(q: Array, k: Array, v: Array, mask: Array) -> Array:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask)
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
 
     return local(q_BTNH, k_BSKH, v_BSKH, mask_B1TS)
 
@@ -120,7 +123,7 @@ class Attention(nnx.Module):
             slots = mask_B1TS.shape[-1]
             y_BTNH = attend_cached(q_BTNH, k_BKSH[:, :, :slots], v_BKSH[:, :, :slots], mask_B1TS)
         else:
-            y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask_B1TS)
+            y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask_B1TS, self.config.attention)
         wo_NHD = gather(self.wo_NHD[...]).astype(dtype)
         # One contracted axis: with two, XLA may transpose the weight at every step.
         wo_MD = wo_NHD.reshape(-1, x_BTD.shape[-1], out_sharding=whole(RULES.w_FD))

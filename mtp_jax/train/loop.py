@@ -25,8 +25,10 @@ from mtp_jax.train.loggers import Loggers
 from mtp_jax.train.step import Metrics, TrainState, make_trainer
 
 # Fields of model, head and data that a resumed run may change: they change no parameter's shape and no batch.
-RESUMABLE = {("model", "dtype"), ("model", "remat"), ("model", "context_length"), ("data", "cache_dir")} | {
-    ("head", name) for name in ("ntp_weight", "gamma", "z_weight", "balance", "balance_weight", "init_noise")
+RESUMABLE = {
+    *(("model", name) for name in ("dtype", "remat", "attention", "context_length")),
+    *(("head", name) for name in ("ntp_weight", "gamma", "z_weight", "balance", "balance_weight", "init_noise")),
+    ("data", "cache_dir"),
 }
 
 

@@ -1,0 +1,158 @@
+"""The loss of a CPD head against its own matrix products, and against all logits at once."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import Mesh
+
+from mtp_jax.bench.timing import interleave, ratio, summary
+from mtp_jax.checkpoint import versions
+from mtp_jax.config import HeadConfig, LossBenchConfig, MeshConfig
+from mtp_jax.heads.factors import FACTORS, Factors
+from mtp_jax.losses.mixture import Device, Terms, conditionals, mixture_loss, tile_positions
+from mtp_jax.mesh import make_mesh
+from mtp_jax.sharding import RULES
+
+Arrays = tuple[dict[str, Array], Array, Array, Array, Array]
+
+
+def bench_loss(config: LossBenchConfig, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Measure loss and gradient on one device and return figures by method.
+
+    `ours` is `mixture_loss`; `matmuls` a loop over the same tiles with its matrix products and nothing else; `naive`
+    plain autodiff with the logits of all positions at once in float32, left out where it does not fit in memory.
+    `grad_error` is the largest relative error of any gradient (in the Frobenius norm) against float64.
+    """
+    form = FACTORS[config.factors]
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        arrays = _problem(config, config.tokens)
+        ours = jax.jit(jax.value_and_grad(functools.partial(_ours, form), argnums=(0, 1, 2)))
+        matmuls = jax.jit(functools.partial(_matmuls, form))
+        progress("compiling")
+        compiled = {name: f.lower(*arrays).compile() for name, f in (("ours", ours), ("matmuls", matmuls))}
+        inputs = dict.fromkeys(compiled, arrays)
+    # Plain arrays without a mesh: XLA does as it likes best.
+    inputs["naive"] = jax.device_put(jax.device_get(arrays), jax.devices()[0])
+    naive = jax.jit(jax.value_and_grad(functools.partial(_naive, form), argnums=(0, 1, 2)))
+    compiled["naive"] = naive.lower(*inputs["naive"]).compile()
+    scratch: dict[str, int] = {n: c.memory_analysis().temp_size_in_bytes for n, c in compiled.items()}  # type: ignore[union-attr]
+    room = free_bytes()
+    fits = room is None or scratch["naive"] < 0.8 * room
+    if not fits:
+        del compiled["naive"]
+    progress("measuring")
+    runs = {name: functools.partial(c, *inputs[name]) for name, c in compiled.items()}
+    seconds = interleave(runs, config.repetitions)
+    progress("comparing gradients with float64")
+    errors = _errors(form, config, mesh)
+    return {
+        "config": vars(config),
+        "tile_positions": tile_positions(config.tokens, 4 * config.rank * config.window * config.v),
+        "seconds": {name: summary(found) for name, found in seconds.items()},
+        "time_ratio_to_matmuls": ratio(seconds, "ours", "matmuls"),
+        "time_ratio_to_naive": ratio(seconds, "ours", "naive") if fits else None,
+        "temp_bytes": scratch["ours"],
+        "naive_temp_bytes": scratch["naive"],
+        "matmuls_temp_bytes": scratch["matmuls"],
+        "naive_fits": fits,
+        "free_bytes": room,
+        **errors,
+        "device": jax.devices()[0].device_kind,
+        "versions": versions(),
+    }
+
+
+def free_bytes() -> int | None:
+    """Memory that the first device has left, or None where it cannot be told."""
+    stats = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    names = os.sysconf_names
+    if "SC_AVPHYS_PAGES" in names and jax.devices()[0].platform == "cpu":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def _problem(config: LossBenchConfig, tokens: int) -> Arrays:
+    """Parameters of a model's scale, and random hidden states, gate and targets."""
+    head = HeadConfig(rank=config.rank, window=config.window, factors=config.factors, factor_width=config.factor_width)
+    sizes = {"D": config.d, "V": config.v, "R": head.rank, "W": head.window, "E": head.factor_width}
+    names = {
+        "full": ("u_DRWV",),
+        "shared": ("map_DRWD", "unembed_VD"),
+        "lowrank": ("map_DWD", "down_DRWE", "up_ED", "unembed_VD"),
+    }[config.factors]
+    keys = iter(jax.random.split(jax.random.key(0), len(names) + 3))
+
+    def weight(name: str) -> Array:
+        shape = tuple(sizes[letter] for letter in name.split("_")[1])
+        drawn = jax.random.normal(next(keys), shape, out_sharding=getattr(RULES, name)) * config.d**-0.5
+        return drawn.astype(config.dtype).astype(jnp.float32)  # numbers that all dtypes here have
+
+    params = {name: weight(name) for name in names}
+    shape, spec = (1, tokens), RULES.x_BTD
+    x_BTD = jax.random.normal(next(keys), (*shape, config.d), out_sharding=spec).astype(config.dtype)
+    log_w_BTR = jax.nn.log_softmax(jax.random.normal(next(keys), (*shape, config.rank), out_sharding=spec))
+    targets_BTW = jax.random.randint(next(keys), (*shape, config.window), 0, config.v, out_sharding=spec)
+    return params, x_BTD, log_w_BTR, targets_BTW, jnp.full_like(targets_BTW, 1 / tokens, dtype=jnp.float32)
+
+
+def _ours(form: type[Factors], params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Array:
+    return mixture_loss(form, Terms(), params, x, log_w, targets, weights)[0]
+
+
+def _naive(form: type[Factors], params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Array:
+    """All logits at once, in float32 from operands in x's dtype."""
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    whole = jax.tree.map(lambda w: w.astype(x.dtype).astype(wide), params)
+    logp_BTRWV = jax.nn.log_softmax(form.logits(form.tables(whole), x.astype(wide)), axis=-1)
+    logp_BTRW = jnp.take_along_axis(logp_BTRWV, targets[:, :, None, :, None], axis=-1)[..., 0]
+    return -jnp.sum(weights * conditionals(logp_BTRW, log_w))
+
+
+def _matmuls(form: type[Factors], params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Any:
+    """The tiles of `mixture_loss`, with the products of logits, rows and tables, and nothing else."""
+    specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, params)
+
+    @functools.partial(jax.shard_map, out_specs=(specs, RULES.x_BTD))
+    def local(params: Any, x: Array, targets: Array) -> Any:
+        device = Device(form, params, specs, x, targets)
+
+        def tile(d_tables: Any, x: Array) -> Any:
+            logits, pull = device.logits(x)
+            new, d_x = pull(logits)
+            return jax.tree.map(jnp.add, d_tables, new), d_x
+
+        d_tables, d_x = lax.scan(tile, device.zeros(), device.tiles(x))
+        return device.d_params(d_tables), lax.psum(device.untile(d_x, x), "tensor")
+
+    return local(params, x, targets)
+
+
+def _errors(form: type[Factors], config: LossBenchConfig, mesh: Mesh) -> dict[str, float]:
+    """Gradient errors of both methods against float64, at as many positions as a gigabyte of its logits holds."""
+    most = 2**30 // (8 * config.rank * config.window * config.v)
+    ours, naive = (jax.jit(jax.grad(functools.partial(f, form), argnums=(0, 1, 2))) for f in (_ours, _naive))
+    with jax.set_mesh(mesh):
+        arrays = _problem(config, max(1, min(config.tokens, most)))
+        found = jax.device_get(ours(*arrays))
+    plain = jax.device_get(arrays)
+    found_naive = jax.device_get(naive(*plain))
+    with jax.enable_x64(True):
+        double = lambda a: np.asarray(a, np.float64 if jnp.issubdtype(a.dtype, jnp.floating) else None)  # noqa: E731
+        truth = jax.device_get(naive(*jax.tree.map(double, plain)))
+
+    def error(gradients: Any) -> float:
+        pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(truth), strict=True)
+        return max(float(np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b)) for a, b in pairs)
+
+    return {"grad_error": error(found), "naive_grad_error": error(found_naive)}

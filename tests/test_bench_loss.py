@@ -1,0 +1,122 @@
+"""The benchmarks of the loss and of the training step: what they compare, and what they print."""
+
+import functools
+import json
+import runpy
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from mtp_jax import cli
+from mtp_jax.bench import loss as bench_loss_module
+from mtp_jax.bench import timing
+from mtp_jax.bench.loss import bench_loss
+from mtp_jax.bench.train import NEXT_TOKEN, bench_train
+from mtp_jax.config import ConfigError, LossBenchConfig, MeshConfig, TrainBenchConfig
+from mtp_jax.heads.factors import FACTORS
+from mtp_jax.mesh import make_mesh
+
+SMALL = {"d": 16, "v": 64, "window": 3, "rank": 2, "tokens": 24, "factor_width": 4, "repetitions": 2}
+
+
+@pytest.mark.parametrize("factors", FACTORS)
+def test_all_methods_solve_one_problem(factors):
+    """What is timed as ours and as naive gives the same loss and gradients."""
+    config = LossBenchConfig(**SMALL, factors=factors)
+    form = FACTORS[factors]
+    ours, naive = (
+        jax.jit(jax.value_and_grad(functools.partial(loss, form), argnums=(0, 1, 2)))
+        for loss in (bench_loss_module._ours, bench_loss_module._naive)
+    )
+    with jax.set_mesh(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
+        arrays = bench_loss_module._problem(config, config.tokens)
+        ours = jax.device_get(ours(*arrays))
+    naive = jax.device_get(naive(*jax.device_get(arrays)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), ours, naive)
+    assert ours[0] > 3
+
+
+def test_figures_of_the_loss():
+    bench = bench_loss(LossBenchConfig(**SMALL, dtype="bfloat16"))
+    assert set(bench["seconds"]) == {"ours", "naive", "matmuls"} and bench["naive_fits"]
+    assert bench["time_ratio_to_matmuls"] > 0 and bench["time_ratio_to_naive"] > 0
+    assert bench["temp_bytes"] > 0 and bench["naive_temp_bytes"] > 0
+    assert 1e-5 < bench["grad_error"] < 0.02 and 1e-5 < bench["naive_grad_error"] < 0.02
+    assert bench["tile_positions"] == 24
+
+
+def test_a_naive_loss_that_does_not_fit_is_left_out(monkeypatch, capsys):
+    monkeypatch.setattr(bench_loss_module, "free_bytes", lambda: 1)
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
+    cli.main(["bench", "loss", *options])
+    *_, said, ratio, errors, last = capsys.readouterr().out.splitlines()
+    bench = json.loads(last)
+    assert "naive needs" in said and "0 are free" in said.replace("0 MiB", "")
+    assert "naive" not in ratio and "gradient error" in errors
+    assert bench["time_ratio_to_naive"] is None and not bench["naive_fits"] and bench["naive_temp_bytes"] > 1
+    assert set(bench["seconds"]) == {"ours", "matmuls"}
+
+
+def test_figures_of_the_training_step():
+    config = tiny.train_config(tiny.model_config(vocab_size=258), mesh=MeshConfig(2, 2, 2))
+    bench = bench_train(config, TrainBenchConfig(ranks=(1, 3), repetitions=2))
+    names = [row["head"] for row in bench["rows"]]
+    assert names == [NEXT_TOKEN, "R = 1", "R = 3"]
+    plain, one, three = bench["rows"]
+    assert plain["step_ratio"] == plain["predicted_ratio"] == 1
+    assert 1 < one["predicted_ratio"] < three["predicted_ratio"]
+    # One unembedding; one for each offset and the gate; three for each offset and the gate.
+    matrix = config.model.d_model * config.model.vocab_size
+    gates = [config.model.d_model * rank for rank in (1, 3)]
+    assert [row["head_parameters"] for row in bench["rows"]] == [matrix, 4 * matrix + gates[0], 12 * matrix + gates[1]]
+    for row in bench["rows"]:
+        assert row["tokens_per_second"] * row["seconds"]["median"] == pytest.approx(8 * 16)
+        assert row["peak_bytes"] > row["state_bytes"] > 0 and row["mfu"] is None
+
+
+def test_a_bench_without_ranks_is_refused():
+    with pytest.raises(ConfigError, match="give one or more"):
+        TrainBenchConfig(ranks=())
+
+
+def test_the_command_of_the_training_step(tmp_path, capsys):
+    (tmp_path / "small.py").write_text("import tiny\nCONFIG = tiny.train_config(tiny.model_config(vocab_size=257))\n")
+    cli.main(["bench", "train", f"{tmp_path}/small.py", "--bench.ranks", "2", "--bench.repetitions", "1"])
+    *table, last = capsys.readouterr().out.splitlines()
+    assert [row["head"] for row in json.loads(last)["rows"]] == [NEXT_TOKEN, "R = 2"]
+    assert any("step / predicted" in line for line in table)
+
+
+def test_rounds_are_interleaved_and_ratios_are_of_one_round(monkeypatch):
+    order, now = [], [0.0]
+    costs = {"a": iter([9, 1, 2, 8]), "b": iter([9, 1, 1, 2])}
+
+    def run(name):
+        order.append(name)
+        now[0] += next(costs[name])
+
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    seconds = timing.interleave({name: lambda name=name: run(name) for name in costs}, 3)
+    assert order == list("ab" * 4) and seconds == {"a": [1, 2, 8], "b": [1, 1, 2]}
+    assert timing.ratio(seconds, "a", "b") == 2
+    assert timing.summary([1, 2, 8]) == {"median": 2, "quartile_1": 1.5, "quartile_3": 5}
+
+
+def test_the_gpu_check_writes_each_part_as_it_ends(tmp_path, monkeypatch, capsys):
+    """On any device; here with parts that take no time, one of which fails."""
+    script = runpy.run_path("experiments/gpu_check.py")
+    main = script["main"]
+    file = tmp_path / "results" / "device.json"
+
+    def second():
+        assert json.loads(file.read_text())["loss"]["found"] == 1
+        raise ValueError("no such kernel")
+
+    main.__globals__["PARTS"] = {"loss": lambda: {"found": 1}, "train": second}
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", str(file), "--only", "loss,train"])
+    main()
+    result = json.loads(file.read_text())
+    assert result["platform"] == "cpu" and result["loss"]["found"] == 1
+    assert result["train"]["error"] == "ValueError: no such kernel"
