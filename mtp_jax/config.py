@@ -152,6 +152,9 @@ class HeadConfig:
     Offset s is weighted by `gamma**(s-1)`; `z_weight` is on the mean square of the factors' log-normalisers. `balance`
     keeps components in use, with coefficient `balance_weight`.
     `init_noise` is the relative noise by which the components differ at the start.
+    Two ways to train with less work, whose gradients are right on average: `loss_fraction` of the positions, drawn
+    anew in every step, have the loss of the offsets; `backward_draws` components, drawn from the posterior for each
+    position and offset, go through the backward pass (0: all of them, exactly; needs `shared` factors).
     """
 
     kind: str = "cpd"
@@ -166,17 +169,26 @@ class HeadConfig:
     balance: Literal["none", "squared", "switch"] = "squared"
     balance_weight: float = 0.05
     init_noise: float = 0.02
+    loss_fraction: float = 1.0
+    backward_draws: int = 0
 
     def __post_init__(self) -> None:
         _choices(self)
         _at_least(self, 1, "window", "rank", "factor_width")
-        _at_least(self, 0, "ntp_weight", "z_weight", "balance_weight", "init_noise")
+        _at_least(self, 0, "ntp_weight", "z_weight", "balance_weight", "init_noise", "backward_draws")
         require(
             self.kind != "independent" or self.rank == 1,
             f"HeadConfig.kind is independent and rank is {self.rank}; independent offsets have rank 1. "
             "Set rank to 1, or kind to cpd.",
         )
-        require(0 < self.gamma <= 1, f"HeadConfig.gamma is {self.gamma}; it must lie in (0, 1].")
+        for name in ("gamma", "loss_fraction"):
+            value = getattr(self, name)
+            require(0 < value <= 1, f"HeadConfig.{name} is {value}; it must lie in (0, 1].")
+        require(
+            not self.backward_draws or (self.factors == "shared" and not self.z_weight),
+            f"HeadConfig.backward_draws is {self.backward_draws}, factors is {self.factors} and z_weight is "
+            f"{self.z_weight}; components are drawn for shared factors without z-loss. Set backward_draws to 0.",
+        )
 
     @property
     def has_unembedding(self) -> bool:

@@ -603,7 +603,7 @@ OTHER = TrainConfig(
         **dict(qkv_bias=True, qk_norm=True, tie_embeddings=True, norm_eps=1e-6, dtype="bfloat16", remat="dots"),
         attention="cudnn",
     ),
-    HeadConfig("independent", 2, 1, "lowrank", 4, "ntp", 0.5, 0.9, 1e-3, "switch", 0.1, 0.5),
+    HeadConfig("independent", 2, 1, "lowrank", 4, "ntp", 0.5, 0.9, 1e-3, "switch", 0.1, 0.5, 0.5),
     DataConfig("stdlib", "other/*.txt", "bytes", 24, 16, 0.1, 5, "elsewhere"),
     OptimizerConfig("muon", 3e-3, "wsd", 3, 0.3, 0.2, 0.05, 0.8, 0.9, 1e-6, 0.9, 0.5),
     MeshConfig(2, 2, 2),
@@ -624,7 +624,10 @@ def test_every_field_can_be_set(experiment, tmp_path, monkeypatch):
     from mtp_jax.commands.experiment import load_experiment
 
     before, fields = dict(flatten(to_dict(load_experiment(str(experiment))))), dict(flatten(to_dict(OTHER)))
-    assert [name for name, value in fields.items() if before[name] == value] == ["data.tokenizer"]
+    assert [name for name, value in fields.items() if before[name] == value] == [
+        "head.backward_draws",
+        "data.tokenizer",
+    ]
     options = []
     for name, value in fields.items():
         options += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])

@@ -69,6 +69,10 @@ REFUSED = {
     ),
     "gamma_zero": (lambda: HeadConfig(gamma=0.0), ["gamma is 0.0", "(0, 1]"]),
     "gamma_above": (lambda: HeadConfig(gamma=1.5), ["gamma is 1.5", "(0, 1]"]),
+    "draws": (
+        lambda: HeadConfig(backward_draws=2),
+        ["backward_draws is 2", "factors is full", "shared", "backward_draws to 0"],
+    ),
     "valid_fraction_zero": (lambda: DataConfig(valid_fraction=0.0), ["valid_fraction is 0.0", "(0, 1)"]),
     "valid_fraction_one": (lambda: DataConfig(valid_fraction=1.0), ["valid_fraction is 1.0", "(0, 1)"]),
     "text_without_files": (lambda: DataConfig(source="text"), ["source is text", "files is empty", "--data.files"]),
@@ -145,6 +149,7 @@ LEAST = {
     HeadConfig: {
         **{"window": 1, "rank": 1, "factor_width": 1},
         **{"ntp_weight": 0, "z_weight": 0, "balance_weight": 0, "init_noise": 0},
+        "backward_draws": 0,
     },
     DataConfig: {"seq_len": 1, "batch_size": 1},
     DecodeConfig: {"max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0},
@@ -319,7 +324,7 @@ def test_every_field_survives_json():
             dtype="float32",
             remat="dots",
         ),
-        HeadConfig("independent", 3, 1, "lowrank", 5, "ntp", 0.5, 0.9, 1e-3, "switch", 0.2, 0.1),
+        HeadConfig("independent", 3, 1, "shared", 5, "ntp", 0.5, 0.9, 1e-3, "switch", 0.2, 0.1, 0.5),
         DataConfig("text", "*.txt", "tok.json", 17, 6, 0.3, 5, "/cache"),
         OptimizerConfig("muon", 2e-3, "wsd", 7, 0.3, 0.2, 0.05, 0.8, 0.99, 1e-7, 0.9, 0.5),
         MeshConfig(2, 3, -1),
@@ -339,9 +344,9 @@ def test_every_field_survives_json():
     assert from_dict(TrainConfig, {}) == default
     # And the two differ in all that they hold.
     differing = {name: (here, there) for name, here, there in differences(config, default)}
-    assert {*differing, "model.attention"} == {name for name, _ in leaves(to_dict(config))} and list(
-        differences(config, config)
-    ) == []
+    assert {*differing, "model.attention", "head.backward_draws"} == {
+        name for name, _ in leaves(to_dict(config))
+    } and list(differences(config, config)) == []
     assert differing["model.rope_scaling.factor"] == (4.0, 1.0) and differing["seed"] == (8, 0)
 
 
@@ -350,13 +355,17 @@ def leaves(values, prefix=""):
         yield from leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
 
 
+# Fields that do not go with other values than another field's default.
+ALONE = {"attention", "backward_draws"}
+
+
 def assert_no_default(config):
     default = type(config)()
     for field in fields(config):
         value = getattr(config, field.name)
-        # This one allows the default dtype alone; the command line's tests set it.
-        alone = field.name == "attention"
-        assert alone or value != getattr(default, field.name), f"{type(config).__name__}.{field.name} is its default"
+        assert field.name in ALONE or value != getattr(default, field.name), (
+            f"{type(config).__name__}.{field.name} is its default"
+        )
         if is_dataclass(value):
             assert_no_default(value)
 

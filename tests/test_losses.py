@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 from mtp_jax.config import OptimizerConfig
 from mtp_jax.heads.factors import FACTORS
 from mtp_jax.losses import mixture
+from mtp_jax.losses import tiles as tiles_module
 from mtp_jax.losses.balance import balance_loss
 from mtp_jax.losses.mixture import Terms, factor_scores, mixture_log_likelihood, mixture_loss
 from mtp_jax.model.layers import product
@@ -155,7 +156,7 @@ def assert_close(got, want, tolerance):
 
 
 def set_tile_bytes(monkeypatch, size):
-    monkeypatch.setattr(mixture, "TILE_BYTES", {"cpu": size})
+    monkeypatch.setattr(tiles_module, "TILE_BYTES", {"cpu": size})
 
 
 def set_tiles(monkeypatch, name):
@@ -338,8 +339,8 @@ def test_gradient_is_the_formula():
     check_formula(make_logits_problem())
 
 
-true_conditionals, true_untile, true_cumsum = mixture.conditionals, mixture.Device.untile, jnp.cumsum
-true_d_logits = mixture.Device.d_logits
+true_conditionals, true_untile, true_cumsum = mixture.conditionals, tiles_module.Device.untile, jnp.cumsum
+true_d_logits = tiles_module.Device.d_logits
 
 
 def one_posterior(logp_BTRW, log_w_BTR):
@@ -360,12 +361,12 @@ FAULTS = {
     "one posterior for all offsets": (mixture, "conditionals", one_posterior, "gradient of logits"),
     "cumsum over components": (jnp, "cumsum", lambda a, axis: true_cumsum(a, axis=2), "value by offset"),
     "tiles out of order": (
-        mixture.Device,
+        tiles_module.Device,
         "untile",
         lambda self, a, x: true_untile(self, a[::-1], x),
         "gradient of logits",
     ),
-    "no target in the gradient": (mixture.Device, "d_logits", no_hit, "gradient of logits"),
+    "no target in the gradient": (tiles_module.Device, "d_logits", no_hit, "gradient of logits"),
 }
 
 

@@ -17,7 +17,8 @@ from mtp_jax.bench.timing import interleave, ratio, summary
 from mtp_jax.checkpoint import versions
 from mtp_jax.config import HeadConfig, LossBenchConfig, MeshConfig
 from mtp_jax.heads.factors import FACTORS, Factors
-from mtp_jax.losses.mixture import Device, Terms, conditionals, mixture_loss, tile_positions
+from mtp_jax.losses.mixture import Terms, conditionals, mixture_loss
+from mtp_jax.losses.tiles import Device, tile_positions
 from mtp_jax.mesh import make_mesh
 from mtp_jax.sharding import RULES
 

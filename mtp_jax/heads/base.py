@@ -15,6 +15,7 @@ from mtp_jax.config import HeadConfig, ModelConfig
 from mtp_jax.heads.factors import FACTORS, NextToken
 from mtp_jax.losses.balance import balance_loss
 from mtp_jax.losses.mixture import Terms, mixture_log_likelihood, mixture_loss
+from mtp_jax.losses.subsample import subsample
 from mtp_jax.model.layers import init_weight
 from mtp_jax.sharding import RULES, gather
 
@@ -59,13 +60,14 @@ class Head(nnx.Module):
         """Forward FLOPs of `log_weights` for one position."""
         return 0
 
-    def loss(self, x_BTD: Array, targets_BTW: Array, weights_BTW: Array) -> tuple[Array, Aux]:
+    def loss(self, x_BTD: Array, targets_BTW: Array, weights_BTW: Array, key: Array | None = None) -> tuple[Array, Aux]:
         """The training loss in nats, and what to report of it.
 
         Args:
           x_BTD: hidden states.
           targets_BTW: the next W tokens of each position.
           weights_BTW: 0 where a target is masked, else 1 / (valid targets of that offset in the whole optimizer batch).
+          key: for what the config draws at random in training; without one the loss is exact.
 
         Returns:
           sum_s gamma^(s-1) * mean loss at offset s, plus the next-token, z and balance terms that the config asks for,
@@ -75,9 +77,12 @@ class Head(nnx.Module):
         chex.assert_rank([x_BTD, targets_BTW, weights_BTW], 3)
         chex.assert_equal_shape([targets_BTW, weights_BTW])
         log_w_BTR = self.log_weights(x_BTD)
-        terms = Terms(self.config.gamma, self.config.z_weight)
-        params = self.factors.params(self._table())
-        loss, nll_W = mixture_loss(type(self.factors), terms, params, x_BTD, log_w_BTR, targets_BTW, weights_BTW)
+        config, params = self.config, self.factors.params(self._table())
+        terms = Terms(config.gamma, config.z_weight, config.backward_draws if key is not None else 0)
+        arrays = x_BTD, log_w_BTR, targets_BTW, weights_BTW
+        if key is not None and config.loss_fraction < 1:
+            arrays = subsample(key, config.loss_fraction, *arrays)
+        loss, nll_W = mixture_loss(type(self.factors), terms, params, *arrays, key)
         aux = {"loss_offset": nll_W, "loss_first_token": nll_W[0], **self._gate_aux(log_w_BTR, weights_BTW)}
         if self.config.target == "ntp":
             params, alone_BT1 = {"unembed_VD": self.unembed_VD[...]}, jnp.zeros_like(log_w_BTR[..., :1])

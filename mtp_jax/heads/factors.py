@@ -117,8 +117,12 @@ class SharedFactors(Factors):
     @staticmethod
     def logits(tables: Tables, x_BTD: Array) -> Array:
         """See `Factors.logits`."""
-        rows_BTRWD = _by_offset("btd,drwe->btrwe", x_BTD, tables["map_DRWD"]).astype(x_BTD.dtype)
-        return product("btrwd,vd->btrwv", rows_BTRWD, tables["unembed_VD"])
+        return product("btrwd,vd->btrwv", SharedFactors.rows(tables, x_BTD), tables["unembed_VD"])
+
+    @staticmethod
+    def rows(tables: Tables, x_BTD: Array) -> Array:
+        """What the unembedding multiplies, `[B, T, R, W, D]`."""
+        return _by_offset("btd,drwe->btrwe", x_BTD, tables["map_DRWD"]).astype(x_BTD.dtype)
 
     @staticmethod
     def forward_flops(head: HeadConfig, model: ModelConfig) -> int:

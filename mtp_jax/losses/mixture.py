@@ -5,50 +5,35 @@ The components of a position hang together and positions do not, so a tile of po
 gradient while it is in hand, and leaves only sums: memory is O(tile), and each logit costs three products, the least
 there is (logits, gradient of the rows, gradient of the table).
 
-Devices: the tiles are local to a device (`shard_map`). The batch lies over the mesh's batch axes and the vocabulary
-over `tensor`; a tile exchanges a maximum and two sums per row over `tensor`, and the gradient of its hidden states.
-Tables are gathered over `fsdp` once before the loop, and their gradient is reduced once after it.
+The tiles are local to a device (`losses.tiles`), and what devices exchange is written there.
 """
 
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
-from mtp_jax.sharding import gather_local, like, reduce_local, shares, varies, vary
-
-# Most bytes of float32 logits that are alive together on one device: as few as keep the products at full speed.
-TILE_BYTES = {"cpu": 20 * 2**20, "gpu": 2**30, "tpu": 2**28}
-
-
-class Form(Protocol):
-    """How the logits of every factor come from parameters and hidden states."""
-
-    @staticmethod
-    def tables(params: Any) -> Any:
-        """What every tile reads, made from the parameters once."""
-        ...
-
-    @staticmethod
-    def logits(tables: Any, x_BTD: Array) -> Array:
-        """`[B, T, R, W, V]` in float32."""
-        ...
+from mtp_jax.losses.draws import draw_components
+from mtp_jax.losses.tiles import Device, Form
+from mtp_jax.sharding import like, vary
 
 
 @dataclass(frozen=True)
 class Terms:
-    """The weights of the loss: offset s counts `gamma**(s-1)`; `z_weight` is on the mean square of log-normalisers."""
+    """The weights of the loss: offset s counts `gamma**(s-1)`; `z_weight` is on the mean square of log-normalisers.
+
+    With `draws` > 0 the backward pass sees that many components of each position and offset, drawn at random.
+    """
 
     gamma: float = 1.0
     z_weight: float = 0.0
+    draws: int = 0
 
 
 def mixture_loss(
@@ -59,6 +44,7 @@ def mixture_loss(
     log_w_BTR: Array,
     targets_BTW: Array,
     weights_BTW: Array,
+    key: Array | None = None,
 ) -> tuple[Array, Array]:
     """sum_s gamma^(s-1) nll_s + z_weight z, where nll_s = -sum_bt weights_bts log q(x_s | x_<s).
 
@@ -72,16 +58,18 @@ def mixture_loss(
       log_w_BTR: log weights of the components, normalised, float32, differentiated.
       targets_BTW: token ids. A masked target masks (by its weight) itself only, so mask all offsets after it too.
       weights_BTW: weight of every target, 0 where masked.
+      key: for `terms.draws`, which also needs a form with `rows` under one unembedding, `unembed_VD`.
 
     Returns:
       the loss, and nll `[W]`, which is reported and carries no gradient.
     """
-    return _mixture_loss(form, terms, params, x_BTD, log_w_BTR, targets_BTW, weights_BTW)
+    key = jax.random.key(0) if key is None else key
+    return _mixture_loss(form, terms, params, x_BTD, log_w_BTR, targets_BTW, weights_BTW, key)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _mixture_loss(
-    form: type[Form], terms: Terms, params: Any, x: Array, log_w: Array, targets: Array, weights: Array
+    form: type[Form], terms: Terms, params: Any, x: Array, log_w: Array, targets: Array, weights: Array, _: Array
 ) -> Any:
     """`mixture_loss` where no gradient is asked for: forward only."""
     logp, lse = factor_scores(form, params, x, targets)
@@ -89,29 +77,34 @@ def _mixture_loss(
 
 
 def _loss_forward(
-    form: type[Form], terms: Terms, params: Any, x: Array, log_w: Array, targets: Array, weights: Array
+    form: type[Form], terms: Terms, params: Any, x: Array, log_w: Array, targets: Array, weights: Array, key: Array
 ) -> Any:
-    arrays = (x, log_w, targets, weights)
+    arrays = (x, log_w, targets, weights, key)
     specs = _specs((params, *arrays))
 
     @functools.partial(jax.shard_map, in_specs=specs, out_specs=((P(), P()), specs[:3]))
     def local(params: Any, *arrays: Array) -> Any:
-        x, log_w, targets, weights = arrays
+        x, log_w, targets, weights, key = arrays
         device = Device(form, params, specs[0], x, targets)
         weights = weights / device.copies
 
-        def tile(carry: Any, arrays: tuple[Array, ...]) -> Any:
-            x, log_w, targets, weights = arrays
+        def tile(carry: Any, numbered: tuple[Array, tuple[Array, ...]]) -> Any:
+            number, (x, log_w, targets, weights) = numbered
             logits, pull = device.logits(x)
             logp, lse = device.scores(logits, targets)
             objective = jax.value_and_grad(functools.partial(_objective, terms), argnums=(0, 1, 2), has_aux=True)
             value, (d_logp, d_lse, d_log_w) = objective(logp, lse, log_w, weights)
-            d_tables, d_x = pull(device.d_logits(logits, lse, targets, d_logp, d_lse))
+            if terms.draws:
+                draw = draw_components(jax.random.fold_in(device.key(key), number), d_logp, terms.draws)
+                d_tables, d_x = device.pull_drawn(draw, logits, lse, targets, x)
+            else:
+                d_tables, d_x = pull(device.d_logits(logits, lse, targets, d_logp, d_lse))
             return jax.tree.map(jnp.add, carry, (d_tables, value)), (like(d_x, x), like(d_log_w, log_w))
 
         value = jnp.zeros((), log_w.dtype), jnp.zeros(targets.shape[-1], log_w.dtype)
         zeros = device.zeros(), jax.tree.map(lambda a: vary(a, but=device.split), value)
-        (d_tables, value), (d_x, d_log_w) = lax.scan(tile, zeros, device.tiles((x, log_w, targets, weights)))
+        tiles = device.tiles((x, log_w, targets, weights))
+        (d_tables, value), (d_x, d_log_w) = lax.scan(tile, zeros, (jnp.arange(tiles[0].shape[0]), tiles))
         gradients = device.d_params(d_tables), *(device.untile(a, x) for a in (d_x, d_log_w))
         return jax.tree.map(lambda a: like(a, jnp.zeros(())), value), gradients
 
@@ -120,7 +113,7 @@ def _loss_forward(
 
 def _loss_backward(form: type[Form], terms: Terms, gradients: Any, cotangents: tuple[Any, Any]) -> Any:
     scaled = jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), gradients)
-    return *scaled, None, None
+    return *scaled, None, None, None
 
 
 _mixture_loss.defvjp(_loss_forward, _loss_backward)
@@ -199,101 +192,6 @@ def _objective(terms: Terms, logp_BTRW: Array, lse_BTRW: Array, log_w_BTR: Array
     if terms.z_weight:
         loss = loss + terms.z_weight * jnp.sum(weights_BTW * jnp.mean(jnp.square(lse_BTRW), axis=2))
     return loss, nll_W
-
-
-def tile_positions(positions: int, logits_bytes: int) -> int:
-    """Positions in a tile, of `positions` on a device whose logits are `logits_bytes` each."""
-    most = max(1, TILE_BYTES[jax.default_backend()] // logits_bytes)
-    return -(-positions // -(-positions // most))
-
-
-class Device:
-    """What one device does with its part of a batch: inside `shard_map`."""
-
-    def __init__(self, form: type[Form], params: Any, specs: Any, x_BTD: Array, targets_BTW: Array):
-        self.form, self.params, self.specs = form, params, specs
-        whole = jax.tree.map(lambda w, spec: gather_local(w, spec, x_BTD.dtype), params, specs)
-        self.tables, self._pull = jax.vjp(form.tables, whole)
-        # The axes that split the vocabulary: the rules split nothing else of the head over this one.
-        self.split = {"tensor"} & shares(axis for spec in jax.tree.leaves(specs) for axis in spec)
-        working = varies(x_BTD) | self.split
-        mesh = jax.sharding.get_abstract_mesh()
-        self.copies = math.prod(size for name, size in mesh.shape.items() if name not in working)
-        one = jax.eval_shape(lambda tables, x: form.logits(tables, vary(x)), self.tables, x_BTD[:1, :1])
-        self.width = tile_positions(x_BTD.shape[0] * x_BTD.shape[1], one.size * one.dtype.itemsize)
-
-    def tiles(self, arrays: Any) -> Any:
-        """Each `[B, T, ...]` as `[tiles, 1, positions, ...]`, padded at the end with zeros (of weight zero)."""
-
-        def split(array: Array) -> Array:
-            flat = array.reshape(-1, *array.shape[2:])
-            padding = -flat.shape[0] % self.width
-            flat = jnp.pad(flat, [(0, padding)] + [(0, 0)] * (flat.ndim - 1))
-            return flat.reshape(-1, 1, self.width, *flat.shape[1:])
-
-        return jax.tree.map(split, arrays)
-
-    def untile(self, tiled: Array, like_BT: Array) -> Array:
-        """The inverse of `tiles`, with B and T of `like_BT`."""
-        batch, time = like_BT.shape[:2]
-        flat = tiled.reshape(-1, *tiled.shape[3:])
-        return flat[: batch * time].reshape(batch, time, *flat.shape[1:])
-
-    def zeros(self) -> Any:
-        """A gradient of the tables to add to."""
-        return jax.tree.map(lambda table: vary(jnp.zeros_like(table)), self.tables)
-
-    def logits(self, x_BTD: Array) -> tuple[Array, Callable[[Array], tuple[Any, Array]]]:
-        """The logits of a tile, and the function that takes their gradient back to (tables, x).
-
-        As a plain matrix: M rows, one for each position, component and offset. XLA then works on it in place.
-        """
-
-        def logits_MV(tables: Any, x_BTD: Array) -> Array:
-            logits_BTRWV = self.form.logits(tables, x_BTD)
-            return logits_BTRWV.reshape(-1, logits_BTRWV.shape[-1])
-
-        return jax.vjp(logits_MV, self.tables, vary(x_BTD))
-
-    def scores(self, logits_MV: Array, targets_BTW: Array) -> tuple[Array, Array]:
-        """log p_rs(x_s) and the log-normalisers, `[B, T, R, W]`."""
-        rank = logits_MV.shape[0] // targets_BTW.size
-        index_M1, here_M1 = self._locate(targets_BTW, logits_MV)
-        found_M1 = jnp.where(here_M1, jnp.take_along_axis(logits_MV, index_M1, axis=1), 0.0)
-        most_M1 = jnp.max(logits_MV, axis=1, keepdims=True)
-        if self.split:
-            most_M1 = lax.pmax(most_M1, "tensor")
-        sum_M1 = jnp.sum(jnp.exp(logits_MV - most_M1), axis=1, keepdims=True)
-        if self.split:
-            sum_M1, found_M1 = lax.psum((sum_M1, found_M1), "tensor")
-        lse_M1 = most_M1 + jnp.log(sum_M1)
-        batch, time, window = targets_BTW.shape
-        return tuple(a.reshape(batch, time, rank, window) for a in (found_M1 - lse_M1, lse_M1))  # type: ignore[return-value]
-
-    def d_logits(
-        self, logits_MV: Array, lse_BTRW: Array, targets_BTW: Array, d_logp_BTRW: Array, d_lse_BTRW: Array
-    ) -> Array:
-        """The gradient of the logits, from those of the scores."""
-        index_M1, here_M1 = self._locate(targets_BTW, logits_MV)
-        lse_M1, d_logp_M1, d_lse_M1 = (a.reshape(-1, 1) for a in (lse_BTRW, d_logp_BTRW, d_lse_BTRW))
-        d_MV = (d_lse_M1 - d_logp_M1) * jnp.exp(logits_MV - lse_M1)
-        rows = jnp.arange(index_M1.shape[0])
-        return d_MV.at[rows, index_M1[:, 0]].add(jnp.where(here_M1, d_logp_M1, 0.0)[:, 0], unique_indices=True)
-
-    def d_params(self, d_tables: Any) -> Any:
-        """The gradient of the parameters, reduced over devices and split as they are."""
-        (d_whole,) = self._pull(d_tables)
-        return jax.tree.map(lambda d, w, spec: reduce_local(d, w, spec), d_whole, self.params, self.specs)
-
-    def _locate(self, targets_BTW: Array, logits_MV: Array) -> tuple[Array, Array]:
-        """Where the target's logit is in each row, `[M, 1]` (anywhere, if not here), and whether this device has it."""
-        rows, size = logits_MV.shape
-        batch, time, window = targets_BTW.shape
-        shape = (batch, time, rows // targets_BTW.size, window)
-        index_M1 = jnp.broadcast_to(targets_BTW[:, :, None], shape).reshape(-1, 1)
-        if self.split:
-            index_M1 = index_M1 - lax.axis_index("tensor") * size
-        return jnp.clip(index_M1, 0, size - 1), (index_M1 >= 0) & (index_M1 < size)
 
 
 def _specs(tree: Any) -> Any:

@@ -28,6 +28,7 @@ from mtp_jax.train.step import Metrics, TrainState, make_trainer
 RESUMABLE = {
     *(("model", name) for name in ("dtype", "remat", "attention", "context_length")),
     *(("head", name) for name in ("ntp_weight", "gamma", "z_weight", "balance", "balance_weight", "init_noise")),
+    *(("head", name) for name in ("loss_fraction", "backward_draws")),
     ("data", "cache_dir"),
 }
 

@@ -85,12 +85,17 @@ def target_counts(batches: Sequence[Batch]) -> Array:
     return sum(jnp.sum(batch["valid_BTW"], axis=(0, 1), dtype=jnp.float32) for batch in batches)  # type: ignore[return-value]
 
 
-def batch_loss(graph: nnx.GraphDef, params: dict[str, Any], batch: Batch, count_W: Array) -> tuple[Array, Metrics]:
-    """The head's loss on a batch, and its sums; `count_W` is the number of valid targets that the means are over."""
+def batch_loss(
+    graph: nnx.GraphDef, params: dict[str, Any], batch: Batch, count_W: Array, key: Array | None = None
+) -> tuple[Array, Metrics]:
+    """The head's loss on a batch, and its sums; `count_W` is the number of valid targets that the means are over.
+
+    `key` is for what a head draws in training; without one the loss is exact.
+    """
     model = nnx.merge(graph, params)
     weights_BTW = batch["valid_BTW"] / jnp.maximum(count_W, 1)[None, None]
     x_BTD = model(batch["tokens_BT"], batch["segments_BT"])
-    return model.head.loss(x_BTD, batch["targets_BTW"], weights_BTW)
+    return model.head.loss(x_BTD, batch["targets_BTW"], weights_BTW, key)
 
 
 def train_step(
@@ -105,13 +110,16 @@ def train_step(
     count_W = target_counts([batch])
     gradient = jax.value_and_grad(functools.partial(batch_loss, graph), has_aux=True)
     parts = config.grad_accumulation
+    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
     if parts == 1:
-        (loss, aux), grads = gradient(state.params, batch, count_W)
+        (loss, aux), grads = gradient(state.params, batch, count_W, key)
     else:
 
-        def part(total: Any, batch: Batch) -> tuple[Any, None]:
-            return jax.tree.map(jnp.add, total, gradient(state.params, batch, count_W)), None
+        def part(total: Any, numbered: tuple[Array, Batch]) -> tuple[Any, None]:
+            number, batch = numbered
+            new = gradient(state.params, batch, count_W, jax.random.fold_in(key, number))
+            return jax.tree.map(jnp.add, total, new), None
 
         def deal(array: Array) -> Array:
             # Rows are dealt in turn, so that a part is spread over the devices as the batch is. The sharding is said:
@@ -122,8 +130,8 @@ def train_step(
 
         dealt = jax.tree.map(deal, batch)
         first = jax.tree.map(lambda a: a[0], dealt)
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state.params, first, count_W))
-        ((loss, aux), grads), _ = lax.scan(part, zeros, dealt)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state.params, first, count_W, key))
+        ((loss, aux), grads), _ = lax.scan(part, zeros, (jnp.arange(parts), dealt))
 
     updates, opt_state = _update(optimizer, grads, state)
     params: Any = optax.apply_updates(state.params, updates)

@@ -1,0 +1,157 @@
+"""A device's part of a batch in tiles of positions: logits, scores and gradients of one tile, inside `shard_map`.
+
+The batch lies over the mesh's batch axes and the vocabulary over `tensor`. A tile exchanges a maximum and two sums per
+row over `tensor`, and the gradient of its hidden states. Tables are gathered over `fsdp` once before the loop over
+tiles, and their gradient is reduced once after it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from mtp_jax.model.layers import product
+from mtp_jax.sharding import gather_local, reduce_local, shares, varies, vary
+
+# Most bytes of float32 logits that are alive together on one device: as few as keep the products at full speed.
+TILE_BYTES = {"cpu": 20 * 2**20, "gpu": 2**30, "tpu": 2**28}
+
+
+class Form(Protocol):
+    """How the logits of every factor come from parameters and hidden states."""
+
+    @staticmethod
+    def tables(params: Any) -> Any:
+        """What every tile reads, made from the parameters once."""
+        ...
+
+    @staticmethod
+    def logits(tables: Any, x_BTD: Array) -> Array:
+        """`[B, T, R, W, V]` in float32."""
+        ...
+
+
+def tile_positions(positions: int, logits_bytes: int) -> int:
+    """Positions in a tile, of `positions` on a device whose logits are `logits_bytes` each."""
+    most = max(1, TILE_BYTES[jax.default_backend()] // logits_bytes)
+    return -(-positions // -(-positions // most))
+
+
+class Device:
+    """What one device does with its part of a batch: inside `shard_map`."""
+
+    def __init__(self, form: type[Form], params: Any, specs: Any, x_BTD: Array, targets_BTW: Array):
+        self.form, self.params, self.specs, self.x_BTD = form, params, specs, x_BTD
+        whole = jax.tree.map(lambda w, spec: gather_local(w, spec, x_BTD.dtype), params, specs)
+        self.tables, self._pull = jax.vjp(form.tables, whole)
+        # The axes that split the vocabulary: the rules split nothing else of the head over this one.
+        self.split = {"tensor"} & shares(axis for spec in jax.tree.leaves(specs) for axis in spec)
+        working = varies(x_BTD) | self.split
+        mesh = jax.sharding.get_abstract_mesh()
+        self.copies = math.prod(size for name, size in mesh.shape.items() if name not in working)
+        one = jax.eval_shape(lambda tables, x: form.logits(tables, vary(x)), self.tables, x_BTD[:1, :1])
+        self.width = tile_positions(x_BTD.shape[0] * x_BTD.shape[1], one.size * one.dtype.itemsize)
+
+    def tiles(self, arrays: Any) -> Any:
+        """Each `[B, T, ...]` as `[tiles, 1, positions, ...]`, padded at the end with zeros (of weight zero)."""
+
+        def split(array: Array) -> Array:
+            flat = array.reshape(-1, *array.shape[2:])
+            padding = -flat.shape[0] % self.width
+            flat = jnp.pad(flat, [(0, padding)] + [(0, 0)] * (flat.ndim - 1))
+            return flat.reshape(-1, 1, self.width, *flat.shape[1:])
+
+        return jax.tree.map(split, arrays)
+
+    def untile(self, tiled: Array, like_BT: Array) -> Array:
+        """The inverse of `tiles`, with B and T of `like_BT`."""
+        batch, time = like_BT.shape[:2]
+        flat = tiled.reshape(-1, *tiled.shape[3:])
+        return flat[: batch * time].reshape(batch, time, *flat.shape[1:])
+
+    def zeros(self) -> Any:
+        """A gradient of the tables to add to."""
+        return jax.tree.map(lambda table: vary(jnp.zeros_like(table)), self.tables)
+
+    def logits(self, x_BTD: Array) -> tuple[Array, Callable[[Array], tuple[Any, Array]]]:
+        """The logits of a tile, and the function that takes their gradient back to (tables, x).
+
+        As a plain matrix: M rows, one for each position, component and offset. XLA then works on it in place.
+        """
+
+        def logits_MV(tables: Any, x_BTD: Array) -> Array:
+            logits_BTRWV = self.form.logits(tables, x_BTD)
+            return logits_BTRWV.reshape(-1, logits_BTRWV.shape[-1])
+
+        return jax.vjp(logits_MV, self.tables, vary(x_BTD))
+
+    def scores(self, logits_MV: Array, targets_BTW: Array) -> tuple[Array, Array]:
+        """log p_rs(x_s) and the log-normalisers, `[B, T, R, W]`."""
+        rank = logits_MV.shape[0] // targets_BTW.size
+        index_M1, here_M1 = self._locate(targets_BTW, logits_MV)
+        found_M1 = jnp.where(here_M1, jnp.take_along_axis(logits_MV, index_M1, axis=1), 0.0)
+        most_M1 = jnp.max(logits_MV, axis=1, keepdims=True)
+        if self.split:
+            most_M1 = lax.pmax(most_M1, "tensor")
+        sum_M1 = jnp.sum(jnp.exp(logits_MV - most_M1), axis=1, keepdims=True)
+        if self.split:
+            sum_M1, found_M1 = lax.psum((sum_M1, found_M1), "tensor")
+        lse_M1 = most_M1 + jnp.log(sum_M1)
+        batch, time, window = targets_BTW.shape
+        return tuple(a.reshape(batch, time, rank, window) for a in (found_M1 - lse_M1, lse_M1))  # type: ignore[return-value]
+
+    def d_logits(
+        self, logits_MV: Array, lse_BTRW: Array, targets_BTW: Array, d_logp_BTRW: Array, d_lse_BTRW: Array
+    ) -> Array:
+        """The gradient of the logits, from those of the scores."""
+        index_M1, here_M1 = self._locate(targets_BTW, logits_MV)
+        lse_M1, d_logp_M1, d_lse_M1 = (a.reshape(-1, 1) for a in (lse_BTRW, d_logp_BTRW, d_lse_BTRW))
+        d_MV = (d_lse_M1 - d_logp_M1) * jnp.exp(logits_MV - lse_M1)
+        rows = jnp.arange(index_M1.shape[0])
+        return d_MV.at[rows, index_M1[:, 0]].add(jnp.where(here_M1, d_logp_M1, 0.0)[:, 0], unique_indices=True)
+
+    def pull_drawn(
+        self, draw: tuple[Array, Array], logits_MV: Array, lse_BTRW: Array, targets_BTW: Array, x_BTD: Array
+    ) -> tuple[Any, Array]:
+        """The gradient of (tables, x), from that of log p of some components (see `draw_components`)."""
+        component_BTcW, d_logp_BTcW = draw
+        batch, time, rank, window = lse_BTRW.shape
+        position_BT11 = jnp.arange(batch * time, dtype=jnp.int32).reshape(batch, time, 1, 1)
+        offset_W = jnp.arange(window, dtype=jnp.int32)[None, None, None]
+        row_n = ((position_BT11 * rank + component_BTcW) * window + offset_W).reshape(-1)
+        lse_BTcW = jnp.take_along_axis(lse_BTRW, component_BTcW, axis=2)
+        d_nV = self.d_logits(logits_MV[row_n], lse_BTcW, targets_BTW, d_logp_BTcW, jnp.zeros_like(d_logp_BTcW))
+        rows_BTRWD, pull_rows = jax.vjp(self.form.rows, self.tables, vary(x_BTD))  # type: ignore[attr-defined]
+        rows_MD = rows_BTRWD.reshape(logits_MV.shape[0], -1)
+        _, pull = jax.vjp(functools.partial(product, "md,vd->mv"), rows_MD[row_n], self.tables["unembed_VD"])
+        d_nD, d_unembed = pull(d_nV)
+        d_rows = jnp.zeros_like(rows_MD).at[row_n].add(d_nD).reshape(rows_BTRWD.shape)
+        d_tables, d_x = pull_rows(d_rows)
+        return d_tables | {"unembed_VD": d_tables["unembed_VD"] + d_unembed}, d_x
+
+    def key(self, key: Array) -> Array:
+        """`key` for this device: those that share a batch share it, those with different rows do not."""
+        for name in sorted(varies(self.x_BTD)):
+            key = jax.random.fold_in(key, lax.axis_index(name))
+        return key
+
+    def d_params(self, d_tables: Any) -> Any:
+        """The gradient of the parameters, reduced over devices and split as they are."""
+        (d_whole,) = self._pull(d_tables)
+        return jax.tree.map(lambda d, w, spec: reduce_local(d, w, spec), d_whole, self.params, self.specs)
+
+    def _locate(self, targets_BTW: Array, logits_MV: Array) -> tuple[Array, Array]:
+        """Where the target's logit is in each row, `[M, 1]` (anywhere, if not here), and whether this device has it."""
+        rows, size = logits_MV.shape
+        batch, time, window = targets_BTW.shape
+        shape = (batch, time, rows // targets_BTW.size, window)
+        index_M1 = jnp.broadcast_to(targets_BTW[:, :, None], shape).reshape(-1, 1)
+        if self.split:
+            index_M1 = index_M1 - lax.axis_index("tensor") * size
+        return jnp.clip(index_M1, 0, size - 1), (index_M1 >= 0) & (index_M1 < size)
