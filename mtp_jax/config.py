@@ -318,7 +318,8 @@ class BenchConfig:
 @dataclass(frozen=True)
 class LossBenchConfig:
     """What `mtp-jax bench loss` measures: loss and gradient of a head of `rank` x `window` factors over a vocabulary of
-    `v`, on `tokens` positions of width `d`, on one device. `factor_width` is that of `lowrank` factors."""
+    `v`, on `tokens` positions of width `d`, on one device. `factor_width` is that of `lowrank` factors, `draws` the
+    `backward_draws` of `shared` ones."""
 
     d: int = 256
     v: int = 32768
@@ -328,11 +329,13 @@ class LossBenchConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     factors: Literal["full", "shared", "lowrank"] = "shared"
     factor_width: int = 64
+    draws: int = 0
     repetitions: int = 5
 
     def __post_init__(self) -> None:
         _choices(self)
         _at_least(self, 1, "d", "v", "window", "rank", "tokens", "factor_width", "repetitions")
+        HeadConfig(factors=self.factors, backward_draws=self.draws)  # which refuses what does not go together
 
 
 @dataclass(frozen=True)

@@ -475,3 +475,16 @@ def test_unknown_kind_names_the_nearest():
 def test_protocol_has_no_gate_of_its_own():
     with pytest.raises(TypeError, match="log_weights"):
         Head.log_weights(make(), jnp.zeros((1, 1, D)))
+
+
+@every_factors
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_the_targets_law_can_be_differentiated(factors, shape):
+    """By whoever distils into it, on any mesh: with respect to the hidden states, against finite differences."""
+    with tiny.mesh(*shape):
+        head = jax.jit(lambda: make_head(tiny.head_config(factors=factors), tiny.model_config(), rngs=nnx.Rngs(0)))()
+        x_BTD, direction = hidden(0, 4, 2, 16), hidden(1, 4, 2, 16)
+        value = lambda x: jnp.sum(head.target_log_probs(x) * (jnp.arange(tiny.VOCAB) == 3)[None, None])  # noqa: E731
+        gradient, value = jax.jit(jax.grad(value))(tiny.shard(x_BTD)), jax.jit(value)
+        ahead, behind = (float(value(tiny.shard(x_BTD + step * direction))) for step in (0.01, -0.01))
+    assert (np.asarray(gradient) * direction).sum() == pytest.approx((ahead - behind) / 0.02, rel=2e-2, abs=2e-2)

@@ -36,7 +36,7 @@ def bench_loss(config: LossBenchConfig, progress: Callable[[str], None] = lambda
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         arrays = _problem(config, config.tokens)
-        ours = jax.jit(jax.value_and_grad(functools.partial(_ours, form), argnums=(0, 1, 2)))
+        ours = jax.jit(jax.value_and_grad(functools.partial(_ours, form, config.draws), argnums=(0, 1, 2)))
         matmuls = jax.jit(functools.partial(_matmuls, form))
         progress("compiling")
         compiled = {name: f.lower(*arrays).compile() for name, f in (("ours", ours), ("matmuls", matmuls))}
@@ -107,8 +107,10 @@ def _problem(config: LossBenchConfig, tokens: int) -> Arrays:
     return params, x_BTD, log_w_BTR, targets_BTW, jnp.full_like(targets_BTW, 1 / tokens, dtype=jnp.float32)
 
 
-def _ours(form: type[Factors], params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Array:
-    return mixture_loss(form, Terms(), params, x, log_w, targets, weights)[0]
+def _ours(
+    form: type[Factors], draws: int, params: Any, x: Array, log_w: Array, targets: Array, weights: Array
+) -> Array:
+    return mixture_loss(form, Terms(draws=draws), params, x, log_w, targets, weights)[0]
 
 
 def _naive(form: type[Factors], params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Array:
@@ -142,7 +144,8 @@ def _matmuls(form: type[Factors], params: Any, x: Array, log_w: Array, targets: 
 def _errors(form: type[Factors], config: LossBenchConfig, mesh: Mesh) -> dict[str, float]:
     """Gradient errors of both methods against float64, at as many positions as a gigabyte of its logits holds."""
     most = 2**30 // (8 * config.rank * config.window * config.v)
-    ours, naive = (jax.jit(jax.grad(functools.partial(f, form), argnums=(0, 1, 2))) for f in (_ours, _naive))
+    losses = functools.partial(_ours, form, config.draws), functools.partial(_naive, form)
+    ours, naive = (jax.jit(jax.grad(loss, argnums=(0, 1, 2))) for loss in losses)
     with jax.set_mesh(mesh):
         arrays = _problem(config, max(1, min(config.tokens, most)))
         found = jax.device_get(ours(*arrays))
