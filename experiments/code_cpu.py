@@ -9,10 +9,10 @@ Shape: the trunk is heavy next to the head, and wide next to its depth, because 
 little more than one of a single token only where the time goes into reading weights. Sequences of 384 tokens cover
 the positions that the benchmark decodes (96 + 256).
 
-Cost: about 4.5 minutes of training on two cores; the three commands take about 6 minutes.
-Expect: validation loss by offset 1.82 2.06 2.16 2.26 2.47 nats per byte, 3.8 of 4 components in use, 2.57 tokens per
-forward at T = 0.7 with k = 4, and decoding at T = 0.7 about 1.4 times as fast as without drafts. Another interpreter
-has another standard library, so the figures differ a little.
+Cost: about 4.5 minutes of training on two cores; the three commands take about 7 minutes.
+Expect: validation loss by offset 1.8 2.1 2.2 2.3 2.5 nats per byte, 3.8 of 4 components in use, 2.4 to 2.8 tokens per
+forward at T = 0.7 with k = 4, and decoding at T = 0.7 about 1.5 times as fast as without drafts. A change in the last
+digit of any sum, or another interpreter's library, leads to another model, so the figures differ a little.
 """
 
 from mtp_jax import DataConfig, HeadConfig, ModelConfig, OptimizerConfig, TrainConfig

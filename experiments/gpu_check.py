@@ -1,10 +1,10 @@
-"""Every measurement that wants a GPU, in one run: loss, training step, attention.
+"""Every measurement that wants a GPU, in one run: the loss, its peers, and the training step with both attentions.
 
     python experiments/gpu_check.py experiments/results/NAME.json      # about 8 minutes on one H100 or H200
 
 Needs the package and nothing else of the project's tools. Each part is written to the file as soon as it is measured,
 with the device's name and the versions, so that a run which is cut off keeps what it has; `--only loss,train` chooses
-parts. `XLA_FLAGS` are recorded as found.
+parts by the beginning of their names. `XLA_FLAGS` are recorded as found. It has not run on a GPU yet.
 
 Expect on an H200 in bfloat16: the loss at most 1.25 times its matrix products at D >= 2048 and 1.8 times at D = 768;
 model FLOPs utilisation, head included, of at least 35% for the 85M trunk and 42% for the 1B shape.
@@ -17,7 +17,10 @@ import dataclasses
 import functools
 import json
 import os
+import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ from mtp_jax.bench.loss import bench_loss
 from mtp_jax.bench.timing import interleave, ratio, summary
 from mtp_jax.bench.train import bench_train
 from mtp_jax.checkpoint import versions
+from mtp_jax.commands import use_compilation_cache
 
 LOSS = {
     "1B-shaped": LossBenchConfig(d=2048, v=128_256, rank=4, tokens=4096, dtype="bfloat16", repetitions=5),
@@ -58,26 +62,27 @@ def train_config(model: ModelConfig, batch: int, **changes: Any) -> TrainConfig:
     return TrainConfig(model, head, data, OptimizerConfig(warmup_steps=0), steps=10)
 
 
-def measure_loss() -> dict[str, Any]:
+def loss_parts() -> dict[str, Callable[[], Any]]:
     """`mtp-jax bench loss` at the shapes of `LOSS`."""
-    return {name: bench_loss(config) for name, config in LOSS.items()}
+    return {f"loss {name}": functools.partial(bench_loss, config) for name, config in LOSS.items()}
 
 
-def measure_train() -> dict[str, Any]:
-    """`mtp-jax bench train` for two sizes, with both attentions."""
-    found = {}
-    for attention in ("xla", "cudnn"):
-        bench = TrainBenchConfig(ranks=(1, 4), repetitions=5)
-        small = train_config(SMALL, 32, attention=attention)
-        found[f"85M, {attention}"] = bench_train(small, bench)
-        large = train_config(BILLION, 8, attention=attention, remat="dots")
-        found[f"1B, {attention}"] = bench_train(large, bench)
-    return found
+def train_parts() -> dict[str, Callable[[], Any]]:
+    """`mtp-jax bench train` for two sizes, with both attentions; two states at a time are all that memory holds."""
+    bench = TrainBenchConfig(ranks=(4,), repetitions=5)
+    parts: dict[str, Callable[[], Any]] = {}
+    for attention in ("cudnn", "xla"):
+        small, large = (
+            train_config(SMALL, 32, attention=attention),
+            train_config(BILLION, 4, attention=attention, remat="dots"),
+        )
+        parts[f"train 85M {attention}"] = functools.partial(bench_train, small, bench)
+        parts[f"train 1B {attention}"] = functools.partial(bench_train, large, bench)
+    return parts
 
 
-def measure_peers() -> dict[str, Any]:
-    """The next-token loss at 32768 x 4096 x 128256 against a chunked loss with `jax.checkpoint`, and tokamax."""
-    rows, width, vocab = 32_768, 4096, 128_256
+def measure_peers(rows: int = 32_768, width: int = 4096, vocab: int = 128_256, chunk: int = 2048) -> dict[str, Any]:
+    """The next-token loss against a chunked loss with `jax.checkpoint`, and tokamax where it is installed."""
     keys = jax.random.split(jax.random.key(0), 3)
     x = jax.random.normal(keys[0], (rows, width), jnp.bfloat16)
     w = (jax.random.normal(keys[1], (width, vocab)) * width**-0.5).astype(jnp.bfloat16)
@@ -88,7 +93,7 @@ def measure_peers() -> dict[str, Any]:
         return jnp.sum(jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, y[:, None], axis=1)[:, 0])
 
     def chunked(x: Any, w: Any) -> Any:
-        chunks = x.reshape(-1, 2048, width), y.reshape(-1, 2048)
+        chunks = x.reshape(-1, chunk, width), y.reshape(-1, chunk)
         return jnp.sum(lax.map(lambda chunk: jax.checkpoint(plain)(chunk[0], w, chunk[1]), chunks)) / rows
 
     def ours(x: Any, w: Any) -> Any:
@@ -125,32 +130,41 @@ def measure_peers() -> dict[str, Any]:
     }
 
 
-PARTS = {"loss": measure_loss, "peers": measure_peers, "train": measure_train}
+PARTS: dict[str, Callable[[], Any]] = {**loss_parts(), "peers": measure_peers, **train_parts()}
 
 
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("file", type=Path)
-    parser.add_argument("--only", default=",".join(PARTS), help="parts to measure, of " + ", ".join(PARTS))
+    parser.add_argument(
+        "--only", default="", help="parts to measure, by the beginning of their names: loss,peers,train"
+    )
+    parser.add_argument("--budget-seconds", type=float, default=480, help="no part begins after so long")
     options = parser.parse_args()
-    device = jax.devices()[0]
+    use_compilation_cache()
+    device, begun = jax.devices()[0], time.perf_counter()
     result: dict[str, Any] = {
         "device": device.device_kind,
         "platform": device.platform,
         "versions": versions(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "parts": {},
     }
     options.file.parent.mkdir(parents=True, exist_ok=True)
-    for name in options.only.split(","):
-        begun = time.perf_counter()
+    failed = False
+    for name, part in PARTS.items():
+        if not name.startswith(tuple(options.only.split(","))) or time.perf_counter() - begun > options.budget_seconds:
+            continue
+        start = time.perf_counter()
         try:
-            result[name] = PARTS[name]()
-        except Exception as error:  # one part that fails must not cost the others
-            result[name] = {"error": f"{type(error).__name__}: {error}"}
-        result[name]["wall_seconds"] = time.perf_counter() - begun
+            found = {"figures": part()}
+        except Exception:  # one part that fails must not cost the others
+            found, failed = {"error": traceback.format_exc()}, True
+        result["parts"][name] = {**found, "wall_seconds": time.perf_counter() - start}
         options.file.write_text(json.dumps(result, indent=2) + "\n")
-        print(f"{name}: {result[name]['wall_seconds']:.0f} s", flush=True)
+        print(f"{name}: {'failed, ' if 'error' in found else ''}{time.perf_counter() - start:.0f} s", flush=True)
+    sys.exit(int(failed))
 
 
 if __name__ == "__main__":

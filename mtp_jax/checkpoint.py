@@ -73,7 +73,9 @@ class Checkpoints:
 
     def __init__(self, run_dir: epath.PathLike, keep: int | None = None):
         self.run_dir = epath.Path(run_dir).expanduser().resolve()
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=keep is not None)
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, cleanup_tmp_directories=keep is not None, create=keep is not None
+        )
         self._manager = ocp.CheckpointManager(self.run_dir / "checkpoints", options=options)
 
     def save(self, state: TrainState, config: TrainConfig, metrics: dict[str, Any], data_sha256: str) -> int:

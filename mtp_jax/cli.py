@@ -17,7 +17,7 @@ from mtp_jax.config import ConfigError
 COMMANDS = {
     "train": ("mtp_jax.commands.train", "EXPERIMENT.py [--run-dir DIR]     train, and leave a run directory"),
     "generate": ("mtp_jax.commands.generate", "RUN --prompt TEXT                 continue text with a trained model"),
-    "bench": ("mtp_jax.commands.bench", "decode RUN                        time decoding with k drafts against none"),
+    "bench": ("mtp_jax.commands.bench", "decode RUN | loss | train FILE    time decoding, the loss or training steps"),
     "eval": ("mtp_jax.commands.eval", "RUN                               held-out loss by offset"),
     "doctor": (
         "mtp_jax.commands.doctor",

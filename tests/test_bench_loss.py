@@ -2,7 +2,9 @@
 
 import functools
 import json
+import re
 import runpy
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from mtp_jax.bench.train import NEXT_TOKEN, bench_train
 from mtp_jax.config import ConfigError, LossBenchConfig, MeshConfig, TrainBenchConfig
 from mtp_jax.heads.factors import FACTORS
 from mtp_jax.mesh import make_mesh
+from mtp_jax.train.step import make_trainer
 
 SMALL = {"d": 16, "v": 64, "window": 3, "rank": 2, "tokens": 24, "factor_width": 4, "repetitions": 2}
 
@@ -51,7 +54,7 @@ def test_a_naive_loss_that_does_not_fit_is_left_out(monkeypatch, capsys):
     cli.main(["bench", "loss", *options])
     *_, said, ratio, errors, last = capsys.readouterr().out.splitlines()
     bench = json.loads(last)
-    assert "naive needs" in said and "0 are free" in said.replace("0 MiB", "")
+    assert re.fullmatch(r"naive needs \d+ MiB and 0 are free\.", said)
     assert "naive" not in ratio and "gradient error" in errors
     assert bench["time_ratio_to_naive"] is None and not bench["naive_fits"] and bench["naive_temp_bytes"] > 1
     assert set(bench["seconds"]) == {"ours", "matmuls"}
@@ -102,19 +105,39 @@ def test_rounds_are_interleaved_and_ratios_are_of_one_round(monkeypatch):
     assert timing.summary([1, 2, 8]) == {"median": 2, "quartile_1": 1.5, "quartile_3": 5}
 
 
-def test_the_gpu_check_writes_each_part_as_it_ends(tmp_path, monkeypatch, capsys):
+@pytest.fixture(scope="module")
+def gpu_check():
+    return SimpleNamespace(**runpy.run_path("experiments/gpu_check.py"))
+
+
+def test_the_gpu_check_writes_each_part_as_it_ends(gpu_check, tmp_path, monkeypatch, capsys):
     """On any device; here with parts that take no time, one of which fails."""
-    script = runpy.run_path("experiments/gpu_check.py")
-    main = script["main"]
     file = tmp_path / "results" / "device.json"
 
     def second():
-        assert json.loads(file.read_text())["loss"]["found"] == 1
+        assert json.loads(file.read_text())["parts"]["loss a"]["figures"] == 1
         raise ValueError("no such kernel")
 
-    main.__globals__["PARTS"] = {"loss": lambda: {"found": 1}, "train": second}
-    monkeypatch.setattr("sys.argv", ["gpu_check.py", str(file), "--only", "loss,train"])
-    main()
+    monkeypatch.setitem(gpu_check.main.__globals__, "PARTS", {"loss a": lambda: 1, "loss b": second, "train": 1 / 1})
+    monkeypatch.setattr("sys.argv", ["gpu_check.py", str(file), "--only", "loss,peers"])
+    with pytest.raises(SystemExit) as stop:
+        gpu_check.main()
     result = json.loads(file.read_text())
-    assert result["platform"] == "cpu" and result["loss"]["found"] == 1
-    assert result["train"]["error"] == "ValueError: no such kernel"
+    assert stop.value.code == 1 and result["platform"] == "cpu" and list(result["parts"]) == ["loss a", "loss b"]
+    assert "ValueError: no such kernel" in result["parts"]["loss b"]["error"]
+
+
+def test_the_peers_of_the_gpu_check_have_one_loss(gpu_check):
+    found = gpu_check.measure_peers(rows=64, width=16, vocab=48, chunk=16)
+    assert found["loss"]["ours"] == pytest.approx(found["loss"]["checkpoint"], rel=1e-3)
+    assert found["peer_over_ours"].keys() == found["loss"].keys()
+
+
+def test_the_parts_of_the_gpu_check_are_what_it_says(gpu_check):
+    assert {name.split()[0] for name in gpu_check.PARTS} == {"loss", "peers", "train"}
+    for attention in ("xla", "cudnn"):
+        config = gpu_check.train_config(gpu_check.SMALL, 32, attention=attention)
+        assert config.model.attention == attention and config.model.dtype == "bfloat16"
+        with tiny.mesh():
+            trainer = make_trainer(config)
+            jax.eval_shape(trainer.step, jax.eval_shape(trainer.init), tiny.make_batch(config))

@@ -165,3 +165,39 @@ def test_a_step_draws_anew_and_an_evaluation_does_not():
     exact = float(loss(state.params, batch, count_W)[0])
     assert len({first, second, exact}) == 3
     assert exact == float(trainer.evaluate(state.params, batch, count_W)[0])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 2), (1, 1, 4)])
+def test_devices_that_share_a_batch_draw_alike(shape):
+    """With the vocabulary in parts the gradient is that of the same draws with it in one."""
+    found = []
+    for mesh in (1, 1, 1), shape:
+        head = tiny.head_config(factors="shared", backward_draws=2)
+        config = tiny.train_config(tiny.model_config(num_kv_heads=4), head)
+        with tiny.mesh(*mesh):
+            trainer = make_trainer(config)
+            state, metrics = trainer.step(trainer.init(), tiny.make_batch(config))
+            found.append(jax.device_get((metrics, state.opt_state)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1e-2, np.abs(a).max())), *found)
+
+
+def test_drawn_positions_have_one_gradient_on_any_mesh():
+    found = []
+    for mesh in (1, 1, 1), (2, 2, 2):
+        config = tiny.train_config(head=tiny.head_config(loss_fraction=0.5), grad_accumulation=2)
+        with tiny.mesh(*mesh):
+            trainer = make_trainer(config)
+            state, metrics = trainer.step(trainer.init(), tiny.make_batch(config))
+            found.append(jax.device_get((metrics, state.opt_state)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1e-2, np.abs(a).max())), *found)
+
+
+def test_what_cannot_be_drawn_is_refused(problem):
+    params, arrays = problem
+    for form, terms, key in (
+        ("shared", Terms(draws=1), None),
+        ("shared", Terms(z_weight=0.1, draws=1), jax.random.key(0)),
+        ("full", Terms(draws=1), jax.random.key(0)),
+    ):
+        with pytest.raises(ValueError, match="draws is 1"):
+            mixture_loss(FACTORS[form], terms, params, *arrays, key)

@@ -440,7 +440,7 @@ def test_reported_offsets_carry_no_gradient():
 
 
 def test_bfloat16_gradients_are_as_good_as_those_of_the_naive_loss():
-    """Against float64, with the operands rounded alike: the naive loss computes all in float32 after rounding."""
+    """Against float64. The naive loss has the same rounded operands, and logits and softmax in float32."""
     rng = np.random.default_rng(0)
     (batch, time, width, vocab), seen = (2, 32, 64, 1000), {}
     rounded = lambda *shape: np.asarray(jnp.asarray(rng.standard_normal(shape), jnp.bfloat16), np.float64)  # noqa: E731

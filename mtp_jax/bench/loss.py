@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -44,12 +44,16 @@ def bench_loss(config: LossBenchConfig, progress: Callable[[str], None] = lambda
     # Plain arrays without a mesh: XLA does as it likes best.
     inputs["naive"] = jax.device_put(jax.device_get(arrays), jax.devices()[0])
     naive = jax.jit(jax.value_and_grad(functools.partial(_naive, form), argnums=(0, 1, 2)))
-    compiled["naive"] = naive.lower(*inputs["naive"]).compile()
-    scratch: dict[str, int] = {n: c.memory_analysis().temp_size_in_bytes for n, c in compiled.items()}  # type: ignore[union-attr]
     room = free_bytes()
+    # Autodiff keeps two arrays of logits at the least. Compiling may run trials, so that is asked first.
+    scratch = {"naive": 8 * config.tokens * config.rank * config.window * config.v}
+    fits = room is None or scratch["naive"] < 0.8 * room
+    if fits:
+        compiled["naive"] = naive.lower(*inputs["naive"]).compile()
+    scratch |= {name: c.memory_analysis().temp_size_in_bytes for name, c in compiled.items()}  # type: ignore[union-attr]
     fits = room is None or scratch["naive"] < 0.8 * room
     if not fits:
-        del compiled["naive"]
+        compiled.pop("naive", None)
     progress("measuring")
     runs = {name: functools.partial(c, *inputs[name]) for name, c in compiled.items()}
     seconds = interleave(runs, config.repetitions)
@@ -77,10 +81,11 @@ def free_bytes() -> int | None:
     stats = jax.devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    names = os.sysconf_names
-    if "SC_AVPHYS_PAGES" in names and jax.devices()[0].platform == "cpu":
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    meminfo = Path("/proc/meminfo")
+    if jax.devices()[0].platform != "cpu" or not meminfo.exists():
+        return None
+    (line,) = (line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(line.split()[1]) * 1024
 
 
 def _problem(config: LossBenchConfig, tokens: int) -> Arrays:
@@ -110,7 +115,7 @@ def _problem(config: LossBenchConfig, tokens: int) -> Arrays:
 def _ours(
     form: type[Factors], draws: int, params: Any, x: Array, log_w: Array, targets: Array, weights: Array
 ) -> Array:
-    return mixture_loss(form, Terms(draws=draws), params, x, log_w, targets, weights)[0]
+    return mixture_loss(form, Terms(draws=draws), params, x, log_w, targets, weights, jax.random.key(0))[0]
 
 
 def _naive(form: type[Factors], params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Array:
@@ -150,8 +155,9 @@ def _errors(form: type[Factors], config: LossBenchConfig, mesh: Mesh) -> dict[st
         arrays = _problem(config, max(1, min(config.tokens, most)))
         found = jax.device_get(ours(*arrays))
     plain = jax.device_get(arrays)
-    found_naive = jax.device_get(naive(*plain))
-    with jax.enable_x64(True):
+    with jax.default_matmul_precision("highest"):
+        found_naive = jax.device_get(naive(*plain))
+    with jax.enable_x64(True), jax.default_matmul_precision("highest"):
         double = lambda a: np.asarray(a, np.float64 if jnp.issubdtype(a.dtype, jnp.floating) else None)  # noqa: E731
         truth = jax.device_get(naive(*jax.tree.map(double, plain)))
 

@@ -83,7 +83,7 @@ def _loss(args: list[str]) -> None:
     rows = [
         (
             name,
-            *(f"{found[part]:.3f}" for part in ("median", "quartile_1", "quartile_3")),
+            *(f"{found[part]:.4g}" for part in ("median", "quartile_1", "quartile_3")),
             f"{found['median'] / bench['seconds']['matmuls']['median']:.2f}x",
             f"{bench[memory] / mib:,.0f}",
         )
@@ -116,7 +116,7 @@ def _train(args: list[str]) -> None:
     rows = [
         (
             row["head"],
-            f"{row['seconds']['median']:.3f}",
+            f"{row['seconds']['median']:.4g}",
             f"{row['step_ratio']:.2f}x",
             f"{row['predicted_ratio']:.2f}x",
             f"{row['step_ratio'] / row['predicted_ratio']:.2f}",

@@ -42,7 +42,7 @@ class Generate:
     """Sample among the most likely tokens that together reach this mass."""
     seed: int = 0
     k: int | None = None
-    """Drafts per forward, 0 to W-1; W-1 by default. The text does not depend on it."""
+    """Drafts per forward, 0 to W-1; W-1 by default. In float32 the text does not depend on it."""
     step: int | None = None
     """Which checkpoint; the latest by default."""
     color: Literal["auto", "always", "never"] = "auto"

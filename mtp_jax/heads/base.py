@@ -81,7 +81,7 @@ class Head(nnx.Module):
         terms = Terms(config.gamma, config.z_weight, config.backward_draws if key is not None else 0)
         arrays = x_BTD, log_w_BTR, targets_BTW, weights_BTW
         if key is not None and config.loss_fraction < 1:
-            arrays = subsample(key, config.loss_fraction, *arrays)
+            arrays = subsample(jax.random.fold_in(key, 1), config.loss_fraction, *arrays)
         loss, nll_W = mixture_loss(type(self.factors), terms, params, *arrays, key)
         aux = {"loss_offset": nll_W, "loss_first_token": nll_W[0], **self._gate_aux(log_w_BTR, weights_BTW)}
         if self.config.target == "ntp":

@@ -2,8 +2,8 @@
 
 With M_s = logsumexp_r(log w_r + sum_{j<=s} log p_rj(x_j)) and M_0 = 0, offset s has log-likelihood M_s - M_{s-1}.
 The components of a position hang together and positions do not, so a tile of positions has its logits, its loss and its
-gradient while it is in hand, and leaves only sums: memory is O(tile), and each logit costs three products, the least
-there is (logits, gradient of the rows, gradient of the table).
+gradient while it is in hand, and leaves only sums: beside the tables and their gradient, memory is that of a tile, and
+each logit costs three products, the least there is (logits, gradient of the rows, gradient of the table).
 
 The tiles are local to a device (`losses.tiles`), and what devices exchange is written there.
 """
@@ -62,7 +62,15 @@ def mixture_loss(
 
     Returns:
       the loss, and nll `[W]`, which is reported and carries no gradient.
+
+    Raises:
+      ValueError: `terms.draws` without a key, with z-loss, or with a form that has no `rows`.
     """
+    if terms.draws and (key is None or terms.z_weight or not hasattr(form, "rows")):
+        raise ValueError(
+            f"draws is {terms.draws}, key {key}, z_weight {terms.z_weight}, form {form.__name__}: drawing needs a key, "
+            "no z-loss, and a form with rows under one unembedding."
+        )
     key = jax.random.key(0) if key is None else key
     return _mixture_loss(form, terms, params, x_BTD, log_w_BTR, targets_BTW, weights_BTW, key)
 

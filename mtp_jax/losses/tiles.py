@@ -20,7 +20,7 @@ from mtp_jax.model.layers import product
 from mtp_jax.sharding import gather_local, reduce_local, shares, varies, vary
 
 # Most bytes of float32 logits that are alive together on one device: as few as keep the products at full speed.
-TILE_BYTES = {"cpu": 20 * 2**20, "gpu": 2**30, "tpu": 2**28}
+TILE_BYTES = {"cpu": 20 * 2**20, "gpu": 2**29, "tpu": 2**28}
 
 
 class Form(Protocol):
@@ -39,7 +39,7 @@ class Form(Protocol):
 
 def tile_positions(positions: int, logits_bytes: int) -> int:
     """Positions in a tile, of `positions` on a device whose logits are `logits_bytes` each."""
-    most = max(1, TILE_BYTES[jax.default_backend()] // logits_bytes)
+    most = max(1, TILE_BYTES.get(jax.default_backend(), 2**28) // logits_bytes)
     return -(-positions // -(-positions // most))
 
 

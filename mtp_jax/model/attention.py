@@ -32,12 +32,18 @@ def cache_mask(positions_BT: Array, slots: int) -> Array:
 def attend(
     q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_B1TS: Array, implementation: Literal["xla", "cudnn"] = "xla"
 ) -> Array:
-    """Scaled dot-product attention, `[B, T, N, H]`. Each device attends for its own rows and heads."""
+    """Scaled dot-product attention, `[B, T, N, H]`. Each device attends for its own rows and heads.
+
+    `mask_B1TS` is causal. Where there is no NVIDIA GPU, XLA attends whatever `implementation` says: a run that was
+    trained with cuDNN is loaded anywhere.
+    """
+    chosen = implementation if jax.default_backend() == "gpu" else "xla"
     heads = RULES.qkv_BTNH
 
     @functools.partial(jax.shard_map, in_specs=(heads, heads, heads, RULES.mask_B1TS), out_specs=heads)
     def local(q: Array, k: Array, v: Array, mask: Array) -> Array:
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=implementation)
+        # cuDNN skips the blocks that it knows to be empty.
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=chosen == "cudnn", implementation=chosen)
 
     return local(q_BTNH, k_BSKH, v_BSKH, mask_B1TS)
 

@@ -50,7 +50,8 @@ def _product_forward(equation: str, x: Array, w: Array) -> tuple[Array, Any]:
 def _product_backward(equation: str, residuals: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
     (x, w), (inputs, output) = residuals, equation.split("->")
     if any(shares(jax.typeof(a).sharding.spec) for a in residuals):  # whole arrays on a mesh: JAX knows their shardings
-        return jax.vjp(lambda x, w: _sum32(equation, x, w.astype(x.dtype)), x, w)[1](d)
+        rounded = d.astype(x.dtype).astype(d.dtype)
+        return jax.vjp(lambda x, w: _sum32(equation, x, w.astype(x.dtype)), x, w)[1](rounded)
     left, right = inputs.split(",")
     rows = len(set(left) & set(output))  # in front, in both of them
     inner = left[rows:]

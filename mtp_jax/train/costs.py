@@ -56,6 +56,13 @@ def trunk_forward_flops(model: ModelConfig, seq_len: int) -> float:
     return 2 * model.num_layers * (projections + attention)
 
 
+def head_training_flops(head: HeadConfig, model: ModelConfig) -> float:
+    """Training FLOPs per token of the head: three times forward, less what is drawn instead of done."""
+    all_of_it, factors = head_forward_flops(head, model), FACTORS[head.factors].forward_flops(head, model)
+    backward = 2 * min(1.0, head.backward_draws / head.rank if head.backward_draws else 1.0)
+    return 3 * (all_of_it - factors) + head.loss_fraction * (1 + backward) * factors
+
+
 def head_forward_flops(head: HeadConfig, model: ModelConfig) -> float:
     """Forward FLOPs per token of all factors, the gate and the head's own next-token logits."""
     own = NextToken.forward_flops(head, model) if head.target == "ntp" else 0
@@ -74,7 +81,7 @@ def costs(config: TrainConfig, params: Any) -> Costs:
         head_params=count(params["head"]),
         embedding_params=count(params.get("embed_VD", {})),
         trunk_flops=3 * trunk_forward_flops(model, config.data.seq_len),
-        head_flops=3 * head_forward_flops(config.head, model),
+        head_flops=head_training_flops(config.head, model),
         next_token_flops=6 * model.vocab_size * model.d_model,
     )
 

@@ -105,7 +105,7 @@ def train(
 ) -> dict[str, float]:
     """Train a model and leave a run directory that `mtp_jax.load` reads. Returns the last evaluation's metrics.
 
-    Everything that can be refused is refused before anything is compiled, and before an old run is deleted.
+    Everything that can be refused is refused before the step is compiled, and before an old run is deleted.
 
     Raises:
       ConfigError: the config, the mesh, the data or the run directory does not fit.
@@ -138,11 +138,6 @@ class Run:
         self.state = self._restore() if resume else self.trainer.init()
         self.first = int(self.state.step)
         self.last_good = self.first if resume else None
-        require(
-            self.first <= config.steps,
-            f"--resume: the run in {path} is at step {self.first} and steps is {config.steps}; "
-            f"set --steps to {self.first} or more.",
-        )
         cost = costs(config, self.state.params)
         self._describe(cost)
         self.clock = Clock(config, cost, mesh)
@@ -153,7 +148,13 @@ class Run:
 
     def _restore(self) -> TrainState:
         with Checkpoints(self.path) as checkpoints:
-            check_same_data(self.store, checkpoints.meta(), self.path)
+            meta = checkpoints.meta()
+            check_same_data(self.store, meta, self.path)
+            require(
+                meta["step"] <= self.config.steps,
+                f"--resume: the run in {self.path} is at step {meta['step']} and steps is {self.config.steps}; "
+                f"set --steps to {meta['step']} or more.",
+            )
             return checkpoints.restore(on_mesh(jax.eval_shape(self.trainer.init), self.mesh))
 
     def _compile(self) -> float:
