@@ -24,8 +24,9 @@ demo: $(STAMP)
 test: $(STAMP)
 	$(PYTEST) $(ARGS)
 
+# Pytest exits with 5 where no test is that long.
 test-slow: $(STAMP)
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) -m slow $(ARGS) || [ $$? = 5 ]
 
 # Pyright would ask the network for a newer release of itself.
 lint: export PYRIGHT_PYTHON_IGNORE_WARNINGS = 1
