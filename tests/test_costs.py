@@ -13,7 +13,17 @@ import tiny
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
-from mtp_jax.train.costs import Costs, costs, head_forward_flops, peak_flops, tree_bytes, trunk_forward_flops
+from mtp_jax.config import HeadConfig, ModelConfig
+from mtp_jax.heads.factors import SharedFactors
+from mtp_jax.train.costs import (
+    Costs,
+    costs,
+    head_forward_flops,
+    head_training_flops,
+    peak_flops,
+    tree_bytes,
+    trunk_forward_flops,
+)
 from mtp_jax.train.step import batch_loss, build_model, make_trainer, split
 
 # Every number differs from every other, so that none can stand in for another.
@@ -227,3 +237,20 @@ def test_a_state_takes_the_bytes_that_its_shards_take():
     assert whole / 4 <= sharded < whole / 2
     # Two moments, and the counters of AdamW and of its schedule.
     assert 2 * sharded <= tree_bytes(state.opt_state) <= 2 * sharded + 16
+
+
+@pytest.mark.parametrize("target", ["marginal", "ntp"])
+def test_what_is_drawn_instead_of_done_costs_less(target):
+    """The gate and the head's own next-token logits are always whole; so is the forward pass of drawn components."""
+    model, head = ModelConfig(), HeadConfig(rank=8, factors="shared", target=target)
+    factors = SharedFactors.forward_flops(head, model)
+    rest = head_forward_flops(head, model) - factors
+    assert rest > 0
+
+    def training(**changes):
+        return head_training_flops(dataclasses.replace(head, **changes), model)
+
+    assert training() == 3 * (rest + factors)
+    assert training(loss_fraction=0.25) == 3 * rest + 0.25 * 3 * factors
+    assert training(backward_draws=2) == 3 * rest + (1 + 2 / 4) * factors
+    assert training(backward_draws=8) == training(backward_draws=16) == training()
