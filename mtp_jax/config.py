@@ -155,6 +155,8 @@ class HeadConfig:
     Two ways to train with less work, whose gradients are right on average: `loss_fraction` of the positions, drawn
     anew in every step, have the loss of the offsets; `backward_draws` components, drawn from the posterior for each
     position and offset, go through the backward pass (0: all of them, exactly; needs `shared` factors).
+    With a `shortlist` the offsets after the first know those token ids alone. A number n stands for the n most frequent
+    ones of the training data, which the run finds and writes down here (without data: the ids 0..n-1). 0: all ids.
     """
 
     kind: str = "cpd"
@@ -171,6 +173,7 @@ class HeadConfig:
     init_noise: float = 0.02
     loss_fraction: float = 1.0
     backward_draws: int = 0
+    shortlist: int | tuple[int, ...] = 0
 
     def __post_init__(self) -> None:
         _choices(self)
@@ -189,6 +192,23 @@ class HeadConfig:
             f"HeadConfig.backward_draws is {self.backward_draws}, factors is {self.factors} and z_weight is "
             f"{self.z_weight}; components are drawn for shared factors without z-loss. Set backward_draws to 0.",
         )
+        if self.shortlist:
+            require(
+                self.factors != "full" and self.window > 1 and not self.backward_draws,
+                f"HeadConfig.shortlist is given, factors is {self.factors}, window is {self.window} and backward_draws "
+                f"is {self.backward_draws}; a shortlist serves the offsets after the first, of shared or lowrank "
+                "factors, without draws. Change them, or set shortlist to 0.",
+            )
+            ids = self.shortlist_ids
+            require(
+                len(set(ids)) == len(ids) and min(ids, default=-1) >= 0,
+                "HeadConfig.shortlist must be a number of tokens, at least 0, or different token ids, each at least 0.",
+            )
+
+    @property
+    def shortlist_ids(self) -> tuple[int, ...]:
+        """The listed token ids; none where there is no shortlist."""
+        return tuple(range(self.shortlist)) if isinstance(self.shortlist, int) else self.shortlist
 
     @property
     def has_unembedding(self) -> bool:
@@ -319,7 +339,7 @@ class BenchConfig:
 class LossBenchConfig:
     """What `mtp-jax bench loss` measures: loss and gradient of a head of `rank` x `window` factors over a vocabulary of
     `v`, on `tokens` positions of width `d`, on one device. `factor_width` is that of `lowrank` factors, `draws` the
-    `backward_draws` of `shared` ones."""
+    `backward_draws` of `shared` ones, `shortlist` the number of tokens that the offsets after the first know."""
 
     d: int = 256
     v: int = 32768
@@ -330,12 +350,29 @@ class LossBenchConfig:
     factors: Literal["full", "shared", "lowrank"] = "shared"
     factor_width: int = 64
     draws: int = 0
+    shortlist: int = 0
     repetitions: int = 5
 
     def __post_init__(self) -> None:
         _choices(self)
         _at_least(self, 1, "d", "v", "window", "rank", "tokens", "factor_width", "repetitions")
-        HeadConfig(factors=self.factors, backward_draws=self.draws)  # which refuses what does not go together
+        require(
+            0 <= self.shortlist <= self.v,
+            f"LossBenchConfig.shortlist is {self.shortlist} and v is {self.v}; a shortlist is part of the vocabulary.",
+        )
+        self.head()  # which refuses what does not go together
+
+    def head(self) -> HeadConfig:
+        """The head whose loss is measured; its components differ."""
+        return HeadConfig(
+            window=self.window,
+            rank=self.rank,
+            factors=self.factors,
+            factor_width=self.factor_width,
+            backward_draws=self.draws,
+            shortlist=self.shortlist,
+            init_noise=1.0,
+        )
 
 
 @dataclass(frozen=True)
@@ -460,6 +497,13 @@ class TrainConfig:
             "unembedding to tie. Set head.factors to shared or lowrank, head.target to ntp, or untie.",
         )
 
+        listed = self.head.shortlist_ids
+        require(
+            max(listed, default=-1) < self.model.vocab_size,
+            f"head.shortlist has {len(listed)} ids up to {max(listed, default=0)} and model.vocab_size is "
+            f"{self.model.vocab_size}; a shortlist is part of the vocabulary.",
+        )
+
     def check_tokenizer(self, vocab_size: int) -> None:
         """Refuse a model whose vocabulary is smaller than the tokenizer's `vocab_size`."""
         require(
@@ -483,6 +527,7 @@ class TrainConfig:
             ("model.vocab_size", self.model.vocab_size, "tensor", tensor),
             ("model.num_kv_heads", self.model.num_kv_heads, "tensor", tensor),
             ("model.d_ff", self.model.d_ff, "tensor", tensor),
+            ("The length of head.shortlist", len(self.head.shortlist_ids), "tensor", tensor),
         ]
         for name, size, axis, devices in divided:
             require(
@@ -515,5 +560,5 @@ def from_dict(cls: type[T], values: dict[str, Any]) -> T:
         hint = f"; did you mean {near[0]!r}?" if near else f"; it has {sorted(hints)}."
         require(name in hints, f"{cls.__name__} has no field {name!r}{hint}")
         nested = dataclasses.is_dataclass(hints[name]) and isinstance(value, dict)
-        kwargs[name] = from_dict(hints[name], value) if nested else value
+        kwargs[name] = from_dict(hints[name], value) if nested else tuple(value) if isinstance(value, list) else value
     return cls(**kwargs)

@@ -24,15 +24,14 @@ from mtp_jax.train.step import make_trainer
 SMALL = {"d": 16, "v": 64, "window": 3, "rank": 2, "tokens": 24, "factor_width": 4, "repetitions": 2}
 
 
-@pytest.mark.parametrize("factors", FACTORS)
-def test_all_methods_solve_one_problem(factors):
+@pytest.mark.parametrize("options", [*({"factors": f} for f in FACTORS), {"shortlist": 20}], ids=str)
+def test_all_methods_solve_one_problem(options):
     """What is timed as ours and as naive gives the same loss and gradients."""
-    config = LossBenchConfig(**SMALL, factors=factors)
-    form = FACTORS[factors]
-    losses = functools.partial(bench_loss_module._ours, form, 0), functools.partial(bench_loss_module._naive, form)
-    ours, naive = (jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))) for loss in losses)
+    config = LossBenchConfig(**SMALL, **options)
     with jax.set_mesh(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
-        arrays = bench_loss_module._problem(config, config.tokens)
+        form, arrays = bench_loss_module._problem(config, config.tokens)
+        losses = functools.partial(bench_loss_module._ours, form, 0), functools.partial(bench_loss_module._naive, form)
+        ours, naive = (jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))) for loss in losses)
         ours = jax.device_get(ours(*arrays))
     naive = jax.device_get(naive(*jax.device_get(arrays)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), ours, naive)

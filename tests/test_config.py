@@ -69,6 +69,22 @@ REFUSED = {
     ),
     "gamma_zero": (lambda: HeadConfig(gamma=0.0), ["gamma is 0.0", "(0, 1]"]),
     "gamma_above": (lambda: HeadConfig(gamma=1.5), ["gamma is 1.5", "(0, 1]"]),
+    "a shortlist under tables of their own": (
+        lambda: HeadConfig(shortlist=9),
+        ["shortlist", "factors is full", "shared or lowrank", "shortlist to 0"],
+    ),
+    "a shortlist that has a token twice": (
+        lambda: HeadConfig(factors="shared", shortlist=(3, 3)),
+        ["HeadConfig.shortlist", "different token ids"],
+    ),
+    "a shortlist of other tokens": (
+        lambda: TrainConfig(ModelConfig(vocab_size=10), HeadConfig(factors="shared", shortlist=(3, 10))),
+        ["head.shortlist", "2 ids up to 10", "vocab_size is 10"],
+    ),
+    "a shortlist that is longer than the vocabulary": (
+        lambda: LossBenchConfig(v=10, shortlist=11),
+        ["shortlist is 11", "v is 10"],
+    ),
     "draws": (
         lambda: HeadConfig(backward_draws=2),
         ["backward_draws is 2", "factors is full", "shared", "backward_draws to 0"],
@@ -324,7 +340,7 @@ def test_every_field_survives_json():
             dtype="float32",
             remat="dots",
         ),
-        HeadConfig("independent", 3, 1, "shared", 5, "ntp", 0.5, 0.9, 1e-3, "switch", 0.2, 0.1, 0.5),
+        HeadConfig("independent", 3, 1, "shared", 5, "ntp", 0.5, 0.9, 1e-3, "switch", 0.2, 0.1, 0.5, 0, (5, 1)),
         DataConfig("text", "*.txt", "tok.json", 17, 6, 0.3, 5, "/cache"),
         OptimizerConfig("muon", 2e-3, "wsd", 7, 0.3, 0.2, 0.05, 0.8, 0.99, 1e-7, 0.9, 0.5),
         MeshConfig(2, 3, -1),

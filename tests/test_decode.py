@@ -494,7 +494,7 @@ def test_fault_drafts_that_ignore_the_targets_token_cost_acceptance_and_not_the_
 
     def forget(self, state, token_B):
         if state.offset == 0:
-            return DraftState(state.log_alpha_BR, state.logp_BRWV, 1)
+            return DraftState(state.log_alpha_BR, state.logp_BRV, 1)
         return condition(self, state, token_B)
 
     assert costs_acceptance_only(model, 1.2, lambda: monkeypatch.setattr(Head, "condition", forget))

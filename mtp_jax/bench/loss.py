@@ -10,15 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh
 
 from mtp_jax.bench.timing import interleave, ratio, summary
 from mtp_jax.checkpoint import versions
-from mtp_jax.config import HeadConfig, LossBenchConfig, MeshConfig
-from mtp_jax.heads.factors import FACTORS, Factors
+from mtp_jax.config import LossBenchConfig, MeshConfig, ModelConfig
+from mtp_jax.heads import make_head
 from mtp_jax.losses.mixture import Terms, conditionals, mixture_loss
-from mtp_jax.losses.tiles import Device, tile_positions
+from mtp_jax.losses.tiles import Device, Form, tile_positions
 from mtp_jax.mesh import make_mesh
 from mtp_jax.sharding import RULES
 
@@ -30,12 +31,12 @@ def bench_loss(config: LossBenchConfig, progress: Callable[[str], None] = lambda
 
     `ours` is `mixture_loss`; `matmuls` a loop over the same tiles with its matrix products and nothing else; `naive`
     plain autodiff with the logits of all positions at once in float32, left out where it does not fit in memory.
-    `grad_error` is the largest relative error of any gradient (in the Frobenius norm) against float64.
+    `grad_errors` are the relative errors of each gradient (in the Frobenius norm) against float64, `grad_error` the
+    largest of them.
     """
-    form = FACTORS[config.factors]
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
-        arrays = _problem(config, config.tokens)
+        form, arrays = _problem(config, config.tokens)
         ours = jax.jit(jax.value_and_grad(functools.partial(_ours, form, config.draws), argnums=(0, 1, 2)))
         matmuls = jax.jit(functools.partial(_matmuls, form))
         progress("compiling")
@@ -46,7 +47,7 @@ def bench_loss(config: LossBenchConfig, progress: Callable[[str], None] = lambda
     naive = jax.jit(jax.value_and_grad(functools.partial(_naive, form), argnums=(0, 1, 2)))
     room = free_bytes()
     # Autodiff keeps two arrays of logits at the least. Compiling may run trials, so that is asked first.
-    scratch = {"naive": 8 * config.tokens * config.rank * config.window * config.v}
+    scratch = {"naive": 8 * config.tokens * _logits(config)}
     fits = room is None or scratch["naive"] < 0.8 * room
     if fits:
         compiled["naive"] = naive.lower(*inputs["naive"]).compile()
@@ -58,10 +59,10 @@ def bench_loss(config: LossBenchConfig, progress: Callable[[str], None] = lambda
     runs = {name: functools.partial(c, *inputs[name]) for name, c in compiled.items()}
     seconds = interleave(runs, config.repetitions)
     progress("comparing gradients with float64")
-    errors = _errors(form, config, mesh)
+    errors = _errors(config, mesh)
     return {
         "config": vars(config),
-        "tile_positions": tile_positions(config.tokens, 4 * config.rank * config.window * config.v),
+        "tile_positions": tile_positions(config.tokens, 4 * _logits(config)),
         "seconds": {name: summary(found) for name, found in seconds.items()},
         "time_ratio_to_matmuls": ratio(seconds, "ours", "matmuls"),
         "time_ratio_to_naive": ratio(seconds, "ours", "naive") if fits else None,
@@ -88,52 +89,43 @@ def free_bytes() -> int | None:
     return int(line.split()[1]) * 1024
 
 
-def _problem(config: LossBenchConfig, tokens: int) -> Arrays:
-    """Parameters of a model's scale, and random hidden states, gate and targets."""
-    head = HeadConfig(rank=config.rank, window=config.window, factors=config.factors, factor_width=config.factor_width)
-    sizes = {"D": config.d, "V": config.v, "R": head.rank, "W": head.window, "E": head.factor_width}
-    names = {
-        "full": ("u_DRWV",),
-        "shared": ("map_DRWD", "unembed_VD"),
-        "lowrank": ("map_DWD", "down_DRWE", "up_ED", "unembed_VD"),
-    }[config.factors]
-    keys = iter(jax.random.split(jax.random.key(0), len(names) + 3))
-
-    def weight(name: str) -> Array:
-        shape = tuple(sizes[letter] for letter in name.split("_")[1])
-        drawn = jax.random.normal(next(keys), shape, out_sharding=getattr(RULES, name)) * config.d**-0.5
-        return drawn.astype(config.dtype).astype(jnp.float32)  # numbers that all dtypes here have
-
-    params = {name: weight(name) for name in names}
-    shape, spec = (1, tokens), RULES.x_BTD
-    x_BTD = jax.random.normal(next(keys), (*shape, config.d), out_sharding=spec).astype(config.dtype)
-    log_w_BTR = jax.nn.log_softmax(jax.random.normal(next(keys), (*shape, config.rank), out_sharding=spec))
-    targets_BTW = jax.random.randint(next(keys), (*shape, config.window), 0, config.v, out_sharding=spec)
-    return params, x_BTD, log_w_BTR, targets_BTW, jnp.full_like(targets_BTW, 1 / tokens, dtype=jnp.float32)
+def _problem(config: LossBenchConfig, tokens: int) -> tuple[Form, Arrays]:
+    """A head's form and parameters, and random hidden states, gate and targets."""
+    head, model = config.head(), ModelConfig(vocab_size=config.v, d_model=config.d, num_heads=1, num_kv_heads=1)
+    made = jax.jit(lambda: make_head(head, model, rngs=nnx.Rngs(jax.random.key(0))))()
+    # Numbers that all dtypes here have.
+    params = jax.tree.map(lambda w: w.astype(config.dtype).astype(jnp.float32), made.params())
+    keys, shape, spec = jax.random.split(jax.random.key(1), 3), (1, tokens), RULES.x_BTD
+    x_BTD = jax.random.normal(keys[0], (*shape, config.d), out_sharding=spec).astype(config.dtype)
+    log_w_BTR = jax.nn.log_softmax(jax.random.normal(keys[1], (*shape, config.rank), out_sharding=spec))
+    targets_BTW = jax.random.randint(
+        keys[2], (*shape, config.window), 0, config.shortlist or config.v, out_sharding=spec
+    )
+    return made.form, (params, x_BTD, log_w_BTR, targets_BTW, jnp.full_like(targets_BTW, 1 / tokens, dtype=jnp.float32))
 
 
-def _ours(
-    form: type[Factors], draws: int, params: Any, x: Array, log_w: Array, targets: Array, weights: Array
-) -> Array:
+def _ours(form: Form, draws: int, params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Array:
     return mixture_loss(form, Terms(draws=draws), params, x, log_w, targets, weights, jax.random.key(0))[0]
 
 
-def _naive(form: type[Factors], params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Array:
+def _naive(form: Form, params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Array:
     """All logits at once, in float32 from operands in x's dtype."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     whole = jax.tree.map(lambda w: w.astype(x.dtype).astype(wide), params)
-    logp_BTRWV = jax.nn.log_softmax(form.logits(form.tables(whole), x.astype(wide)), axis=-1)
-    logp_BTRW = jnp.take_along_axis(logp_BTRWV, targets[:, :, None, :, None], axis=-1)[..., 0]
-    return -jnp.sum(weights * conditionals(logp_BTRW, log_w))
+    found, offset = [], 0
+    for logits_BTRWV in jax.tree.leaves(form.logits(form.tables(whole), x.astype(wide))):
+        own_BT1W1 = targets[:, :, None, offset : (offset := offset + logits_BTRWV.shape[3]), None]
+        found.append(jnp.take_along_axis(jax.nn.log_softmax(logits_BTRWV, axis=-1), own_BT1W1, axis=-1)[..., 0])
+    return -jnp.sum(weights * conditionals(jnp.concatenate(found, axis=-1), log_w))
 
 
-def _matmuls(form: type[Factors], params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Any:
+def _matmuls(form: Form, params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Any:
     """The tiles of `mixture_loss`, with the products of logits, rows and tables, and nothing else."""
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, params)
 
     @functools.partial(jax.shard_map, out_specs=(specs, RULES.x_BTD))
     def local(params: Any, x: Array, targets: Array) -> Any:
-        device = Device(form, params, specs, x, targets)
+        device = Device(form, params, specs, x)
 
         def tile(d_tables: Any, x: Array) -> Any:
             logits, pull = device.logits(x)
@@ -146,13 +138,17 @@ def _matmuls(form: type[Factors], params: Any, x: Array, log_w: Array, targets: 
     return local(params, x, targets)
 
 
-def _errors(form: type[Factors], config: LossBenchConfig, mesh: Mesh) -> dict[str, float]:
+def _logits(config: LossBenchConfig) -> int:
+    """Logits of one position."""
+    return config.rank * (config.v + (config.window - 1) * (config.shortlist or config.v))
+
+
+def _errors(config: LossBenchConfig, mesh: Mesh) -> dict[str, Any]:
     """Gradient errors of both methods against float64, at as many positions as a gigabyte of its logits holds."""
-    most = 2**30 // (8 * config.rank * config.window * config.v)
-    losses = functools.partial(_ours, form, config.draws), functools.partial(_naive, form)
-    ours, naive = (jax.jit(jax.grad(loss, argnums=(0, 1, 2))) for loss in losses)
     with jax.set_mesh(mesh):
-        arrays = _problem(config, max(1, min(config.tokens, most)))
+        form, arrays = _problem(config, max(1, min(config.tokens, 2**30 // (8 * _logits(config)))))
+        losses = functools.partial(_ours, form, config.draws), functools.partial(_naive, form)
+        ours, naive = (jax.jit(jax.grad(loss, argnums=(0, 1, 2))) for loss in losses)
         found = jax.device_get(ours(*arrays))
     plain = jax.device_get(arrays)
     with jax.default_matmul_precision("highest"):
@@ -161,8 +157,16 @@ def _errors(form: type[Factors], config: LossBenchConfig, mesh: Mesh) -> dict[st
         double = lambda a: np.asarray(a, np.float64 if jnp.issubdtype(a.dtype, jnp.floating) else None)  # noqa: E731
         truth = jax.device_get(naive(*jax.tree.map(double, plain)))
 
-    def error(gradients: Any) -> float:
-        pairs = zip(jax.tree.leaves(gradients), jax.tree.leaves(truth), strict=True)
-        return max(float(np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b)) for a, b in pairs)
+    def errors(gradients: Any) -> dict[str, float]:
+        params, x, log_w = jax.tree.map(
+            lambda a, b: float(np.linalg.norm(np.float64(a) - b) / np.linalg.norm(b)), gradients, truth
+        )
+        return params | {"x_BTD": x, "log_w_BTR": log_w}
 
-    return {"grad_error": error(found), "naive_grad_error": error(found_naive)}
+    mine, others = errors(found), errors(found_naive)
+    return {
+        "grad_error": max(mine.values()),
+        "naive_grad_error": max(others.values()),
+        "grad_errors": mine,
+        "naive_grad_errors": others,
+    }

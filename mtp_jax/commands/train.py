@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -55,7 +56,7 @@ def main(args: list[str]) -> None:
     options = parse(Train, rest, f"train {file}", Train(run_dir=default.run_dir, config=config))
     if options.resume:
         for name, here, there in differences(experiment, options.config):
-            print(f"--resume: {name} is {there!r} in this run ({here!r} in {file})")
+            print(f"--resume: {name} is {reprlib.repr(there)} in this run ({reprlib.repr(here)} in {file})")
 
     from mtp_jax.train.loop import train
 

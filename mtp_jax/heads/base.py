@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import chex
 import jax
@@ -12,7 +13,8 @@ from flax import nnx
 from jax import Array
 
 from mtp_jax.config import HeadConfig, ModelConfig
-from mtp_jax.heads.factors import FACTORS, NextToken
+from mtp_jax.heads.factors import FACTORS, NextToken, Tables
+from mtp_jax.heads.shortlist import Shortlist, Shortlisted
 from mtp_jax.losses.balance import balance_loss
 from mtp_jax.losses.mixture import Terms, mixture_log_likelihood, mixture_loss
 from mtp_jax.losses.subsample import subsample
@@ -27,12 +29,12 @@ Aux = dict[str, Array]
 class DraftState:
     """The joint law of the next tokens of each row, given those it was conditioned on.
 
-    `log_alpha_BR`: log posterior of the components, normalised. `logp_BRWV`: log-probabilities of every factor.
-    `offset`: the next offset, counted from 0.
+    `log_alpha_BR`: log posterior of the components, normalised. `logp_BRV`: for each offset the log-probabilities of
+    its factors. `offset`: the next offset, counted from 0.
     """
 
     log_alpha_BR: Array
-    logp_BRWV: Array
+    logp_BRV: tuple[Array, ...]
     offset: int = dataclasses.field(metadata={"static": True})
 
 
@@ -50,6 +52,29 @@ class Head(nnx.Module):
             scale = (model.vocab_size / model.d_model) ** 0.5
             self.unembed_VD = init_weight(rngs, shape, inputs=1, spec=RULES.unembed_VD, scale=scale)
         self.factors = FACTORS[config.factors](config, model, rngs=rngs)
+        self.shortlist = Shortlist(config.shortlist_ids, model.vocab_size) if config.shortlist else None
+
+    @property
+    def form(self) -> Any:
+        """How logits come from `params` (see `losses.tiles.Form`)."""
+        return Shortlisted(type(self.factors)) if self.shortlist else type(self.factors)
+
+    def params(self) -> Tables:
+        """What the logits are computed from, by name."""
+        found = self.factors.params()
+        if self.config.factors != "full":
+            found["unembed_VD"] = self.unembed_VD[...]
+        if self.shortlist:
+            found["short_VD"] = (
+                self.short_VD[...] if hasattr(self, "short_VD") else self.shortlist.rows(found["unembed_VD"])
+            )
+        return found
+
+    def unstack(self) -> None:
+        """Lay parameters out for decoding, so that a step copies none of them."""
+        self.factors.unstack()
+        if self.shortlist:
+            self.short_VD = nnx.Param(self.shortlist.rows(self.unembed_VD[...]))
 
     def log_weights(self, x_BTD: Array) -> Array:
         """log w_r(h): `[B, T, R]` in float32, normalised over R."""
@@ -72,18 +97,22 @@ class Head(nnx.Module):
         Returns:
           sum_s gamma^(s-1) * mean loss at offset s, plus the next-token, z and balance terms that the config asks for,
           and sums that add up over micro-batches: `loss_offset` [W] nats, `loss_first_token` nats (of the target),
-          `gate_entropy` nats, `gate_share` [R].
+          `gate_entropy` nats, `gate_share` [R], and with a shortlist `listed` [W], the fraction of targets that it has.
+          What it has not, and what comes after that in its window, has no loss.
         """
         chex.assert_rank([x_BTD, targets_BTW, weights_BTW], 3)
         chex.assert_equal_shape([targets_BTW, weights_BTW])
         log_w_BTR = self.log_weights(x_BTD)
-        config, params = self.config, self.factors.params(self._table())
+        config = self.config
+        columns_BTW, listed_BTW = self._columns(targets_BTW)
         terms = Terms(config.gamma, config.z_weight, config.backward_draws if key is not None else 0)
-        arrays = x_BTD, log_w_BTR, targets_BTW, weights_BTW
+        arrays = x_BTD, log_w_BTR, columns_BTW, weights_BTW * listed_BTW
         if key is not None and config.loss_fraction < 1:
             arrays = subsample(jax.random.fold_in(key, 1), config.loss_fraction, *arrays)
-        loss, nll_W = mixture_loss(type(self.factors), terms, params, *arrays, key)
+        loss, nll_W = mixture_loss(self.form, terms, self.params(), *arrays, key)
         aux = {"loss_offset": nll_W, "loss_first_token": nll_W[0], **self._gate_aux(log_w_BTR, weights_BTW)}
+        if self.shortlist:
+            aux["listed"] = jnp.sum(weights_BTW * listed_BTW, axis=(0, 1))
         if self.config.target == "ntp":
             params, alone_BT1 = {"unembed_VD": self.unembed_VD[...]}, jnp.zeros_like(log_w_BTR[..., :1])
             first = targets_BTW[..., :1], weights_BTW[..., :1]
@@ -96,45 +125,64 @@ class Head(nnx.Module):
 
     def log_likelihood(self, x_BTD: Array, targets_BTW: Array) -> Array:
         """log q(x_s | x_<s, h), `[B, T, W]` in nats: their sum over offsets is the joint. Forward only, in tiles."""
-        params = self.factors.params(self._table())
-        return mixture_log_likelihood(type(self.factors), params, x_BTD, self.log_weights(x_BTD), targets_BTW)
+        columns_BTW, listed_BTW = self._columns(targets_BTW)
+        found_BTW = mixture_log_likelihood(self.form, self.params(), x_BTD, self.log_weights(x_BTD), columns_BTW)
+        return jnp.where(listed_BTW, found_BTW, -jnp.inf)
 
-    def logits(self, x_BTD: Array, offsets: slice = slice(None)) -> Array:
-        """The logits `[B, T, R, W, V]` of a slice of the offsets 0..W-1 (all by default), in float32."""
-        params = jax.tree.map(gather, self.factors.params(self._table(), offsets))
-        return self.factors.logits(self.factors.tables(params), x_BTD)
+    def logits(self, x_BTD: Array, window: int | None = None) -> tuple[Array, ...]:
+        """The logits of each of the next `window` offsets (default W), `[B, T, R, V]` in float32.
+
+        V is the whole vocabulary, or, after the first offset, the shortlist if there is one.
+        """
+        params = jax.tree.map(gather, self.params())
+        short_VD = params.pop("short_VD", None)
+
+        def at(offsets: slice, table: Tables) -> list[Array]:
+            tables = self.factors.tables(self.factors.at(params | table, offsets))
+            logits_BTRWV = self.factors.logits(tables, x_BTD)
+            return [logits_BTRWV[:, :, :, s] for s in range(logits_BTRWV.shape[3])]
+
+        window = self.config.window if window is None else window
+        if short_VD is None or window == 1:
+            return tuple(at(slice(0, window), {}))
+        return tuple(at(slice(0, 1), {}) + at(slice(1, window), {"unembed_VD": short_VD}))
 
     def target_log_probs(self, x_BTD: Array) -> Array:
         """The law of the next token that verification preserves: log-probabilities `[B, T, V]` in float32."""
         if self.config.target == "ntp":
             logits_BTRWV = NextToken.logits({"unembed_VD": gather(self.unembed_VD[...])}, x_BTD)
             return jax.nn.log_softmax(logits_BTRWV[:, :, 0, 0], axis=-1)
-        logp_BTRV = jax.nn.log_softmax(self.logits(x_BTD, slice(0, 1))[:, :, :, 0], axis=-1)
+        logp_BTRV = jax.nn.log_softmax(self.logits(x_BTD, 1)[0], axis=-1)
         return jax.nn.logsumexp(self.log_weights(x_BTD)[..., None] + logp_BTRV, axis=2)
 
     def draft_state(self, x_BD: Array, window: int | None = None) -> DraftState:
         """The joint law of the next `window` tokens (default W) after each row's hidden state."""
         x_B1D = x_BD[:, None]
-        logits_BRWV = self.logits(x_B1D, slice(0, window))[:, 0]
-        return DraftState(self.log_weights(x_B1D)[:, 0], jax.nn.log_softmax(logits_BRWV, axis=-1), 0)
+        logp_BRV = tuple(jax.nn.log_softmax(logits[:, 0], axis=-1) for logits in self.logits(x_B1D, window))
+        return DraftState(self.log_weights(x_B1D)[:, 0], logp_BRV, 0)
 
     def next_log_probs(self, state: DraftState) -> Array:
         """log q(x_s | x_<s): `[B, V]`, exact and normalised. Raises `IndexError` past the window."""
         _within(state)
-        return jax.nn.logsumexp(state.log_alpha_BR[:, :, None] + state.logp_BRWV[:, :, state.offset], axis=1)
+        logq_BV = jax.nn.logsumexp(state.log_alpha_BR[:, :, None] + state.logp_BRV[state.offset], axis=1)
+        return self.shortlist.spread(logq_BV) if self.shortlist and state.offset else logq_BV
 
     def condition(self, state: DraftState, token_B: Array) -> DraftState:
         """The law after token x_s is known: alpha_r is multiplied by p_rs(x_s) and normalised."""
         _within(state)
-        logp_BRV = state.logp_BRWV[:, :, state.offset]
+        logp_BRV = state.logp_BRV[state.offset]
+        if self.shortlist and state.offset:
+            token_B = self.shortlist.columns(token_B)
         hit_BV = jax.lax.broadcasted_iota(jnp.int32, (1, logp_BRV.shape[-1]), 1) == token_B[:, None]
         log_alpha_BR = state.log_alpha_BR + jnp.sum(jnp.where(hit_BV[:, None], logp_BRV, 0.0), axis=-1)
         log_alpha_BR = jax.nn.log_softmax(log_alpha_BR, axis=-1)
-        return DraftState(log_alpha_BR, state.logp_BRWV, state.offset + 1)
+        return DraftState(log_alpha_BR, state.logp_BRV, state.offset + 1)
 
-    def _table(self) -> Array | None:
-        """The unembedding that the factors share, where they do."""
-        return None if self.config.factors == "full" else self.unembed_VD[...]
+    def _columns(self, targets_BTW: Array) -> tuple[Array, Array]:
+        """Where each target is in the logits of its offset, and whether it has any (see `Shortlist.targets`)."""
+        if self.shortlist is None:
+            return targets_BTW, jnp.ones_like(targets_BTW, bool)
+        return self.shortlist.targets(targets_BTW)
 
     def _gate_aux(self, log_w_BTR: Array, weights_BTW: Array) -> Aux:
         w_BTR, weight_BT1 = jnp.exp(log_w_BTR), weights_BTW[..., :1]
@@ -145,6 +193,6 @@ class Head(nnx.Module):
 
 
 def _within(state: DraftState) -> None:
-    window = state.logp_BRWV.shape[2]
+    window = len(state.logp_BRV)
     if state.offset >= window:
         raise IndexError(f"The draft state holds {window} offsets and {state.offset} of them are known; none is left.")

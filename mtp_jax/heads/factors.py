@@ -51,16 +51,26 @@ class Factors(nnx.Module):
         """FLOPs of the logits of one position, all R and W."""
         raise TypeError("Factors is the interface; use one of FACTORS.")
 
-    def params(self, unembed_VD: Array | None, offsets: slice = slice(None)) -> Tables:
-        """The parameters by name, those of a slice of the offsets 0..W-1 (all by default), and the unembedding."""
-        found: Tables = {} if unembed_VD is None else {"unembed_VD": unembed_VD}
+    def params(self) -> Tables:
+        """The parameters by name; those of which each offset has its own, if `unstack` made it so, in lists."""
+        found: Tables = {}
         for name, param in vars(self).items():
             if isinstance(param, nnx.List):
-                found[name] = [offset[...] for offset in param[offsets]]
+                found[name] = [offset[...] for offset in param]
             elif isinstance(param, nnx.Param):
-                axes = (slice(None),) * self.STACKED.get(name, 0)
-                found[name] = param[...][(*axes, offsets)] if name in self.STACKED else param[...]
+                found[name] = param[...]
         return found
+
+    @classmethod
+    def at(cls, params: Tables, offsets: slice) -> Tables:
+        """The parameters of a slice of the offsets 0..W-1."""
+
+        def cut(name: str, param: Array | list[Array]) -> Array | list[Array]:
+            if isinstance(param, list):
+                return param[offsets]
+            return param[(*(slice(None),) * cls.STACKED[name], offsets)] if name in cls.STACKED else param
+
+        return {name: cut(name, param) for name, param in params.items()}
 
     def unstack(self) -> None:
         """Give each offset its own arrays, so that decoding reads those of the offsets it asks for and copies none."""

@@ -37,7 +37,7 @@ class Terms:
 
 
 def mixture_loss(
-    form: type[Form],
+    form: Form,
     terms: Terms,
     params: Any,
     x_BTD: Array,
@@ -56,7 +56,8 @@ def mixture_loss(
       params: any tree of arrays, as they are stored (split over `fsdp` and `tensor`); differentiated.
       x_BTD: hidden states, differentiated. Products are in their dtype, with float32 sums.
       log_w_BTR: log weights of the components, normalised, float32, differentiated.
-      targets_BTW: token ids. A masked target masks (by its weight) itself only, so mask all offsets after it too.
+      targets_BTW: token ids, the columns of the logits. A masked target masks (by its weight) itself only, so mask all
+        offsets after it too.
       weights_BTW: weight of every target, 0 where masked.
       key: for `terms.draws`, which also needs a form with `rows` under one unembedding, `unembed_VD`.
 
@@ -68,7 +69,7 @@ def mixture_loss(
     """
     if terms.draws and (key is None or terms.z_weight or not hasattr(form, "rows")):
         raise ValueError(
-            f"draws is {terms.draws}, key {key}, z_weight {terms.z_weight}, form {form.__name__}: drawing needs a key, "
+            f"draws is {terms.draws}, key {key}, z_weight {terms.z_weight}, form {form}: drawing needs a key, "
             "no z-loss, and a form with rows under one unembedding."
         )
     key = jax.random.key(0) if key is None else key
@@ -77,7 +78,7 @@ def mixture_loss(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _mixture_loss(
-    form: type[Form], terms: Terms, params: Any, x: Array, log_w: Array, targets: Array, weights: Array, _: Array
+    form: Form, terms: Terms, params: Any, x: Array, log_w: Array, targets: Array, weights: Array, _: Array
 ) -> Any:
     """`mixture_loss` where no gradient is asked for: forward only."""
     logp, lse = factor_scores(form, params, x, targets)
@@ -85,7 +86,7 @@ def _mixture_loss(
 
 
 def _loss_forward(
-    form: type[Form], terms: Terms, params: Any, x: Array, log_w: Array, targets: Array, weights: Array, key: Array
+    form: Form, terms: Terms, params: Any, x: Array, log_w: Array, targets: Array, weights: Array, key: Array
 ) -> Any:
     arrays = (x, log_w, targets, weights, key)
     specs = _specs((params, *arrays))
@@ -93,7 +94,7 @@ def _loss_forward(
     @functools.partial(jax.shard_map, in_specs=specs, out_specs=((P(), P()), specs[:3]))
     def local(params: Any, *arrays: Array) -> Any:
         x, log_w, targets, weights, key = arrays
-        device = Device(form, params, specs[0], x, targets)
+        device = Device(form, params, specs[0], x)
         weights = weights / device.copies
 
         def tile(carry: Any, numbered: tuple[Array, tuple[Array, ...]]) -> Any:
@@ -119,7 +120,7 @@ def _loss_forward(
     return local(params, *arrays)
 
 
-def _loss_backward(form: type[Form], terms: Terms, gradients: Any, cotangents: tuple[Any, Any]) -> Any:
+def _loss_backward(form: Form, terms: Terms, gradients: Any, cotangents: tuple[Any, Any]) -> Any:
     scaled = jax.tree.map(lambda g: (g * cotangents[0]).astype(g.dtype), gradients)
     return *scaled, None, None, None
 
@@ -127,12 +128,12 @@ def _loss_backward(form: type[Form], terms: Terms, gradients: Any, cotangents: t
 _mixture_loss.defvjp(_loss_forward, _loss_backward)
 
 
-def mixture_log_likelihood(form: type[Form], params: Any, x_BTD: Array, log_w_BTR: Array, targets_BTW: Array) -> Array:
+def mixture_log_likelihood(form: Form, params: Any, x_BTD: Array, log_w_BTR: Array, targets_BTW: Array) -> Array:
     """log q(x_s | x_<s) by offset, `[B, T, W]` in nats, by the same tiles. Arguments as in `mixture_loss`."""
     return conditionals(factor_scores(form, params, x_BTD, targets_BTW)[0], log_w_BTR)
 
 
-def factor_scores(form: type[Form], params: Any, x_BTD: Array, targets_BTW: Array) -> tuple[Array, Array]:
+def factor_scores(form: Form, params: Any, x_BTD: Array, targets_BTW: Array) -> tuple[Array, Array]:
     """log p_rs(x_s | h) and the log-normaliser of every factor, each `[B, T, R, W]` in float32.
 
     For losses whose cotangents are not known in advance: the backward pass computes the logits again, tile by tile, so
@@ -142,17 +143,17 @@ def factor_scores(form: type[Form], params: Any, x_BTD: Array, targets_BTW: Arra
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _factor_scores(form: type[Form], params: Any, x: Array, targets: Array) -> Any:
+def _factor_scores(form: Form, params: Any, x: Array, targets: Array) -> Any:
     return _scores_forward(form, params, x, targets)[0]
 
 
-def _scores_forward(form: type[Form], params: Any, x: Array, targets: Array) -> Any:
+def _scores_forward(form: Form, params: Any, x: Array, targets: Array) -> Any:
     specs = _specs((params, x, targets))
     rows = P(specs[1][0], None, None, None)
 
     @functools.partial(jax.shard_map, in_specs=specs, out_specs=(rows, rows))
     def local(params: Any, x: Array, targets: Array) -> Any:
-        device = Device(form, params, specs[0], x, targets)
+        device = Device(form, params, specs[0], x)
 
         def tile(_: None, arrays: tuple[Array, ...]) -> Any:
             return None, device.scores(device.logits(arrays[0])[0], arrays[1])
@@ -165,12 +166,12 @@ def _scores_forward(form: type[Form], params: Any, x: Array, targets: Array) -> 
     return scores, (params, x, targets, scores[1])
 
 
-def _scores_backward(form: type[Form], residuals: Any, cotangents: tuple[Array, Array]) -> Any:
+def _scores_backward(form: Form, residuals: Any, cotangents: tuple[Array, Array]) -> Any:
     specs = _specs((*residuals, *cotangents))
 
     @functools.partial(jax.shard_map, in_specs=specs, out_specs=specs[:2])
     def local(params: Any, x: Array, targets: Array, *arrays: Array) -> Any:
-        device = Device(form, params, specs[0], x, targets)
+        device = Device(form, params, specs[0], x)
 
         def tile(d_tables: Any, arrays: tuple[Array, ...]) -> Any:
             x, targets, lse, d_logp, d_lse = arrays

@@ -8,6 +8,7 @@ tiles, and their gradient is reduced once after it.
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -24,7 +25,10 @@ TILE_BYTES = {"cpu": 20 * 2**20, "gpu": 2**29, "tpu": 2**28}
 
 
 class Form(Protocol):
-    """How the logits of every factor come from parameters and hidden states."""
+    """How the logits of every factor come from parameters and hidden states.
+
+    Where the offsets have vocabularies of different sizes, `logits` is a tuple of arrays over W, in their order.
+    """
 
     @staticmethod
     def tables(params: Any) -> Any:
@@ -32,7 +36,7 @@ class Form(Protocol):
         ...
 
     @staticmethod
-    def logits(tables: Any, x_BTD: Array) -> Array:
+    def logits(tables: Any, x_BTD: Array) -> Any:
         """`[B, T, R, W, V]` in float32."""
         ...
 
@@ -46,7 +50,7 @@ def tile_positions(positions: int, logits_bytes: int) -> int:
 class Device:
     """What one device does with its part of a batch: inside `shard_map`."""
 
-    def __init__(self, form: type[Form], params: Any, specs: Any, x_BTD: Array, targets_BTW: Array):
+    def __init__(self, form: Form, params: Any, specs: Any, x_BTD: Array):
         self.form, self.params, self.specs, self.x_BTD = form, params, specs, x_BTD
         whole = jax.tree.map(lambda w, spec: gather_local(w, spec, x_BTD.dtype), params, specs)
         self.tables, self._pull = jax.vjp(form.tables, whole)
@@ -56,7 +60,10 @@ class Device:
         mesh = jax.sharding.get_abstract_mesh()
         self.copies = math.prod(size for name, size in mesh.shape.items() if name not in working)
         one = jax.eval_shape(lambda tables, x: form.logits(tables, vary(x)), self.tables, x_BTD[:1, :1])
-        self.width = tile_positions(x_BTD.shape[0] * x_BTD.shape[1], one.size * one.dtype.itemsize)
+        # How many offsets each array of logits has.
+        self.offsets = [logits.shape[3] for logits in jax.tree.leaves(one)]
+        most = sum(logits.size * logits.dtype.itemsize for logits in jax.tree.leaves(one))
+        self.width = tile_positions(x_BTD.shape[0] * x_BTD.shape[1], most)
 
     def tiles(self, arrays: Any) -> Any:
         """Each `[B, T, ...]` as `[tiles, 1, positions, ...]`, padded at the end with zeros (of weight zero)."""
@@ -79,22 +86,35 @@ class Device:
         """A gradient of the tables to add to."""
         return jax.tree.map(lambda table: vary(jnp.zeros_like(table)), self.tables)
 
-    def logits(self, x_BTD: Array) -> tuple[Array, Callable[[Array], tuple[Any, Array]]]:
+    def logits(self, x_BTD: Array) -> tuple[Any, Callable[[Any], tuple[Any, Array]]]:
         """The logits of a tile, and the function that takes their gradient back to (tables, x).
 
-        As a plain matrix: M rows, one for each position, component and offset. XLA then works on it in place.
+        As plain matrices: M rows, one for each position, component and offset. XLA then works on them in place.
         """
 
-        def logits_MV(tables: Any, x_BTD: Array) -> Array:
-            logits_BTRWV = self.form.logits(tables, x_BTD)
-            return logits_BTRWV.reshape(-1, logits_BTRWV.shape[-1])
+        def logits_MV(tables: Any, x_BTD: Array) -> Any:
+            return jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), self.form.logits(tables, x_BTD))
 
         return jax.vjp(logits_MV, self.tables, vary(x_BTD))
 
-    def scores(self, logits_MV: Array, targets_BTW: Array) -> tuple[Array, Array]:
-        """log p_rs(x_s) and the log-normalisers, `[B, T, R, W]`."""
-        rank = logits_MV.shape[0] // targets_BTW.size
-        index_M1, here_M1 = self._locate(targets_BTW, logits_MV)
+    def scores(self, logits_MV: Any, columns_BTW: Array) -> tuple[Array, Array]:
+        """log p_rs(x_s) and the log-normalisers, `[B, T, R, W]`, of the targets in these columns."""
+        leaves = jax.tree.leaves(logits_MV)
+        found = [self._scores(*one) for one in zip(leaves, self._by_array(columns_BTW), strict=True)]
+        logp, lse = (jnp.concatenate(parts, axis=3) for parts in zip(*found, strict=True))
+        return logp, lse
+
+    def d_logits(
+        self, logits_MV: Any, lse_BTRW: Array, columns_BTW: Array, d_logp_BTRW: Array, d_lse_BTRW: Array
+    ) -> Any:
+        """The gradient of the logits, from those of the scores."""
+        leaves, tree = jax.tree.flatten(logits_MV)
+        scores = (self._by_array(a) for a in (lse_BTRW, columns_BTW, d_logp_BTRW, d_lse_BTRW))
+        return jax.tree.unflatten(tree, [self._d_logits(*one) for one in zip(leaves, *scores, strict=True)])
+
+    def _scores(self, logits_MV: Array, columns_BTW: Array) -> tuple[Array, Array]:
+        rank = logits_MV.shape[0] // columns_BTW.size
+        index_M1, here_M1 = self._locate(columns_BTW, logits_MV)
         found_M1 = jnp.where(here_M1, jnp.take_along_axis(logits_MV, index_M1, axis=1), 0.0)
         most_M1 = jnp.max(logits_MV, axis=1, keepdims=True)
         if self.split:
@@ -103,21 +123,24 @@ class Device:
         if self.split:
             sum_M1, found_M1 = lax.psum((sum_M1, found_M1), "tensor")
         lse_M1 = most_M1 + jnp.log(sum_M1)
-        batch, time, window = targets_BTW.shape
+        batch, time, window = columns_BTW.shape
         return tuple(a.reshape(batch, time, rank, window) for a in (found_M1 - lse_M1, lse_M1))  # type: ignore[return-value]
 
-    def d_logits(
-        self, logits_MV: Array, lse_BTRW: Array, targets_BTW: Array, d_logp_BTRW: Array, d_lse_BTRW: Array
+    def _d_logits(
+        self, logits_MV: Array, lse_BTRW: Array, columns_BTW: Array, d_logp_BTRW: Array, d_lse_BTRW: Array
     ) -> Array:
-        """The gradient of the logits, from those of the scores."""
-        index_M1, here_M1 = self._locate(targets_BTW, logits_MV)
+        index_M1, here_M1 = self._locate(columns_BTW, logits_MV)
         lse_M1, d_logp_M1, d_lse_M1 = (a.reshape(-1, 1) for a in (lse_BTRW, d_logp_BTRW, d_lse_BTRW))
         d_MV = (d_lse_M1 - d_logp_M1) * jnp.exp(logits_MV - lse_M1)
         rows = jnp.arange(index_M1.shape[0])
         return d_MV.at[rows, index_M1[:, 0]].add(jnp.where(here_M1, d_logp_M1, 0.0)[:, 0], unique_indices=True)
 
+    def _by_array(self, a_W: Array) -> list[Array]:
+        """The offsets (the last axis) of each array of logits."""
+        return jnp.split(a_W, list(itertools.accumulate(self.offsets))[:-1], axis=-1)
+
     def pull_drawn(
-        self, draw: tuple[Array, Array], logits_MV: Array, lse_BTRW: Array, targets_BTW: Array, x_BTD: Array
+        self, draw: tuple[Array, Array], logits_MV: Array, lse_BTRW: Array, columns_BTW: Array, x_BTD: Array
     ) -> tuple[Any, Array]:
         """The gradient of (tables, x), from that of log p of some components (see `draw_components`)."""
         component_BTcW, d_logp_BTcW = draw
@@ -126,7 +149,7 @@ class Device:
         offset_W = jnp.arange(window, dtype=jnp.int32)[None, None, None]
         row_n = ((position_BT11 * rank + component_BTcW) * window + offset_W).reshape(-1)
         lse_BTcW = jnp.take_along_axis(lse_BTRW, component_BTcW, axis=2)
-        d_nV = self.d_logits(logits_MV[row_n], lse_BTcW, targets_BTW, d_logp_BTcW, jnp.zeros_like(d_logp_BTcW))
+        d_nV = self.d_logits(logits_MV[row_n], lse_BTcW, columns_BTW, d_logp_BTcW, jnp.zeros_like(d_logp_BTcW))
         rows_BTRWD, pull_rows = jax.vjp(self.form.rows, self.tables, vary(x_BTD))  # type: ignore[attr-defined]
         rows_MD = rows_BTRWD.reshape(logits_MV.shape[0], -1)
         _, pull = jax.vjp(functools.partial(product, "md,vd->mv"), rows_MD[row_n], self.tables["unembed_VD"])
@@ -146,12 +169,12 @@ class Device:
         (d_whole,) = self._pull(d_tables)
         return jax.tree.map(lambda d, w, spec: reduce_local(d, w, spec), d_whole, self.params, self.specs)
 
-    def _locate(self, targets_BTW: Array, logits_MV: Array) -> tuple[Array, Array]:
+    def _locate(self, columns_BTW: Array, logits_MV: Array) -> tuple[Array, Array]:
         """Where the target's logit is in each row, `[M, 1]` (anywhere, if not here), and whether this device has it."""
         rows, size = logits_MV.shape
-        batch, time, window = targets_BTW.shape
-        shape = (batch, time, rows // targets_BTW.size, window)
-        index_M1 = jnp.broadcast_to(targets_BTW[:, :, None], shape).reshape(-1, 1)
+        batch, time, window = columns_BTW.shape
+        shape = (batch, time, rows // columns_BTW.size, window)
+        index_M1 = jnp.broadcast_to(columns_BTW[:, :, None], shape).reshape(-1, 1)
         if self.split:
             index_M1 = index_M1 - lax.axis_index("tensor") * size
         return jnp.clip(index_M1, 0, size - 1), (index_M1 >= 0) & (index_M1 < size)

@@ -119,5 +119,5 @@ def unstack(model: LanguageModel) -> LanguageModel:
     stacked = model.blocks
     assert isinstance(stacked, Block), "the layers are unstacked already"
     model.blocks = nnx.List([jax.tree.map(lambda w, i=i: w[i], stacked) for i in range(model.config.num_layers)])
-    model.head.factors.unstack()
+    model.head.unstack()
     return model

@@ -5,6 +5,7 @@ A matrix product of m x n by n x p is 2 m n p FLOPs; training is three times the
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,7 @@ def trunk_forward_flops(model: ModelConfig, seq_len: int) -> float:
 
 def head_training_flops(head: HeadConfig, model: ModelConfig) -> float:
     """Training FLOPs per token of the head: three times forward, less what is drawn instead of done."""
-    all_of_it, factors = head_forward_flops(head, model), FACTORS[head.factors].forward_flops(head, model)
+    all_of_it, factors = head_forward_flops(head, model), factors_forward_flops(head, model)
     backward = 2 * min(1.0, head.backward_draws / head.rank if head.backward_draws else 1.0)
     return 3 * (all_of_it - factors) + head.loss_fraction * (1 + backward) * factors
 
@@ -66,7 +67,16 @@ def head_training_flops(head: HeadConfig, model: ModelConfig) -> float:
 def head_forward_flops(head: HeadConfig, model: ModelConfig) -> float:
     """Forward FLOPs per token of all factors, the gate and the head's own next-token logits."""
     own = NextToken.forward_flops(head, model) if head.target == "ntp" else 0
-    return FACTORS[head.factors].forward_flops(head, model) + HEADS[head.kind].gate_flops(head, model) + own
+    return factors_forward_flops(head, model) + HEADS[head.kind].gate_flops(head, model) + own
+
+
+def factors_forward_flops(head: HeadConfig, model: ModelConfig) -> int:
+    """Forward FLOPs per token of all factors."""
+    flops = FACTORS[head.factors].forward_flops
+    if not head.shortlist:
+        return flops(head, model)
+    first, later = (dataclasses.replace(head, window=w, shortlist=0) for w in (1, head.window - 1))
+    return flops(first, model) + flops(later, dataclasses.replace(model, vocab_size=len(head.shortlist_ids)))
 
 
 def costs(config: TrainConfig, params: Any) -> Costs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import signal
 import threading
@@ -18,6 +19,7 @@ from mtp_jax.checkpoint import Checkpoints, clear_run, on_mesh, read_config, wri
 from mtp_jax.config import ConfigError, TrainConfig, require, to_dict
 from mtp_jax.data import Store, batches, load_tokenizer
 from mtp_jax.data import prepare as prepare_data
+from mtp_jax.heads.shortlist import most_frequent
 from mtp_jax.mesh import make_mesh
 from mtp_jax.train.costs import Costs, costs, peak_flops
 from mtp_jax.train.evaluate import evaluate, held_out, named, place
@@ -100,6 +102,16 @@ def check_same_data(store: Store, meta: dict[str, Any], path: epath.Path) -> Non
     )
 
 
+def with_shortlist(config: TrainConfig, store: Store) -> TrainConfig:
+    """`config` with the most frequent training tokens as its shortlist, where it gives their number."""
+    count = config.head.shortlist
+    if not isinstance(count, int) or not count:
+        return config
+    ids, share = most_frequent(store.train.tokens, count, config.model.vocab_size)
+    print(f"shortlist: the {count:,} most frequent of {config.model.vocab_size:,} tokens are {share:.2%} of the data")
+    return dataclasses.replace(config, head=dataclasses.replace(config.head, shortlist=ids))
+
+
 def train(
     config: TrainConfig, run_dir: epath.PathLike, *, resume: bool = False, overwrite: bool = False
 ) -> dict[str, float]:
@@ -115,13 +127,16 @@ def train(
     mesh = check_machine(config)
     path = check_run_dir(run_dir, resume=resume, overwrite=overwrite)
     if resume:
-        check_same_run(config, read_config(path), path)
+        saved = read_config(path)
+        if config.head.shortlist == len(saved.head.shortlist_ids):  # the number from which the run made its list
+            config = dataclasses.replace(config, head=dataclasses.replace(config.head, shortlist=saved.head.shortlist))
+        check_same_run(config, saved, path)
     with jax.set_mesh(mesh):
         run = Run(config, mesh, path, resume)
         # All that can fail before the first step has not failed: an old run is deleted only now.
         if overwrite:
             clear_run(path)
-        write_config(path, config)
+        write_config(path, run.config)
         with Checkpoints(path, config.keep_checkpoints) as checkpoints:
             return run.fit(checkpoints)
 
@@ -130,10 +145,11 @@ class Run:
     """One call of `train`. Making it prepares data, initialises or restores the state, and compiles."""
 
     def __init__(self, config: TrainConfig, mesh: Mesh, path: epath.Path, resume: bool):
-        self.config, self.mesh, self.path, self.resume = config, mesh, path, resume
+        self.mesh, self.path, self.resume = mesh, path, resume
         self.shard = (jax.process_index(), jax.process_count())
-        self.trainer = make_trainer(config)
         self.store = prepare_data(config.data, log=print)
+        self.config = config = with_shortlist(config, self.store)
+        self.trainer = make_trainer(config)
         self.held_out = held_out(config, self.store, mesh, config.eval_batches)
         self.state = self._restore() if resume else self.trainer.init()
         self.first = int(self.state.step)

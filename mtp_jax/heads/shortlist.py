@@ -1,0 +1,79 @@
+"""A shortlist of tokens for the offsets after the first (FR-Spec, arXiv 2502.14856).
+
+The first offset has the whole vocabulary; the later ones, which are only ever drafts, have the tokens on the list and
+cost as much less as that is shorter. A token that is not on it is never drafted, and what is decoded keeps its law.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mtp_jax.heads.factors import Factors, Tables
+from mtp_jax.sharding import BATCH, RULES
+
+
+@dataclass(frozen=True)
+class Shortlisted:
+    """The form (`losses.tiles.Form`) of `factors` with a table of their own, `short_VD`, after the first offset."""
+
+    factors: type[Factors]
+
+    def tables(self, params: Tables) -> tuple[Tables, Tables]:
+        """Those of the first offset and those of the later ones."""
+        own = {name: value for name, value in params.items() if name != "short_VD"}
+        first, later = (self.factors.at(own, offsets) for offsets in (slice(0, 1), slice(1, None)))
+        return self.factors.tables(first), self.factors.tables(later | {"unembed_VD": params["short_VD"]})
+
+    def logits(self, tables: tuple[Tables, Tables], x_BTD: Array) -> tuple[Array, Array]:
+        """`[B, T, R, 1, V]` of the first offset and `[B, T, R, W - 1, n]` of the later ones, for n listed tokens."""
+        first, later = (self.factors.logits(one, x_BTD) for one in tables)
+        return first, later
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """The listed tokens, by which column each has in the logits of the later offsets."""
+
+    ids: tuple[int, ...]
+    vocab_size: int
+
+    def rows(self, table_VD: Array) -> Array:
+        """The listed tokens' rows of a table, split as it is."""
+        return table_VD.at[np.array(self.ids)].get(out_sharding=jax.typeof(table_VD).sharding.spec)
+
+    def columns(self, tokens: Array) -> Array:
+        """The column of each token, of any shape; n where it is not listed."""
+        return jnp.asarray(self._columns_V()).at[tokens].get(out_sharding=jax.typeof(tokens).sharding.spec)
+
+    def targets(self, targets_BTW: Array) -> tuple[Array, Array]:
+        """The column of each target in the logits of its offset, and whether it and those before it have one."""
+        later = self.columns(targets_BTW[..., 1:])
+        listed = jnp.cumprod((later < len(self.ids)).astype(jnp.int32), axis=-1).astype(bool)
+        first = targets_BTW[..., :1]
+        return jnp.concatenate([first, later], axis=-1), jnp.concatenate([jnp.ones_like(first, bool), listed], axis=-1)
+
+    def spread(self, logp_Bn: Array) -> Array:
+        """Log-probabilities of the listed tokens as those of all, `[B, V]`: -inf elsewhere."""
+        padded = jnp.pad(jax.reshard(logp_Bn, RULES.tokens_BT), ((0, 0), (0, 1)), constant_values=-jnp.inf)
+        spec = jax.sharding.PartitionSpec(BATCH, "tensor")
+        return padded.at[:, self._columns_V()].get(out_sharding=spec)
+
+    def _columns_V(self) -> np.ndarray:
+        columns_V = np.full(self.vocab_size, len(self.ids), np.int32)
+        columns_V[list(self.ids)] = np.arange(len(self.ids))
+        return columns_V
+
+
+def most_frequent(tokens: np.ndarray, count: int, vocab_size: int) -> tuple[tuple[int, ...], float]:
+    """The `count` ids that occur most often in `tokens`, in ascending order, and their share of them.
+
+    Of equally frequent ids the lower ones.
+    """
+    occurrences_V = np.bincount(tokens, minlength=vocab_size)
+    ids = np.sort(np.argsort(-occurrences_V, kind="stable")[:count])
+    return tuple(ids.tolist()), float(occurrences_V[ids].sum() / max(1, len(tokens)))
