@@ -120,14 +120,25 @@ def measure_peers(rows: int = 32_768, width: int = 4096, vocab: int = 128_256, c
             name: jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(x, w).compile()
             for name, loss in losses.items()
         }
-        values = {name: float(c(x, w)[0]) for name, c in compiled.items()}
+        found = {name: c(x, w) for name, c in compiled.items()}
+        values = {name: float(loss) for name, (loss, _) in found.items()}
+        differences = {name: _difference(gradients, found["ours"][1]) for name, (_, gradients) in found.items()}
+        del found
         seconds = interleave({name: functools.partial(c, x, w) for name, c in compiled.items()}, 5)
     return {
         "loss": values,
+        "gradients_off_ours": differences,
         "seconds": {name: summary(found) for name, found in seconds.items()},
         "temp_bytes": {name: c.memory_analysis().temp_size_in_bytes for name, c in compiled.items()},
         "peer_over_ours": {name: ratio(seconds, name, "ours") for name in seconds},
     }
+
+
+def _difference(gradients: Any, ours: Any) -> list[float]:
+    """The norms of differences from our gradients, in units of those."""
+    pairs = zip(gradients, ours, strict=True)
+    wide = [(a.astype(jnp.float32), b.astype(jnp.float32)) for a, b in pairs]
+    return [float(jnp.linalg.norm(a - b) / jnp.linalg.norm(b)) for a, b in wide]
 
 
 PARTS: dict[str, Callable[[], Any]] = {**loss_parts(), "peers": measure_peers, **train_parts()}

@@ -132,8 +132,13 @@ class Device:
         index_M1, here_M1 = self._locate(columns_BTW, logits_MV)
         lse_M1, d_logp_M1, d_lse_M1 = (a.reshape(-1, 1) for a in (lse_BTRW, d_logp_BTRW, d_lse_BTRW))
         d_MV = (d_lse_M1 - d_logp_M1) * jnp.exp(logits_MV - lse_M1)
-        rows = jnp.arange(index_M1.shape[0])
-        return d_MV.at[rows, index_M1[:, 0]].add(jnp.where(here_M1, d_logp_M1, 0.0)[:, 0], unique_indices=True)
+        d_target_M1 = jnp.where(here_M1, d_logp_M1, 0.0)
+        if jax.default_backend() == "cpu":  # where comparing every logit costs more than setting a few
+            rows = jnp.arange(index_M1.shape[0])
+            return d_MV.at[rows, index_M1[:, 0]].add(d_target_M1[:, 0], unique_indices=True)
+        # Elsewhere one kernel does all of this, and rounds: the gradient is never written in float32.
+        columns_1V = lax.broadcasted_iota(index_M1.dtype, (1, d_MV.shape[1]), 1)
+        return d_MV + jnp.where(columns_1V == index_M1, d_target_M1, 0.0)
 
     def _by_array(self, a_W: Array) -> list[Array]:
         """The offsets (the last axis) of each array of logits."""
