@@ -112,11 +112,9 @@ class Attention(nnx.Module):
 
         Returns the output `[B, T, D]` and the cache as written.
         """
-        dtype = x_BTD.dtype
-        q_BTNH = linear(x_BTD, self.wq_DNH[...])
-        k_BTKH = linear(x_BTD, self.wk_DKH[...])
-        v_BTKH = linear(x_BTD, self.wv_DKH[...])
+        q_BTNH, k_BTKH, v_BTKH = (linear(x_BTD, w[...]) for w in (self.wq_DNH, self.wk_DKH, self.wv_DKH))
         if self.config.qkv_bias:
+            dtype = x_BTD.dtype
             q_BTNH = q_BTNH + self.bq_NH[...].astype(dtype)[None, None]
             k_BTKH = k_BTKH + self.bk_KH[...].astype(dtype)[None, None]
             v_BTKH = v_BTKH + self.bv_KH[...].astype(dtype)[None, None]
@@ -130,6 +128,6 @@ class Attention(nnx.Module):
             y_BTNH = attend_cached(q_BTNH, k_BKSH[:, :, :slots], v_BKSH[:, :, :slots], mask_B1TS)
         else:
             y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask_B1TS, self.config.attention)
-        # One contracted axis: with two, XLA may transpose the weight at every step.
+        # One contracted axis, as `linear` has it.
         wo_MD = self.wo_NHD[...].reshape(-1, x_BTD.shape[-1], out_sharding=RULES.w_FD)
         return linear(y_BTNH.reshape(*x_BTD.shape[:2], -1, out_sharding=RULES.h_BTF), wo_MD), cache

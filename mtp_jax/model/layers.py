@@ -72,10 +72,10 @@ _product.defvjp(_product_forward, _product_backward)
 
 @jax.custom_vjp
 def linear(x_BTK: Array, w_KX: Array) -> Array:
-    """`x @ w` in x's dtype, `[B, T, ...]` of a stored weight `[K, ...]`: ZeRO-3, in both directions.
+    """`x @ w` in x's dtype, `[B, T, ...]`, of a weight `[K, ...]` as it is stored: ZeRO-3, in both directions.
 
-    The weight travels over `fsdp` in x's dtype and is gathered again for the backward pass. Its gradient is summed over
-    positions and devices in float32, and left where the weight lives.
+    The weight travels over `fsdp` in x's dtype, once for each pass. Its gradient is summed over positions and devices
+    in the weight's own dtype: a sum over many devices in bfloat16 would lose what the small terms add.
     """
     x_MK, w_KN = _matrix(x_BTK), _matrix_of_weight(w_KX, x_BTK.dtype)
     rows, outer = jax.typeof(x_MK).sharding.spec[0], jax.typeof(w_KN).sharding.spec[1]

@@ -25,7 +25,7 @@ def save(*primitives: str) -> Callable[..., bool]:
     return lambda primitive, *_, **__: primitive.name in primitives
 
 
-# To JAX, `layers.linear` and the attention of cuDNN are custom_vjp calls; XLA's attention is two products in plain sight.
+# `layers.linear` and the attention of cuDNN are custom_vjp calls; the attention of XLA is two products in plain sight.
 REMAT_POLICIES = {
     "none": save("custom_vjp_call", "dot_general"),
     "dots": save("custom_vjp_call"),
