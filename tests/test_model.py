@@ -417,6 +417,33 @@ def test_each_policy_recomputes_more_than_the_one_before(remat_results):
     assert none < dots < full
 
 
+def equations(jaxpr):
+    """The equations of a jaxpr and of all within it."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=lambda p: hasattr(p, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from equations(inner)
+
+
+# A layer's input; q, k, v, gate, up and what attention adds; the scores and what they select.
+KEPT = {"none": 9, "dots": 7, "full": 1}
+
+
+@pytest.mark.parametrize("remat", KEPT)
+def test_a_layer_keeps_its_products_for_the_backward_pass_and_computes_none_of_those_twice(remat):
+    config = tiny.train_config(tiny.model_config(remat=remat), batch=2, seq_len=8)
+    graph, params = random_params(config)
+    tokens = tiny.make_batch(config)["tokens_BT"]
+    gradient = jax.jit(jax.grad(lambda params: jnp.sum(nnx.merge(graph, params)(tokens))))
+    scan = next(e for e in equations(gradient.trace(params).jaxpr.jaxpr) if e.primitive.name == "scan")
+    assert len(scan.outvars) - scan.params["num_carry"] == KEPT[remat]
+    if remat == "none":
+        # Seven weights and the two products of attention, each with two in the backward pass.
+        assert gradient.lower(params).compile().as_text().count(" dot(") == 3 * 9
+
+
 def test_layers_in_a_list_compute_what_scanned_layers_do(model, hidden_alone):
     unrolled = unstack(model)
     assert len(unrolled.blocks) == model.config.num_layers

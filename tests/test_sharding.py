@@ -343,7 +343,7 @@ WRONG_RULES = {
     "one_entry_short": ({"w_FD": P("tensor")}, "w_down_FD"),
     "rank_split": ({"u_DRWV": P("fsdp", None, "tensor", None)}, "u_DRWV"),
     "residual_stream_replicated": ({"x_BTD": P(None, None, None)}, "shard"),
-    "residual_stream_over_tensor": ({"x_BTD": P("tensor", None, None)}, "shard"),
+    "residual_stream_over_tensor": ({"x_BTD": P("tensor", None, None)}, "tensor"),
     "residual_stream_split_in_time": ({"x_BTD": P("data", "fsdp", None)}, "shard"),
 }
 
@@ -385,3 +385,37 @@ def test_weights_of_one_layer_at_a_time_are_whole(remat, dtype):
     whole = [f"{layers},{width},{wide}", f"{layers},{wide},{width}"]
     assert [shape for shape in whole if f"[{shape}]" in text] == []
     assert f"[{layers},{width // 8},{wide}]" in text  # the parts that a device holds
+
+
+@pytest.mark.parametrize("spec", [RULES.w_DNH, RULES.w_DF, RULES.w_FD], ids=str)
+def test_linear_has_the_gradients_of_einsum_and_sums_them_in_float32(spec):
+    """In bfloat16: the products are of rounded operands, and nothing of the weight's gradient is lost in their sum."""
+    rng = np.random.default_rng(0)
+    x, w, d = (rng.normal(size=shape).astype(jnp.bfloat16) for shape in [(8, 32, 4), (4, 8, 6), (8, 32, 8, 6)])
+    w, d = (w, d) if len(spec) == 3 else (w[..., 0], d[..., 0])
+    x64, w64, d64 = (a.astype(np.float64) for a in (x, w, d))
+    expected = np.tensordot(x64, w64, 1), np.tensordot(d64, w64, (range(2, d.ndim), range(1, w.ndim)))
+    with tiny.mesh(2, 2, 2) as mesh:
+        inner, outer = ("tensor", None) if spec == RULES.w_FD else (None, "tensor")
+        x = jax.device_put(x, NamedSharding(mesh, P(BATCH, None, inner)))
+        d = jax.device_put(d, NamedSharding(mesh, P(BATCH, None, outer, *[None] * (d.ndim - 3))))
+        w = jax.device_put(w.astype(np.float32), NamedSharding(mesh, spec))
+        y, pull = jax.vjp(layers.linear, x, w)
+        d_x, d_w = pull(d)
+    assert (y.dtype, d_x.dtype, d_w.dtype) == (jnp.bfloat16, jnp.bfloat16, jnp.float32)
+    assert (y.sharding.spec, d_x.sharding.spec, d_w.sharding.spec) == (d.sharding.spec, x.sharding.spec, spec)
+    for array, exact in zip((y, d_x), expected, strict=True):
+        np.testing.assert_allclose(np.asarray(array, np.float64), exact, atol=2**-6 * np.abs(exact).max())
+    np.testing.assert_allclose(d_w, np.tensordot(x64, d64, ((0, 1), (0, 1))), atol=1e-4)
+
+
+def test_weights_travel_in_the_compute_dtype_and_their_gradients_in_float32():
+    width, wide = 16, 48
+    config = tiny.train_config(tiny.model_config(d_model=width, d_ff=wide, dtype="bfloat16"), batch=8, seq_len=8)
+    with tiny.mesh(1, 8, 1):
+        trainer = make_trainer(config)
+        text = trainer.step.lower(jax.eval_shape(trainer.init), tiny.make_batch(config)).as_text()
+    shape = rf"tensor<(?:{width}x{wide}|{wide}x{width})x(\w+)>"
+    whole = rf"sharding_constraint (?!.*fsdp).*: {shape}"
+    assert set(re.findall(whole, text)) == {"bf16"}
+    assert set(re.findall(rf"dot_general .*-> {shape}", text)) == {"f32"}

@@ -12,9 +12,9 @@ from jax import Array
 
 from mtp_jax.config import ModelConfig
 from mtp_jax.model.cache import LayerCache, write
-from mtp_jax.model.layers import RMSNorm, init_weight
+from mtp_jax.model.layers import RMSNorm, init_weight, linear
 from mtp_jax.model.rotary import Rotary, rotate
-from mtp_jax.sharding import RULES, gather, whole
+from mtp_jax.sharding import RULES
 
 
 def causal_mask(segments_BT: Array) -> Array:
@@ -112,11 +112,9 @@ class Attention(nnx.Module):
 
         Returns the output `[B, T, D]` and the cache as written.
         """
-        dtype = x_BTD.dtype
-        q_BTNH = jnp.einsum("btd,dnh->btnh", x_BTD, gather(self.wq_DNH[...]).astype(dtype))
-        k_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, gather(self.wk_DKH[...]).astype(dtype))
-        v_BTKH = jnp.einsum("btd,dkh->btkh", x_BTD, gather(self.wv_DKH[...]).astype(dtype))
+        q_BTNH, k_BTKH, v_BTKH = (linear(x_BTD, w[...]) for w in (self.wq_DNH, self.wk_DKH, self.wv_DKH))
         if self.config.qkv_bias:
+            dtype = x_BTD.dtype
             q_BTNH = q_BTNH + self.bq_NH[...].astype(dtype)[None, None]
             k_BTKH = k_BTKH + self.bk_KH[...].astype(dtype)[None, None]
             v_BTKH = v_BTKH + self.bv_KH[...].astype(dtype)[None, None]
@@ -130,8 +128,6 @@ class Attention(nnx.Module):
             y_BTNH = attend_cached(q_BTNH, k_BKSH[:, :, :slots], v_BKSH[:, :, :slots], mask_B1TS)
         else:
             y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask_B1TS, self.config.attention)
-        wo_NHD = gather(self.wo_NHD[...]).astype(dtype)
-        # One contracted axis: with two, XLA may transpose the weight at every step.
-        wo_MD = wo_NHD.reshape(-1, x_BTD.shape[-1], out_sharding=whole(RULES.w_FD))
-        y_BTM = y_BTNH.reshape(*x_BTD.shape[:2], -1, out_sharding=RULES.h_BTF)
-        return jnp.einsum("btm,md->btd", y_BTM, wo_MD, out_sharding=RULES.x_BTD), cache
+        # One contracted axis, as `linear` has it.
+        wo_MD = self.wo_NHD[...].reshape(-1, x_BTD.shape[-1], out_sharding=RULES.w_FD)
+        return linear(y_BTNH.reshape(*x_BTD.shape[:2], -1, out_sharding=RULES.h_BTF), wo_MD), cache

@@ -70,6 +70,44 @@ def _product_backward(equation: str, residuals: tuple[Array, Array], d: Array) -
 _product.defvjp(_product_forward, _product_backward)
 
 
+@jax.custom_vjp
+def linear(x_BTK: Array, w_KX: Array) -> Array:
+    """`x @ w` in x's dtype, `[B, T, ...]`, of a weight `[K, ...]` as it is stored: ZeRO-3, in both directions.
+
+    The weight travels over `fsdp` in x's dtype, once for each pass. Its gradient is summed over positions and devices
+    in the weight's own dtype: a sum over many devices in bfloat16 would lose what the small terms add.
+    """
+    x_MK, w_KN = _matrix(x_BTK), _matrix_of_weight(w_KX, x_BTK.dtype)
+    rows, outer = jax.typeof(x_MK).sharding.spec[0], jax.typeof(w_KN).sharding.spec[1]
+    y_MN = jnp.einsum("mk,kn->mn", x_MK, w_KN, out_sharding=P(rows, outer))
+    shape = (*x_BTK.shape[:2], *w_KX.shape[1:])
+    return y_MN.reshape(shape, out_sharding=P(rows, None, outer, *(None,) * (w_KX.ndim - 2)))
+
+
+def _matrix(x: Array) -> Array:
+    """`[B, T, N, ..]` as `[B T, N ..]`. Shardings are said: JAX cannot tell them through axes of size 1."""
+    spec = jax.typeof(x).sharding.spec
+    return x.reshape(math.prod(x.shape[:2]), -1, out_sharding=P(spec[0], spec[2]))
+
+
+def _matrix_of_weight(w: Array, dtype: Any) -> Array:
+    whole_KX = gather(w.astype(dtype))
+    return whole_KX.reshape(w.shape[0], -1, out_sharding=P(*jax.typeof(whole_KX).sharding.spec[:2]))
+
+
+def _linear_backward(residuals: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
+    # As plain matrices: of a product with several contracted axes XLA may transpose a whole operand.
+    x, w = residuals
+    x_MK, d_MN, w_KN = _matrix(x), _matrix(d), _matrix_of_weight(w, x.dtype)
+    at_x, at_w = (jax.typeof(a).sharding.spec for a in residuals)
+    d_x = jnp.einsum("mn,kn->mk", d_MN, w_KN, out_sharding=jax.typeof(x_MK).sharding.spec)
+    d_w = jnp.einsum("mk,mn->kn", x_MK, d_MN, out_sharding=P(*at_w[:2]), preferred_element_type=w.dtype)
+    return d_x.reshape(x.shape, out_sharding=at_x), d_w.reshape(w.shape, out_sharding=at_w)
+
+
+linear.defvjp(lambda x, w: (linear(x, w), (x, w)), _linear_backward)
+
+
 class RMSNorm(nnx.Module):
     """Division by the root mean square over the last axis (arXiv 1910.07467), in float32, with a learned scale."""
 
@@ -96,8 +134,5 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_BTD: Array) -> Array:
         """`[B, T, D]` to `[B, T, D]`."""
-        dtype = x_BTD.dtype
-        gate_BTF = jnp.einsum("btd,df->btf", x_BTD, gather(self.w_gate_DF[...]).astype(dtype))
-        up_BTF = jnp.einsum("btd,df->btf", x_BTD, gather(self.w_up_DF[...]).astype(dtype))
-        h_BTF = jax.nn.silu(gate_BTF) * up_BTF
-        return jnp.einsum("btf,fd->btd", h_BTF, gather(self.w_down_FD[...]).astype(dtype), out_sharding=RULES.x_BTD)
+        gate_BTF, up_BTF = linear(x_BTD, self.w_gate_DF[...]), linear(x_BTD, self.w_up_DF[...])
+        return linear(jax.nn.silu(gate_BTF) * up_BTF, self.w_down_FD[...])
