@@ -86,7 +86,7 @@ class ModelConfig:
     `vocab_size` may exceed the tokenizer's (a multiple of the tensor axis, say); the ids above it are never targets.
     `context_length` is the most tokens that one sequence may hold, in training and in decoding.
     `dtype` is the compute dtype; parameters, logits and log-probabilities are float32 whatever it is.
-    `remat` says what the backward pass recomputes: nothing, all but the matmuls' outputs, or whole blocks.
+    `remat` says what the backward pass recomputes: what lies between matrix products, attention too, or whole blocks.
     `attention` is how training attends: by XLA anywhere, or by cuDNN's flash attention on NVIDIA GPUs in bfloat16.
     """
 

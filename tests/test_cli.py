@@ -603,7 +603,7 @@ OTHER = TrainConfig(
         **dict(qkv_bias=True, qk_norm=True, tie_embeddings=True, norm_eps=1e-6, dtype="bfloat16", remat="dots"),
         attention="cudnn",
     ),
-    HeadConfig("independent", 2, 1, "lowrank", 4, "ntp", 0.5, 0.9, 1e-3, "switch", 0.1, 0.5, 0.5),
+    HeadConfig("independent", 2, 1, "lowrank", 4, "ntp", 0.5, 0.9, 1e-3, "switch", 0.1, 0.5, 0.5, 0, (3, 7)),
     DataConfig("stdlib", "other/*.txt", "bytes", 24, 16, 0.1, 5, "elsewhere"),
     OptimizerConfig("muon", 3e-3, "wsd", 3, 0.3, 0.2, 0.05, 0.8, 0.9, 1e-6, 0.9, 0.5),
     MeshConfig(2, 2, 2),
@@ -630,9 +630,10 @@ def test_every_field_can_be_set(experiment, tmp_path, monkeypatch):
     ]
     options = []
     for name, value in fields.items():
-        options += ["--" + name.replace("_", "-")] + ([] if value is True else [str(value)])
+        words = value if isinstance(value, tuple) else [] if value is True else [value]
+        options += ["--" + name.replace("_", "-"), *map(str, words)]
     configs = []
-    monkeypatch.setattr(loop, "Run", lambda config, *args: configs.append(config) or SimpleNamespace(fit=print))
+    monkeypatch.setattr(loop, "Run", lambda config, *args: configs.append(config) or SimpleNamespace(fit=print, config=config))
     monkeypatch.chdir(tmp_path)  # the cache directory is relative
     cli.main(["train", str(experiment), "--run-dir", f"{tmp_path}/run", *options])
     assert configs == [OTHER]
