@@ -633,7 +633,9 @@ def test_every_field_can_be_set(experiment, tmp_path, monkeypatch):
         words = value if isinstance(value, tuple) else [] if value is True else [value]
         options += ["--" + name.replace("_", "-"), *map(str, words)]
     configs = []
-    monkeypatch.setattr(loop, "Run", lambda config, *args: configs.append(config) or SimpleNamespace(fit=print, config=config))
+    monkeypatch.setattr(
+        loop, "Run", lambda config, *args: configs.append(config) or SimpleNamespace(fit=print, config=config)
+    )
     monkeypatch.chdir(tmp_path)  # the cache directory is relative
     cli.main(["train", str(experiment), "--run-dir", f"{tmp_path}/run", *options])
     assert configs == [OTHER]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -29,19 +30,21 @@ Arrays = tuple[dict[str, Array], Array, Array, Array, Array]
 def bench_loss(config: LossBenchConfig, progress: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
     """Measure loss and gradient on one device and return figures by method.
 
-    `ours` is `mixture_loss`; `matmuls` a loop over the same tiles with its matrix products and nothing else; `naive`
-    plain autodiff with the logits of all positions at once in float32, left out where it does not fit in memory.
+    `ours` is `mixture_loss`; `matmuls` a loop over tiles with all matrix products of the exact loss over the whole
+    vocabulary and nothing else; `naive` plain autodiff with the logits of all positions at once in float32, left out
+    where it does not fit in memory.
     `grad_errors` are the relative errors of each gradient (in the Frobenius norm) against float64, `grad_error` the
     largest of them.
     """
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         form, arrays = _problem(config, config.tokens)
+        whole_form, whole = _problem(dataclasses.replace(config, shortlist=0), config.tokens)
         ours = jax.jit(jax.value_and_grad(functools.partial(_ours, form, config.draws), argnums=(0, 1, 2)))
-        matmuls = jax.jit(functools.partial(_matmuls, form))
+        matmuls = jax.jit(functools.partial(_matmuls, whole_form))
         progress("compiling")
-        compiled = {name: f.lower(*arrays).compile() for name, f in (("ours", ours), ("matmuls", matmuls))}
-        inputs = dict.fromkeys(compiled, arrays)
+        compiled = {"ours": ours.lower(*arrays).compile(), "matmuls": matmuls.lower(*whole).compile()}
+        inputs = {"ours": arrays, "matmuls": whole}
     # Plain arrays without a mesh: XLA does as it likes best.
     inputs["naive"] = jax.device_put(jax.device_get(arrays), jax.devices()[0])
     naive = jax.jit(jax.value_and_grad(functools.partial(_naive, form), argnums=(0, 1, 2)))
