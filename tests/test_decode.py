@@ -101,7 +101,7 @@ def ask(model, prompts=PROMPTS, *, laws=None, stop=-1, **options) -> decoding.Re
 
 def prefilled(model, request: decoding.Request):
     """The shapes of the state after prefill; nothing is compiled."""
-    arrays = model, request.prompt_BP, request.length_B, request.limit_B, request.sampling, request.stops
+    arrays = model, request.prompt_BP, request.length_B, request.limits, request.sampling, request.stops
     return jax.eval_shape(functools.partial(loop.prefill, request.plan), *arrays)
 
 
@@ -249,7 +249,7 @@ def test_a_row_does_not_depend_on_its_neighbours(model, laws):
         np.testing.assert_array_equal(out.accepted[b], expected.accepted[b])
 
     order = np.array([2, 0, 3, 1])
-    names = "prompt_BP", "length_B", "limit_B", "sampling"
+    names = "prompt_BP", "length_B", "limits", "sampling"
     arrays = [getattr(request, name) for name in names]
     shuffled = jax.jit(lambda arrays: jax.tree.map(lambda a: a.at[order].get(out_sharding=P(BATCH)), arrays))(arrays)
     out = finish(model, dataclasses.replace(request, **dict(zip(names, shuffled, strict=True))))
@@ -361,12 +361,13 @@ def test_counts_are_those_of_a_trace_made_by_hand(model, greedy):
 
     out = drive(model, ask(model, max_new_tokens=12), drafts)
     np.testing.assert_array_equal(out.tokens, plain[:, :12])
-    # Of 12 tokens prefill gives the first. Row 0: 4 + 4 + 3, the last cut behind its third draft. Row 1: 11 times 1.
-    # Rows 2 and 3: 5 times 2, then 1, cut behind its draft.
+    # Of 12 tokens prefill gives the first. Row 0: 4 + 4 + 3, the last of two drafts. Row 1: 11 times 1. Rows 2 and 3:
+    # 5 times 2, then 1. With n tokens to go a row uses n - 1 drafts at most.
     assert out.forwards.tolist() == [3, 11, 6, 6]
-    assert out.accepted.tolist() == [[3, 3, 3], [0, 0, 0], [6, 0, 0], [6, 0, 0]]
+    assert out.accepted.tolist() == [[3, 3, 2], [0, 0, 0], [5, 0, 0], [5, 0, 0]]
+    assert out.drafted.tolist() == [[3, 3, 2], [10, 9, 8], [5, 5, 4], [5, 5, 4]]
     assert out.block_efficiency == 4 * 11 / 26
-    np.testing.assert_allclose(out.acceptance, [15 / 26, 3 / 26, 3 / 26])
+    np.testing.assert_allclose(out.acceptance, [13 / 23, 3 / 22, 2 / 18])
 
 
 def test_drafts_behind_the_end_of_a_row_are_not_counted(model, greedy):
@@ -379,7 +380,7 @@ def test_drafts_behind_the_end_of_a_row_are_not_counted(model, greedy):
     out = drive(model, ask(model, max_new_tokens=6), drafts)
     assert out.forwards.tolist() == [2] * 4
     assert out.block_efficiency == 5 / 2
-    assert out.accepted.tolist() == [[2, 1, 1]] * 4
+    assert out.accepted.tolist() == [[1, 1, 1]] * 4 and out.drafted.tolist() == [[1, 1, 1]] * 4
 
     row = next(b for b in range(4) if plain[b, 0] != plain[b, 1])
     out = drive(model, ask(model, stop=int(plain[row, 1])), drafts)
@@ -446,9 +447,9 @@ def costs_acceptance_only(model, temperature: float, put_in_fault) -> bool:
 def test_fault_accepting_one_draft_too_many_is_seen(model, greedy, monkeypatch):
     verify = Greedy.verify
 
-    def generous(self, logits_BTV, draft_Bk, noise_BTV):
-        tokens_BT, accepted_B = verify(self, logits_BTV, draft_Bk, noise_BTV)
-        return Verdict(tokens_BT, jax.numpy.minimum(accepted_B + 1, draft_Bk.shape[1]))
+    def generous(self, logits_BTV, state, sampling):
+        tokens_BT, accepted_B = verify(self, logits_BTV, state, sampling)
+        return Verdict(tokens_BT, jax.numpy.minimum(accepted_B + 1, state.draft_Bk.shape[1]))
 
     request = ask(model)
     start(model, request)
@@ -461,9 +462,9 @@ def test_fault_a_length_that_is_not_rolled_back_is_seen(model, greedy):
     request = ask(model)
     state = start(model, request)
     while not np.all(state.done_B):
-        ahead_B = np.minimum(np.asarray(state.length_B) + WINDOW, request.limit_B)
+        ahead_B = np.minimum(np.asarray(state.length_B) + WINDOW, request.limits.length_B)
         state = proceed(model, request, state, 1)
-        length_B = np.where(np.asarray(state.length_B) < request.limit_B, ahead_B, state.length_B)
+        length_B = np.where(np.asarray(state.length_B) < request.limits.length_B, ahead_B, state.length_B)
         state = dataclasses.replace(state, length_B=tiny.shard(length_B))
     assert not same(result(request, state).tokens, greedy)
 
@@ -483,8 +484,10 @@ def test_fault_a_cache_that_keeps_rejected_drafts_is_seen(model, greedy, monkeyp
 def test_fault_noise_of_another_position_costs_acceptance_and_not_the_law(model, monkeypatch):
     draft = loop.draft
 
-    def late(plan, model, x_BD, token_B, noise_BTV, sampling):
-        return draft(plan, model, x_BD, token_B, jax.numpy.roll(noise_BTV, 1, axis=1), sampling)
+    def late(plan, model, state, x_BD, token_B, sampling):
+        rolled = dataclasses.replace(state, noise_BTV=jax.numpy.roll(state.noise_BTV, 1, axis=1))
+        out = draft(plan, model, rolled, x_BD, token_B, sampling)
+        return dataclasses.replace(out, noise_BTV=state.noise_BTV)
 
     assert costs_acceptance_only(model, 3.0, lambda: monkeypatch.setattr(loop, "draft", late))
 
@@ -546,12 +549,14 @@ def test_whatever_is_drafted_bfloat16_output_is_the_same_at_one_width(narrow, k)
 
 
 def test_a_bfloat16_loop_that_is_compiled_to_draft_garbage_gives_the_same_output(narrow, monkeypatch):
-    def garbage(plan, model, x_BD, token_B, noise_BTV, sampling):
-        return (5 * token_B[:, None] + 7 * jax.numpy.arange(plan.k)[None]) % VOCAB
+    def garbage(plan, model, state, x_BD, token_B, sampling):
+        draft_Bk = (5 * token_B[:, None] + 7 * jax.numpy.arange(plan.k)[None]) % VOCAB
+        return dataclasses.replace(draft(plan, model, state, x_BD, token_B, sampling), draft_Bk=draft_Bk)
 
     with tiny.mesh():
         request = ask(narrow)
         expected = finish(narrow, request)
+        draft = loop.draft
         monkeypatch.setattr(loop, "draft", garbage)
         out = faulty_loop()(narrow, request)
     np.testing.assert_array_equal(out.tokens, expected.tokens)
@@ -655,7 +660,11 @@ def test_prepare_casts_the_matrices_once():
         ([[1]], {"k": 4}, r"k is 4 and the head's window is 4; k must lie in 0\.\.3"),
         ([[1]], {"k": -1}, r"k is -1 and the head's window is 4; k must lie in 0\.\.3"),
         ([[1]], {"verifier": "greedy", "temperature": 0.5}, r"verifier is greedy and temperature is 0\.5.*Use coupled"),
-        ([[1]], {"verifier": "cuopled"}, "verifier is 'cuopled'; did you mean 'coupled'?.*coupled, greedy"),
+        (
+            [[1]],
+            {"verifier": "cuopled"},
+            "verifier is 'cuopled'; did you mean 'coupled'?.*block, coupled, greedy, token",
+        ),
         ([[1]], {"seed": -1}, "seed is -1"),
         ([[1]], {"seed": 2**32}, "seed is 4294967296"),
     ],
