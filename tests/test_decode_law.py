@@ -25,7 +25,7 @@ from mtp_jax.decode.verify.block import Block
 from mtp_jax.decode.verify.coupled import Coupled
 from mtp_jax.decode.verify.rejection import Rejection
 
-NEW, ROWS, FEWER_ROWS = 5, 200_000, 50_000
+NEW, ROWS, FEWER_ROWS = 5, 200_000, 30_000
 TABLES = tables()
 DRAFTS = ("good", "bad", "adversarial")
 SAMPLERS = ("coupled", "token", "block")
@@ -33,8 +33,8 @@ SAMPLERS = ("coupled", "token", "block")
 PLAIN = [(1.0, 0, 1.0), (0.7, 0, 1.0)]
 FILTERED = [(t, k, p) for t in (1.0, 0.7) for k, p in ((2, 1.0), (0, 0.8), (3, 0.8))]
 GRID = list(itertools.product(SAMPLERS, DRAFTS, PLAIN + FILTERED))
-# What is sorted is slow; one law has all of temperature, top-k and top-p.
-FAST = [cell for cell in GRID if cell[2] in PLAIN or (cell[2] == FILTERED[-1] and cell[1] != "good")]
+# A law without anything, and one that has all of temperature, top-k and top-p.
+FAST = [cell for cell in GRID if cell[2] == PLAIN[0] or (cell[2] == FILTERED[-1] and cell[1] != "good")]
 ALARM = FALSE_ALARM / len(GRID)  # Bonferroni
 
 
@@ -206,10 +206,10 @@ def test_the_rule_gives_the_targets_joint_law_by_enumeration(name, used):
 def test_coupled_output_is_the_same_function_of_the_seed_whatever_is_drafted():
     """Every draft and every k, token for token; `k` may differ between the rows."""
     plain = decode(table_model(TABLES["target"], TABLES["bad"]), table_request(ROWS, NEW, "coupled", k=0))
-    for draft in ("target", *DRAFTS):
-        model = table_model(TABLES["target"], TABLES[draft])
-        for k in (WINDOW - 1, np.arange(ROWS) % WINDOW):
-            np.testing.assert_array_equal(decode(model, table_request(ROWS, NEW, "coupled", k=k)).tokens, plain.tokens)
+    any_k = np.arange(ROWS) % WINDOW
+    for draft, k in (("target", any_k), *((draft, WINDOW - 1) for draft in DRAFTS)):
+        out = decode(table_model(TABLES["target"], TABLES[draft]), table_request(ROWS, NEW, "coupled", k=k))
+        np.testing.assert_array_equal(out.tokens, plain.tokens)
 
 
 # Deliberate faults.

@@ -117,11 +117,11 @@ def make_request(model: LanguageModel, prompts: Sequence[Prompt], config: Decode
     seeds = seeds if seeds.ndim else seeds + np.arange(batch, dtype=np.uint32)
     temperature = rows(config.temperature, np.float32)
     keys = jax.vmap(jax.random.key)(seeds)
-    sampling = Sampling(_rows(temperature), _rows(top_k), _rows(top_p), _rows(keys))
+    sampling = Sampling(put_rows(temperature), put_rows(top_k), put_rows(top_p), put_rows(keys))
     confidence = rows(config.min_confidence, np.float32)
-    limits = Limits(_rows(lengths + new), _rows(most), _rows(confidence) if confidence.any() else None)
+    limits = Limits(put_rows(lengths + new), put_rows(most), put_rows(confidence) if confidence.any() else None)
     stops = Stops(jnp.asarray(np.array(config.stop_tokens, np.int32)))
-    return Request(plan, _rows(padded), _rows(lengths), limits, sampling, stops)
+    return Request(plan, put_rows(padded), put_rows(lengths), limits, sampling, stops)
 
 
 def start(model: LanguageModel, request: Request) -> DecodeState:
@@ -189,7 +189,7 @@ def _mesh() -> AbstractMesh | Mesh:
     return mesh
 
 
-def _rows(array: np.ndarray | Array) -> Array:
+def put_rows(array: np.ndarray | Array) -> Array:
     """Put an array on the mesh in scope, its first axis over the batch axes."""
     mesh = _mesh()
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
