@@ -762,11 +762,23 @@ def test_without_drafts_the_loop_is_one_token_wide(model, monkeypatch):
         assert bool(drafted) == (k > 0)
 
 
-def test_sampling_traces_on_a_sharded_mesh():
+def test_only_what_the_verifier_needs_is_kept(model):
+    """No law of a draft but where probabilities are compared, no noise at temperature 0, nothing without drafts."""
+    for verifier, noise, q in (("greedy", 0, 0), ("coupled", 4, 0), ("token", 4, 3), ("block", 4, 3)):
+        for k in (WINDOW - 1, 0):
+            state = prefilled(model, ask(model, verifier=verifier, temperature=float(noise > 0), k=k))
+            assert (state.noise_BTV is not None) == bool(noise) and (state.logq_BkV is not None) == bool(q and k)
+            assert state.noise_BTV is None or state.noise_BTV.shape == (4, k + 1, VOCAB)
+            assert state.logq_BkV is None or state.logq_BkV.shape == (4, k, VOCAB)
+
+
+@pytest.mark.parametrize("verifier", ["greedy", "coupled", "token", "block"])
+def test_decoding_traces_on_a_sharded_mesh(verifier):
     """Where a wrong sharding is an error: the vocabulary, which top-k sorts and the noise spans, is split."""
     with tiny.mesh(data=2, tensor=2) as mesh:
         model = build(mesh).ready
-        request = ask(model, laws=LAWS)
+        laws = None if verifier == "greedy" else LAWS
+        request = ask(model, laws=laws, verifier=verifier, min_confidence=0.1)
         state = prefilled(model, request)
         run = functools.partial(loop.run, request.plan)
         out = jax.eval_shape(run, model, state, request.sampling, request.stops, 1)

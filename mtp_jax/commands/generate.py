@@ -68,6 +68,7 @@ def main(args: list[str]) -> None:
     from mtp_jax.data import load_tokenizer, prepare
     from mtp_jax.decode.text import stop_bytes
 
+    stops = stop_bytes(options.stop)
     config = read_config(options.run)
     tokenizer = load_tokenizer(config.data.tokenizer)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k")
@@ -78,7 +79,6 @@ def main(args: list[str]) -> None:
         require(options.prompt_tokens >= 1, f"--prompt-tokens is {options.prompt_tokens}; it must be at least 1.")
         prompts = held_out_prompts(prepare(config.data), options.held_out, options.prompt_tokens, options.seed)
     decode.check(config.model, config.head, [tokens for _, tokens in prompts])
-    stops = stop_bytes(options.stop)
 
     forced = {"auto": None, "always": True, "never": False}[options.color]
     # What is asked for is given, whatever $TERM and $NO_COLOR say.
