@@ -394,13 +394,6 @@ def test_verifiers_that_compare_probabilities_are_greedy_at_temperature_0(model,
     np.testing.assert_array_equal(out.accepted, finish(model, ask(model)).accepted)
 
 
-@pytest.mark.parametrize("verifier", ["token", "block"])
-def test_without_drafts_every_verifier_is_plain_sampling(model, verifier):
-    options = dict(temperature=1.3, max_new_tokens=8, seed=4)
-    plans = {make_request(model, PROMPTS, DecodeConfig(k=0, verifier=v, **options)).plan for v in (verifier, None)}
-    assert len(plans) == 1
-
-
 @pytest.mark.parametrize("options", [{}, {"laws": LAWS}, {"laws": LAWS, "k": 0}], ids=["greedy", "coupled", "plain"])
 def test_logprobs_are_those_of_full_forwards(model, models, options):
     out = finish(model, ask(model, **options))

@@ -79,9 +79,7 @@ def begin(
 ) -> DecodeState:
     """The state after prompts were read: one token committed, k drafted. Small, so each plan compiles it fast."""
     batch, width = prompt_BP.shape
-    verifier, vocab_size = get_verifier(plan.verifier), model.config.vocab_size
     tokens_BS = jnp.pad(prompt_BP, ((0, 0), (0, plan.slots - width)))
-    draft_Bk = prompt_BP[:, :0]
     counts_Bk = jnp.zeros((batch, plan.k), jnp.int32, out_sharding=RULES.tokens_BT)
     state = DecodeState(
         tokens_BS=tokens_BS,
@@ -90,12 +88,12 @@ def begin(
         length_B=length_B,
         limit_B=limits.length_B,
         done_B=length_B >= limits.length_B,
-        draft_Bk=draft_Bk,
+        draft_Bk=prompt_BP[:, :0],
         draft_len_B=jnp.zeros_like(length_B),
         most_B=limits.most_B,
         confidence_B=limits.confidence_B,
-        noise_BTV=verifier.noise(sampling, length_B, 1, vocab_size),
-        logq_BkV=jnp.zeros((batch, 0, vocab_size), out_sharding=RULES.x_BTD) if verifier.keeps_q else None,
+        noise_BTV=get_verifier(plan.verifier).noise(sampling, length_B, 1, model.config.vocab_size),
+        logq_BkV=None,
         cache=cache,
         forwards_B=jnp.zeros_like(length_B),
         drafted_Bk=counts_Bk,

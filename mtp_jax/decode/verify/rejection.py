@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from mtp_jax.decode import pick
-from mtp_jax.decode.law import Sampling
+from mtp_jax.decode.law import Sampling, gumbel
 from mtp_jax.decode.state import DecodeState
-from mtp_jax.decode.verify.base import Sampled, Verdict, used
+from mtp_jax.decode.verify.base import Sampled, Verdict, match_prefix, used
 
 CHOOSE, ACCEPT = 0, 1  # purposes
 
@@ -31,8 +31,9 @@ class Rejection(Sampled):
 
     def noise(self, sampling: Sampling, start_B: Array, width: int, vocab_size: int) -> Array | None:
         """Gumbel noise `[B, width, V]`: of each draft, and last that of the token behind the accepted ones."""
-        keys_B = _keys(sampling, start_B, CHOOSE)
-        return jax.vmap(lambda key: jax.random.gumbel(key, (width, vocab_size)))(keys_B)
+        # The last is numbered 0, so that no row depends on how many drafts its neighbours may have.
+        number_1T = (jnp.arange(1, width + 1, dtype=jnp.int32) % width)[None]
+        return gumbel(_keys(sampling, start_B, CHOOSE), jnp.zeros_like(start_B)[:, None] + number_1T, vocab_size)
 
     def chances(self, log_ratio_Bk: Array, p_BTV: Array, q_BTV: Array) -> tuple[Array, Array]:
         """The chance to keep each draft, `[B, k]`, and rho `[B, k + 1]` of the rest behind 0 .. k accepted ones.
@@ -51,8 +52,10 @@ class Rejection(Sampled):
     def verify(self, logits_BTV: Array, state: DecodeState, sampling: Sampling) -> Verdict:
         """See the module."""
         draft_Bk, logq_BkV, noise_BTV = state.draft_Bk, state.logq_BkV, state.noise_BTV
-        assert logq_BkV is not None and noise_BTV is not None
         k, used_Bk = draft_Bk.shape[1], used(state)
+        if k == 0:  # plain sampling
+            return match_prefix(self.choose(logits_BTV, noise_BTV), state)
+        assert logq_BkV is not None and noise_BTV is not None
         logp_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
         q_BTV = jnp.pad(jnp.where(used_Bk[:, :, None], jnp.exp(logq_BkV), 0.0), ((0, 0), (0, 1), (0, 0)))
         p_BTV = jnp.exp(logp_BTV)
@@ -77,7 +80,11 @@ def rest(p: Array, q: Array, rho: Array) -> Array:
 
 def uniform(sampling: Sampling, start_B: Array, k: int) -> Array:
     """A uniform number in [0, 1) for each draft of the block that starts at `start_B`, `[B, k]`."""
-    return jax.vmap(lambda key: jax.random.uniform(key, (k,)))(_keys(sampling, start_B, ACCEPT))
+
+    def row(key: Array) -> Array:
+        return jax.vmap(lambda number: jax.random.uniform(jax.random.fold_in(key, number)))(jnp.arange(k))
+
+    return jax.vmap(row)(_keys(sampling, start_B, ACCEPT))
 
 
 def _keys(sampling: Sampling, start_B: Array, purpose: int) -> Array:
