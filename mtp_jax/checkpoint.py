@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import platform
 import subprocess
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from mtp_jax import __version__
 from mtp_jax.config import ConfigError, MeshConfig, TrainConfig, from_dict, require, to_dict
 from mtp_jax.data import Tokenizer, load_tokenizer
 from mtp_jax.decode.generate import Generation, for_decoding, generate
+from mtp_jax.decode.text import continue_text
 from mtp_jax.mesh import make_mesh
 from mtp_jax.model.transformer import LanguageModel
 from mtp_jax.train.step import TrainState, build_model, split
@@ -228,17 +230,23 @@ class LoadedRun:
         with jax.set_mesh(self.mesh):
             return for_decoding(self.model)
 
-    def generate(self, prompts: str | list[str], **options: Any) -> str | list[str]:
-        """Continue text. Options are those of `mtp_jax.generate`; generation stops at the end of a document."""
+    def generate(self, prompts: str | list[str], *, stop: str | Sequence[str] = (), **options: Any) -> str | list[str]:
+        """Continue text, up to the end of a document or the first of the strings `stop`, which is cut off.
+
+        Options are those of `mtp_jax.generate`.
+        """
         texts = [prompts] if isinstance(prompts, str) else prompts
-        generation = self.generate_tokens([self.tokenizer.encode(text) for text in texts], **options)
-        out = [self.tokenizer.decode(row) for row in generation.tokens]
+        with jax.set_mesh(self.mesh):
+            out = continue_text(self.decoder, self.tokenizer, texts, stop, **self._defaults(options))
         return out[0] if isinstance(prompts, str) else out
 
     def generate_tokens(self, prompts: list[Any], **options: Any) -> Generation:
         """Continue token ids; see `mtp_jax.generate`."""
         with jax.set_mesh(self.mesh):
-            return generate(self.decoder, prompts, **{"stop_tokens": (self.tokenizer.end_of_document,), **options})
+            return generate(self.decoder, prompts, **self._defaults(options))
+
+    def _defaults(self, options: dict[str, Any]) -> dict[str, Any]:
+        return {"stop_tokens": (self.tokenizer.end_of_document,), **options}
 
 
 def load(run_dir: epath.PathLike, step: int | None = None, mesh: MeshConfig | Mesh | None = None) -> LoadedRun:

@@ -11,9 +11,10 @@ import difflib
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 T = TypeVar("T")
+Rows: TypeAlias = T | Sequence[T]  # one value for all rows of a batch, or one for each
 
 
 class ConfigError(ValueError):
@@ -26,10 +27,15 @@ def require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def _values(value: Any) -> Sequence[Any]:
+    """The values of a field that may have one for each row."""
+    return value if hasattr(value, "__len__") else (value,)
+
+
 def _at_least(config: Any, least: float, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
-        require(value >= least, f"{type(config).__name__}.{name} is {value}; it must be at least {least}.")
+        for value in _values(getattr(config, name)):
+            require(value >= least, f"{type(config).__name__}.{name} is {value}; it must be at least {least}.")
 
 
 def _choices(config: Any) -> None:
@@ -50,11 +56,11 @@ def _positive(config: Any, *names: str) -> None:
 
 def _fraction(config: Any, *names: str, closed: bool = True) -> None:
     for name in names:
-        value = getattr(config, name)
-        require(
-            0 <= value < 1 or (closed and value == 1),
-            f"{type(config).__name__}.{name} is {value}; it must lie in [0, 1{']' if closed else ')'}.",
-        )
+        for value in _values(getattr(config, name)):
+            require(
+                0 <= value < 1 or (closed and value == 1),
+                f"{type(config).__name__}.{name} is {value}; it must lie in [0, 1{']' if closed else ')'}.",
+            )
 
 
 @dataclass(frozen=True)
@@ -248,58 +254,76 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """How prompts are continued.
+    """How prompts are continued. What has a type `Rows[...]` is one value for all rows, or a sequence of one per row.
 
     `max_new_tokens` is exact, unless one of `stop_tokens` comes first. `temperature` (0 is greedy), `top_k` (0 keeps
-    all) and `top_p` are the law that is sampled. Row i samples with `seed + i`; its output is a function of that and
-    its prompt alone. `k` is the number of drafts per forward, 0..W-1 (default W-1), and `verifier` names an entry of
-    `mtp_jax.decode.verify.VERIFIERS`.
+    all) and `top_p` are the law that is sampled. Row i samples with `seed[i]`, or `seed + i`; its output is a function
+    of that and its prompt alone. `k` is the most drafts per forward, 0..W-1 (default W-1); a forward is as wide as the
+    largest of them. A row stops drafting before a token whose law (the head's, given the drafts before it) has no
+    probability of `min_confidence` or more. `verifier` names an entry of `mtp_jax.decode.verify.VERIFIERS`.
     """
 
-    max_new_tokens: int
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-    k: int | None = None
+    max_new_tokens: Rows[int]
+    temperature: Rows[float] = 0.0
+    top_k: Rows[int] = 0
+    top_p: Rows[float] = 1.0
+    seed: Rows[int] = 0
+    k: Rows[int] | None = None
+    min_confidence: Rows[float] = 0.0
     verifier: str | None = None
     stop_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "max_new_tokens")
         _at_least(self, 0, "temperature", "top_k", "seed")
+        _fraction(self, "min_confidence")
+        for temperature in _values(self.temperature):
+            require(
+                temperature == 0 or temperature >= 1e-6,
+                f"DecodeConfig.temperature is {temperature}; it must be 0 (greedy), or at least 1e-06.",
+            )
+        for top_p in _values(self.top_p):
+            require(0 < top_p <= 1, f"DecodeConfig.top_p is {top_p}; it must lie in (0, 1].")
         require(
-            self.temperature == 0 or self.temperature >= 1e-6,
-            f"DecodeConfig.temperature is {self.temperature}; it must be 0 (greedy), or at least 1e-06.",
-        )
-        require(0 < self.top_p <= 1, f"DecodeConfig.top_p is {self.top_p}; it must lie in (0, 1].")
-        require(
-            self.verifier != "greedy" or self.temperature == 0,
+            self.verifier != "greedy" or self.greedy,
             f"DecodeConfig.verifier is greedy and temperature is {self.temperature}; greedy decoding has temperature "
             "0. Use coupled.",
         )
 
     @property
+    def greedy(self) -> bool:
+        """Whether every row has temperature 0."""
+        return max(_values(self.temperature), default=0) == 0
+
+    @property
     def rule(self) -> str:
         """The verifier's name: by default `greedy` at temperature 0 and `coupled` above."""
-        return self.verifier or ("greedy" if self.temperature == 0 else "coupled")
+        return self.verifier or ("greedy" if self.greedy else "coupled")
 
     def check(self, model: ModelConfig, head: HeadConfig, prompts: Sequence[Any]) -> None:
         """Refuse what such a model cannot decode. Each of `prompts` is a sequence of token ids."""
         window, vocab, context = head.window, model.vocab_size, model.context_length
         require(len(prompts) > 0, "There are no prompts; give at least one.")
-        require(
-            self.k is None or 0 <= self.k < window,
-            f"k is {self.k} and the head's window is {window}; k must lie in 0..{window - 1}.",
-        )
-        most = 2**32 - len(prompts)
-        require(self.seed <= most, f"seed is {self.seed}; row i samples with seed + i, so it must lie in 0..{most}.")
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k", "min_confidence"):
+            value = getattr(self, name)
+            require(
+                not hasattr(value, "__len__") or len(value) == len(prompts),
+                f"{name} has {len(_values(value))} values and there are {len(prompts)} prompts; give one for each, or "
+                "one value for all.",
+            )
+        for k in _values(self.k) if self.k is not None else []:
+            require(0 <= k < window, f"k is {k} and the head's window is {window}; k must lie in 0..{window - 1}.")
+        most = 2**32 - (1 if hasattr(self.seed, "__len__") else len(prompts))
+        for seed in _values(self.seed):
+            require(seed <= most, f"seed is {seed}; row i samples with seed + i, so it must lie in 0..{most}.")
+        new = _values(self.max_new_tokens)
         for i, prompt in enumerate(prompts):
             require(len(prompt) > 0, f"Prompt {i} is empty; it needs at least one token to continue from.")
-            total = len(prompt) + self.max_new_tokens
+            limit = new[i % len(new)]
+            total = len(prompt) + limit
             require(
                 total <= context,
-                f"Prompt {i} has {len(prompt)} tokens and max_new_tokens is {self.max_new_tokens}, {total} together; "
+                f"Prompt {i} has {len(prompt)} tokens and max_new_tokens is {limit}, {total} together; "
                 f"the model's context_length is {context}. Shorten one of them.",
             )
             low, high = min(prompt), max(prompt)

@@ -21,8 +21,16 @@ from mtp_jax.train.step import build_model
 
 
 def generation(tokens, forwards, accepted=()):
-    """Of one row."""
-    return Generation([np.array(tokens)], np.array([forwards]), np.array([accepted], np.int32).reshape(1, -1))
+    """Of one row, which used all drafts in every forward."""
+    accepted_1k = np.array([accepted], np.int32).reshape(1, -1)
+    return Generation(
+        tokens=[np.array(tokens)],
+        forwards=np.array([forwards]),
+        accepted=accepted_1k,
+        drafted=np.full_like(accepted_1k, forwards),
+        logprobs=[np.zeros(len(tokens))],
+        finite=np.array([True]),
+    )
 
 
 def documents(split, first, lengths):

@@ -212,6 +212,8 @@ def test_a_loaded_run_generates(loaded):
     assert loaded.generate("The 1st", seed=1, **options) == text
     assert loaded.generate("The 1st", seed=2, **options) != text
     assert loaded.generate(["The 1st"], seed=1, **options) == [text]
+    stop = next(c for c in text if c != "\ufffd")
+    assert loaded.generate("The 1st", seed=1, stop=stop, **options) == text[: text.index(stop)]
     tokens = loaded.generate_tokens([loaded.tokenizer.encode("The 1st")], seed=1, **options).tokens[0]
     assert loaded.tokenizer.decode(tokens) == text and 1 <= len(tokens) <= 12
 

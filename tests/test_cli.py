@@ -307,6 +307,21 @@ def test_what_is_green_are_the_accepted_drafts(run, capsys, monkeypatch, k):
     assert f"[{emitted} tokens, {drafts} of them accepted drafts; {len(parts) - 1} forwards after prefill" in summary
 
 
+def test_text_ends_before_a_stop_string(run, capsys, monkeypatch):
+    """It may come in pieces; what turns out not to be one is printed, in its own colours."""
+    import mtp_jax.decode.generate as decode
+
+    parts = [(b"ab<", 2), (b"<EN", 1), (b"Dx", 0), (b"c<E", 3), (b"ND>z", 1), (b"never", 1)]
+    monkeypatch.setattr(decode, "stream", lambda *args, **options: ((list(text), n) for text, n in parts))
+    options = ("--prompt", "x", "--color", "always", *GENERATE, "--stop", "<END>", "@@")
+    cli.main(["generate", str(run.dir), *options])
+    text, summary = capsys.readouterr().out.splitlines()
+    green = [(GREEN, character) for character in "ab"], [(GREEN, "<")], [(GREEN, "c")]
+    plain = [("", character) for character in "<ENDx"]
+    assert styled(text) == [("2", "x"), *green[0], plain[0], *green[1], *plain[1:], *green[2]]
+    assert "[15 tokens, 7 of them" in summary
+
+
 def test_a_character_in_two_forwards_is_one_character(run, capsys, monkeypatch):
     """It has the colour of its last byte. Half a character at the end is shown as such."""
     import mtp_jax.decode.generate as decode
@@ -330,6 +345,7 @@ def test_generate_refuses_before_it_loads_or_prints(run, refused, monkeypatch):
         (("--temperature", -1), "temperature is -1.0; it must be at least 0."),
         (("--top-p", 0), "top_p is 0.0; it must lie in (0, 1]."),
         (("--top-k", -1), "top_k is -1; it must be at least 0."),
+        (("--stop", ""), "an empty string stops everything"),
         (("--seed", 2**32), f"seed is {2**32}; row i samples with seed + i"),
     ):
         message = refused("generate", run.dir, "--prompt", "x", *options)

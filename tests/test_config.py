@@ -94,6 +94,7 @@ REFUSED = {
     "text_without_files": (lambda: DataConfig(source="text"), ["source is text", "files is empty", "--data.files"]),
     "tiny_temperature": (lambda: DecodeConfig(8, 1e-7), ["DecodeConfig.temperature is 1e-07", "at least 1e-06"]),
     "top_p_zero": (lambda: DecodeConfig(8, top_p=0.0), ["DecodeConfig.top_p is 0.0", "(0, 1]"]),
+    "rows": (lambda: decode([1], [2], temperature=[0.5, 1, 2]), ["temperature has 3 values", "there are 2 prompts"]),
     "top_p_above": (lambda: DecodeConfig(8, top_p=1.5), ["DecodeConfig.top_p is 1.5", "(0, 1]"]),
     "greedy_by_temperature": (
         lambda: DecodeConfig(8, 0.7, verifier="greedy"),

@@ -12,10 +12,11 @@ from test_law import FALSE_ALARM, POWER, goodness_of_fit, reference_law
 
 from mtp_jax.config import ConfigError, DecodeConfig
 from mtp_jax.decode import generate as decoding
-from mtp_jax.decode import loop
+from mtp_jax.decode import loop, text
 from mtp_jax.decode.generate import for_decoding, generate, make_request, proceed, result, start, stream
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.state import Stops
+from mtp_jax.decode.text import continue_text, find_stop, held_back
 from mtp_jax.decode.verify import Verdict
 from mtp_jax.decode.verify.greedy import Greedy
 from mtp_jax.heads.base import DraftState, Head
@@ -101,7 +102,7 @@ def ask(model, prompts=PROMPTS, *, laws=None, stop=-1, **options) -> decoding.Re
 
 def prefilled(model, request: decoding.Request):
     """The shapes of the state after prefill; nothing is compiled."""
-    arrays = model, request.prompt_BP, request.length_B, request.limit_B, request.sampling, request.stops
+    arrays = model, request.prompt_BP, request.length_B, request.limits, request.sampling, request.stops
     return jax.eval_shape(functools.partial(loop.prefill, request.plan), *arrays)
 
 
@@ -249,7 +250,7 @@ def test_a_row_does_not_depend_on_its_neighbours(model, laws):
         np.testing.assert_array_equal(out.accepted[b], expected.accepted[b])
 
     order = np.array([2, 0, 3, 1])
-    names = "prompt_BP", "length_B", "limit_B", "sampling"
+    names = "prompt_BP", "length_B", "limits", "sampling"
     arrays = [getattr(request, name) for name in names]
     shuffled = jax.jit(lambda arrays: jax.tree.map(lambda a: a.at[order].get(out_sharding=P(BATCH)), arrays))(arrays)
     out = finish(model, dataclasses.replace(request, **dict(zip(names, shuffled, strict=True))))
@@ -341,10 +342,143 @@ def test_nothing_behind_the_committed_tokens_is_read(model, greedy, k):
         tokens_BS = np.where(behind_BS, 31, state.tokens_BS)
         # Position length - 1 is not in the cache yet.
         stale_BKSH = np.roll(behind_BS, -1, axis=1)[:, None, :, None]
-        cache = jax.tree.map(lambda a, s=stale_BKSH: jax.device_put(np.where(s, 1e6, a), a.sharding), state.cache)
+        cache = jax.tree.map(lambda a, s=stale_BKSH: jax.device_put(np.where(s, 1e9, a), a.sharding), state.cache)
         tokens_BS = jax.device_put(tokens_BS, state.tokens_BS.sharding)
         state = proceed(model, request, dataclasses.replace(state, tokens_BS=tokens_BS, cache=cache), 1)
     np.testing.assert_array_equal(result(request, state).tokens, greedy)
+
+
+# Each row has settings of its own.
+
+
+def test_settings_may_differ_by_row(model, sampled):
+    """What a row gets among rows of other settings is what it gets where all have its own."""
+    temperature, top_k, top_p = zip(*LAWS, strict=True)
+    settings = dict(temperature=temperature, top_k=top_k, top_p=np.array(top_p), stop_tokens=[31])
+    both = generate(model, PROMPTS, max_new_tokens=NEW, **settings)
+    assert same(both.tokens, [cut(row, 31) for row in sampled])
+
+    settings |= dict(max_new_tokens=[3, 16, 1, 9], seed=[7, 7, 2**32 - 1, 0], k=[0, 3, 2, 1], top_p=[0.9] * 4)
+    both = generate(model, PROMPTS, **settings)
+    assert both.drafted.shape == (4, 3) and both.drafted[0].sum() == both.drafted[2].sum() == 0
+    assert both.drafted[3, 0] > 0 and both.drafted[3, 1:].sum() == 0
+    for b in range(4):
+        own = {name: values[b] for name, values in settings.items() if name != "stop_tokens"}
+        own |= dict(seed=[own["seed"]] * 4, verifier="coupled", stop_tokens=[31])
+        alone = generate(model, PROMPTS, **own)
+        np.testing.assert_array_equal(both.tokens[b], alone.tokens[b])
+        np.testing.assert_allclose(both.logprobs[b], alone.logprobs[b], atol=1e-5)
+
+
+@pytest.mark.parametrize("verifier", ["token", "block"])
+def test_rows_of_the_verifiers_that_compare_probabilities_do_not_depend_on_their_neighbours(model, verifier):
+    request = ask(model, laws=LAWS, verifier=verifier)
+    expected = finish(model, request)
+    assert all(len(row) == NEW for row in expected.tokens) and 0.05 < expected.acceptance[0] < 0.95
+    chunked = finish(model, request, chunk=2)
+    np.testing.assert_array_equal(chunked.tokens, expected.tokens)
+    np.testing.assert_array_equal(chunked.accepted, expected.accepted)
+    prompts = [PROMPTS[0], [1] * 16, [9, 9], PROMPTS[3]]
+    out = finish(model, ask(model, prompts, laws=LAWS, verifier=verifier))
+    for b in (0, 3):
+        np.testing.assert_array_equal(out.tokens[b], expected.tokens[b])
+    for stop in np.unique(expected.tokens):  # every token in turn, at every offset of a block
+        out = finish(model, ask(model, laws=LAWS, verifier=verifier, stop=int(stop)))
+        assert same(out.tokens, [cut(row, stop) for row in expected.tokens])
+
+
+@pytest.mark.parametrize("verifier", ["token", "block"])
+def test_verifiers_that_compare_probabilities_are_greedy_at_temperature_0(model, greedy, verifier):
+    out = finish(model, ask(model, verifier=verifier))
+    np.testing.assert_array_equal(out.tokens, greedy)
+    np.testing.assert_array_equal(out.accepted, finish(model, ask(model)).accepted)
+
+
+@pytest.mark.parametrize("options", [{}, {"laws": LAWS}, {"laws": LAWS, "k": 0}], ids=["greedy", "coupled", "plain"])
+def test_logprobs_are_those_of_full_forwards(model, models, options):
+    out = finish(model, ask(model, **options))
+    rows = [[*prompt, *new] for prompt, new in zip(PROMPTS, out.tokens, strict=True)]
+    tokens_BT = tiny.shard(np.array([row + [0] * (32 - len(row)) for row in rows], np.int32))
+    logp_BTV = np.asarray(full_log_probs(models.stacked, tokens_BT))
+    for prompt, row, logp_TV, got in zip(PROMPTS, rows, logp_BTV, out.logprobs, strict=True):
+        positions = np.arange(len(prompt), len(row))
+        np.testing.assert_allclose(got, logp_TV[positions - 1, row[len(prompt) :]], atol=1e-4)
+    assert out.finite.all()
+
+
+@pytest.mark.parametrize("options", [{}, {"laws": LAWS}, {"laws": LAWS, "verifier": "block"}, {"k": 0}], ids=str)
+def test_a_row_that_is_not_finite_ends_with_a_flag_and_leaves_the_others_alone(model, options):
+    """The keys of row 1 are not numbers any more after prefill."""
+    request = ask(model, **options)
+    expected, state = finish(model, request), start(model, request)
+    row_B = np.arange(4)[:, None, None, None] == 1
+    cache = jax.tree.map(lambda a: jax.device_put(np.where(row_B, np.nan, a), a.sharding), state.cache)
+    out = result(request, proceed(model, request, dataclasses.replace(state, cache=cache)))
+    assert out.finite.tolist() == [True, False, True, True] and expected.finite.all()
+    assert out.tokens[1][0] == expected.tokens[1][0] and 0 <= out.tokens[1][1] < VOCAB
+    assert len(out.tokens[1]) == 2 and np.isnan(out.logprobs[1]).tolist() == [False, True]
+    for b in (0, 2, 3):
+        np.testing.assert_array_equal(out.tokens[b], expected.tokens[b])
+        np.testing.assert_array_equal(out.logprobs[b], expected.logprobs[b])
+
+
+def test_a_prompt_that_is_not_finite_gives_one_token_and_a_flag(model):
+    broken = jax.tree.map(lambda a: a, model)
+    values = np.array(model.embed_VD[...])
+    values[29] = np.nan
+    broken.embed_VD[...] = jax.device_put(values, model.embed_VD[...].sharding)
+    out = finish(broken, ask(broken, [PROMPTS[0], [4, 29, 6], *PROMPTS[2:]]))
+    assert len(out.tokens[1]) == 1 and not out.finite[1] and np.isnan(out.logprobs[1][0])
+    assert all(0 <= token < VOCAB for row in out.tokens for token in row)
+
+
+class Letters:
+    """A tokenizer: id i is one letter, or, for every fourth, two."""
+
+    name, vocab_size, end_of_document = "letters", VOCAB, 0
+
+    def encode(self, text):
+        return np.frombuffer(text.encode(), np.uint8).astype(np.int32) - 64
+
+    def decode_bytes(self, ids):
+        return b"".join(bytes([64 + i, 64 + i]) if i % 4 == 0 else bytes([64 + i]) for i in np.asarray(ids).tolist())
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.2}], ids=["greedy", "coupled"])
+def test_text_is_cut_at_the_first_stop_string(model, options):
+    texts, options = ["EAI", "DZZZ", "C", "GT" * 8], dict(max_new_tokens=64, **options)
+    whole = continue_text(model, Letters(), texts, **options)
+    assert all(len(string) >= 64 for string in whole)
+    rng = np.random.default_rng(0)
+    for _ in range(6):
+        begins = [(row, int(rng.integers(0, 60)), int(rng.integers(1, 4))) for row in rng.integers(0, 4, 2)]
+        stops = [whole[row][begin : begin + length] for row, begin, length in begins]
+        out = continue_text(model, Letters(), texts, stop=stops, **options)
+        for string, got in zip(whole, out, strict=True):
+            ends = [(string.find(s) + len(s), string.find(s)) for s in stops if s in string]
+            assert got == string[: min(ends)[1] if ends else None]
+    assert (
+        continue_text(model, Letters(), texts, stop=whole[2][5:9], **options)[2]
+        == whole[2][: whole[2].find(whole[2][5:9])]
+    )
+
+
+def test_decoding_stops_soon_behind_a_stop_string(model, monkeypatch):
+    forwards = []
+    monkeypatch.setattr(text, "proceed", lambda *args: forwards.append(args[-1]) or proceed(*args))
+    whole = continue_text(model, Letters(), ["EAI"], max_new_tokens=96, k=0)[0]
+    forwards.clear()
+    continue_text(model, Letters(), ["EAI"], stop=whole[:2], max_new_tokens=96, k=0)
+    assert forwards == [text.FORWARDS]
+    with pytest.raises(ConfigError, match="stop is ''; an empty string"):
+        continue_text(model, Letters(), ["EAI"], stop="", max_new_tokens=4)
+
+
+def test_the_stop_string_that_is_complete_first_counts():
+    assert find_stop(b"xabcd", [b"abcd", b"bc"]) == 2
+    assert find_stop(b"xabc", [b"bc", b"abc"]) == 1  # complete at one byte: the longest
+    assert find_stop(b"xab", [b"abc"]) is None and held_back(b"xab", [b"abc", b"b!"]) == 2
+    assert held_back(b"aab", [b"aac"]) == 0 and held_back(b"a", []) == 0
 
 
 # What is counted.
@@ -361,12 +495,13 @@ def test_counts_are_those_of_a_trace_made_by_hand(model, greedy):
 
     out = drive(model, ask(model, max_new_tokens=12), drafts)
     np.testing.assert_array_equal(out.tokens, plain[:, :12])
-    # Of 12 tokens prefill gives the first. Row 0: 4 + 4 + 3, the last cut behind its third draft. Row 1: 11 times 1.
-    # Rows 2 and 3: 5 times 2, then 1, cut behind its draft.
+    # Of 12 tokens prefill gives the first. Row 0: 4 + 4 + 3, the last of two drafts. Row 1: 11 times 1. Rows 2 and 3:
+    # 5 times 2, then 1. With n tokens to go a row uses n - 1 drafts at most.
     assert out.forwards.tolist() == [3, 11, 6, 6]
-    assert out.accepted.tolist() == [[3, 3, 3], [0, 0, 0], [6, 0, 0], [6, 0, 0]]
+    assert out.accepted.tolist() == [[3, 3, 2], [0, 0, 0], [5, 0, 0], [5, 0, 0]]
+    assert out.drafted.tolist() == [[3, 3, 2], [10, 9, 8], [5, 5, 4], [5, 5, 4]]
     assert out.block_efficiency == 4 * 11 / 26
-    np.testing.assert_allclose(out.acceptance, [15 / 26, 3 / 26, 3 / 26])
+    np.testing.assert_allclose(out.acceptance, [13 / 23, 3 / 22, 2 / 18])
 
 
 def test_drafts_behind_the_end_of_a_row_are_not_counted(model, greedy):
@@ -379,7 +514,7 @@ def test_drafts_behind_the_end_of_a_row_are_not_counted(model, greedy):
     out = drive(model, ask(model, max_new_tokens=6), drafts)
     assert out.forwards.tolist() == [2] * 4
     assert out.block_efficiency == 5 / 2
-    assert out.accepted.tolist() == [[2, 1, 1]] * 4
+    assert out.accepted.tolist() == [[1, 1, 1]] * 4 and out.drafted.tolist() == [[1, 1, 1]] * 4
 
     row = next(b for b in range(4) if plain[b, 0] != plain[b, 1])
     out = drive(model, ask(model, stop=int(plain[row, 1])), drafts)
@@ -446,9 +581,9 @@ def costs_acceptance_only(model, temperature: float, put_in_fault) -> bool:
 def test_fault_accepting_one_draft_too_many_is_seen(model, greedy, monkeypatch):
     verify = Greedy.verify
 
-    def generous(self, logits_BTV, draft_Bk, noise_BTV):
-        tokens_BT, accepted_B = verify(self, logits_BTV, draft_Bk, noise_BTV)
-        return Verdict(tokens_BT, jax.numpy.minimum(accepted_B + 1, draft_Bk.shape[1]))
+    def generous(self, logits_BTV, state, sampling):
+        tokens_BT, accepted_B = verify(self, logits_BTV, state, sampling)
+        return Verdict(tokens_BT, jax.numpy.minimum(accepted_B + 1, state.draft_Bk.shape[1]))
 
     request = ask(model)
     start(model, request)
@@ -461,9 +596,9 @@ def test_fault_a_length_that_is_not_rolled_back_is_seen(model, greedy):
     request = ask(model)
     state = start(model, request)
     while not np.all(state.done_B):
-        ahead_B = np.minimum(np.asarray(state.length_B) + WINDOW, request.limit_B)
+        ahead_B = np.minimum(np.asarray(state.length_B) + WINDOW, request.limits.length_B)
         state = proceed(model, request, state, 1)
-        length_B = np.where(np.asarray(state.length_B) < request.limit_B, ahead_B, state.length_B)
+        length_B = np.where(np.asarray(state.length_B) < request.limits.length_B, ahead_B, state.length_B)
         state = dataclasses.replace(state, length_B=tiny.shard(length_B))
     assert not same(result(request, state).tokens, greedy)
 
@@ -483,8 +618,10 @@ def test_fault_a_cache_that_keeps_rejected_drafts_is_seen(model, greedy, monkeyp
 def test_fault_noise_of_another_position_costs_acceptance_and_not_the_law(model, monkeypatch):
     draft = loop.draft
 
-    def late(plan, model, x_BD, token_B, noise_BTV, sampling):
-        return draft(plan, model, x_BD, token_B, jax.numpy.roll(noise_BTV, 1, axis=1), sampling)
+    def late(plan, model, state, x_BD, token_B, sampling):
+        rolled = dataclasses.replace(state, noise_BTV=jax.numpy.roll(state.noise_BTV, 1, axis=1))
+        out = draft(plan, model, rolled, x_BD, token_B, sampling)
+        return dataclasses.replace(out, noise_BTV=state.noise_BTV)
 
     assert costs_acceptance_only(model, 3.0, lambda: monkeypatch.setattr(loop, "draft", late))
 
@@ -546,12 +683,14 @@ def test_whatever_is_drafted_bfloat16_output_is_the_same_at_one_width(narrow, k)
 
 
 def test_a_bfloat16_loop_that_is_compiled_to_draft_garbage_gives_the_same_output(narrow, monkeypatch):
-    def garbage(plan, model, x_BD, token_B, noise_BTV, sampling):
-        return (5 * token_B[:, None] + 7 * jax.numpy.arange(plan.k)[None]) % VOCAB
+    def garbage(plan, model, state, x_BD, token_B, sampling):
+        draft_Bk = (5 * token_B[:, None] + 7 * jax.numpy.arange(plan.k)[None]) % VOCAB
+        return dataclasses.replace(draft(plan, model, state, x_BD, token_B, sampling), draft_Bk=draft_Bk)
 
     with tiny.mesh():
         request = ask(narrow)
         expected = finish(narrow, request)
+        draft = loop.draft
         monkeypatch.setattr(loop, "draft", garbage)
         out = faulty_loop()(narrow, request)
     np.testing.assert_array_equal(out.tokens, expected.tokens)
@@ -616,11 +755,23 @@ def test_without_drafts_the_loop_is_one_token_wide(model, monkeypatch):
         assert bool(drafted) == (k > 0)
 
 
-def test_sampling_traces_on_a_sharded_mesh():
+def test_only_what_the_verifier_needs_is_kept(model):
+    """No law of a draft but where probabilities are compared, no noise at temperature 0, nothing without drafts."""
+    for verifier, noise, q in (("greedy", 0, 0), ("coupled", 4, 0), ("token", 4, 3), ("block", 4, 3)):
+        for k in (WINDOW - 1, 0):
+            state = prefilled(model, ask(model, verifier=verifier, temperature=float(noise > 0), k=k))
+            assert (state.noise_BTV is not None) == bool(noise) and (state.logq_BkV is not None) == bool(q and k)
+            assert state.noise_BTV is None or state.noise_BTV.shape == (4, k + 1, VOCAB)
+            assert state.logq_BkV is None or state.logq_BkV.shape == (4, k, VOCAB)
+
+
+@pytest.mark.parametrize("verifier", ["greedy", "coupled", "token", "block"])
+def test_decoding_traces_on_a_sharded_mesh(verifier):
     """Where a wrong sharding is an error: the vocabulary, which top-k sorts and the noise spans, is split."""
     with tiny.mesh(data=2, tensor=2) as mesh:
         model = build(mesh).ready
-        request = ask(model, laws=LAWS)
+        laws = None if verifier == "greedy" else LAWS
+        request = ask(model, laws=laws, verifier=verifier, min_confidence=0.1)
         state = prefilled(model, request)
         run = functools.partial(loop.run, request.plan)
         out = jax.eval_shape(run, model, state, request.sampling, request.stops, 1)
@@ -655,7 +806,11 @@ def test_prepare_casts_the_matrices_once():
         ([[1]], {"k": 4}, r"k is 4 and the head's window is 4; k must lie in 0\.\.3"),
         ([[1]], {"k": -1}, r"k is -1 and the head's window is 4; k must lie in 0\.\.3"),
         ([[1]], {"verifier": "greedy", "temperature": 0.5}, r"verifier is greedy and temperature is 0\.5.*Use coupled"),
-        ([[1]], {"verifier": "cuopled"}, "verifier is 'cuopled'; did you mean 'coupled'?.*coupled, greedy"),
+        (
+            [[1]],
+            {"verifier": "cuopled"},
+            "verifier is 'cuopled'; did you mean 'coupled'?.*block, coupled, greedy, token",
+        ),
         ([[1]], {"seed": -1}, "seed is -1"),
         ([[1]], {"seed": 2**32}, "seed is 4294967296"),
     ],

@@ -38,8 +38,10 @@ def reference_law(logp: np.ndarray, temperature: float, top_k: int, top_p: float
     return p / p.sum()
 
 
-def goodness_of_fit(counts: np.ndarray, p: np.ndarray, alternative: np.ndarray) -> tuple[float, float]:
-    """The chi-square p-value of `counts` under the law `p`, and the power against `alternative` at `FALSE_ALARM`."""
+def goodness_of_fit(
+    counts: np.ndarray, p: np.ndarray, alternative: np.ndarray, false_alarm: float = FALSE_ALARM
+) -> tuple[float, float]:
+    """The chi-square p-value of `counts` under the law `p`, and the power against `alternative` at `false_alarm`."""
     counts, p, alternative = (np.ravel(a).astype(np.float64) for a in (counts, p, alternative))
     assert counts[p == 0].sum() == 0, f"{counts[p == 0].sum()} samples of tokens that are ruled out"
     n, order = counts.sum(), np.argsort(p)
@@ -49,7 +51,7 @@ def goodness_of_fit(counts: np.ndarray, p: np.ndarray, alternative: np.ndarray) 
     counts, p, alternative = (np.bincount(cell, a[order]) for a in (counts, p, alternative))
     value = stats.chisquare(counts, p * n).pvalue
     noncentrality = n * np.sum((alternative - p) ** 2 / p)
-    return value, stats.ncx2.sf(stats.chi2.isf(FALSE_ALARM, len(p) - 1), len(p) - 1, noncentrality)
+    return value, stats.ncx2.sf(stats.chi2.isf(false_alarm, len(p) - 1), len(p) - 1, noncentrality)
 
 
 def sampling(temperature, top_k, top_p) -> Sampling:

@@ -113,7 +113,7 @@ def _plain(cells: list[Cell], cell: Cell) -> Cell:
 def _row(cell: Cell, plain: Cell, dtype: str) -> dict[str, Any]:
     rate, plain_rate = _rate(cell), _rate(plain)
     pairs = zip(cell.generations, plain.generations, strict=True)
-    accepted = sum(g.accepted.sum(0) for g in cell.generations)
+    accepted, drafted = (np.sum([getattr(g, n).sum(0) for g in cell.generations], 0) for n in ("accepted", "drafted"))
     return {
         "batch": 1,
         "temperature": cell.temperature,
@@ -123,7 +123,7 @@ def _row(cell: Cell, plain: Cell, dtype: str) -> dict[str, Any]:
         "tokens_per_second": rate,
         "speedup": rate / plain_rate,
         "block_efficiency": _emitted(cell) / _forwards(cell),
-        "acceptance": [float(a) / _forwards(cell) for a in np.asarray(accepted)],
+        "acceptance": [float(a) for a in accepted / np.maximum(1, drafted)],
         "verify_cost": (np.median(cell.seconds) / _forwards(cell)) / (np.median(plain.seconds) / _forwards(plain)),
         "identical_to_plain": all(np.array_equal(g.tokens[0], p.tokens[0]) for g, p in pairs),
     }

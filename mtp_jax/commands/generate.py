@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -43,6 +44,8 @@ class Generate:
     seed: int = 0
     k: int | None = None
     """Drafts per forward, 0 to W-1; W-1 by default. In float32 the text does not depend on it."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the text and are cut off."""
     step: int | None = None
     """Which checkpoint; the latest by default."""
     color: Literal["auto", "always", "never"] = "auto"
@@ -63,7 +66,9 @@ def main(args: list[str]) -> None:
     from mtp_jax.bench.decode import held_out_prompts
     from mtp_jax.checkpoint import load, read_config
     from mtp_jax.data import load_tokenizer, prepare
+    from mtp_jax.decode.text import stop_bytes
 
+    stops = stop_bytes(options.stop)
     config = read_config(options.run)
     tokenizer = load_tokenizer(config.data.tokenizer)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k")
@@ -85,29 +90,45 @@ def main(args: list[str]) -> None:
     for index, (name, tokens) in enumerate(prompts):
         if name:
             console.rule(f"{name}, continued at temperature {options.temperature:g}", characters="-")
-        _complete(run, tokens, dataclasses.replace(decode, seed=options.seed + index), console)
+        _complete(run, tokens, dataclasses.replace(decode, seed=options.seed + index), stops, console)
     if options.held_out:
         page = epath.Path(options.run).expanduser() / "completions.html"
         page.write_text(console.export_html())
         console.print(f"The same in colour: {page}", style="dim")
 
 
-def _complete(run: LoadedRun, prompt: Any, decode: DecodeConfig, console: Console) -> None:
+def _complete(run: LoadedRun, prompt: Any, decode: DecodeConfig, stops: list[bytes], console: Console) -> None:
     """Print one completion as it comes, then its counts."""
     import jax
 
     from mtp_jax.decode.generate import stream
+    from mtp_jax.decode.text import find_stop, held_back
 
-    console.print(visible(run.tokenizer.decode(prompt)), style="dim", end="", markup=False)
     # Half a character at the end of one forward is finished by the next.
     text = codecs.getincrementaldecoder("utf-8")("replace")
-    forwards, emitted, drafts = -1, 0, 0
+    raw, styles, shown = b"", [], 0  # the style of each byte; how many were printed
+
+    def show(end: int) -> None:
+        nonlocal shown
+        for style, indices in itertools.groupby(range(shown, end), styles.__getitem__):
+            part = bytes(raw[i] for i in indices)
+            console.print(visible(text.decode(part)), style=style, end="", markup=False)
+        shown = max(shown, end)
+
+    console.print(visible(run.tokenizer.decode(prompt)), style="dim", end="", markup=False)
+    forwards, emitted, drafts, end = -1, 0, 0, None
     with jax.set_mesh(run.mesh):
         for tokens, accepted in stream(run.decoder, prompt, **vars(decode)):
             forwards, emitted, drafts = forwards + 1, emitted + len(tokens), drafts + accepted
             for part, style in ((tokens[:accepted], DRAFT), (tokens[accepted:], None)):
-                new = visible(text.decode(run.tokenizer.decode_bytes(part)))
-                console.print(new, style=style, end="", markup=False)
+                new = run.tokenizer.decode_bytes(part)
+                raw, styles = raw + new, styles + [style] * len(new)
+            end = find_stop(raw, stops)
+            show(len(raw) - held_back(raw, stops) if end is None else end)
+            if end is not None:
+                break
+    if end is None:
+        show(len(raw))
     console.print(text.decode(b"", final=True), markup=False)
     per_forward = (emitted - 1) / max(1, forwards)
     console.print(

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from mtp_jax.config import DecodeConfig, require
 from mtp_jax.decode.law import Sampling
-from mtp_jax.decode.loop import Plan, prefill, run
+from mtp_jax.decode.loop import Limits, Plan, prefill, run
 from mtp_jax.decode.state import DecodeState, Stops
 from mtp_jax.decode.verify import get_verifier
 from mtp_jax.model.block import Block
@@ -29,12 +29,18 @@ class Generation:
     """What `generate` returns.
 
     `tokens`: each row's new tokens, a stop token included. `forwards`: target forwards per row, prefill excluded.
-    `accepted`: how often the draft at each offset was accepted, per row, `[B, k]`.
+    `accepted`: how often the draft at each offset was accepted, per row, `[B, k]`. `drafted`: how often there was one.
+    `logprobs`: log-probability of each new token under the target as the model has it: before temperature and filters.
+    `finite`: whether all of a row's are numbers. A row ends with the first token whose law is not (`finite` is then
+    False): that token is in the vocabulary and means nothing.
     """
 
     tokens: list[np.ndarray]
     forwards: np.ndarray
     accepted: np.ndarray
+    drafted: np.ndarray
+    logprobs: list[np.ndarray]
+    finite: np.ndarray
 
     @property
     def block_efficiency(self) -> float:
@@ -45,7 +51,7 @@ class Generation:
     @property
     def acceptance(self) -> list[float]:
         """At each offset, the fraction of drafts that was accepted."""
-        return [float(a) for a in self.accepted.sum(0) / max(1, int(self.forwards.sum()))]
+        return [float(a) for a in self.accepted.sum(0) / np.maximum(1, self.drafted.sum(0))]
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Request:
     plan: Plan
     prompt_BP: Array
     length_B: Array
-    limit_B: Array
+    limits: Limits
     sampling: Sampling
     stops: Stops
 
@@ -84,32 +90,37 @@ def for_decoding(model: LanguageModel) -> LanguageModel:
 def make_request(model: LanguageModel, prompts: Sequence[Prompt], config: DecodeConfig) -> Request:
     """Check what the user asks for and lay it out. Errors as in `generate`."""
     config.check(model.config, model.head.config, prompts)
-    window = model.head.config.window
-    k = window - 1 if config.k is None else config.k
+    window, batch = model.head.config.window, len(prompts)
     get_verifier(config.rule)
 
-    batch, width = len(prompts), bucket(max(len(p) for p in prompts))
+    def rows(values: Any, dtype: type) -> np.ndarray:
+        return np.broadcast_to(np.asarray(values, dtype), (batch,))
+
+    width = bucket(max(len(p) for p in prompts))
     padded = np.zeros((batch, width), np.int32)
     for row, prompt in zip(padded, prompts, strict=True):
         row[: len(prompt)] = prompt
     lengths = np.array([len(p) for p in prompts], np.int32)
+    new, most = rows(config.max_new_tokens, np.int32), rows(window - 1 if config.k is None else config.k, np.int32)
+    top_k, top_p = rows(config.top_k, np.int32), rows(config.top_p, np.float32)
     # Every forward writes k + 1 positions, the last of them up to k behind the limit.
-    slots = width + bucket(config.max_new_tokens) + window
-    sampling = Sampling(
-        _rows(np.full(batch, config.temperature, np.float32)),
-        _rows(np.full(batch, config.top_k, np.int32)),
-        _rows(np.full(batch, config.top_p, np.float32)),
-        _rows(jax.vmap(jax.random.key)(np.arange(config.seed, config.seed + batch, dtype=np.uint32))),
-    )
-    plan = Plan(k, config.rule, slots, filtered=config.top_k > 0 or config.top_p < 1)
+    slots = width + bucket(int(new.max())) + window
+    plan = Plan(int(most.max()), config.rule, slots, filtered=bool((top_k > 0).any() or (top_p < 1).any()))
+    seeds = np.asarray(config.seed, np.uint32)
+    seeds = seeds if seeds.ndim else seeds + np.arange(batch, dtype=np.uint32)
+    temperature = rows(config.temperature, np.float32)
+    keys = jax.vmap(jax.random.key)(seeds)
+    sampling = Sampling(put_rows(temperature), put_rows(top_k), put_rows(top_p), put_rows(keys))
+    confidence = rows(config.min_confidence, np.float32)
+    limits = Limits(put_rows(lengths + new), put_rows(most), put_rows(confidence) if confidence.any() else None)
     stops = Stops(jnp.asarray(np.array(config.stop_tokens, np.int32)))
-    return Request(plan, _rows(padded), _rows(lengths), _rows(lengths + config.max_new_tokens), sampling, stops)
+    return Request(plan, put_rows(padded), put_rows(lengths), limits, sampling, stops)
 
 
 def start(model: LanguageModel, request: Request) -> DecodeState:
     """Prefill: the state after the first committed token."""
     r = request
-    return prefill(r.plan, model, r.prompt_BP, r.length_B, r.limit_B, r.sampling, r.stops)
+    return prefill(r.plan, model, r.prompt_BP, r.length_B, r.limits, r.sampling, r.stops)
 
 
 def proceed(model: LanguageModel, request: Request, state: DecodeState, max_forwards: int = 2**31 - 1) -> DecodeState:
@@ -119,9 +130,13 @@ def proceed(model: LanguageModel, request: Request, state: DecodeState, max_forw
 
 def result(request: Request, state: DecodeState) -> Generation:
     """Fetch a state's new tokens and counts."""
-    tokens, begin, end = (np.asarray(a) for a in (state.tokens_BS, request.length_B, state.length_B))
-    rows = [row[b:e] for row, b, e in zip(tokens, begin, end, strict=True)]
-    return Generation(rows, np.asarray(state.forwards_B), np.asarray(state.accepted_Bk))
+    spans = list(zip(np.asarray(request.length_B), np.asarray(state.length_B), strict=True))
+    tokens, logprobs = (
+        [row[begin:end] for row, (begin, end) in zip(np.asarray(array), spans, strict=True)]
+        for array in (state.tokens_BS, state.logp_BS)
+    )
+    forwards, accepted, drafted = (np.asarray(a) for a in (state.forwards_B, state.accepted_Bk, state.drafted_Bk))
+    return Generation(tokens, forwards, accepted, drafted, logprobs, np.asarray(state.finite_B))
 
 
 def generate(model: LanguageModel, prompts: Sequence[Prompt], **options: Any) -> Generation:
@@ -130,7 +145,8 @@ def generate(model: LanguageModel, prompts: Sequence[Prompt], **options: Any) ->
     Args:
       model: a model, best one that `for_decoding` has laid out (it is laid out on the fly if not).
       prompts: token ids of each row; they may differ in length.
-      options: the fields of `DecodeConfig`: max_new_tokens, temperature, top_k, top_p, seed, k, verifier, stop_tokens.
+      options: the fields of `DecodeConfig`; max_new_tokens, temperature, top_k, top_p, seed, k and min_confidence may
+        each be one value, or one per row.
 
     Raises:
       ConfigError: a bad value; the message names it and what is allowed.
@@ -166,7 +182,7 @@ def _mesh() -> AbstractMesh | Mesh:
     return mesh
 
 
-def _rows(array: np.ndarray | Array) -> Array:
+def put_rows(array: np.ndarray | Array) -> Array:
     """Put an array on the mesh in scope, its first axis over the batch axes."""
     mesh = _mesh()
     devices = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -5,14 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from mtp_jax.decode import pick
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.state import DecodeState, Stops
 from mtp_jax.decode.verify import get_verifier
+from mtp_jax.decode.verify.base import leading
 from mtp_jax.model.cache import Cache, init_cache
 from mtp_jax.model.transformer import LanguageModel
 from mtp_jax.sharding import RULES
@@ -28,18 +31,26 @@ class Plan:
     filtered: bool = False
 
 
+class Limits(NamedTuple):
+    """Where rows end and how much they draft: `limit_B`, `most_B` and `confidence_B` of `DecodeState`."""
+
+    length_B: Array
+    most_B: Array
+    confidence_B: Array | None = None
+
+
 def prefill(
     plan: Plan,
     model: LanguageModel,
     prompt_BP: Array,
     length_B: Array,
-    limit_B: Array,
+    limits: Limits,
     sampling: Sampling,
     stops: Stops,
 ) -> DecodeState:
     """Read the prompts (padded on the right to P, `length_B` tokens each), commit one token and draft k."""
     x_BD, cache = read(model, prompt_BP, length_B, plan.slots)
-    return begin(plan, model, x_BD, cache, prompt_BP, length_B, limit_B, sampling, stops)
+    return begin(plan, model, x_BD, cache, prompt_BP, length_B, limits, sampling, stops)
 
 
 @functools.partial(jax.jit, static_argnames="slots")
@@ -51,7 +62,7 @@ def read(model: LanguageModel, prompt_BP: Array, length_B: Array, slots: int) ->
     batch, width = prompt_BP.shape
     cache = init_cache(model.config, batch, slots)
     x_BPD, cache = model.extend(prompt_BP, cache, jnp.zeros_like(length_B), width)
-    return _row(x_BPD, length_B - 1), cache
+    return pick.at(x_BPD, length_B - 1), cache
 
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="cache")
@@ -62,22 +73,31 @@ def begin(
     cache: Cache,
     prompt_BP: Array,
     length_B: Array,
-    limit_B: Array,
+    limits: Limits,
     sampling: Sampling,
     stops: Stops,
 ) -> DecodeState:
     """The state after prompts were read: one token committed, k drafted. Small, so each plan compiles it fast."""
     batch, width = prompt_BP.shape
+    tokens_BS = jnp.pad(prompt_BP, ((0, 0), (0, plan.slots - width)))
+    counts_Bk = jnp.zeros((batch, plan.k), jnp.int32, out_sharding=RULES.tokens_BT)
     state = DecodeState(
-        tokens_BS=jnp.pad(prompt_BP, ((0, 0), (0, plan.slots - width))),
+        tokens_BS=tokens_BS,
+        logp_BS=jnp.zeros_like(tokens_BS, jnp.float32),
+        finite_B=length_B > 0,
         length_B=length_B,
-        limit_B=limit_B,
-        done_B=length_B >= limit_B,
+        limit_B=limits.length_B,
+        done_B=length_B >= limits.length_B,
         draft_Bk=prompt_BP[:, :0],
-        noise_BTV=get_verifier(plan.verifier).noise(sampling, length_B[:, None], model.config.vocab_size),
+        draft_len_B=jnp.zeros_like(length_B),
+        most_B=limits.most_B,
+        confidence_B=limits.confidence_B,
+        noise_BTV=get_verifier(plan.verifier).noise(sampling, length_B, 1, model.config.vocab_size),
+        logq_BkV=None,
         cache=cache,
         forwards_B=jnp.zeros_like(length_B),
-        accepted_Bk=jnp.zeros((batch, plan.k), jnp.int32, out_sharding=RULES.tokens_BT),
+        drafted_Bk=counts_Bk,
+        accepted_Bk=counts_Bk,
     )
     return advance(plan, model, state, x_BD[:, None], sampling, stops)
 
@@ -100,7 +120,7 @@ def run(
 
 def step(plan: Plan, model: LanguageModel, state: DecodeState, sampling: Sampling, stops: Stops) -> DecodeState:
     """One iteration: a forward of k + 1 tokens, then `advance`."""
-    last_B1 = _row(state.tokens_BS, state.length_B - 1)[:, None]
+    last_B1 = pick.at(state.tokens_BS, state.length_B - 1)[:, None]
     inputs_BT = jnp.concatenate([last_B1, state.draft_Bk], axis=1)
     x_BTD, cache = model.extend(inputs_BT, state.cache, state.length_B - 1)
     state = dataclasses.replace(state, cache=cache, forwards_B=state.forwards_B + ~state.done_B)
@@ -112,66 +132,81 @@ def advance(
 ) -> DecodeState:
     """Verify the drafts against the target at the T positions of `x_BTD`, commit, and draft anew.
 
-    A row commits its accepted drafts and the target's token after them, cut behind the first stop token and at its
-    limit. Every live row commits at least one token.
+    A row commits its accepted drafts and the target's token after them, cut at its limit and behind the first token
+    that is a stop, or whose probability is not a number. Every live row commits at least one token.
     """
     verifier, width = get_verifier(plan.verifier), x_BTD.shape[1]
-    logits_BTV = verifier.law(model.head.target_log_probs(x_BTD), sampling, filtered=plan.filtered)
-    tokens_BT, accepted_B = verifier.verify(logits_BTV, state.draft_Bk, state.noise_BTV)
+    logp_BTV = model.head.target_log_probs(x_BTD)
+    logits_BTV = verifier.law(logp_BTV, sampling, filtered=plan.filtered)
+    tokens_BT, accepted_B = verifier.verify(logits_BTV, state, sampling)
+    logp_BT = pick.log_prob(logp_BTV, tokens_BT)
 
-    stop_BT = stops.hit(tokens_BT)
-    before_stop_B = jnp.sum(jnp.cumprod((~stop_BT).astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
-    count_B = jnp.minimum(jnp.minimum(accepted_B, before_stop_B) + 1, state.limit_B - state.length_B)
+    broken_BT = jnp.isnan(logp_BT)
+    before_end_B = leading(~(stops.hit(tokens_BT) | broken_BT))
+    count_B = jnp.minimum(jnp.minimum(accepted_B, before_end_B) + 1, state.limit_B - state.length_B)
     count_B = jnp.where(state.done_B, 0, count_B)
     length_B = state.length_B + count_B
-    stopped_B = before_stop_B < count_B
+    offsets_1T = jnp.arange(width, dtype=jnp.int32)[None]
 
-    # Tokens behind the new length are garbage that is overwritten before it is committed.
-    tokens_BS = jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (at,)))(
-        state.tokens_BS, tokens_BT, state.length_B
-    )
-    accepted_Bk = state.accepted_Bk
     if state.draft_Bk.shape[1]:
-        offsets = jnp.arange(plan.k, dtype=jnp.int32)[None]
-        # Drafts behind a stop token or the limit do not count: count_B is 0 for rows that are done.
-        accepted_Bk = accepted_Bk + (offsets < jnp.minimum(accepted_B, count_B)[:, None])
+        offsets_1k, live_B = offsets_1T[:, :-1], ~state.done_B
+        drafted_Bk = (offsets_1k < state.draft_len_B[:, None]) & live_B[:, None]
+        # Drafts behind a stop token do not count.
+        accepted_Bk = offsets_1k < jnp.minimum(accepted_B, count_B)[:, None]
+        state = dataclasses.replace(
+            state, drafted_Bk=state.drafted_Bk + drafted_Bk, accepted_Bk=state.accepted_Bk + accepted_Bk
+        )
 
-    ahead = jnp.arange(plan.k + 1, dtype=jnp.int32)[None]
-    noise_BTV = verifier.noise(sampling, length_B[:, None] + ahead, logits_BTV.shape[-1])
     last = jnp.clip(count_B - 1, 0, width - 1)
     state = dataclasses.replace(
         state,
-        tokens_BS=tokens_BS,
+        # What lies behind the new length is garbage that is overwritten before it is committed.
+        tokens_BS=_put(state.tokens_BS, tokens_BT, state.length_B),
+        logp_BS=_put(state.logp_BS, logp_BT, state.length_B),
+        finite_B=state.finite_B & ~jnp.any(broken_BT & (offsets_1T < count_B[:, None]), axis=1),
         length_B=length_B,
-        done_B=state.done_B | stopped_B | (length_B >= state.limit_B),
-        noise_BTV=noise_BTV,
-        accepted_Bk=accepted_Bk,
+        done_B=state.done_B | (before_end_B < count_B) | (length_B >= state.limit_B),
+        noise_BTV=verifier.noise(sampling, length_B, plan.k + 1, logits_BTV.shape[-1]),
     )
-    draft_Bk = draft(plan, model, _row(x_BTD, last), _row(tokens_BT, last), noise_BTV, sampling)
-    return dataclasses.replace(state, draft_Bk=draft_Bk)
+    return draft(plan, model, state, pick.at(x_BTD, last), pick.at(tokens_BT, last), sampling)
 
 
 def draft(
-    plan: Plan, model: LanguageModel, x_BD: Array, token_B: Array, noise_BTV: Array | None, sampling: Sampling
-) -> Array:
-    """k drafts `[B, k]` from the joint law at the last accepted position, given the token the target chose there.
+    plan: Plan, model: LanguageModel, state: DecodeState, x_BD: Array, token_B: Array, sampling: Sampling
+) -> DecodeState:
+    """Put k drafts into the state, from the joint law at the last accepted position given the target's token there.
 
     Sequential conditionals: each draft is chosen as the target will choose (same law, same noise), then conditioned on.
+    How many of them a row uses depends on what is known before they are drawn, or the output's law would change.
     """
     if plan.k == 0:
-        return token_B[:, None][:, :0]
+        return dataclasses.replace(state, draft_Bk=token_B[:, None][:, :0])
     verifier, head = get_verifier(plan.verifier), model.head
     joint = head.condition(head.draft_state(x_BD, plan.k + 1), token_B)
-    drafts = []
+    # The last token of a row is the target's own.
+    most_B = jnp.minimum(state.most_B, jnp.maximum(state.limit_B - state.length_B - 1, 0))
+    drafts, laws, sure = [], [], []
     for i in range(plan.k):
-        logits_B1V = verifier.law(head.next_log_probs(joint)[:, None], sampling, filtered=plan.filtered)
-        noise_B1V = None if noise_BTV is None else noise_BTV[:, i : i + 1]
+        logq_BV = head.next_log_probs(joint)
+        logits_B1V = verifier.law(logq_BV[:, None], sampling, filtered=plan.filtered)
+        noise_B1V = None if state.noise_BTV is None else state.noise_BTV[:, i : i + 1]
         drafts.append(verifier.choose(logits_B1V, noise_B1V)[:, 0])
+        if verifier.keeps_q:
+            laws.append(jax.nn.log_softmax(logits_B1V, axis=-1))
+        if state.confidence_B is not None:
+            sure.append(jnp.max(logq_BV, axis=-1) >= jnp.log(state.confidence_B))
         if i + 1 < plan.k:
             joint = head.condition(joint, drafts[-1])
-    return jnp.stack(drafts, axis=1)
+    if sure:
+        most_B = jnp.minimum(most_B, leading(jnp.stack(sure, axis=1)))
+    return dataclasses.replace(
+        state,
+        draft_Bk=jnp.stack(drafts, axis=1),
+        draft_len_B=most_B,
+        logq_BkV=jnp.concatenate(laws, axis=1) if laws else None,
+    )
 
 
-def _row(array: Array, index_B: Array) -> Array:
-    """`array[b, index_B[b]]` for every row b."""
-    return jax.vmap(lambda row, i: lax.dynamic_index_in_dim(row, i, keepdims=False))(array, index_B)
+def _put(array_BS: Array, new_BT: Array, start_B: Array) -> Array:
+    """`array` with row b's entries from `start_B[b]` replaced."""
+    return jax.vmap(lambda row, new, at: lax.dynamic_update_slice(row, new, (at,)))(array_BS, new_BT, start_B)

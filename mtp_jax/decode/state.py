@@ -16,21 +16,33 @@ from mtp_jax.model.cache import Cache
 class DecodeState:
     """The state of a ragged batch. Position i of a row is its i-th token, prompt included.
 
-    `tokens_BS`: tokens; those at `length_B` and after are not committed. `limit_B`: the length at which a row ends.
-    `done_B`: rows that have ended; they are frozen. `draft_Bk`: drafts for the positions from `length_B`.
+    `tokens_BS`: tokens; those at `length_B` and after are not committed. `logp_BS`: the target's log-probability of
+    each token that was decoded. `finite_B`: whether all of those are numbers.
+    `limit_B`: the length at which a row ends. `done_B`: rows that have ended; they are frozen.
+    `draft_Bk`: drafts for the positions from `length_B`. `draft_len_B`: how many of them the row uses; the others are
+    not looked at. `most_B`: the most that it may ever use. `confidence_B`: drafting stops before a token whose law has
+    no probability as high as that; None if it never does.
     `noise_BTV`: the verifier's noise for the k + 1 positions from `length_B`, or None.
-    `forwards_B`: target forwards of each row while it was live, prefill excluded. `accepted_Bk`: how often the draft
-    at each offset was accepted.
+    `logq_BkV`: the laws that the drafts were drawn from, for verifiers that ask for them, or None.
+    `forwards_B`: target forwards of each row while it was live, prefill excluded. `drafted_Bk`, `accepted_Bk`: how
+    often a draft at each offset was used, and accepted.
     """
 
     tokens_BS: Array
+    logp_BS: Array
+    finite_B: Array
     length_B: Array
     limit_B: Array
     done_B: Array
     draft_Bk: Array
+    draft_len_B: Array
+    most_B: Array
+    confidence_B: Array | None
     noise_BTV: Array | None
+    logq_BkV: Array | None
     cache: Cache
     forwards_B: Array
+    drafted_Bk: Array
     accepted_Bk: Array
 
 

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 from mtp_jax.decode.verify.base import Verdict, Verifier
+from mtp_jax.decode.verify.block import Block
 from mtp_jax.decode.verify.coupled import Coupled
 from mtp_jax.decode.verify.greedy import Greedy
+from mtp_jax.decode.verify.token import Token
 from mtp_jax.registry import lookup
 
-VERIFIERS: dict[str, Verifier] = {"greedy": Greedy(), "coupled": Coupled()}
+VERIFIERS: dict[str, Verifier] = {
+    "greedy": Greedy(),
+    "coupled": Coupled(),
+    "token": Token(),
+    "block": Block(),
+}
 
 
 def get_verifier(name: str) -> Verifier:

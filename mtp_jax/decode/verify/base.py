@@ -1,4 +1,4 @@
-"""What the loop asks of a verifier."""
+"""What the loop asks of a verifier, and what verifiers share."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import NamedTuple, Protocol
 import jax.numpy as jnp
 from jax import Array
 
-from mtp_jax.decode.law import Sampling
+from mtp_jax.decode.law import Sampling, process_logits
+from mtp_jax.decode.state import DecodeState
 
 
 class Verdict(NamedTuple):
@@ -20,8 +21,11 @@ class Verdict(NamedTuple):
 class Verifier(Protocol):
     """A rule that leaves the law of the output equal to the target's, whatever was drafted."""
 
-    def noise(self, sampling: Sampling, positions_BT: Array, vocab_size: int) -> Array | None:
-        """The randomness for the tokens at these absolute positions, shared by draft and target; None if none."""
+    keeps_q: bool
+    """Whether it compares probabilities: the law of every draft is then kept in the state, and else never formed."""
+
+    def noise(self, sampling: Sampling, start_B: Array, width: int, vocab_size: int) -> Array | None:
+        """The Gumbel noise `[B, width, V]` of the block of positions `start_B ..`; None if it takes none."""
         ...
 
     def law(self, logp_BTV: Array, sampling: Sampling, *, filtered: bool) -> Array:
@@ -32,15 +36,38 @@ class Verifier(Protocol):
         """A token at each position, `[B, T]`."""
         ...
 
-    def verify(self, logits_BTV: Array, draft_Bk: Array, noise_BTV: Array | None) -> Verdict:
-        """Compare k drafts with the target's logits at k + 1 positions."""
+    def verify(self, logits_BTV: Array, state: DecodeState, sampling: Sampling) -> Verdict:
+        """Judge the drafts of `state` by the target's logits at their positions and the one behind them."""
         ...
 
 
-def match_prefix(chosen_BT: Array, draft_Bk: Array) -> Verdict:
+class Sampled:
+    """What verifiers that sample have in common; rows of temperature 0 are greedy under each of them."""
+
+    def law(self, logp_BTV: Array, sampling: Sampling, *, filtered: bool) -> Array:
+        """See `process_logits`."""
+        return process_logits(logp_BTV, sampling, filtered=filtered)
+
+    def choose(self, logits_BTV: Array, noise_BTV: Array | None) -> Array:
+        """A sample of softmax(logits), `[B, T]`: the Gumbel-max trick."""
+        assert noise_BTV is not None
+        return jnp.argmax(logits_BTV + noise_BTV, axis=-1).astype(jnp.int32)
+
+
+def used(state: DecodeState) -> Array:
+    """Which of the k drafts each row uses, `[B, k]`."""
+    return jnp.arange(state.draft_Bk.shape[1], dtype=jnp.int32)[None] < state.draft_len_B[:, None]
+
+
+def leading(ok_Bk: Array) -> Array:
+    """How many from the front are true, `[B]`."""
+    return jnp.sum(jnp.cumprod(ok_Bk.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
+
+
+def match_prefix(chosen_BT: Array, state: DecodeState) -> Verdict:
     """Accept drafts while they equal the target's choices, and commit the choices.
 
     Given that drafts 1..i-1 equal what the target chose, its choice at i follows its own law, whatever the draft.
     """
-    agree_Bk = (chosen_BT[:, : draft_Bk.shape[1]] == draft_Bk).astype(jnp.int32)
-    return Verdict(chosen_BT, jnp.sum(jnp.cumprod(agree_Bk, axis=1), axis=1, dtype=jnp.int32))
+    k = state.draft_Bk.shape[1]
+    return Verdict(chosen_BT, leading((chosen_BT[:, :k] == state.draft_Bk) & used(state)))

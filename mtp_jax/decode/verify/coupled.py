@@ -10,26 +10,20 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax import Array
 
-from mtp_jax.decode.law import Sampling, gumbel, process_logits
-from mtp_jax.decode.verify.base import Verdict, match_prefix
+from mtp_jax.decode.law import Sampling, gumbel
+from mtp_jax.decode.state import DecodeState
+from mtp_jax.decode.verify.base import Sampled, Verdict, match_prefix
 
 
-class Coupled:
-    """argmax(logits + noise) for both; rows of temperature 0 are greedy."""
+class Coupled(Sampled):
+    """argmax(logits + noise) for both."""
 
-    def noise(self, sampling: Sampling, positions_BT: Array, vocab_size: int) -> Array | None:
-        """Gumbel noise `[B, T, V]`."""
-        return gumbel(sampling.key_B, positions_BT, vocab_size)
+    keeps_q = False
 
-    def law(self, logp_BTV: Array, sampling: Sampling, *, filtered: bool) -> Array:
-        """See `process_logits`."""
-        return process_logits(logp_BTV, sampling, filtered=filtered)
+    def noise(self, sampling: Sampling, start_B: Array, width: int, vocab_size: int) -> Array | None:
+        """Gumbel noise `[B, width, V]`, a position's own."""
+        return gumbel(sampling.key_B, start_B[:, None] + jnp.arange(width, dtype=jnp.int32)[None], vocab_size)
 
-    def choose(self, logits_BTV: Array, noise_BTV: Array | None) -> Array:
-        """A sample of softmax(logits), `[B, T]`."""
-        assert noise_BTV is not None
-        return jnp.argmax(logits_BTV + noise_BTV, axis=-1).astype(jnp.int32)
-
-    def verify(self, logits_BTV: Array, draft_Bk: Array, noise_BTV: Array | None) -> Verdict:
+    def verify(self, logits_BTV: Array, state: DecodeState, sampling: Sampling) -> Verdict:
         """See `match_prefix`."""
-        return match_prefix(self.choose(logits_BTV, noise_BTV), draft_Bk)
+        return match_prefix(self.choose(logits_BTV, state.noise_BTV), state)

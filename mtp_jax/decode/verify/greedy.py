@@ -6,13 +6,16 @@ import jax.numpy as jnp
 from jax import Array
 
 from mtp_jax.decode.law import Sampling
+from mtp_jax.decode.state import DecodeState
 from mtp_jax.decode.verify.base import Verdict, match_prefix
 
 
 class Greedy:
     """Draft and target both take the argmax of their log-probabilities; temperature and filters do not matter."""
 
-    def noise(self, sampling: Sampling, positions_BT: Array, vocab_size: int) -> Array | None:
+    keeps_q = False
+
+    def noise(self, sampling: Sampling, start_B: Array, width: int, vocab_size: int) -> Array | None:
         """None."""
         return None
 
@@ -24,6 +27,6 @@ class Greedy:
         """The argmax, `[B, T]`."""
         return jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
 
-    def verify(self, logits_BTV: Array, draft_Bk: Array, noise_BTV: Array | None) -> Verdict:
+    def verify(self, logits_BTV: Array, state: DecodeState, sampling: Sampling) -> Verdict:
         """See `match_prefix`."""
-        return match_prefix(self.choose(logits_BTV, noise_BTV), draft_Bk)
+        return match_prefix(self.choose(logits_BTV, None), state)

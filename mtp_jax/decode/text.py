@@ -1,0 +1,67 @@
+"""Text in, text out. Stop strings are looked for on the host, between short runs of the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mtp_jax.config import DecodeConfig, require
+from mtp_jax.data.tokenizers import Tokenizer
+from mtp_jax.decode.generate import make_request, proceed, put_rows, result, start
+from mtp_jax.model.transformer import LanguageModel
+
+FORWARDS = 16  # between two looks at the text
+
+
+def stop_bytes(stop: str | Sequence[str]) -> list[bytes]:
+    """Stop strings, one or several, as bytes. Raises `ConfigError` on an empty one."""
+    strings = [stop] if isinstance(stop, str) else list(stop)
+    require("" not in strings, f"stop is {stop!r}; an empty string stops everything. Leave it out.")
+    return [string.encode("utf-8", "surrogateescape") for string in strings]
+
+
+def find_stop(text: bytes, stops: Sequence[bytes]) -> int | None:
+    """Where the stop string begins that is complete first (the longest, if several are at once); None if none is.
+
+    So the answer does not change when more text follows.
+    """
+    found = [(begin + len(stop), begin) for stop in stops if (begin := text.find(stop)) >= 0]
+    return min(found)[1] if found else None
+
+
+def held_back(text: bytes, stops: Sequence[bytes]) -> int:
+    """How many bytes at the end of `text` may be the beginning of a stop string."""
+    return max((n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])), default=0)
+
+
+def continue_text(
+    model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], stop: str | Sequence[str] = (), **options: Any
+) -> list[str]:
+    """Continue every text, up to and without the first of its stop strings.
+
+    A row with a stop string ends at most `FORWARDS` forwards behind it; what it decodes there is thrown away.
+
+    Args:
+      model: one that `for_decoding` has laid out, its mesh in scope.
+      tokenizer: its tokenizer.
+      texts: the prompts.
+      stop: stop strings, one or several. They are found in bytes, wherever tokens begin and end.
+      options: the fields of `DecodeConfig`.
+
+    Raises:
+      ConfigError: a bad value; the message names it and what is allowed.
+    """
+    stops = stop_bytes(stop)
+    request = make_request(model, [tokenizer.encode(text) for text in texts], DecodeConfig(**options))
+    state = start(model, request)
+    while True:
+        rows = [tokenizer.decode_bytes(row) for row in result(request, state).tokens]
+        ends = [find_stop(row, stops) for row in rows]
+        done_B = np.asarray(state.done_B) | np.array([end is not None for end in ends])
+        if done_B.all():
+            return [row[:end].decode("utf-8", "replace") for row, end in zip(rows, ends, strict=True)]
+        state = dataclasses.replace(state, done_B=put_rows(done_B))
+        state = proceed(model, request, state, FORWARDS) if stops else proceed(model, request, state)
