@@ -261,6 +261,8 @@ class DecodeConfig:
     of that and its prompt alone. `k` is the most drafts per forward, 0..W-1 (default W-1); a forward is as wide as the
     largest of them. A row stops drafting before a token whose law (the head's, given the drafts before it) has no
     probability of `min_confidence` or more. `verifier` names an entry of `mtp_jax.decode.verify.VERIFIERS`.
+    Drafts are of the `joint` law, or `ancestral`: of one component, drawn from its posterior, with an R-th of the
+    draft's products with the unembedding (factors `shared` and `lowrank`) and somewhat lower acceptance.
     """
 
     max_new_tokens: Rows[int]
@@ -271,9 +273,11 @@ class DecodeConfig:
     k: Rows[int] | None = None
     min_confidence: Rows[float] = 0.0
     verifier: str | None = None
+    draft: Literal["joint", "ancestral"] = "joint"
     stop_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        _choices(self)
         _at_least(self, 1, "max_new_tokens")
         _at_least(self, 0, "temperature", "top_k", "seed")
         _fraction(self, "min_confidence")

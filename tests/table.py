@@ -40,10 +40,10 @@ class TableHead:
     logq_CV: Array
     config: HeadConfig = dataclasses.field(default=HeadConfig(window=WINDOW), metadata=STATIC)
 
-    def target_log_probs(self, x_BTD: Array) -> Array:
-        return self.logp_CV.at[x_BTD[:, :, 0].astype(jnp.int32)].get(out_sharding=RULES.x_BTD)
+    def target_state(self, x_BTD: Array) -> tuple[Array, None]:
+        return self.logp_CV.at[x_BTD[:, :, 0].astype(jnp.int32)].get(out_sharding=RULES.x_BTD), None
 
-    def draft_state(self, x_BD: Array, window: int) -> Array:
+    def draft_state(self, x_BD: Array, window: int, first_BRV: None = None) -> Array:
         return x_BD
 
     def next_log_probs(self, x_BD: Array) -> Array:

@@ -618,9 +618,9 @@ def test_fault_a_cache_that_keeps_rejected_drafts_is_seen(model, greedy, monkeyp
 def test_fault_noise_of_another_position_costs_acceptance_and_not_the_law(model, monkeypatch):
     draft = loop.draft
 
-    def late(plan, model, state, x_BD, token_B, sampling):
+    def late(plan, model, state, x_BD, token_B, sampling, first_BRV):
         rolled = dataclasses.replace(state, noise_BTV=jax.numpy.roll(state.noise_BTV, 1, axis=1))
-        out = draft(plan, model, rolled, x_BD, token_B, sampling)
+        out = draft(plan, model, rolled, x_BD, token_B, sampling, first_BRV)
         return dataclasses.replace(out, noise_BTV=state.noise_BTV)
 
     assert costs_acceptance_only(model, 3.0, lambda: monkeypatch.setattr(loop, "draft", late))
@@ -683,9 +683,9 @@ def test_whatever_is_drafted_bfloat16_output_is_the_same_at_one_width(narrow, k)
 
 
 def test_a_bfloat16_loop_that_is_compiled_to_draft_garbage_gives_the_same_output(narrow, monkeypatch):
-    def garbage(plan, model, state, x_BD, token_B, sampling):
+    def garbage(plan, model, state, x_BD, token_B, sampling, first_BRV):
         draft_Bk = (5 * token_B[:, None] + 7 * jax.numpy.arange(plan.k)[None]) % VOCAB
-        return dataclasses.replace(draft(plan, model, state, x_BD, token_B, sampling), draft_Bk=draft_Bk)
+        return dataclasses.replace(draft(plan, model, state, x_BD, token_B, sampling, first_BRV), draft_Bk=draft_Bk)
 
     with tiny.mesh():
         request = ask(narrow)

@@ -242,8 +242,8 @@ def stop_the_block_at_the_first_rejection(patch):
 def report_q_before_the_filter(patch):
     draft = loop.draft
 
-    def raw(plan, model, state, x_BD, token_B, sampling):
-        out = draft(plan, model, state, x_BD, token_B, sampling)
+    def raw(plan, model, state, x_BD, token_B, sampling, first_BRV):
+        out = draft(plan, model, state, x_BD, token_B, sampling, first_BRV)
         joint, laws = model.head.condition(model.head.draft_state(x_BD, WINDOW), token_B), []
         for i in range(plan.k):
             laws.append(model.head.next_log_probs(joint))
@@ -280,8 +280,8 @@ def cut_the_draft_by_its_tokens(patch):
     """Drafting stops before a token that turned out to be unlikely: decided after it was drawn."""
     draft = loop.draft
 
-    def cutting(plan, model, state, x_BD, token_B, sampling):
-        out = draft(plan, model, state, x_BD, token_B, sampling)
+    def cutting(plan, model, state, x_BD, token_B, sampling, first_BRV):
+        out = draft(plan, model, state, x_BD, token_B, sampling, first_BRV)
         chosen = jax.nn.one_hot(out.draft_Bk, VOCAB, dtype=bool)
         likely_Bk = jnp.sum(jnp.where(chosen, jnp.exp(out.logq_BkV), 0.0), axis=-1) > 0.4
         return dataclasses.replace(out, draft_len_B=jnp.minimum(out.draft_len_B, leading(likely_Bk)))
@@ -296,8 +296,8 @@ def leave_q_in_the_rest(patch):
 def keep_q_of_the_block_before(patch):
     draft = loop.draft
 
-    def stale(plan, model, state, x_BD, token_B, sampling):
-        out = draft(plan, model, state, x_BD, token_B, sampling)
+    def stale(plan, model, state, x_BD, token_B, sampling, first_BRV):
+        out = draft(plan, model, state, x_BD, token_B, sampling, first_BRV)
         return dataclasses.replace(out, logq_BkV=state.logq_BkV) if state.logq_BkV is not None else out
 
     patch.setattr(loop, "draft", stale)
@@ -305,8 +305,8 @@ def keep_q_of_the_block_before(patch):
 
 def noise_that_does_not_move(patch):
     """The same randomness for every block."""
-    keys, noise = rejection._keys, Coupled.noise
-    patch.setattr(rejection, "_keys", lambda sampling, start_B, purpose: keys(sampling, 0 * start_B, purpose))
+    keys, noise = rejection.block_keys, Coupled.noise
+    patch.setattr(rejection, "block_keys", lambda sampling, start_B, purpose: keys(sampling, 0 * start_B, purpose))
     patch.setattr(
         Coupled, "noise", lambda self, sampling, start_B, width, size: noise(self, sampling, 0 * start_B, width, size)
     )

@@ -281,16 +281,16 @@ def test_fault_is_caught(fault, monkeypatch):
 
 
 @every_factors
-def test_logits_of_every_factor_and_of_the_first_offsets(factors):
+def test_logits_of_every_factor_and_of_some_offsets(factors):
     head, x_BTD = make(factors=factors), hidden(2, 2, 3, D)
     want = brute_logits(head, x_BTD.reshape(-1, D)).reshape(2, 3, R, W, V)
 
     def logits(head, x_BTD):
-        return jnp.stack(head.logits(x_BTD), 3), jnp.stack(head.logits(x_BTD, 2), 3)
+        return jnp.stack(head.logits(x_BTD), 3), jnp.stack(head.logits(x_BTD, 1, 3), 3)
 
     whole, part = run(logits, head, x_BTD)
     np.testing.assert_allclose(whole, want, atol=5e-6)
-    np.testing.assert_allclose(part, want[:, :, :, :2], atol=5e-6)
+    np.testing.assert_allclose(part, want[:, :, :, 1:3], atol=5e-6)
 
 
 def test_narrow_draft_is_the_start_of_the_whole_one():

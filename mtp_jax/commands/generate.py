@@ -44,6 +44,8 @@ class Generate:
     seed: int = 0
     k: int | None = None
     """Drafts per forward, 0 to W-1; W-1 by default. In float32 the text does not depend on it."""
+    draft: Literal["joint", "ancestral"] = "joint"
+    """The law of drafts: of all components, or of one that is drawn, with less work."""
     stop: tuple[str, ...] = ()
     """Strings that end the text and are cut off."""
     step: int | None = None
@@ -71,7 +73,7 @@ def main(args: list[str]) -> None:
     stops = stop_bytes(options.stop)
     config = read_config(options.run)
     tokenizer = load_tokenizer(config.data.tokenizer)
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k")
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k", "draft")
     decode = DecodeConfig(**{name: getattr(options, name) for name in names}, stop_tokens=(tokenizer.end_of_document,))
     if options.prompt is not None:
         prompts = [("", tokenizer.encode(options.prompt))]

@@ -10,6 +10,7 @@ from jax import Array
 
 from mtp_jax.sharding import RULES
 
+CHOOSE, ACCEPT, COMPONENT = 0, 1, 2  # what randomness is for
 NEVER = -1e30  # the logit of a token that is ruled out; finite, so that differences stay numbers
 
 
@@ -69,3 +70,13 @@ def gumbel(key_B: Array, positions_BT: Array, vocab_size: int) -> Array:
         return jax.random.gumbel(jax.random.fold_in(key, position), (vocab_size,))
 
     return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(key_B, positions_BT)
+
+
+def block_keys(sampling: Sampling, start_B: Array, purpose: int) -> Array:
+    """Keys `[B]` for what is drawn once for the block of drafts that starts at these absolute positions.
+
+    `purpose` is CHOOSE, ACCEPT or COMPONENT.
+    """
+    return jax.vmap(lambda key, start: jax.random.fold_in(jax.random.fold_in(key, start), purpose))(
+        sampling.key_B, start_B
+    )

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mtp_jax.decode import pick
-from mtp_jax.decode.law import Sampling
+from mtp_jax.decode.law import COMPONENT, Sampling, block_keys
 from mtp_jax.decode.state import DecodeState, Stops
 from mtp_jax.decode.verify import get_verifier
 from mtp_jax.decode.verify.base import leading
@@ -23,12 +23,14 @@ from mtp_jax.sharding import RULES
 
 @dataclass(frozen=True)
 class Plan:
-    """What a loop is compiled for: `k` drafts per forward, the verifier, cache `slots`, whether top-k/p are used."""
+    """What a loop is compiled for: `k` drafts per forward, the verifier, cache `slots`, whether top-k/p are used, and
+    whether drafts are `ancestral`."""
 
     k: int
     verifier: str
     slots: int
     filtered: bool = False
+    ancestral: bool = False
 
 
 class Limits(NamedTuple):
@@ -136,7 +138,7 @@ def advance(
     that is a stop, or whose probability is not a number. Every live row commits at least one token.
     """
     verifier, width = get_verifier(plan.verifier), x_BTD.shape[1]
-    logp_BTV = model.head.target_log_probs(x_BTD)
+    logp_BTV, first_BTRV = model.head.target_state(x_BTD)
     logits_BTV = verifier.law(logp_BTV, sampling, filtered=plan.filtered)
     tokens_BT, accepted_B = verifier.verify(logits_BTV, state, sampling)
     logp_BT = pick.log_prob(logp_BTV, tokens_BT)
@@ -168,11 +170,18 @@ def advance(
         done_B=state.done_B | (before_end_B < count_B) | (length_B >= state.limit_B),
         noise_BTV=verifier.noise(sampling, length_B, plan.k + 1, logits_BTV.shape[-1]),
     )
-    return draft(plan, model, state, pick.at(x_BTD, last), pick.at(tokens_BT, last), sampling)
+    first_BRV = None if first_BTRV is None else pick.at(first_BTRV, last)
+    return draft(plan, model, state, pick.at(x_BTD, last), pick.at(tokens_BT, last), sampling, first_BRV)
 
 
 def draft(
-    plan: Plan, model: LanguageModel, state: DecodeState, x_BD: Array, token_B: Array, sampling: Sampling
+    plan: Plan,
+    model: LanguageModel,
+    state: DecodeState,
+    x_BD: Array,
+    token_B: Array,
+    sampling: Sampling,
+    first_BRV: Array | None,
 ) -> DecodeState:
     """Put k drafts into the state, from the joint law at the last accepted position given the target's token there.
 
@@ -182,7 +191,10 @@ def draft(
     if plan.k == 0:
         return dataclasses.replace(state, draft_Bk=token_B[:, None][:, :0])
     verifier, head = get_verifier(plan.verifier), model.head
-    joint = head.condition(head.draft_state(x_BD, plan.k + 1), token_B)
+    joint = head.condition(head.draft_state(x_BD, 1 if plan.ancestral else plan.k + 1, first_BRV), token_B)
+    if plan.ancestral:
+        component_B = draw_component(joint.log_alpha_BR, sampling, state.length_B)
+        joint = head.component_state(joint, x_BD, component_B, plan.k + 1)
     # The last token of a row is the target's own.
     most_B = jnp.minimum(state.most_B, jnp.maximum(state.limit_B - state.length_B - 1, 0))
     drafts, laws, sure = [], [], []
@@ -205,6 +217,13 @@ def draft(
         draft_len_B=most_B,
         logq_BkV=jnp.concatenate(laws, axis=1) if laws else None,
     )
+
+
+def draw_component(log_alpha_BR: Array, sampling: Sampling, start_B: Array) -> Array:
+    """A component of each row, `[B]`: from its posterior; the likeliest at temperature 0."""
+    rank = log_alpha_BR.shape[-1]
+    noise_BR = jax.vmap(lambda key: jax.random.gumbel(key, (rank,)))(block_keys(sampling, start_B, COMPONENT))
+    return jnp.argmax(log_alpha_BR + jnp.where(sampling.temperature_B[:, None] > 0, noise_BR, 0.0), axis=-1)
 
 
 def _put(array_BS: Array, new_BT: Array, start_B: Array) -> Array:

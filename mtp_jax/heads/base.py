@@ -129,37 +129,64 @@ class Head(nnx.Module):
         found_BTW = mixture_log_likelihood(self.form, self.params(), x_BTD, self.log_weights(x_BTD), columns_BTW)
         return jnp.where(listed_BTW, found_BTW, -jnp.inf)
 
-    def logits(self, x_BTD: Array, window: int | None = None) -> tuple[Array, ...]:
-        """The logits of each of the next `window` offsets (default W), `[B, T, R, V]` in float32.
+    def logits(
+        self, x_BTD: Array, start: int = 0, stop: int | None = None, component_B: Array | None = None
+    ) -> tuple[Array, ...]:
+        """The logits of each of the offsets start .. stop - 1 (default: all W), `[B, T, R, V]` in float32.
 
-        V is the whole vocabulary, or, after the first offset, the shortlist if there is one.
+        V is the whole vocabulary, or, after the first offset, the shortlist if there is one. With `component_B` (and
+        T = 1) they are those of one component of each row, and R is 1.
         """
         params = jax.tree.map(gather, self.params())
         short_VD = params.pop("short_VD", None)
 
-        def at(offsets: slice, table: Tables) -> list[Array]:
-            tables = self.factors.tables(self.factors.at(params | table, offsets))
-            logits_BTRWV = self.factors.logits(tables, x_BTD)
-            return [logits_BTRWV[:, :, :, s] for s in range(logits_BTRWV.shape[3])]
+        def at(start: int, stop: int, table: Tables) -> list[Array]:
+            if start >= stop:
+                return []
+            tables = self.factors.tables(self.factors.at(params | table, slice(start, stop)))
+            if component_B is None:
+                logits_BTRWV = self.factors.logits(tables, x_BTD)
+            else:
+                logits_BTRWV = self.factors.of_component(tables, x_BTD, component_B)
+            return [logits_BTRWV[:, :, :, s] for s in range(stop - start)]
 
-        window = self.config.window if window is None else window
-        if short_VD is None or window == 1:
-            return tuple(at(slice(0, window), {}))
-        return tuple(at(slice(0, 1), {}) + at(slice(1, window), {"unembed_VD": short_VD}))
+        stop = self.config.window if stop is None else stop
+        if short_VD is None:
+            return tuple(at(start, stop, {}))
+        return tuple(at(start, min(stop, 1), {}) + at(max(start, 1), stop, {"unembed_VD": short_VD}))
 
     def target_log_probs(self, x_BTD: Array) -> Array:
         """The law of the next token that verification preserves: log-probabilities `[B, T, V]` in float32."""
+        return self.target_state(x_BTD)[0]
+
+    def target_state(self, x_BTD: Array) -> tuple[Array, Array | None]:
+        """`target_log_probs`, and log p_r1 `[B, T, R, V]` if it comes from those: `draft_state` takes them up."""
         if self.config.target == "ntp":
             logits_BTRWV = NextToken.logits({"unembed_VD": gather(self.unembed_VD[...])}, x_BTD)
-            return jax.nn.log_softmax(logits_BTRWV[:, :, 0, 0], axis=-1)
-        logp_BTRV = jax.nn.log_softmax(self.logits(x_BTD, 1)[0], axis=-1)
-        return jax.nn.logsumexp(self.log_weights(x_BTD)[..., None] + logp_BTRV, axis=2)
+            return jax.nn.log_softmax(logits_BTRWV[:, :, 0, 0], axis=-1), None
+        first_BTRV = jax.nn.log_softmax(self.logits(x_BTD, stop=1)[0], axis=-1)
+        return jax.nn.logsumexp(self.log_weights(x_BTD)[..., None] + first_BTRV, axis=2), first_BTRV
 
-    def draft_state(self, x_BD: Array, window: int | None = None) -> DraftState:
-        """The joint law of the next `window` tokens (default W) after each row's hidden state."""
-        x_B1D = x_BD[:, None]
-        logp_BRV = tuple(jax.nn.log_softmax(logits[:, 0], axis=-1) for logits in self.logits(x_B1D, window))
-        return DraftState(self.log_weights(x_B1D)[:, 0], logp_BRV, 0)
+    def draft_state(self, x_BD: Array, window: int | None = None, first_BRV: Array | None = None) -> DraftState:
+        """The joint law of the next `window` tokens (default W) after each row's hidden state.
+
+        `first_BRV`: log p_r1, where it is known (see `target_state`).
+        """
+        x_B1D, known = x_BD[:, None], () if first_BRV is None else (first_BRV,)
+        return DraftState(self.log_weights(x_B1D)[:, 0], known + self._logp(x_B1D, len(known), window), 0)
+
+    def component_state(self, state: DraftState, x_BD: Array, component_B: Array, window: int) -> DraftState:
+        """The law of the offsets from that of `state` on, up to `window`, by one component of each row (ancestral).
+
+        Given the component, the tokens are independent. One drawn from the posterior and then a token of its law
+        together have the law of the joint, with a product per offset in place of R of them.
+        """
+        logp_B1V = self._logp(x_BD[:, None], state.offset, window, component_B)
+        alone_B1 = jnp.zeros_like(state.log_alpha_BR[:, :1])
+        return DraftState(alone_B1, state.logp_BRV[: state.offset] + logp_B1V, state.offset)
+
+    def _logp(self, x_B1D: Array, *which: Any) -> tuple[Array, ...]:
+        return tuple(jax.nn.log_softmax(logits[:, 0], axis=-1) for logits in self.logits(x_B1D, *which))
 
     def next_log_probs(self, state: DraftState) -> Array:
         """log q(x_s | x_<s): `[B, V]`, exact and normalised. Raises `IndexError` past the window."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -45,6 +46,11 @@ class Factors(nnx.Module):
     def logits(tables: Tables, x_BTD: Array) -> Array:
         """`[B, T, R, W, V]` in float32."""
         raise TypeError("Factors is the interface; use one of FACTORS.")
+
+    @classmethod
+    def of_component(cls, tables: Tables, x_B1D: Array, component_B: Array) -> Array:
+        """The logits of one component of each row, `[B, 1, 1, W, V]`: where components share a table, for less."""
+        return _of_row(cls.logits(tables, x_B1D)[:, 0], component_B)[:, None, None]
 
     @staticmethod
     def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
@@ -94,6 +100,11 @@ def _by_offset(equation: str, x_BTD: Array, weights: Array | list[Array]) -> Arr
     return results[0] if len(results) == 1 else jnp.concatenate(results, axis=-2)
 
 
+def _of_row(array: Array, index_B: Array) -> Array:
+    """`array[b, index_B[b]]` for every row b."""
+    return jax.vmap(lambda row, i: lax.dynamic_index_in_dim(row, i, keepdims=False))(array, index_B)
+
+
 class FullFactors(Factors):
     """An unembedding for each (rank, offset): the paper's from-scratch form, right for byte vocabularies."""
 
@@ -134,6 +145,12 @@ class SharedFactors(Factors):
         """What the unembedding multiplies, `[B, T, R, W, D]`."""
         return _by_offset("btd,drwe->btrwe", x_BTD, tables["map_DRWD"]).astype(x_BTD.dtype)
 
+    @classmethod
+    def of_component(cls, tables: Tables, x_B1D: Array, component_B: Array) -> Array:
+        """See `Factors.of_component`."""
+        own_BWD = _of_row(cls.rows(tables, x_B1D)[:, 0], component_B)
+        return product("btrwd,vd->btrwv", own_BWD[:, None, None], tables["unembed_VD"])
+
     @staticmethod
     def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
         """See `Factors.forward_flops`."""
@@ -159,8 +176,23 @@ class LowRankFactors(Factors):
     @staticmethod
     def logits(tables: Tables, x_BTD: Array) -> Array:
         """See `Factors.logits`."""
+        shared_BTWD, own_BTRWE = LowRankFactors.rows(tables, x_BTD)
+        return LowRankFactors._sum(tables, shared_BTWD, own_BTRWE)
+
+    @staticmethod
+    def rows(tables: Tables, x_BTD: Array) -> tuple[Array, Array]:
+        """What the unembedding multiplies, `[B, T, W, D]`, and what U B does, `[B, T, R, W, E]`."""
         shared_BTWD = _by_offset("btd,dwe->btwe", x_BTD, tables["map_DWD"]).astype(x_BTD.dtype)
-        own_BTRWE = _by_offset("btd,drwe->btrwe", x_BTD, tables["down_DRWE"]).astype(x_BTD.dtype)
+        return shared_BTWD, _by_offset("btd,drwe->btrwe", x_BTD, tables["down_DRWE"]).astype(x_BTD.dtype)
+
+    @classmethod
+    def of_component(cls, tables: Tables, x_B1D: Array, component_B: Array) -> Array:
+        """See `Factors.of_component`."""
+        shared_B1WD, own_B1RWE = cls.rows(tables, x_B1D)
+        return cls._sum(tables, shared_B1WD, _of_row(own_B1RWE[:, 0], component_B)[:, None, None])
+
+    @staticmethod
+    def _sum(tables: Tables, shared_BTWD: Array, own_BTRWE: Array) -> Array:
         shared_BTWV = product("btwd,vd->btwv", shared_BTWD, tables["unembed_VD"])
         return shared_BTWV[:, :, None] + product("btrwe,ve->btrwv", own_BTRWE, tables["up_VE"])
 

@@ -17,11 +17,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from mtp_jax.decode import pick
-from mtp_jax.decode.law import Sampling, gumbel
+from mtp_jax.decode.law import ACCEPT, CHOOSE, Sampling, block_keys, gumbel
 from mtp_jax.decode.state import DecodeState
 from mtp_jax.decode.verify.base import Sampled, Verdict, match_prefix, used
-
-CHOOSE, ACCEPT = 0, 1  # purposes
 
 
 class Rejection(Sampled):
@@ -33,7 +31,7 @@ class Rejection(Sampled):
         """Gumbel noise `[B, width, V]`: of each draft, and last that of the token behind the accepted ones."""
         # The last is numbered 0, so that no row depends on how many drafts its neighbours may have.
         number_1T = (jnp.arange(1, width + 1, dtype=jnp.int32) % width)[None]
-        return gumbel(_keys(sampling, start_B, CHOOSE), jnp.zeros_like(start_B)[:, None] + number_1T, vocab_size)
+        return gumbel(block_keys(sampling, start_B, CHOOSE), jnp.zeros_like(start_B)[:, None] + number_1T, vocab_size)
 
     def chances(self, log_ratio_Bk: Array, p_BTV: Array, q_BTV: Array) -> tuple[Array, Array]:
         """The chance to keep each draft, `[B, k]`, and rho `[B, k + 1]` of the rest behind 0 .. k accepted ones.
@@ -84,10 +82,4 @@ def uniform(sampling: Sampling, start_B: Array, k: int) -> Array:
     def row(key: Array) -> Array:
         return jax.vmap(lambda number: jax.random.uniform(jax.random.fold_in(key, number)))(jnp.arange(k))
 
-    return jax.vmap(row)(_keys(sampling, start_B, ACCEPT))
-
-
-def _keys(sampling: Sampling, start_B: Array, purpose: int) -> Array:
-    return jax.vmap(lambda key, start: jax.random.fold_in(jax.random.fold_in(key, start), purpose))(
-        sampling.key_B, start_B
-    )
+    return jax.vmap(row)(block_keys(sampling, start_B, ACCEPT))
