@@ -269,6 +269,7 @@ def load(run_dir: epath.PathLike, step: int | None = None, mesh: MeshConfig | Me
     with Checkpoints(run_dir) as checkpoints, jax.set_mesh(mesh):
         meta = checkpoints.meta(step)
         config = from_dict(TrainConfig, meta["config"])
+        config.check_widths((mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]))
         tokenizer = load_tokenizer(config.data.tokenizer)
         if tokenizer.to_json() != meta["tokenizer"]:
             raise ConfigError(

@@ -92,7 +92,8 @@ class ModelConfig:
     `vocab_size` may exceed the tokenizer's (a multiple of the tensor axis, say); the ids above it are never targets.
     `context_length` is the most tokens that one sequence may hold, in training and in decoding.
     `dtype` is the compute dtype; parameters, logits and log-probabilities are float32 whatever it is.
-    `remat` says what the backward pass recomputes: what lies between matrix products, attention too, or whole blocks.
+    `remat` says what the backward pass recomputes: `none` only what lies between matrix products, `dots` attention too,
+    `full` whole blocks.
     `attention` is how training attends: by XLA anywhere, or by cuDNN's flash attention on NVIDIA GPUs in bfloat16.
     """
 
@@ -162,7 +163,8 @@ class HeadConfig:
     anew in every step, have the loss of the offsets; `backward_draws` components, drawn from the posterior for each
     position and offset, go through the backward pass (0: all of them, exactly; needs `shared` factors).
     With a `shortlist` the offsets after the first know those token ids alone. A number n stands for the n most frequent
-    ones of the training data, which the run finds and writes down here (without data: the ids 0..n-1). 0: all ids.
+    ones of the training data, which the run finds and writes down here (without data: the ids 0..n-1); two numbers or
+    more are ids. 0: all ids.
     """
 
     kind: str = "cpd"
@@ -183,6 +185,8 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         _choices(self)
+        if not isinstance(self.shortlist, int):
+            object.__setattr__(self, "shortlist", tuple(self.shortlist))
         _at_least(self, 1, "window", "rank", "factor_width")
         _at_least(self, 0, "ntp_weight", "z_weight", "balance_weight", "init_noise", "backward_draws")
         require(
@@ -208,8 +212,15 @@ class HeadConfig:
             ids = self.shortlist_ids
             require(
                 len(set(ids)) == len(ids) and min(ids, default=-1) >= 0,
-                "HeadConfig.shortlist must be a number of tokens, at least 0, or different token ids, each at least 0.",
+                f"HeadConfig.shortlist is {shown(self.shortlist)}; it must be a number of tokens, at least 0, or "
+                "different token ids, each at least 0.",
             )
+
+    def adopt_shortlist(self, saved: HeadConfig) -> HeadConfig:
+        """The same with the list of `saved`, if this one gives the number from which that was made."""
+        return (
+            dataclasses.replace(self, shortlist=saved.shortlist) if self.shortlist == len(saved.shortlist_ids) else self
+        )
 
     @property
     def shortlist_ids(self) -> tuple[int, ...]:
@@ -542,7 +553,7 @@ class TrainConfig:
 
     def check_mesh(self, shape: tuple[int, int, int]) -> None:
         """Refuse a batch or a width that the mesh `(data, fsdp, tensor)` does not divide."""
-        data, fsdp, tensor = shape
+        data, fsdp, _ = shape
         part = self.data.batch_size // self.grad_accumulation
         require(
             part % (data * fsdp) == 0,
@@ -550,6 +561,11 @@ class TrainConfig:
             f"{self.grad_accumulation}) and the mesh has {data} x {fsdp} = {data * fsdp} data x fsdp devices; "
             "the devices must divide the part.",
         )
+        self.check_widths(shape)
+
+    def check_widths(self, shape: tuple[int, int, int]) -> None:
+        """Refuse a width of model or head that the mesh `(data, fsdp, tensor)` does not divide."""
+        _, fsdp, tensor = shape
         divided = [
             ("model.d_model", self.model.d_model, "fsdp", fsdp),
             ("model.vocab_size", self.model.vocab_size, "tensor", tensor),
@@ -567,6 +583,11 @@ class TrainConfig:
 def to_dict(config: Any) -> dict[str, Any]:
     """A dataclass as plain JSON values."""
     return dataclasses.asdict(config)
+
+
+def shown(value: Any) -> str:
+    """A value of a field for a message: a long list of token ids as its length."""
+    return f"a list of {len(value)} ids" if isinstance(value, tuple) and len(value) > 8 else repr(value)
 
 
 def differences(a: Any, b: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

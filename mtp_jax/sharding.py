@@ -32,7 +32,6 @@ class Rules:
     scale: P = P(None)
     # The head. The D x D maps are not split over tensor: their output meets the vocabulary, which is.
     unembed_VD: P = P("tensor", "fsdp")
-    short_VD: P = P("tensor", "fsdp")
     u_DRWV: P = P("fsdp", None, None, "tensor")
     map_DRWD: P = P("fsdp", None, None, None)
     map_DWD: P = P("fsdp", None, None)

@@ -38,9 +38,9 @@ def decode(*prompts, new=8, vocab_size=32, context=16, **changes):
     return config.check(ModelConfig(vocab_size=vocab_size, context_length=context), HeadConfig(window=4), prompts)
 
 
-def on_mesh(*shape, batch=16, parts=1, factors="full", **model):
-    data = DataConfig(batch_size=batch)
-    config = TrainConfig(ModelConfig(**model), HeadConfig(factors=factors), data, grad_accumulation=parts)
+def on_mesh(*shape, batch=16, parts=1, factors="full", shortlist=0, **model):
+    data, head = DataConfig(batch_size=batch), HeadConfig(factors=factors, shortlist=shortlist)
+    config = TrainConfig(ModelConfig(**model), head, data, grad_accumulation=parts)
     return config.check_mesh(shape)
 
 
@@ -76,6 +76,10 @@ REFUSED = {
     "a shortlist that has a token twice": (
         lambda: HeadConfig(factors="shared", shortlist=(3, 3)),
         ["HeadConfig.shortlist", "different token ids"],
+    ),
+    "a shortlist that the mesh does not divide": (
+        lambda: on_mesh(1, 1, 2, factors="shared", shortlist=(3, 4, 5)),
+        ["length of head.shortlist is 3", "tensor has 2"],
     ),
     "a shortlist of other tokens": (
         lambda: TrainConfig(ModelConfig(vocab_size=10), HeadConfig(factors="shared", shortlist=(3, 10))),

@@ -343,8 +343,8 @@ WRONG_RULES = {
     "one_entry_short": ({"w_FD": P("tensor")}, "w_down_FD"),
     "rank_split": ({"u_DRWV": P("fsdp", None, "tensor", None)}, "u_DRWV"),
     "residual_stream_replicated": ({"x_BTD": P(None, None, None)}, "shard"),
-    "residual_stream_over_tensor": ({"x_BTD": P("tensor", None, None)}, "tensor"),
-    "residual_stream_split_in_time": ({"x_BTD": P("data", "fsdp", None)}, "shard"),
+    "residual_stream_over_tensor": ({"x_BTD": P("tensor", None, None)}, "sharded by"),
+    "residual_stream_split_in_time": ({"x_BTD": P("data", "fsdp", None)}, "sharded by"),
 }
 
 

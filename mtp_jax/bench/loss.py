@@ -39,7 +39,8 @@ def bench_loss(config: LossBenchConfig, progress: Callable[[str], None] = lambda
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         form, arrays = _problem(config, config.tokens)
-        whole_form, whole = _problem(dataclasses.replace(config, shortlist=0), config.tokens)
+        exact = dataclasses.replace(config, shortlist=0)
+        whole_form, whole = _problem(exact, config.tokens) if config.shortlist else (form, arrays)
         ours = jax.jit(jax.value_and_grad(functools.partial(_ours, form, config.draws), argnums=(0, 1, 2)))
         matmuls = jax.jit(functools.partial(_matmuls, whole_form))
         progress("compiling")
@@ -94,7 +95,10 @@ def free_bytes() -> int | None:
 
 def _problem(config: LossBenchConfig, tokens: int) -> tuple[Form, Arrays]:
     """A head's form and parameters, and random hidden states, gate and targets."""
-    head, model = config.head(), ModelConfig(vocab_size=config.v, d_model=config.d, num_heads=1, num_kv_heads=1)
+    head, model = (
+        config.head(),
+        ModelConfig(vocab_size=config.v, d_model=config.d, num_heads=1, num_kv_heads=1, head_dim=2),
+    )
     made = jax.jit(lambda: make_head(head, model, rngs=nnx.Rngs(jax.random.key(0))))()
     # Numbers that all dtypes here have.
     params = jax.tree.map(lambda w: w.astype(config.dtype).astype(jnp.float32), made.params())
@@ -123,7 +127,7 @@ def _naive(form: Form, params: Any, x: Array, log_w: Array, targets: Array, weig
 
 
 def _matmuls(form: Form, params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Any:
-    """The tiles of `mixture_loss`, with the products of logits, rows and tables, and nothing else."""
+    """The tiles of a `mixture_loss` of `form`, with the products of logits, rows and tables, and nothing else."""
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, params)
 
     @functools.partial(jax.shard_map, out_specs=(specs, RULES.x_BTD))

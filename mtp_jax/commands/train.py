@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import reprlib
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +11,7 @@ import tyro
 
 from mtp_jax.commands import parse, use_compilation_cache
 from mtp_jax.commands.experiment import load_experiment, split_file
-from mtp_jax.config import TrainConfig, differences
+from mtp_jax.config import TrainConfig, differences, shown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +55,9 @@ def main(args: list[str]) -> None:
         config = read_config(check_run_dir(where.run_dir, resume=True, overwrite=where.overwrite))
     options = parse(Train, rest, f"train {file}", Train(run_dir=default.run_dir, config=config))
     if options.resume:
-        for name, here, there in differences(experiment, options.config):
-            print(f"--resume: {name} is {reprlib.repr(there)} in this run ({reprlib.repr(here)} in {file})")
+        head = experiment.head.adopt_shortlist(options.config.head)
+        for name, here, there in differences(dataclasses.replace(experiment, head=head), options.config):
+            print(f"--resume: {name} is {shown(there)} in this run ({shown(here)} in {file})")
 
     from mtp_jax.train.loop import train
 

@@ -14,7 +14,7 @@ from jax import Array
 
 from mtp_jax.config import HeadConfig, ModelConfig
 from mtp_jax.heads.factors import FACTORS, NextToken, Tables
-from mtp_jax.heads.shortlist import Shortlist, Shortlisted
+from mtp_jax.heads.shortlist import Shortlist, ShortlistForm
 from mtp_jax.losses.balance import balance_loss
 from mtp_jax.losses.mixture import Terms, mixture_log_likelihood, mixture_loss
 from mtp_jax.losses.subsample import subsample
@@ -57,7 +57,7 @@ class Head(nnx.Module):
     @property
     def form(self) -> Any:
         """How logits come from `params` (see `losses.tiles.Form`)."""
-        return Shortlisted(type(self.factors)) if self.shortlist else type(self.factors)
+        return ShortlistForm(type(self.factors)) if self.shortlist else type(self.factors)
 
     def params(self) -> Tables:
         """What the logits are computed from, by name."""
@@ -98,7 +98,7 @@ class Head(nnx.Module):
           sum_s gamma^(s-1) * mean loss at offset s, plus the next-token, z and balance terms that the config asks for,
           and sums that add up over micro-batches: `loss_offset` [W] nats, `loss_first_token` nats (of the target),
           `gate_entropy` nats, `gate_share` [R], and with a shortlist `listed` [W], the fraction of targets that it has.
-          What it has not, and what comes after that in its window, has no loss.
+          What it has not, and what comes after that in its window, counts as a loss of 0 in these means.
         """
         chex.assert_rank([x_BTD, targets_BTW, weights_BTW], 3)
         chex.assert_equal_shape([targets_BTW, weights_BTW])
@@ -112,7 +112,7 @@ class Head(nnx.Module):
         loss, nll_W = mixture_loss(self.form, terms, self.params(), *arrays, key)
         aux = {"loss_offset": nll_W, "loss_first_token": nll_W[0], **self._gate_aux(log_w_BTR, weights_BTW)}
         if self.shortlist:
-            aux["listed"] = jnp.sum(weights_BTW * listed_BTW, axis=(0, 1))
+            aux["listed"] = jnp.sum(arrays[-1], axis=(0, 1))
         if self.config.target == "ntp":
             params, alone_BT1 = {"unembed_VD": self.unembed_VD[...]}, jnp.zeros_like(log_w_BTR[..., :1])
             first = targets_BTW[..., :1], weights_BTW[..., :1]
@@ -124,7 +124,10 @@ class Head(nnx.Module):
         return loss, aux
 
     def log_likelihood(self, x_BTD: Array, targets_BTW: Array) -> Array:
-        """log q(x_s | x_<s, h), `[B, T, W]` in nats: their sum over offsets is the joint. Forward only, in tiles."""
+        """log q(x_s | x_<s, h), `[B, T, W]` in nats: their sum over offsets is the joint. Forward only, in tiles.
+
+        -inf from the first target on that a shortlist has not.
+        """
         columns_BTW, listed_BTW = self._columns(targets_BTW)
         found_BTW = mixture_log_likelihood(self.form, self.params(), x_BTD, self.log_weights(x_BTD), columns_BTW)
         return jnp.where(listed_BTW, found_BTW, -jnp.inf)
@@ -195,7 +198,10 @@ class Head(nnx.Module):
         return self.shortlist.spread(logq_BV) if self.shortlist and state.offset else logq_BV
 
     def condition(self, state: DraftState, token_B: Array) -> DraftState:
-        """The law after token x_s is known: alpha_r is multiplied by p_rs(x_s) and normalised."""
+        """The law after token x_s is known: alpha_r is multiplied by p_rs(x_s) and normalised.
+
+        A token that a shortlist has not is never drafted; it tells nothing.
+        """
         _within(state)
         logp_BRV = state.logp_BRV[state.offset]
         if self.shortlist and state.offset:

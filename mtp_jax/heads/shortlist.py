@@ -18,7 +18,7 @@ from mtp_jax.sharding import BATCH, RULES
 
 
 @dataclass(frozen=True)
-class Shortlisted:
+class ShortlistForm:
     """The form (`losses.tiles.Form`) of `factors` with a table of their own, `short_VD`, after the first offset."""
 
     factors: type[Factors]
@@ -44,7 +44,8 @@ class Shortlist:
 
     def rows(self, table_VD: Array) -> Array:
         """The listed tokens' rows of a table, split as it is."""
-        return table_VD.at[np.array(self.ids)].get(out_sharding=jax.typeof(table_VD).sharding.spec)
+        spec = jax.typeof(table_VD).sharding.spec
+        return table_VD.at[np.array(self.ids)].get(out_sharding=spec)
 
     def columns(self, tokens: Array) -> Array:
         """The column of each token, of any shape; n where it is not listed."""
@@ -74,6 +75,8 @@ def most_frequent(tokens: np.ndarray, count: int, vocab_size: int) -> tuple[tupl
 
     Of equally frequent ids the lower ones.
     """
-    occurrences_V = np.bincount(tokens, minlength=vocab_size)
+    # In parts: counting makes a wide copy of what may be terabytes on disk.
+    parts = (tokens[i : i + 2**24] for i in range(0, len(tokens), 2**24))
+    occurrences_V = sum((np.bincount(part, minlength=vocab_size) for part in parts), np.zeros(vocab_size, int))
     ids = np.sort(np.argsort(-occurrences_V, kind="stable")[:count])
     return tuple(ids.tolist()), float(occurrences_V[ids].sum() / max(1, len(tokens)))

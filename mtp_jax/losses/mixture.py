@@ -56,8 +56,8 @@ def mixture_loss(
       params: any tree of arrays, as they are stored (split over `fsdp` and `tensor`); differentiated.
       x_BTD: hidden states, differentiated. Products are in their dtype, with float32 sums.
       log_w_BTR: log weights of the components, normalised, float32, differentiated.
-      targets_BTW: token ids, the columns of the logits. A masked target masks (by its weight) itself only, so mask all
-        offsets after it too.
+      targets_BTW: the column of each target in its logits (a token id, but for a shortlist). A masked target masks (by
+        its weight) itself only, so mask all offsets after it too.
       weights_BTW: weight of every target, 0 where masked.
       key: for `terms.draws`, which also needs a form with `rows` under one unembedding, `unembed_VD`.
 

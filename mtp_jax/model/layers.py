@@ -87,6 +87,8 @@ def linear(x_BTK: Array, w_KX: Array) -> Array:
 def _matrix(x: Array) -> Array:
     """`[B, T, N, ..]` as `[B T, N ..]`. Shardings are said: JAX cannot tell them through axes of size 1."""
     spec = jax.typeof(x).sharding.spec
+    if spec[1] is not None or "tensor" in shares(spec[:1]):
+        raise ValueError(f"Activations are sharded by {spec}; rows are split by the batch axes, and time is whole.")
     return x.reshape(math.prod(x.shape[:2]), -1, out_sharding=P(spec[0], spec[2]))
 
 

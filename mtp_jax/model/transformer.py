@@ -20,7 +20,7 @@ from mtp_jax.model.rotary import rotary
 from mtp_jax.sharding import RULES, gather
 
 
-def save(*primitives: str) -> Callable[..., bool]:
+def keep(*primitives: str) -> Callable[..., bool]:
     """A remat policy that keeps the results of these primitives. What lies between them costs less than keeping it."""
     return lambda primitive, *_, **__: primitive.name in primitives
 
@@ -28,9 +28,9 @@ def save(*primitives: str) -> Callable[..., bool]:
 # `layers.linear` is a custom_vjp call, and so is cuDNN's attention, whose kernel gives statistics beside its result.
 # The attention of XLA is two products in plain sight.
 REMAT_POLICIES = {
-    "none": save("custom_vjp_call", "dot_general", "dot_product_attention_fwd_wrapper"),
-    "dots": save("custom_vjp_call"),
-    "full": save(),
+    "none": keep("custom_vjp_call", "dot_general", "dot_product_attention_fwd_wrapper"),
+    "dots": keep("custom_vjp_call"),
+    "full": keep(),
 }
 
 

@@ -56,12 +56,15 @@ def named(metrics: Any) -> dict[str, float]:
     """Metrics as flat scalars: vectors become `loss_offset_1`.., and what is derived from them is added.
 
     `joint_loss` is the sum of the offsets' means: -log q of a whole window, where all windows are whole.
-    With a shortlist, `loss_offset` is the mean over the targets that it has, and `listed` their fraction.
+    With a shortlist, `loss_offset` is the mean over the targets that it has (and `joint_loss` the sum of those), and
+    `listed` their fraction; `loss` counts the others as 0, so it compares runs with one list alone.
     `gate_effective` is 1 / sum_r share_r^2: R if all components have the same mean weight, 1 if one has all of it.
     """
     flat: dict[str, float] = {}
     if "listed" in metrics:
-        metrics = metrics | {"loss_offset": metrics["loss_offset"] / np.maximum(metrics["listed"], 1e-30)}
+        metrics = metrics | {
+            "loss_offset": metrics["loss_offset"] / np.where(metrics["listed"], metrics["listed"], np.nan)
+        }
     for name, value in metrics.items():
         value = np.asarray(value)
         if value.ndim == 0:

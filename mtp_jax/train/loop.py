@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from mtp_jax.checkpoint import Checkpoints, clear_run, on_mesh, read_config, write_config
-from mtp_jax.config import ConfigError, TrainConfig, require, to_dict
+from mtp_jax.config import ConfigError, TrainConfig, require, shown, to_dict
 from mtp_jax.data import Store, batches, load_tokenizer
 from mtp_jax.data import prepare as prepare_data
 from mtp_jax.heads.shortlist import most_frequent
@@ -86,7 +86,7 @@ def check_same_run(config: TrainConfig, saved: TrainConfig, path: epath.Path) ->
         for name in old:
             require(
                 new[name] == old[name] or (part, name) in RESUMABLE,
-                f"--resume: {part}.{name} is {new[name]!r} and the run in {path} has {old[name]!r}. "
+                f"--resume: {part}.{name} is {shown(new[name])} and the run in {path} has {shown(old[name])}. "
                 "Give the run's own value, or start another run with --run-dir.",
             )
 
@@ -128,8 +128,7 @@ def train(
     path = check_run_dir(run_dir, resume=resume, overwrite=overwrite)
     if resume:
         saved = read_config(path)
-        if config.head.shortlist == len(saved.head.shortlist_ids):  # the number from which the run made its list
-            config = dataclasses.replace(config, head=dataclasses.replace(config.head, shortlist=saved.head.shortlist))
+        config = dataclasses.replace(config, head=config.head.adopt_shortlist(saved.head))
         check_same_run(config, saved, path)
     with jax.set_mesh(mesh):
         run = Run(config, mesh, path, resume)
