@@ -29,6 +29,7 @@ _PUBLIC = {
     "ConfigError": "mtp_jax.config",
     "LanguageModel": "mtp_jax.model.transformer",
     "generate": "mtp_jax.decode.generate",
+    "Slots": "mtp_jax.decode.slots",
     "load": "mtp_jax.checkpoint",
     "make_mesh": "mtp_jax.mesh",
 }
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from mtp_jax.config import TrainBenchConfig as TrainBenchConfig
     from mtp_jax.config import TrainConfig as TrainConfig
     from mtp_jax.decode.generate import generate as generate
+    from mtp_jax.decode.slots import Slots as Slots
     from mtp_jax.mesh import make_mesh as make_mesh
     from mtp_jax.model.transformer import LanguageModel as LanguageModel
 

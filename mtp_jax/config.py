@@ -292,6 +292,10 @@ class DecodeConfig:
         _at_least(self, 1, "max_new_tokens")
         _at_least(self, 0, "temperature", "top_k", "seed")
         _fraction(self, "min_confidence")
+        require(
+            not isinstance(self.k, str),
+            f"DecodeConfig.k is {self.k!r}; give numbers. Only `generate` has k='adaptive'.",
+        )
         for temperature in _values(self.temperature):
             require(
                 temperature == 0 or temperature >= 1e-6,

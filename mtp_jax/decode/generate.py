@@ -147,11 +147,15 @@ def generate(model: LanguageModel, prompts: Sequence[Prompt], **options: Any) ->
       model: a model, best one that `for_decoding` has laid out (it is laid out on the fly if not).
       prompts: token ids of each row; they may differ in length.
       options: the fields of `DecodeConfig`; max_new_tokens, temperature, top_k, top_p, seed, k and min_confidence may
-        each be one value, or one per row.
+        each be one value, or one per row. k may also be "adaptive": see `mtp_jax.decode.adaptive`.
 
     Raises:
       ConfigError: a bad value; the message names it and what is allowed.
     """
+    if isinstance(options.get("k"), str) and options["k"] == "adaptive":
+        from mtp_jax.decode.adaptive import generate_adaptive  # it is built on this module
+
+        return generate_adaptive(model, prompts, **{name: value for name, value in options.items() if name != "k"})
     model = model if not isinstance(model.blocks, Block) else for_decoding(model)
     request = make_request(model, prompts, DecodeConfig(**options))
     return result(request, proceed(model, request, start(model, request)))

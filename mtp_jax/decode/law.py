@@ -47,7 +47,7 @@ def process_logits(logp_BTV: Array, sampling: Sampling, *, filtered: bool) -> Ar
 
 
 def _filter(logits_BTV: Array, top_k: Array, top_p: Array) -> Array:
-    size = logits_BTV.shape[-1]
+    size, own = logits_BTV.shape[-1], jax.typeof(logits_BTV).sharding
     logits_BTV = jax.reshard(logits_BTV, RULES.x_BTD)  # a sort needs the whole vocabulary
     sorted_BTV = jnp.sort(logits_BTV, axis=-1, descending=True)
     rank = jax.lax.broadcasted_iota(jnp.int32, (1, 1, size), 2)
@@ -60,7 +60,8 @@ def _filter(logits_BTV: Array, top_k: Array, top_p: Array) -> Array:
     least = jnp.min(
         jnp.where((before_BTV < top_p) | (rank == 0) | (top_p >= 1), kept_BTV, jnp.inf), axis=-1, keepdims=True
     )
-    return jnp.where(logits_BTV >= jnp.maximum(least, kth), logits_BTV, NEVER)
+    # A law is split as it was without filters, so that a loop with them takes over from one without.
+    return jax.reshard(jnp.where(logits_BTV >= jnp.maximum(least, kth), logits_BTV, NEVER), own)
 
 
 def gumbel(key_B: Array, positions_BT: Array, vocab_size: int) -> Array:

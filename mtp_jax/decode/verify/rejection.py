@@ -79,7 +79,9 @@ def rest(p: Array, q: Array, rho: Array) -> Array:
 def uniform(sampling: Sampling, start_B: Array, k: int) -> Array:
     """A uniform number in [0, 1) for each draft of the block that starts at `start_B`, `[B, k]`."""
 
-    def row(key: Array) -> Array:
-        return jax.vmap(lambda number: jax.random.uniform(jax.random.fold_in(key, number)))(jnp.arange(k))
+    def one(key: Array, number: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, number))
 
-    return jax.vmap(row)(block_keys(sampling, start_B, ACCEPT))
+    # Numbers of each row's own: JAX cannot map a batch of one over what its rows share.
+    number_Bk = jnp.zeros_like(start_B)[:, None] + jnp.arange(k, dtype=jnp.int32)[None]
+    return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(block_keys(sampling, start_B, ACCEPT), number_Bk)

@@ -1,0 +1,170 @@
+"""Adaptive draft length: the policy in simulation, and the tokens of the mode."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from test_decode import LAWS, NEW, PROMPTS, build
+
+from mtp_jax import Slots
+from mtp_jax.config import ConfigError
+from mtp_jax.decode import adaptive, loop
+from mtp_jax.decode.adaptive import Policy, generate_adaptive
+from mtp_jax.decode.generate import generate
+
+
+@pytest.fixture(scope="module")
+def models():
+    with tiny.mesh() as mesh:
+        return build(mesh)
+
+
+@pytest.fixture
+def model(models):
+    """The model to decode with, its mesh in scope."""
+    with tiny.mesh():
+        yield models.ready
+
+
+class World:
+    """Simulated decoding: what a forward of each width costs, and the chance that each draft is accepted."""
+
+    def __init__(self, costs, chance: float, batch: int = 1, seed: int = 0):
+        self.costs, self.chance, self.batch, self.rng = costs, chance, batch, np.random.default_rng(seed)
+        self.time = self.tokens = 0.0
+        self.widths: list[int] = []
+        self.last = 0
+
+    def rate(self, k: int) -> float:
+        return sum(self.chance**s for s in range(k + 1)) / self.costs[k]
+
+    @property
+    def best(self) -> float:
+        return max(self.rate(k) for k in range(len(self.costs)))
+
+    def play(self, policy: Policy, forwards: int) -> float:
+        """The rate reached over so many forwards, against that of the best fixed width."""
+        self.time = self.tokens = 0.0
+        self.widths = []
+        while len(self.widths) < forwards:
+            k, budget = policy.choose()
+            drafted = budget - (k != self.last)  # the first forward of another width has no drafts
+            right = self.rng.random((drafted, self.batch, k)) < self.chance
+            accepted_k = np.cumprod(right, axis=-1).sum((0, 1))
+            seconds = budget * self.costs[k] * self.rng.normal(1, 0.05)
+            policy.record(k, budget, seconds, drafted * self.batch, accepted_k)
+            self.time, self.tokens = self.time + seconds, self.tokens + budget + accepted_k.sum() / self.batch
+            self.widths, self.last = self.widths + [k] * budget, k
+        return self.tokens / self.time / self.best
+
+
+@pytest.mark.parametrize("batch", [1, 4, 64])
+@pytest.mark.parametrize("rho", [1.5, 2.5, 4.0])
+def test_it_falls_back_to_plain_decoding_where_drafts_are_useless(batch, rho):
+    costs = np.interp(range(4), [0, 3], [1, rho])
+    shares = [World(costs, 0.0, batch, seed).play(Policy(3), 256) for seed in range(20)]
+    assert min(shares) > 0.9 and np.mean(shares) > 0.95
+    world = World(costs, 0.0, batch)
+    assert world.play(Policy(3), 2048) > 0.96 and np.mean(np.array(world.widths[64:]) == 0) > 0.85
+
+
+@pytest.mark.parametrize("batch", [1, 16])
+def test_it_takes_the_widest_where_drafts_are_good(batch):
+    shares = [World([1, 1.1, 1.2, 1.3], 0.9, batch, seed).play(Policy(3), 512) for seed in range(20)]
+    assert min(shares) > 0.9 and np.mean(shares) > 0.95
+
+
+def test_it_finds_a_width_between():
+    """Acceptance of one half: 1.5, 1.75 and 1.875 tokens at costs of 1.1, 1.5 and 2."""
+    world = World([1, 1.1, 1.5, 2.0], 0.5, batch=16)
+    assert world.play(Policy(3), 1024) > 0.95
+    assert np.mean(np.array(world.widths) == 1) > 0.85
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.0, 0.95), (0.95, 0.0)])
+def test_it_notices_a_change(before, after):
+    world, policy = World([1, 1.3, 1.6, 1.9], before, batch=4), Policy(3)
+    world.play(policy, 1024)
+    world.chance = after
+    world.play(policy, 2048)
+    assert np.mean(np.array(world.widths[-512:]) == (3 if after else 0)) > 0.8
+    world.costs = [1, 4, 7, 10] if after else [1, 0.9, 0.8, 0.7]
+    world.play(policy, 2048)
+    assert np.mean(np.array(world.widths[-512:]) == (0 if after else 3)) > 0.8
+
+
+def test_it_needs_each_cost_once_and_explores_within_its_budget():
+    policy, world = Policy(3), World([1, 2, 3, 4], 0.0, batch=16)
+    world.play(policy, 4000)
+    tried = [k for k in world.widths if k]
+    assert len(tried) > adaptive.TRIAL
+    assert sum(world.costs[k] - 1 for k in tried) < 1.2 * adaptive.EXPLORE * world.time
+    again = World([1, 2, 3, 4], 0.0, batch=16)
+    again.play(policy, adaptive.FORWARDS)
+    assert again.widths == [0] * adaptive.FORWARDS
+
+
+# The mode.
+
+
+class Scripted(Policy):
+    """Every width in turn, a few forwards each."""
+
+    def __init__(self, widths):
+        super().__init__(max(widths))
+        self.widths, self.seen = list(widths), []
+
+    def choose(self) -> tuple[int, int]:
+        return self.widths[len(self.seen) % len(self.widths)], 2
+
+    def record(self, k, forwards, seconds, tried, accepted_k) -> None:
+        assert seconds > 0 and accepted_k.shape == (k,) and all(accepted_k <= tried)
+        self.seen.append((k, forwards, tried))
+
+
+@pytest.mark.parametrize("laws", [None, LAWS], ids=["greedy", "coupled"])
+def test_changing_the_width_between_forwards_changes_no_token(model, laws):
+    options = dict(max_new_tokens=[NEW, 3, 11, 1])
+    if laws:
+        options |= dict(zip(("temperature", "top_k", "top_p"), map(list, zip(*laws, strict=True)), strict=True))
+    expected = generate(model, PROMPTS, k=0, **options)
+    policy = Scripted([0, 3, 3, 0, 1, 3, 2])
+    out = generate_adaptive(model, PROMPTS, policy=policy, **options)
+    assert {k for k, _, _ in policy.seen} >= {0, 1, 3}
+    for a, b in zip(out.tokens, expected.tokens, strict=True):
+        np.testing.assert_array_equal(a, b)
+    for a, b in zip(out.logprobs, expected.logprobs, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    # A forward commits one token and what it accepts.
+    emitted = np.array([len(row) - 1 for row in out.tokens])
+    assert np.all(np.abs(emitted - out.forwards - out.accepted.sum(1)) <= 1) and out.accepted.sum() > 0
+    assert out.accepted.shape == (4, 3) and np.all(out.accepted <= out.drafted)
+    assert sum(n for _, n, _ in policy.seen) == out.forwards.max()
+
+
+def test_it_is_a_mode_of_generate(model):
+    expected = generate(model, PROMPTS, max_new_tokens=64)
+    for _ in range(2):
+        sizes = loop.run._cache_size(), adaptive._fresh._cache_size()
+        out = generate(model, PROMPTS, max_new_tokens=64, k="adaptive")
+        np.testing.assert_array_equal(out.tokens, expected.tokens)
+    assert (loop.run._cache_size(), adaptive._fresh._cache_size())[0] - sizes[0] <= 2  # widths never run before
+    assert jax.tree.leaves(out.drafted)[0].shape == (4, 3)
+
+
+@pytest.mark.parametrize("verifier", ["token", "block"])
+def test_verifiers_whose_tokens_depend_on_drafts_are_refused(model, verifier):
+    with pytest.raises(ConfigError, match=f"k is 'adaptive' and the verifier {verifier}"):
+        generate(model, PROMPTS, max_new_tokens=4, temperature=1.0, verifier=verifier, k="adaptive")
+
+
+def test_only_generate_has_the_mode(model):
+    with pytest.raises(ConfigError, match="DecodeConfig.k is 'adaptive'; give numbers"):
+        Slots(model, size=2, max_prompt=16, max_new=NEW, k="adaptive")
+    with pytest.raises(ConfigError, match="DecodeConfig.k is 'best'; give numbers"):
+        generate(model, PROMPTS, max_new_tokens=4, k="best")
+
+
+def test_a_policy_for_other_widths_is_refused(model):
+    with pytest.raises(ConfigError, match=r"The policy is for widths 0..2 and the head drafts 0..3"):
+        generate_adaptive(model, PROMPTS, max_new_tokens=4, policy=Policy(2))
