@@ -159,9 +159,9 @@ def test_verifiers_whose_tokens_depend_on_drafts_are_refused(model, verifier):
 
 
 def test_only_generate_has_the_mode(model):
-    with pytest.raises(ConfigError, match="DecodeConfig.k is 'adaptive'; give numbers"):
+    with pytest.raises(ConfigError, match=r"DecodeConfig\.k is 'adaptive'; give numbers"):
         Slots(model, size=2, max_prompt=16, max_new=NEW, k="adaptive")
-    with pytest.raises(ConfigError, match="DecodeConfig.k is 'best'; give numbers"):
+    with pytest.raises(ConfigError, match=r"DecodeConfig\.k is 'best'; give numbers"):
         generate(model, PROMPTS, max_new_tokens=4, k="best")
 
 

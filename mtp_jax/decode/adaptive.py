@@ -34,9 +34,7 @@ FORWARDS, TRIAL = 16, 2  # forwards of a run, and of the shortest that explores
 REST = 4  # runs between two that explore
 EXPLORE = 0.02  # exploring goes on while it has cost no more than this share of the time
 MEMORY = 0.98  # of what was seen of acceptance, per forward
-PRIOR = (
-    4.0  # drafts that the prior counts for: offset s accepted with chance 2^-s. Hope costs less than giving up early
-)
+PRIOR = 4.0  # drafts that the prior counts for: offset s accepted with chance 2^-s. Hope costs less than giving up
 
 
 class Policy:
