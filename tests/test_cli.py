@@ -53,7 +53,7 @@ CONFIG = TrainConfig(
 """
 ROW = {
     *("batch", "temperature", "k", "verifier", "dtype", "tokens_per_second", "speedup", "block_efficiency"),
-    *("acceptance", "verify_cost", "identical_to_plain"),
+    *("acceptance", "verify_cost", "identical_to_plain", "plain_dtype", "rows_that_differ", "logit_gap"),
 }
 
 
@@ -213,12 +213,12 @@ def test_bench_decode_measures_and_reports(run):
 
 BENCH = {
     **{"prompts": 1, "prompt_tokens": 8, "new_tokens": 8, "repetitions": 1, "seed": 0, "device": "cpu"},
-    **{"versions": {}, "parameters": {}, "compile_seconds": 1.0, "prefill_seconds": 1.0},
+    **{"versions": {}, "parameters": {}, "compile_seconds": 1.0, "prefill_seconds": 1.0, "hf": None},
     "rows": [
         {
             **{"batch": 1, "temperature": 0.0, "k": 0, "verifier": "greedy", "dtype": "float32", "speedup": 1.0},
             **{"tokens_per_second": 50.0, "block_efficiency": 1.0, "acceptance": [], "verify_cost": 1.0},
-            "identical_to_plain": True,
+            **{"plain_dtype": "float32", "identical_to_plain": True, "rows_that_differ": 0, "logit_gap": None},
         }
     ],
 }

@@ -81,10 +81,12 @@ def rest(p: Array, q: Array, rho: Array) -> Array:
 def uniform(sampling: Sampling, start_B: Array, k: int) -> Array:
     """A uniform number in [0, 1) for each draft of the block that starts at `start_B`, `[B, k]`."""
 
-    def row(key: Array) -> Array:
-        return jax.vmap(lambda number: jax.random.uniform(jax.random.fold_in(key, number)))(jnp.arange(k))
+    def one(key: Array, number: Array) -> Array:
+        return jax.random.uniform(jax.random.fold_in(key, number))
 
-    return jax.vmap(row)(_keys(sampling, start_B, ACCEPT))
+    # Numbers of each row: JAX does not lower a key of the row with numbers that all rows share where there is one row.
+    number_Bk = jnp.zeros_like(start_B)[:, None] + jnp.arange(k, dtype=jnp.int32)[None]
+    return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(_keys(sampling, start_B, ACCEPT), number_Bk)
 
 
 def _keys(sampling: Sampling, start_B: Array, purpose: int) -> Array:
