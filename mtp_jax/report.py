@@ -151,7 +151,8 @@ def plot_speed(rows: Sequence[Row]) -> Figure:
             axes.plot([row["k"] for row in points], [row["tokens_per_second"] for row in points], **style)
         for row in panel:
             if row["k"] == 0:
-                dashed: dict[str, Any] = {"color": "0.4", "ls": (0, (4, 3)), "lw": 1.0, "zorder": 1.9}
+                dashes = (4, 3) if row["plain_dtype"] == row["dtype"] else (1, 2)
+                dashed: dict[str, Any] = {"color": "0.4", "ls": (0, dashes), "lw": 1.0, "zorder": 1.9}
                 dashed["label"] = f"k = 0, plain decoding in {row['plain_dtype']}"
                 axes.axhline(row["tokens_per_second"] / row["speedup"], **dashed)
         axes.set(ylim=(0, None), xticks=sorted({row["k"] for row in rows}))
