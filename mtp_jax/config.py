@@ -354,27 +354,45 @@ class DecodeConfig:
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What `mtp-jax bench decode` measures: every k of 0..W-1 at every temperature, one prompt at a time.
+    """What `mtp-jax bench decode` measures: every batch size x temperature x verifier x k of 0..W-1.
 
-    `prompts` held-out documents are chosen by `seed`; each gives its first `prompt_tokens` tokens and is continued by
-    `new_tokens`. For each prompt all k follow one another, so that a machine whose speed drifts slows all of them.
-    `repetitions` of the whole; a rate is the total of tokens over the median of the repetitions' total times.
+    `prompts` documents are chosen by `seed`, among those held out or, given the glob `files`, among its files; each
+    gives its first `prompt_tokens` tokens and is continued by `new_tokens`. They are decoded in batches of each of
+    `batch_sizes`. `verifiers` are for temperatures above 0; without any, the default there. For each batch of prompts
+    all that is measured follows one another, so that a machine whose speed drifts slows all of them. `repetitions` of
+    the whole; a rate is the total of tokens over the median of the repetitions' total times.
+    `compare` hf: greedy decoding by Hugging Face `transformers` too, of the same weights, one prompt at a time.
     """
 
     prompts: int = 24
     prompt_tokens: int = 96
     new_tokens: int = 256
     temperatures: tuple[float, ...] = (0.0, 0.7)
+    batch_sizes: tuple[int, ...] = (1,)
+    verifiers: tuple[str, ...] = ()
+    files: str = ""
+    compare: Literal["none", "hf"] = "none"
     repetitions: int = 3
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _choices(self)
         _at_least(self, 1, "prompts", "prompt_tokens", "repetitions")
         _at_least(self, 2, "new_tokens")
         _at_least(self, 0, "seed")
         require(
             min(self.temperatures, default=-1.0) >= 0,
             f"BenchConfig.temperatures is {self.temperatures}; give one or more, each at least 0.",
+        )
+        require(
+            min(self.batch_sizes, default=0) >= 1 and all(self.prompts % size == 0 for size in self.batch_sizes),
+            f"BenchConfig.batch_sizes is {self.batch_sizes} and prompts is {self.prompts}; give one or more that "
+            "divide the prompts, so that every size decodes all of them.",
+        )
+        require(
+            not self.verifiers or ("greedy" not in self.verifiers and max(self.temperatures) > 0),
+            f"BenchConfig.verifiers is {self.verifiers} and temperatures is {self.temperatures}; temperature 0 always "
+            "has greedy, and what is named here verifies at those above. Leave it out, or add a temperature.",
         )
 
 

@@ -28,6 +28,7 @@ Row = dict[str, Any]
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "batch": lambda row: f"{row['batch']}",
     "dtype": lambda row: row["dtype"],
+    "plain in": lambda row: row["plain_dtype"],
     "T": lambda row: f"{row['temperature']:g}",
     "verifier": lambda row: row["verifier"],
     "k": lambda row: f"{row['k']}",
@@ -36,7 +37,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "tokens per forward": lambda row: f"{row['block_efficiency']:.2f}",
     "acceptance": lambda row: " ".join(f"{share:.2f}" for share in row["acceptance"]) or "-",
     "verify cost": lambda row: "-" if row.get("verify_cost") is None else f"{row['verify_cost']:.2f}",
-    "identical": lambda row: {True: "yes", False: "no", None: "-"}[row.get("identical_to_plain")],
+    "identical": lambda row: _identical(row),
 }
 
 # Okabe and Ito's palette: told apart with any kind of colour vision, and in print.
@@ -81,7 +82,7 @@ def decode_table(bench: dict[str, Any]) -> Table:
     columns = _columns(bench["rows"])
     table = Table(title=_decode_setting(bench), box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for name in columns:
-        justify = "left" if name in ("dtype", "verifier", "acceptance") else "right"
+        justify = "left" if name in ("dtype", "plain in", "verifier", "acceptance") else "right"
         table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=name != "acceptance")
     for row in bench["rows"]:
         table.add_row(*(text(row) for text in columns.values()))
@@ -92,6 +93,18 @@ def decode_markdown(bench: dict[str, Any]) -> str:
     """The decode measurements as a Markdown table."""
     columns = _columns(bench["rows"])
     return _table(columns, ([text(row) for text in columns.values()] for row in bench["rows"]))
+
+
+def hf_line(bench: dict[str, Any]) -> str:
+    """What `--compare hf` found, as a sentence."""
+    found = bench["hf"]
+    ours, theirs = (found["tokens_per_second"][name] for name in ("ours", "hf"))
+    return (
+        f"Greedy decoding in {found['dtype']}, one prompt at a time, prefill included: {ours:,.0f} tokens/s with "
+        f"k = 0, {theirs:,.0f} by transformers {found['versions']['transformers']} on {found['device']} "
+        f"({found['threads']} threads): {found['ratio']:.2f}x. "
+        f"{found['rows_that_differ']} of {bench['prompts']} continuations differ."
+    )
 
 
 def plot_loss(train: Sequence[Row], evals: Sequence[Row]) -> Figure:
@@ -127,23 +140,23 @@ def plot_acceptance(rows: Sequence[Row]) -> Figure:
 
 
 def plot_speed(rows: Sequence[Row]) -> Figure:
-    """Tokens per second by k, one panel per batch size; dashed lines are the same temperatures without drafts."""
+    """Tokens per second by k, one panel per batch size; dashed lines are what the speed-ups are against."""
     rows = [row for row in rows if row["dtype"] == rows[0]["dtype"]]
     batches = sorted({row["batch"] for row in rows})
     titles = [f"Decoding speed, batch {batch}, {rows[0]['dtype']}" for batch in batches]
     figure, panels = _figure(titles, "drafts per forward, k", "tokens/s")
     for batch, axes in zip(batches, panels, strict=True):
-        plain = {row["temperature"]: row for row in rows if row["k"] == 0 and row["batch"] == batch}
-        for group, style in _lines(rows):
-            points = [row for row in group if row["batch"] == batch]
-            if baseline := plain.get(group[0]["temperature"]):
-                points.insert(0, baseline)
+        panel = [row for row in rows if row["batch"] == batch]
+        for points, style in _lines(panel):
             axes.plot([row["k"] for row in points], [row["tokens_per_second"] for row in points], **style)
-        for row in plain.values():
-            dashed: dict[str, Any] = {"color": "0.4", "ls": (0, (4, 3)), "lw": 1.0, "zorder": 1.9}
-            axes.axhline(row["tokens_per_second"], label="k = 0, plain decoding", **dashed)
+        for row in panel:
+            if row["k"] == 0:
+                dashes = (4, 3) if row["plain_dtype"] == row["dtype"] else (1, 2)
+                dashed: dict[str, Any] = {"color": "0.4", "ls": (0, dashes), "lw": 1.0, "zorder": 1.9}
+                dashed["label"] = f"k = 0, plain decoding in {row['plain_dtype']}"
+                axes.axhline(row["tokens_per_second"] / row["speedup"], **dashed)
         axes.set(ylim=(0, None), xticks=sorted({row["k"] for row in rows}))
-    _legend(figure, panels[0].lines)
+    _legend(figure, [line for axes in panels for line in axes.lines])
     return figure
 
 
@@ -167,19 +180,28 @@ def _legend(figure: Figure, handles: Iterable[Line2D]) -> None:
 
 
 def _lines(rows: Sequence[Row]) -> Iterator[tuple[list[Row], dict[str, Any]]]:
-    """The drafting rows of each (temperature, verifier), by k, and the style of their line."""
-    drafting = sorted((row for row in rows if row["k"] > 0), key=lambda row: row["k"])
-    temperatures, verifiers = (sorted({row[name] for row in drafting}) for name in ("temperature", "verifier"))
+    """The rows of each (temperature, verifier), by k, and the style of their line."""
+    rows = sorted(rows, key=lambda row: row["k"])
+    temperatures, verifiers = (sorted({row[name] for row in rows}) for name in ("temperature", "verifier"))
     for (i, temperature), (j, verifier) in itertools.product(enumerate(temperatures), enumerate(verifiers)):
-        group = [row for row in drafting if (row["temperature"], row["verifier"]) == (temperature, verifier)]
+        group = [row for row in rows if (row["temperature"], row["verifier"]) == (temperature, verifier)]
         if group:
             style = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[j % len(MARKERS)], "ms": 5, "lw": 1.8}
             yield group, {**style, "label": f"T = {temperature:g}, {verifier}"}
 
 
+def _identical(row: Row) -> str:
+    if row["identical_to_plain"] is None:
+        return "-"
+    gap = "" if row["logit_gap"] is None else f" by {row['logit_gap']:.2g}"
+    return "yes" if row["identical_to_plain"] else f"{row['rows_that_differ']} rows differ{gap}"
+
+
 def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
-    """The columns to show: all, but batch and dtype only where they vary."""
-    same = {name for name in ("batch", "dtype") if len({row[name] for row in rows}) == 1}
+    """The columns to show: all, but batch and dtypes only where they vary."""
+    same = {"batch"} if len({row["batch"] for row in rows}) == 1 else set()
+    if len({row[name] for row in rows for name in ("dtype", "plain_dtype")}) == 1:
+        same |= {"dtype", "plain in"}
     return {name: text for name, text in COLUMNS.items() if name not in same}
 
 
@@ -227,6 +249,7 @@ def _summary(train: Sequence[Row], bench: dict[str, Any], config: dict[str, Any]
 
 
 def _markdown(title: str, train: Sequence[Row], evals: Sequence[Row], bench: dict[str, Any], config: dict) -> str:
+    hf = f"\n{hf_line(bench)}\n" if bench["hf"] else ""
     return f"""# {title}
 
 {_summary(train, bench, config)}
@@ -243,17 +266,19 @@ Losses in nats on held-out documents: each offset is given the ones before it, *
 
 ## Decoding
 
-k = 0 is plain decoding by the same code, and every speed-up is against it. Tokens per forward is what one forward pass
-of the network commits, acceptance the share of the drafts at each offset that were kept, and verify cost the time of
-a cycle of drafting and verifying, in plain steps; identical says whether the text equals that of plain decoding.
+k = 0 is plain decoding by the same code, and every speed-up is against it, in the dtype in which it is fastest. Tokens
+per forward is what one forward pass of the network commits, acceptance the share of the drafts at each offset that were
+kept, and verify cost the time of a cycle of drafting and verifying, in plain steps. Identical says whether the text
+equals that of plain decoding, and if not, how many continuations differ and by how much, at most, the logits of the two
+tokens differ where they part; verifiers that keep the law of the text but not the text itself have a dash.
 
 {decode_markdown(bench)}
-
+{hf}
 ![Acceptance by offset](plots/acceptance.png)
 
 *Share of the drafts kept at each offset, for the longest draft that was measured.*
 
 ![Decoding speed](plots/speed.png)
 
-*Tokens per second by the number of drafts in a forward pass; dashed lines are plain decoding at the same temperature.*
+*Tokens per second by the number of drafts in a forward pass; dashed lines are the plain decoding of the speed-ups.*
 """

@@ -1,8 +1,9 @@
 """The decode benchmark: what a row says follows from what was timed, and only decoding is timed.
 
-No model runs here. The decoder is a fake whose every part takes a known time on a clock that only the fake moves.
+The decoder is a fake whose every part takes a known time on a clock that only the fake moves; two tests have a model.
 """
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -11,25 +12,27 @@ import pytest
 import tiny
 
 from mtp_jax.bench import decode as bench
-from mtp_jax.bench.decode import Cell, bench_decode, held_out_prompts
+from mtp_jax.bench import hf
+from mtp_jax.bench.decode import Cell, bench_decode, file_prompts, held_out_prompts
 from mtp_jax.commands import parse
 from mtp_jax.commands.bench import Decode
 from mtp_jax.config import BenchConfig, ConfigError
-from mtp_jax.data import Documents, Store
-from mtp_jax.decode.generate import Generation
+from mtp_jax.data import ByteTokenizer, Documents, Store
+from mtp_jax.decode.generate import Generation, for_decoding, generate
+from mtp_jax.decode.verify import VERIFIERS
 from mtp_jax.train.step import build_model
 
 
-def generation(tokens, forwards, accepted=()):
-    """Of one row, which used all drafts in every forward."""
-    accepted_1k = np.array([accepted], np.int32).reshape(1, -1)
+def generation(tokens, forwards, accepted=(), batch=1):
+    """Of one row, which used all drafts in every forward, or of a batch of such rows."""
+    accepted_Bk = np.array([accepted] * batch, np.int32).reshape(batch, -1)
     return Generation(
-        tokens=[np.array(tokens)],
-        forwards=np.array([forwards]),
-        accepted=accepted_1k,
-        drafted=np.full_like(accepted_1k, forwards),
-        logprobs=[np.zeros(len(tokens))],
-        finite=np.array([True]),
+        tokens=[np.array(tokens)] * batch,
+        forwards=np.array([forwards] * batch),
+        accepted=accepted_Bk,
+        drafted=np.full_like(accepted_Bk, forwards),
+        logprobs=[np.zeros(len(tokens))] * batch,
+        finite=np.array([True] * batch),
     )
 
 
@@ -49,49 +52,104 @@ def store(tmp_path):
 # Rows
 
 
-PLAIN = Cell(0.7, 0, "coupled", [generation(range(9), 8), generation(range(20, 29), 8)], [5.0, 4.0, 3.0])
+PLAIN = Cell(0.7, 0, "coupled", "float32", 1, [generation(range(9), 8), generation(range(20, 29), 8)], [5.0, 4.0, 3.0])
 DRAFTED = Cell(
-    *(0.7, 2, "coupled"),
+    *(0.7, 2, "coupled", "float32", 1),
     [generation(range(9), 5, [3, 1]), generation(range(20, 29), 3, [2, 2])],
     [9.0, 2.5, 2.0],
 )
 
 
+def no_gap(*args):
+    pytest.fail("no row differs")
+
+
 def test_a_row_is_the_arithmetic_of_what_was_measured():
-    assert bench._row(DRAFTED, PLAIN, "float32") == {
+    assert bench._row(DRAFTED, PLAIN, PLAIN, no_gap) == {
         "batch": 1,
         "temperature": 0.7,
         "k": 2,
         "verifier": "coupled",
         "dtype": "float32",
+        "plain_dtype": "float32",
         "tokens_per_second": 16 / 2.5,  # the first token of each prompt comes from prefill, which is not timed
         "speedup": 1.6,
         "block_efficiency": 2.0,
         "acceptance": [5 / 8, 3 / 8],
         "verify_cost": 1.25,  # 2.5 seconds for 8 forwards against 4 for 16
         "identical_to_plain": True,
+        "rows_that_differ": 0,
+        "logit_gap": None,
     }
-    row = bench._row(PLAIN, PLAIN, "float32")
+    row = bench._row(PLAIN, PLAIN, PLAIN, no_gap)
     assert row["tokens_per_second"] == 4 and row["acceptance"] == []
     assert row["speedup"] == row["verify_cost"] == row["block_efficiency"] == 1 and row["identical_to_plain"]
 
 
 @pytest.mark.parametrize("seconds, median", [([2.0], 2.0), ([2.0, 4.0], 3.0), ([8.0, 1.0, 4.0], 4.0)])
 def test_times_are_medians_over_repetitions(seconds, median):
-    row = bench._row(Cell(0.7, 2, "coupled", DRAFTED.generations, seconds), PLAIN, "float32")
+    row = bench._row(dataclasses.replace(DRAFTED, seconds=seconds), PLAIN, PLAIN, no_gap)
     assert row["tokens_per_second"] == 16 / median
     assert row["speedup"] * row["verify_cost"] == pytest.approx(row["block_efficiency"])
 
 
-@pytest.mark.parametrize("tokens", [[*range(8), 0], range(8), range(10)], ids=["another", "fewer", "more"])
-def test_one_other_token_is_not_identical(tokens):
-    cell = Cell(0.7, 2, "coupled", [generation(tokens, 5, [3, 1]), DRAFTED.generations[1]], [2.5])
-    assert bench._row(cell, PLAIN, "float32")["identical_to_plain"] is False
+def test_a_batch_takes_as_many_iterations_as_its_slowest_row():
+    uneven = dataclasses.replace(generation(range(9), 5, [3, 1], batch=2), forwards=np.array([5, 3]))
+    cell = dataclasses.replace(DRAFTED, batch=2, generations=[uneven], seconds=[2.5])
+    row = bench._row(cell, cell, PLAIN, no_gap)
+    assert row["tokens_per_second"] == 16 / 2.5 and row["block_efficiency"] == 2.0
+    assert row["verify_cost"] == 2.5 / 5 / (4 / 16)
 
 
-def test_rows_are_compared_with_plain_decoding_at_their_own_temperature():
-    cells = [Cell(temperature, k, "") for temperature in (0.0, 0.7) for k in (0, 1)]
-    assert [bench._plain(cells, cell) for cell in cells] == [cells[0], cells[0], cells[2], cells[2]]
+def parted(tokens):
+    """What is said of a cell whose first row is `tokens`; the gap at position n is n / 2."""
+    asked = []
+
+    def gap(cell, index, shared, own, other):
+        asked.append((index, shared.tolist(), own, other))
+        return len(shared) / 2
+
+    cell = dataclasses.replace(DRAFTED, generations=[generation(tokens, 5, [3, 1]), DRAFTED.generations[1]])
+    row = bench._row(cell, PLAIN, PLAIN, gap)
+    return [row[name] for name in ("identical_to_plain", "rows_that_differ", "logit_gap")], asked
+
+
+def test_the_gap_is_asked_for_where_a_row_parts():
+    assert parted([*range(8), 0]) == ([False, 1, 4.0], [(0, [*range(8)], 8, 0)])
+    assert parted([0, 7, *range(2, 9)]) == ([False, 1, 0.5], [(0, [0], 1, 7)]), "the first place, not another"
+    for ended_elsewhere in (range(8), range(10)):
+        assert parted(ended_elsewhere) == ([False, 1, None], [])
+
+
+def test_the_gap_of_a_row_is_the_largest_of_all_prompts():
+    others = [generation([*range(at), 0, *range(at + 1, 9)], 5, [3, 1]) for at in (3, 6, 2)]
+    plain = dataclasses.replace(PLAIN, generations=[PLAIN.generations[0]] * 3)
+    cell = dataclasses.replace(DRAFTED, generations=others)
+    row = bench._row(cell, plain, plain, lambda cell, index, shared, own, other: float(len(shared)))
+    assert (row["rows_that_differ"], row["logit_gap"]) == (3, 6.0)
+
+
+@pytest.mark.parametrize("verifier", VERIFIERS)
+def test_identity_is_said_of_verifiers_that_promise_it(verifier):
+    cell = dataclasses.replace(DRAFTED, verifier=verifier)
+    row = bench._row(cell, PLAIN, PLAIN, no_gap)
+    promised = {"greedy": True, "coupled": True}.get(verifier)
+    assert (row["identical_to_plain"], row["rows_that_differ"]) == (promised, 0 if promised else None)
+
+
+def test_rows_are_compared_with_plain_decoding_in_their_own_setting():
+    settings = [(0.0, "greedy", 1), (0.7, "coupled", 1), (0.7, "block", 1), (0.7, "block", 4)]
+    cells = [
+        Cell(temperature, k, verifier, dtype, batch, [generation(range(9), 8)], [seconds])
+        for temperature, verifier, batch in settings
+        for k, dtype, seconds in [(0, "float32", 4.0), (1, "float32", 1.0), (0, "bfloat16", 2.0 + 4 * (batch == 4))]
+    ]
+    for i, cell in enumerate(cells):
+        plain, other = cells[i // 3 * 3], cells[i // 3 * 3 + 2]
+        assert bench._plain(cells, cell) is (other if cell.dtype == "bfloat16" else plain), "its tokens: its own dtype"
+        assert bench._fastest(cells, cell) is (plain if cell.batch == 4 else other), "its speed: the fastest"
+    row = bench._row(cells[1], cells[0], cells[2], no_gap)
+    assert (row["dtype"], row["plain_dtype"], row["speedup"]) == ("float32", "bfloat16", 2.0)
 
 
 # Prompts
@@ -123,6 +181,17 @@ def test_more_prompts_than_there_are_are_refused(store):
         held_out_prompts(store, 1, 31)
 
 
+def test_files_give_prompts(tmp_path):
+    for i, length in enumerate([9, 12, 7, 8]):
+        (tmp_path / f"{i}.txt").write_bytes(bytes([i] * length))
+    found = file_prompts(str(tmp_path / "*.txt"), ByteTokenizer(), 3, 8, seed=2)
+    assert {name: tokens.tolist() for name, tokens in found} == {f"{i}.txt": [i] * 8 for i in (0, 1, 3)}
+    with pytest.raises(ConfigError, match=r"4 prompts were asked for and 3 files of .*txt' have 8 tokens or more"):
+        file_prompts(str(tmp_path / "*.txt"), ByteTokenizer(), 4, 8)
+    with pytest.raises(ConfigError, match=r"no file matches it"):
+        file_prompts(str(tmp_path / "*.md"), ByteTokenizer(), 1, 8)
+
+
 # Measuring
 
 
@@ -150,6 +219,7 @@ class FakeDecoder:
 
     def __init__(self):
         self.now, self.compiled, self.requests, self.timed = 0.0, set(), [], []
+        self.forward_seconds = {"float32": 1, "bfloat16": 2}  # of plain decoding, by model
 
     def loop_seconds(self, cell, index, repetition):
         return (8, 5, 3)[cell[1]] * (1 + repetition) + index + cell[0]
@@ -159,60 +229,77 @@ class FakeDecoder:
 
     def make_request(self, model, prompts, config):
         self.now += 10_000
-        (prompt,), cell = prompts, (config.temperature, config.k)
-        self.requests.append((cell, prompt.tolist(), config))
-        return SimpleNamespace(cell=cell, index=config.seed - CONFIG.seed)
+        cell = (config.temperature, config.k)
+        self.requests.append((cell, [prompt.tolist() for prompt in prompts], config))
+        return SimpleNamespace(cell=cell, index=config.seed - CONFIG.seed, batch=len(prompts), model=model)
 
     def start(self, model, request):
         return Work(self, self.compile("start", request) + 100)
 
     def proceed(self, model, request, state, max_forwards=None):
+        assert model is request.model
         if max_forwards is not None:
-            return Work(self, state.seconds + self.compile("proceed", request) + 1)
+            seconds = self.forward_seconds[model] * max_forwards
+            return Work(self, state.seconds + self.compile("proceed", request) + seconds)
         assert state.seconds == 0, "prefill is not done and would be timed as decoding"
         repetition = len(self.timed) // (len(CELLS) * CONFIG.prompts)
         self.timed.append((repetition, request.index, request.cell))
         return Work(self, self.compile("proceed", request) + self.loop_seconds(*self.timed[-1][::-1]))
 
     def compile(self, what, request):
-        new = (what, request.cell) not in self.compiled
-        self.compiled.add((what, request.cell))
+        plan = (what, request.cell, request.batch, request.model)
+        new = plan not in self.compiled
+        self.compiled.add(plan)
         return 1000 * new
 
     def result(self, request, state):
         self.now += 10_000
         wrong = request.cell == (0.7, 2) and request.index == 1
         k = request.cell[1]
-        return generation([7, request.index, 3, 4, 9 if wrong else 8], 4 - k, [2] * k)
+        return generation([7, request.index, 3, 4, 9 if wrong else 8], 4 - k, [2] * k, request.batch)
 
 
 @pytest.fixture
-def measured(store, monkeypatch):
-    """The fake, the bench that came of it, and what the user saw on the way."""
-    fake, lines = FakeDecoder(), []
-    for name in ("make_request", "start", "proceed", "result"):
-        monkeypatch.setattr(bench, name, getattr(fake, name))
-    monkeypatch.setattr(bench, "time", fake)
-    monkeypatch.setattr(bench, "prepare", lambda config: store)
-    config = tiny.train_config(head=tiny.head_config(window=3))
-    with tiny.mesh() as mesh:
-        model = jax.eval_shape(lambda: build_model(config, jax.random.key(0)))
-    run = SimpleNamespace(config=config, mesh=mesh, model=model, decoder=object(), step=40)
-    return SimpleNamespace(fake=fake, bench=bench_decode(run, CONFIG, lines.append), lines=lines)
+def measure(store, monkeypatch):
+    """A function that benchmarks with a fake and gives it, the bench that came of it, and what the user saw."""
+
+    def run(config=CONFIG, **forward_seconds):
+        fake, lines = FakeDecoder(), []
+        fake.forward_seconds |= forward_seconds
+        for name in ("make_request", "start", "proceed", "result"):
+            monkeypatch.setattr(bench, name, getattr(fake, name))
+        monkeypatch.setattr(bench, "time", fake)
+        monkeypatch.setattr(bench, "prepare", lambda config: store)
+        monkeypatch.setattr(bench, "decoders", lambda run: {"float32": "float32", "bfloat16": "bfloat16"})
+        monkeypatch.setattr(bench.Session, "gap", lambda self, cell, index, shared, own, other: own / other)
+        run_config = tiny.train_config(head=tiny.head_config(window=3))
+        with tiny.mesh() as mesh:
+            model = jax.eval_shape(lambda: build_model(run_config, jax.random.key(0)))
+        run = SimpleNamespace(config=run_config, mesh=mesh, model=model, step=40)
+        return SimpleNamespace(fake=fake, bench=bench_decode(run, config, lines.append), lines=lines)
+
+    return run
+
+
+@pytest.fixture
+def measured(measure):
+    return measure()
 
 
 def test_all_cells_of_a_prompt_follow_one_another(measured):
     """So that a machine whose speed drifts slows all of them."""
     assert measured.fake.timed == [(r, index, cell) for r in range(3) for index in range(3) for cell in CELLS]
-    assert measured.lines[:6] == [f"compiled T = {temperature:g}, k = {k}" for temperature, k in CELLS]
-    assert measured.lines[6] == "prompt 1 of 3, repetition 1 of 3" and len(measured.lines) == 6 + 9
+    tried, *lines = measured.lines
+    assert tried == "tried k = 0 in float32 and bfloat16"
+    assert lines[:6] == [f"compiled T = {temperature:g}, k = {k}" for temperature, k in CELLS]
+    assert lines[6] == "prompt 1 of 3, repetition 1 of 3" and len(lines) == 6 + 9
 
 
 def test_every_cell_is_asked_for_the_same(measured, store):
     prompts = [tokens.tolist() for _, tokens in held_out_prompts(store, 3, 8, CONFIG.seed)]
     assert {token for prompt in prompts for token in prompt} <= set(store.valid.tokens.tolist())
-    _, *timed = measured.fake.requests[len(CELLS) - 1 :]
-    assert [prompt for _, prompt, _ in timed] == [prompts[index] for _, index, _ in measured.fake.timed]
+    timed = measured.fake.requests[-len(measured.fake.timed) :]
+    assert [prompt for _, (prompt,), _ in timed] == [prompts[index] for _, index, _ in measured.fake.timed]
     for (temperature, k), _, config in measured.fake.requests:
         assert (config.max_new_tokens, config.temperature, config.k) == (5, temperature, k)
         assert (config.top_k, config.top_p, config.stop_tokens) == (0, 1.0, ()), "each row has all its tokens"
@@ -229,15 +316,133 @@ def test_only_the_loop_is_timed(measured):
         assert row["block_efficiency"] == pytest.approx(4 / (4 - cell[1]))
         assert row["acceptance"] == pytest.approx([2 / (4 - cell[1])] * cell[1])
         assert row["verifier"] == ("greedy" if cell[0] == 0 else "coupled")
-        assert row["identical_to_plain"] is (cell != (0.7, 2))
+        wrong = cell == (0.7, 2)
+        assert row["identical_to_plain"] is (not wrong)
+        assert (row["rows_that_differ"], row["logit_gap"]) == ((1, 8 / 9) if wrong else (0, None))
     assert rows[0.0, 2]["speedup"] == pytest.approx((2 * 8 * 3 + 3) / (2 * 3 * 3 + 3))
     assert measured.bench["prefill_seconds"] == 100
-    assert measured.bench["compile_seconds"] == len(CELLS) * (10_000 + 1000 + 100 + 1000 + 1)
+    # The first cell was tried before, in both dtypes: its code is there when its turn comes.
+    plans, calls = len(CELLS) + 1, len(CELLS) + 2
+    assert measured.bench["compile_seconds"] == calls * (10_000 + 100 + 1) + 1 + plans * 2000
+
+
+def test_only_a_faster_dtype_is_measured_in_full(measure):
+    (trial,) = measure().bench["plain_trials"]
+    assert trial == {"batch": 1, "forwards_per_second": {"float32": 1.0, "bfloat16": 0.5}}
+    assert {row["dtype"] for row in measure(bfloat16=0.97).bench["rows"]} == {"float32"}, "that may be noise"
+    found = measure(bfloat16=0.25).bench
+    assert found["plain_trials"][0]["forwards_per_second"] == {"float32": 1.0, "bfloat16": 4.0}
+    plain = [(row["temperature"], row["dtype"]) for row in found["rows"] if row["k"] == 0]
+    assert sorted(plain) == [(T, dtype) for T in (0.0, 0.7) for dtype in ("bfloat16", "float32")]
+    assert {row["dtype"] for row in found["rows"] if row["k"]} == {"float32"}
+
+
+def test_every_cell_of_the_grid_decodes_all_prompts(measure):
+    config = dataclasses.replace(
+        CONFIG, prompts=4, prompt_tokens=7, batch_sizes=(1, 2, 4), verifiers=("token", "block")
+    )
+    found = measure(config)
+    settings = [(0.0, "greedy"), (0.7, "token"), (0.7, "block")]
+    grid = [(b, T, verifier, k) for b in config.batch_sizes for T, verifier in settings for k in range(3)]
+    assert [(row["batch"], row["temperature"], row["verifier"], row["k"]) for row in found.bench["rows"]] == grid
+    asked = {}
+    for (temperature, k), prompts, options in found.fake.requests:
+        rows = asked.setdefault((len(prompts), temperature, options.verifier, k), {})
+        rows |= {options.seed + i: prompt for i, prompt in enumerate(prompts)}
+    assert asked.keys() == set(grid)
+    assert all(rows == asked[grid[0]] and len(rows) == 4 for rows in asked.values()), "the same prompts, the same seeds"
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(batch_sizes=(5,)), r"batch_sizes is \(5,\) and prompts is 24"),
+        (dict(batch_sizes=()), r"batch_sizes is \(\)"),
+        (dict(batch_sizes=(0,)), r"batch_sizes is \(0,\)"),
+        (dict(verifiers=("greedy",)), r"verifiers is \('greedy',\).*temperature 0 always has greedy"),
+        (dict(verifiers=("block",), temperatures=(0.0,)), r"temperatures is \(0\.0,\).*add a temperature"),
+        (dict(compare="vllm"), r"compare is 'vllm'; it must be one of 'none', 'hf'"),
+    ],
+)
+def test_a_grid_that_cannot_be_is_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        BenchConfig(**options)
+
+
+def test_unknown_verifiers_and_absent_packages_are_refused(monkeypatch):
+    with pytest.raises(ConfigError, match=r"verifier is 'blok'; did you mean 'block'"):
+        bench.check(BenchConfig(verifiers=("blok",)), tiny.train_config())
+    monkeypatch.setattr(hf.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigError, match=r"torch and transformers is not installed; `pip install .* leave --compare out"
+    ):
+        bench.check(BenchConfig(compare="hf"), tiny.train_config())
+    monkeypatch.setattr(hf.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ConfigError, match=r"mixture of 3 softmaxes"):
+        bench.check(BenchConfig(compare="hf"), tiny.train_config())
+    bench.check(BenchConfig(compare="hf"), tiny.train_config(head=tiny.head_config(target="ntp")))
+
+
+def test_two_decoders_are_timed_in_turn(monkeypatch):
+    fake, calls = SimpleNamespace(now=0.0, perf_counter=lambda: fake.now), []
+    monkeypatch.setattr(hf, "time", fake)
+
+    def decoder(name, seconds, tokens):
+        def decode(prompt):
+            fake.now += seconds
+            calls.append((name, prompt))
+            return np.array(tokens[prompt])
+
+        return decode
+
+    both = {"ours": decoder("ours", 2.0, [[1, 2], [3, 4]]), "hf": decoder("hf", 5.0, [[1, 2], [3, 5]])}
+    found = hf.compare(both, [0, 1], 2, lambda _: None)
+    assert found == {"tokens_per_second": {"ours": 1.0, "hf": 0.4}, "ratio": 2.5, "rows_that_differ": 1}
+    assert calls[4:] == [(name, prompt) for _ in range(2) for prompt in (0, 1) for name in ("ours", "hf")]
+
+
+# A model
+
+
+def test_the_gap_is_that_of_what_plain_decoding_chooses_by():
+    """Plain decoding's own token is the best at every temperature, and all others are as far off as the gap says."""
+    config = BenchConfig(prompts=1, new_tokens=5, seed=3)
+    prompt = np.arange(1, 8)
+    with tiny.mesh():
+        model = for_decoding(tiny.make_model(tiny.train_config()))
+        session = bench.Session({"float32": model}, [prompt], config)
+        for temperature, verifier in ((0.0, "greedy"), (0.9, "coupled")):
+            cell = Cell(temperature, 0, verifier, "float32")
+            out = generate(model, [prompt], max_new_tokens=5, temperature=temperature, seed=3, k=0)
+            tokens, logprobs = out.tokens[0], out.logprobs[0]
+            gaps = [session.gap(cell, 0, tokens[:4], int(tokens[4]), other) for other in range(tiny.VOCAB)]
+            assert gaps[tokens[4]] == 0 and all(gap > 0 for i, gap in enumerate(gaps) if i != tokens[4])
+            others = [session.gap(cell, 0, tokens[:4], int(np.argsort(gaps)[1]), other) for other in range(tiny.VOCAB)]
+            assert others[tokens[4]] == gaps[np.argsort(gaps)[1]]
+            if temperature == 0:  # gaps of log-probabilities: they say what all probabilities are
+                logp_V = logprobs[4] - np.array(gaps)
+                assert np.exp(logp_V).sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_the_other_dtype_is_the_same_model():
+    with tiny.mesh():
+        model = tiny.make_model(tiny.train_config())
+        run = SimpleNamespace(config=tiny.train_config(), model=model, decoder=for_decoding(model))
+        made = bench.decoders(run)
+        assert list(made) == ["float32", "bfloat16"] and made["float32"] is run.decoder
+        assert model.config.dtype == "float32" and made["bfloat16"].config.dtype == "bfloat16"
+        assert made["bfloat16"].blocks[0].attention.wq_DNH.dtype == "bfloat16"
+        a, b = (generate(m, [[1, 2, 3]], max_new_tokens=8, k=0).logprobs[0] for m in made.values())
+        assert a[0] == pytest.approx(b[0], abs=0.05) and not np.array_equal(a, b)
+
+
+# What is published
 
 
 def test_the_bench_says_what_was_measured(measured):
     shared = {name: value for name, value in measured.bench.items() if name in vars(CONFIG)}
-    assert shared == {"prompts": 3, "prompt_tokens": 8, "new_tokens": 5, "repetitions": 3, "seed": 4}
+    assert shared == {"prompts": 3, "prompt_tokens": 8, "new_tokens": 5, "files": "", "repetitions": 3, "seed": 4}
+    assert measured.bench["hf"] is None
     assert measured.bench["step"] == 40 and measured.bench["device"] == jax.devices()[0].device_kind
     assert measured.bench["versions"] == bench.versions()
     assert measured.bench["parameters"]["embedding"] == tiny.VOCAB * 16
@@ -247,7 +452,7 @@ def test_the_default_is_the_benchmark_that_is_published():
     """Figures are compared with each other, so what is measured without being asked for does not drift."""
     assert vars(BenchConfig()) == {
         **{"prompts": 24, "prompt_tokens": 96, "new_tokens": 256, "temperatures": (0.0, 0.7)},
-        **{"repetitions": 3, "seed": 0},
+        **{"batch_sizes": (1,), "verifiers": (), "files": "", "compare": "none", "repetitions": 3, "seed": 0},
     }
     asked = parse(Decode, ["run"], "bench decode")
     assert asked == Decode("run", BenchConfig(), step=None, report=False)

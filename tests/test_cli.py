@@ -53,7 +53,7 @@ CONFIG = TrainConfig(
 """
 ROW = {
     *("batch", "temperature", "k", "verifier", "dtype", "tokens_per_second", "speedup", "block_efficiency"),
-    *("acceptance", "verify_cost", "identical_to_plain"),
+    *("acceptance", "verify_cost", "identical_to_plain", "plain_dtype", "rows_that_differ", "logit_gap"),
 }
 
 
@@ -192,16 +192,19 @@ def test_bench_decode_measures_and_reports(run):
     )
     bench = last_line(output)
     assert bench["step"] == 8
-    assert [(row["temperature"], row["k"]) for row in bench["rows"]] == [(t, k) for t in (0, 0.7) for k in (0, 1, 2)]
+    ours, others = ([row for row in bench["rows"] if (row["dtype"] == "float32") is own] for own in (True, False))
+    assert [(row["temperature"], row["k"]) for row in ours] == [(t, k) for t in (0, 0.7) for k in (0, 1, 2)]
+    assert [(row["temperature"], row["k"]) for row in others] in ([], [(0, 0), (0.7, 0)]), "bfloat16, if it was faster"
     for row in bench["rows"]:
         assert set(row) >= ROW
-        assert (row["batch"], row["dtype"], row["identical_to_plain"]) == (1, "float32", True)
+        assert (row["batch"], row["identical_to_plain"], row["rows_that_differ"]) == (1, True, 0)
         assert row["verifier"] == ("greedy" if row["temperature"] == 0 else "coupled")
         assert len(row["acceptance"]) == row["k"] and all(0 <= share <= 1 for share in row["acceptance"])
         assert 1 <= row["block_efficiency"] <= 1 + row["k"]
         assert row["tokens_per_second"] > 0 and row["speedup"] > 0 and row["verify_cost"] > 0
         if row["k"] == 0:
-            assert row["speedup"] == row["verify_cost"] == row["block_efficiency"] == 1
+            assert row["block_efficiency"] == 1 and row["speedup"] <= 1 <= row["verify_cost"]
+            assert (row["speedup"] == row["verify_cost"] == 1) is (row["dtype"] == row["plain_dtype"])
     assert bench["prompts"] == 2 and bench["new_tokens"] == 12 and bench["parameters"]["trunk"] > 0
     assert json.loads((run.dir / "report.json").read_text()) == bench
     report = (run.dir / "report.md").read_text()
@@ -213,12 +216,12 @@ def test_bench_decode_measures_and_reports(run):
 
 BENCH = {
     **{"prompts": 1, "prompt_tokens": 8, "new_tokens": 8, "repetitions": 1, "seed": 0, "device": "cpu"},
-    **{"versions": {}, "parameters": {}, "compile_seconds": 1.0, "prefill_seconds": 1.0},
+    **{"versions": {}, "parameters": {}, "compile_seconds": 1.0, "prefill_seconds": 1.0, "hf": None},
     "rows": [
         {
             **{"batch": 1, "temperature": 0.0, "k": 0, "verifier": "greedy", "dtype": "float32", "speedup": 1.0},
             **{"tokens_per_second": 50.0, "block_efficiency": 1.0, "acceptance": [], "verify_cost": 1.0},
-            "identical_to_plain": True,
+            **{"plain_dtype": "float32", "identical_to_plain": True, "rows_that_differ": 0, "logit_gap": None},
         }
     ],
 }

@@ -388,6 +388,13 @@ def test_rows_of_the_verifiers_that_compare_probabilities_do_not_depend_on_their
 
 
 @pytest.mark.parametrize("verifier", ["token", "block"])
+def test_a_row_alone_is_what_it_is_in_a_batch(model, verifier):
+    options = dict(max_new_tokens=NEW, temperature=0.8, verifier=verifier)
+    batch = generate(model, PROMPTS, seed=5, **options)
+    np.testing.assert_array_equal(generate(model, PROMPTS[:1], seed=5, **options).tokens[0], batch.tokens[0])
+
+
+@pytest.mark.parametrize("verifier", ["token", "block"])
 def test_verifiers_that_compare_probabilities_are_greedy_at_temperature_0(model, greedy, verifier):
     out = finish(model, ask(model, verifier=verifier))
     np.testing.assert_array_equal(out.tokens, greedy)

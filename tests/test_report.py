@@ -21,12 +21,15 @@ def decode_row(batch, temperature, k, verifier, dtype="float32"):
         "k": k,
         "verifier": verifier,
         "dtype": dtype,
+        "plain_dtype": "float32",
         "tokens_per_second": 1234.0 * batch * tokens / (1 + 0.1 * k),
         "speedup": tokens / (1 + 0.1 * k),
         "block_efficiency": tokens,
         "acceptance": acceptance,
         "verify_cost": 1 + 0.1 * k if k else None,
         "identical_to_plain": True if verifier != "block" else None,
+        "rows_that_differ": 0 if verifier != "block" else None,
+        "logit_gap": None,
     }
 
 
@@ -42,6 +45,7 @@ def make_bench(batches=(1,), ks=(0, 1, 3)):
         "prefill_seconds": 0.31,
         "versions": {"jax": "0.10.1", "flax": "0.12.7"},
         "device": "cpu",
+        "hf": None,
         "parameters": {"trunk": 5_123_456, "head": 1_081_344},
     }
 
@@ -82,7 +86,7 @@ def test_the_tables_share_their_columns_and_show_the_baseline():
     bench = make_bench()
     header, _, *rows = report.decode_markdown(bench).splitlines()
     names = [cell.strip() for cell in header.strip("|").split("|")]
-    assert names == list(report.COLUMNS)[2:], "batch and dtype are columns only where they vary"
+    assert names == list(report.COLUMNS)[3:], "batch and dtypes are columns only where they vary"
     assert len(rows) == len(bench["rows"])
     assert rows[0] == "| 0 | greedy | 0 | 1,234 | 1.00x | 1.00 | - | - | yes |"
 
@@ -96,10 +100,34 @@ def test_what_varies_becomes_a_column_and_a_panel():
     bench = make_bench(batches=(1, 8))
     bench["rows"].append(decode_row(1, 0.0, 3, "greedy", dtype="bfloat16"))
     header, _, *rows = report.decode_markdown(bench).splitlines()
-    assert header.startswith("| batch | dtype | T |")
-    assert rows[-1].startswith("| 1 | bfloat16 | 0 | greedy | 3 |")
+    assert header.startswith("| batch | dtype | plain in | T |")
+    assert rows[-1].startswith("| 1 | bfloat16 | float32 | 0 | greedy | 3 |")
     titles = [axes.get_title(loc="left") for axes in report.plot_speed(bench["rows"]).axes]
     assert titles == ["Decoding speed, batch 1, float32", "Decoding speed, batch 8, float32"]
+
+
+def test_rows_that_differ_are_counted():
+    same, other = make_bench()["rows"][:2]
+    other |= {"identical_to_plain": False, "rows_that_differ": 3, "logit_gap": 0.0123}
+    assert [report.COLUMNS["identical"](row) for row in (same, other)] == ["yes", "3 rows differ by 0.012"]
+    assert report.COLUMNS["identical"](other | {"logit_gap": None}) == "3 rows differ"
+
+
+def test_dashed_lines_are_what_speed_ups_are_against():
+    rows = [row | {"speedup": row["speedup"] / 2, "plain_dtype": "bfloat16"} for row in make_bench()["rows"]]
+    (axes,) = report.plot_speed(rows).axes
+    drawn = {line.get_label(): line.get_ydata()[0] for line in axes.lines}
+    assert drawn["k = 0, plain decoding in bfloat16"] == 2 * 1234.0 and drawn["T = 0, greedy"] == 1234.0
+
+
+def test_the_comparison_with_transformers_is_a_sentence(run_dir):
+    found = {
+        **{"tokens_per_second": {"ours": 2000.0, "hf": 1250.0}, "ratio": 1.6, "rows_that_differ": 2},
+        **{"dtype": "float32", "device": "cpu", "threads": 2, "versions": {"transformers": "9.9"}},
+    }
+    text = report.write_report(run_dir, make_bench() | {"hf": found}, to_dict(TrainConfig())).read_text()
+    assert "2,000 tokens/s with k = 0, 1,250 by transformers 9.9 on cpu (2 threads): 1.60x." in text
+    assert "2 of 24 continuations differ." in text
 
 
 def test_figures_draw_the_numbers():
@@ -109,7 +137,7 @@ def test_figures_draw_the_numbers():
     assert drawn["T = 0.7, block"] == [
         row["tokens_per_second"] for row in rows if (row["temperature"], row["verifier"]) == (0.7, "block")
     ]
-    assert drawn["k = 0, plain decoding"] == [1234.0, 1234.0]
+    assert drawn["k = 0, plain decoding in float32"] == [1234.0, 1234.0]
     (axes,) = report.plot_acceptance(rows).axes
     assert {line.get_label(): np.asarray(line.get_ydata()).tolist() for line in axes.lines} == {
         f"T = {row['temperature']:g}, {row['verifier']}": row["acceptance"] for row in rows if row["k"] == 3

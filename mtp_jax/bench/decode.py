@@ -1,8 +1,9 @@
-"""The decode benchmark: k drafts per forward against the same code with none, on held-out prompts, in one process."""
+"""The decode benchmark: k drafts per forward against the same code with none, in one process, interleaved."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,24 +11,63 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
+from mtp_jax.bench import hf
 from mtp_jax.checkpoint import LoadedRun, versions
-from mtp_jax.config import BenchConfig, DecodeConfig, require
-from mtp_jax.data import Store, prepare
-from mtp_jax.decode.generate import Generation, Request, make_request, proceed, result, start
+from mtp_jax.config import BenchConfig, DataConfig, DecodeConfig, TrainConfig, require
+from mtp_jax.data import Store, Tokenizer, prepare
+from mtp_jax.data.sources.text import Text
+from mtp_jax.decode.generate import Generation, Request, for_decoding, make_request, proceed, result, start
+from mtp_jax.decode.law import Sampling
+from mtp_jax.decode.loop import read
+from mtp_jax.decode.state import DecodeState
+from mtp_jax.decode.verify import get_verifier
+from mtp_jax.model.transformer import LanguageModel, in_dtype
 from mtp_jax.train.costs import costs
 from mtp_jax.train.step import split
+
+DTYPES = "float32", "bfloat16"
+TRIAL_ROUNDS, TRIAL_FORWARDS = 5, 64
+MARGIN = 1.05  # by which the other dtype must win its trial: less than that is noise
 
 
 @dataclass
 class Cell:
-    """The measurements of one (temperature, k). Seconds and forwards are per repetition, prefill excluded."""
+    """The measurements of one setting. Seconds are per repetition, prefill excluded; a generation is of one batch."""
 
     temperature: float
     k: int
     verifier: str
+    dtype: str
+    batch: int = 1
     generations: list[Generation] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def rows(self) -> list[np.ndarray]:
+        """The new tokens of every prompt."""
+        return [row for g in self.generations for row in g.tokens]
+
+    @property
+    def emitted(self) -> int:
+        """Tokens that forwards of the loop gave: the first of each row comes from prefill."""
+        return sum(len(row) - 1 for row in self.rows)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.emitted / float(np.median(self.seconds))
+
+    @property
+    def iteration_seconds(self) -> float:
+        """The time of one pass of the loop, which goes on until the last row of a batch is done."""
+        return float(np.median(self.seconds)) / sum(int(g.forwards.max()) for g in self.generations)
+
+    @property
+    def setting(self) -> tuple[int, float, str]:
+        """What plain decoding that it is measured against has in common with it."""
+        return self.batch, self.temperature, self.verifier
 
 
 def held_out_prompts(store: Store, count: int, length: int, seed: int = 0) -> list[tuple[str, Any]]:
@@ -46,100 +86,224 @@ def held_out_prompts(store: Store, count: int, length: int, seed: int = 0) -> li
     return [(documents.names[i], documents[i][:length]) for i in long[:count]]
 
 
+def file_prompts(files: str, tokenizer: Tokenizer, count: int, length: int, seed: int = 0) -> list[tuple[str, Any]]:
+    """`count` of the files that a glob matches, chosen by `seed`: (name, first `length` tokens).
+
+    Raises `ConfigError` if no file matches, or not that many have that length.
+    """
+    source = Text(DataConfig("text", files))
+    order = np.random.default_rng(seed).permutation(len(source.names))
+    texts = ((source.names[i], tokenizer.encode((source.root / source.names[i]).read_bytes())) for i in order)
+    long = [(name, tokens[:length]) for name, tokens in texts if len(tokens) >= length]
+    require(
+        len(long) >= count,
+        f"{count} prompts were asked for and {len(long)} files of {files!r} have {length} tokens or more; "
+        "ask for fewer or shorter ones, or give more files.",
+    )
+    return long[:count]
+
+
+def check(config: BenchConfig, run: TrainConfig) -> None:
+    """Refuse what cannot be measured of such a run."""
+    for name in config.verifiers:
+        get_verifier(name)
+    if config.compare == "hf":
+        hf.check(run)
+
+
 def bench_decode(
     run: LoadedRun, config: BenchConfig, progress: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
     """Measure and return `{"rows": [...], ...}`, the object that the command prints last.
 
-    A row's `speedup` is its tokens/s over that of k = 0 at the same temperature; `verify_cost` the time of one of its
-    iterations over one of k = 0; `identical_to_plain` whether its tokens were those of k = 0, all of them.
+    A row's `speedup` is its tokens/s over those of k = 0 in the dtype `plain_dtype`, the fastest for k = 0, all else
+    being equal; `verify_cost` the time of one of its iterations over one of that. `identical_to_plain` says whether its
+    tokens were those of k = 0 in its own dtype, all of them; `rows_that_differ` how many rows' were not, and
+    `logit_gap` by how much at most plain decoding preferred its own token where they parted (see `Session.gap`). All
+    three are None for verifiers that keep the law of the output and not its tokens.
     """
-    prompts = [
-        tokens
-        for _, tokens in held_out_prompts(prepare(run.config.data), config.prompts, config.prompt_tokens, config.seed)
-    ]
-    cells = [
-        Cell(temperature, k, DecodeConfig(1, temperature).rule)
-        for temperature in config.temperatures
-        for k in range(run.config.head.window)
-    ]
+    check(config, run.config)
+    if config.files:
+        named = file_prompts(config.files, run.tokenizer, config.prompts, config.prompt_tokens, config.seed)
+    else:
+        named = held_out_prompts(prepare(run.config.data), config.prompts, config.prompt_tokens, config.seed)
+    prompts, dtype = [tokens for _, tokens in named], run.config.model.dtype
     with jax.set_mesh(run.mesh):
-        model = run.decoder
-
-        def request(cell: Cell, index: int) -> Request:
-            decode = DecodeConfig(config.new_tokens, cell.temperature, k=cell.k, seed=config.seed + index)
-            return make_request(model, [prompts[index]], decode)
-
-        begun = time.perf_counter()
+        session = Session(decoders(run), prompts, config)
+        cells, trials = [], {}
+        for batch in config.batch_sizes:
+            grid = _grid(config, batch, dtype, range(run.config.head.window))
+            trials[batch] = session.trial(grid[0])
+            progress(f"tried k = 0 in {' and '.join(trials[batch])}")
+            (other,) = trials[batch].keys() - {dtype}
+            if trials[batch][other] > MARGIN * trials[batch][dtype]:
+                grid += _grid(config, batch, other, [0])
+            cells += grid
         for cell in cells:
-            warm = request(cell, 0)
-            jax.block_until_ready(proceed(model, warm, start(model, warm), 1))
-            progress(f"compiled T = {cell.temperature:g}, k = {cell.k}")
-        compile_seconds, prefill_seconds = time.perf_counter() - begun, []
+            session.compile(cell)
+            progress(f"compiled T = {cell.temperature:g}, k = {cell.k}{_batch(cell.batch)}")
 
+        prefill_seconds = []
         for repetition in range(config.repetitions):
-            for index in range(len(prompts)):
-                for cell in cells:
-                    asked = request(cell, index)
-                    t0 = time.perf_counter()
-                    state = jax.block_until_ready(start(model, asked))
-                    t1 = time.perf_counter()
-                    state = jax.block_until_ready(proceed(model, asked, state))
-                    t2 = time.perf_counter()
-                    prefill_seconds.append(t1 - t0)
-                    if index == 0:
-                        cell.seconds.append(0.0)
-                    cell.seconds[repetition] += t2 - t1
-                    if repetition == 0:
-                        cell.generations.append(result(asked, state))
-                progress(f"prompt {index + 1} of {len(prompts)}, repetition {repetition + 1} of {config.repetitions}")
+            for batch in config.batch_sizes:
+                same = [cell for cell in cells if cell.batch == batch]
+                for cell in same:
+                    cell.seconds.append(0.0)
+                for first in range(0, len(prompts), batch):
+                    for cell in same:
+                        asked, state, prefilled, seconds = session.decode(cell, first)
+                        prefill_seconds.append(prefilled)
+                        cell.seconds[repetition] += seconds
+                        if repetition == 0:
+                            cell.generations.append(result(asked, state))
+                    progress(
+                        f"prompt {first + batch} of {len(prompts)}{_batch(batch)}, "
+                        f"repetition {repetition + 1} of {config.repetitions}"
+                    )
+        rows = [_row(cell, _plain(cells, cell), _fastest(cells, cell), session.gap) for cell in cells]
+        compared = hf.bench_hf(run, prompts, config, progress) if config.compare == "hf" else None
 
+    shared = ("prompts", "prompt_tokens", "new_tokens", "files", "repetitions", "seed")
     return {
-        "rows": [_row(cell, _plain(cells, cell), run.config.model.dtype) for cell in cells],
+        "rows": rows,
         "step": run.step,
-        **{name: getattr(config, name) for name in ("prompts", "prompt_tokens", "new_tokens", "repetitions", "seed")},
-        "compile_seconds": compile_seconds,
+        **{name: getattr(config, name) for name in shared},
+        "compile_seconds": session.compile_seconds,
         "prefill_seconds": float(np.median(prefill_seconds)),
+        "plain_trials": [{"batch": batch, "forwards_per_second": trial} for batch, trial in trials.items()],
+        "hf": compared,
         "device": run.mesh.devices.flat[0].device_kind,
         "versions": versions(),
         "parameters": _parameters(run),
     }
 
 
+def decoders(run: LoadedRun) -> dict[str, LanguageModel]:
+    """The model laid out for decoding, by dtype: the config's and the other one."""
+    dtype = run.config.model.dtype
+    (other,) = set(DTYPES) - {dtype}
+    return {dtype: run.decoder, other: for_decoding(in_dtype(run.model, other))}  # type: ignore[arg-type]
+
+
+class Session:
+    """Decoders by dtype and the prompts that they continue, the mesh in scope."""
+
+    def __init__(self, models: dict[str, LanguageModel], prompts: list[Any], config: BenchConfig):
+        self.models, self.prompts, self.config = models, prompts, config
+        self.compile_seconds = 0.0
+
+    def request(self, cell: Cell, first: int) -> Request:
+        """A batch of prompts from number `first`. Prompt i is sampled with `config.seed + i`, whatever the batch."""
+        decode = DecodeConfig(
+            self.config.new_tokens, cell.temperature, k=cell.k, seed=self.config.seed + first, verifier=cell.verifier
+        )
+        return make_request(self.models[cell.dtype], self.prompts[first : first + cell.batch], decode)
+
+    def compile(self, cell: Cell) -> None:
+        """Prefill and one iteration."""
+        begun, model, asked = time.perf_counter(), self.models[cell.dtype], self.request(cell, 0)
+        jax.block_until_ready(proceed(model, asked, start(model, asked), 1))
+        self.compile_seconds += time.perf_counter() - begun
+
+    def decode(self, cell: Cell, first: int, *forwards: int) -> tuple[Request, DecodeState, float, float]:
+        """(what was asked, the state, seconds of prefill, seconds of the loop), of at most so many `forwards`."""
+        model, asked = self.models[cell.dtype], self.request(cell, first)
+        t0 = time.perf_counter()
+        state = jax.block_until_ready(start(model, asked))
+        t1 = time.perf_counter()
+        state = jax.block_until_ready(proceed(model, asked, state, *forwards))
+        return asked, state, t1 - t0, time.perf_counter() - t1
+
+    def trial(self, plain: Cell) -> dict[str, float]:
+        """Forwards per second of a cell of k = 0 in each dtype, in a few short runs: only the fastest is worth more."""
+        cells = {dtype: dataclasses.replace(plain, dtype=dtype) for dtype in self.models}
+        forwards = min(TRIAL_FORWARDS, self.config.new_tokens - 1)
+        for cell in cells.values():
+            self.compile(cell)
+        rounds = [[self.decode(cell, 0, forwards)[-1] for cell in cells.values()] for _ in range(TRIAL_ROUNDS)]
+        return dict(zip(cells, (forwards / np.median(rounds, axis=0)).tolist(), strict=True))
+
+    def gap(self, cell: Cell, index: int, shared: np.ndarray, own: int, other: int) -> float:
+        """By how much prompt `index`, continued by the tokens `shared`, prefers one of two tokens to the other.
+
+        What is compared is what plain decoding takes the argmax of: the log-probabilities at temperature 0, and above
+        it the logits with their noise. Neither run is believed: the model reads the whole text again.
+        """
+        decode = DecodeConfig(1, cell.temperature, k=0, seed=self.config.seed + index, verifier=cell.verifier)
+        model = self.models[cell.dtype]
+        asked = make_request(model, [np.concatenate([self.prompts[index], shared])], decode)
+        slots = asked.plan.slots
+        scores_V = np.asarray(_scores(cell.verifier, slots, model, asked.prompt_BP, asked.length_B, asked.sampling))[0]
+        return abs(float(scores_V[own] - scores_V[other]))
+
+
+@functools.partial(jax.jit, static_argnames=("verifier", "slots"))
+def _scores(
+    verifier: str, slots: int, model: LanguageModel, prompt_BP: Array, length_B: Array, sampling: Sampling
+) -> Array:
+    """What the token after each prompt is the argmax of, `[B, V]`."""
+    x_BD, _ = read(model, prompt_BP, length_B, slots)
+    rule = get_verifier(verifier)
+    logits_B1V = rule.law(model.head.target_log_probs(x_BD[:, None]), sampling, filtered=False)
+    noise_B1V = rule.noise(sampling, length_B, 1, logits_B1V.shape[-1])
+    return (logits_B1V if noise_B1V is None else logits_B1V + noise_B1V)[:, 0]
+
+
+def _grid(config: BenchConfig, batch: int, dtype: str, ks: Any) -> list[Cell]:
+    return [
+        Cell(temperature, k, verifier, dtype, batch)
+        for temperature in config.temperatures
+        for verifier in (config.verifiers if temperature and config.verifiers else [DecodeConfig(1, temperature).rule])
+        for k in ks
+    ]
+
+
 def _plain(cells: list[Cell], cell: Cell) -> Cell:
-    return next(c for c in cells if c.temperature == cell.temperature and c.k == 0)
+    """k = 0 in the cell's own dtype: what its tokens are compared with."""
+    return next(c for c in cells if c.setting == cell.setting and c.k == 0 and c.dtype == cell.dtype)
 
 
-def _row(cell: Cell, plain: Cell, dtype: str) -> dict[str, Any]:
-    rate, plain_rate = _rate(cell), _rate(plain)
-    pairs = zip(cell.generations, plain.generations, strict=True)
+def _fastest(cells: list[Cell], cell: Cell) -> Cell:
+    """k = 0 in the dtype that is fastest for it: what its speed is compared with."""
+    return max((c for c in cells if c.setting == cell.setting and c.k == 0), key=lambda c: c.rate)
+
+
+def _row(cell: Cell, plain: Cell, fastest: Cell, gap: Callable[[Cell, int, np.ndarray, int, int], float]) -> dict:
     accepted, drafted = (np.sum([getattr(g, n).sum(0) for g in cell.generations], 0) for n in ("accepted", "drafted"))
     return {
-        "batch": 1,
+        "batch": cell.batch,
         "temperature": cell.temperature,
         "k": cell.k,
         "verifier": cell.verifier,
-        "dtype": dtype,
-        "tokens_per_second": rate,
-        "speedup": rate / plain_rate,
-        "block_efficiency": _emitted(cell) / _forwards(cell),
+        "dtype": cell.dtype,
+        "plain_dtype": fastest.dtype,
+        "tokens_per_second": cell.rate,
+        "speedup": cell.rate / fastest.rate,
+        "block_efficiency": cell.emitted / sum(int(g.forwards.sum()) for g in cell.generations),
         "acceptance": [float(a) for a in accepted / np.maximum(1, drafted)],
-        "verify_cost": (np.median(cell.seconds) / _forwards(cell)) / (np.median(plain.seconds) / _forwards(plain)),
-        "identical_to_plain": all(np.array_equal(g.tokens[0], p.tokens[0]) for g, p in pairs),
+        "verify_cost": cell.iteration_seconds / fastest.iteration_seconds,
+        **_identity(cell, plain, gap),
     }
 
 
-def _emitted(cell: Cell) -> int:
-    """Tokens that forwards of the loop gave: the first of each row comes from prefill."""
-    return sum(len(row) - 1 for g in cell.generations for row in g.tokens)
+def _identity(cell: Cell, plain: Cell, gap: Callable[[Cell, int, np.ndarray, int, int], float]) -> dict[str, Any]:
+    if get_verifier(cell.verifier).keeps_q:  # the tokens depend on the drafts; their law does not
+        return dict.fromkeys(("identical_to_plain", "rows_that_differ", "logit_gap"))
+    differ, gaps = 0, []
+    for index, (own, other) in enumerate(zip(plain.rows, cell.rows, strict=True)):
+        if np.array_equal(own, other):
+            continue
+        differ += 1
+        both = min(len(own), len(other))
+        apart = np.flatnonzero(own[:both] != other[:both])
+        if len(apart):  # else one of them ended early
+            at = int(apart[0])
+            gaps.append(gap(cell, index, own[:at], int(own[at]), int(other[at])))
+    return {"identical_to_plain": not differ, "rows_that_differ": differ, "logit_gap": max(gaps, default=None)}
 
 
-def _forwards(cell: Cell) -> int:
-    return sum(int(g.forwards.sum()) for g in cell.generations)
-
-
-def _rate(cell: Cell) -> float:
-    return _emitted(cell) / float(np.median(cell.seconds))
+def _batch(size: int) -> str:
+    return "" if size == 1 else f", batch {size}"
 
 
 def _parameters(run: LoadedRun) -> dict[str, int]:

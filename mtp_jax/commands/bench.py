@@ -17,7 +17,7 @@ from mtp_jax.registry import lookup
 
 @dataclass(frozen=True)
 class Decode:
-    """Compare k = 0 with k = 1..W-1 on held-out prompts, in one process, interleaved.
+    """Compare k = 0 with k = 1..W-1, by batch size, temperature and verifier, in one process, interleaved.
 
     Prints a table, and as the last line one JSON object.
     """
@@ -55,16 +55,19 @@ def _decode(args: list[str]) -> None:
     options = parse(Decode, args, "bench decode")
     use_compilation_cache()
 
-    from mtp_jax.bench.decode import bench_decode
-    from mtp_jax.checkpoint import load
+    from mtp_jax.bench.decode import bench_decode, check
+    from mtp_jax.checkpoint import load, read_config
     from mtp_jax.config import to_dict
-    from mtp_jax.report import check_reportable, decode_table, write_report
+    from mtp_jax.report import check_reportable, decode_table, hf_line, write_report
 
     if options.report:
         check_reportable(options.run)
+    check(options.config, read_config(options.run))
     run = load(options.run, options.step)
     bench = _with_status(lambda status: bench_decode(run, options.config, status))
     console().print(decode_table(bench))
+    if bench["hf"]:
+        print(hf_line(bench))
     try:
         if options.report:
             print(f"Wrote {write_report(options.run, bench, to_dict(run.config))}")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from typing import Literal
 
 import chex
 import jax
@@ -105,6 +107,13 @@ class LanguageModel(nnx.Module):
             x_BTD, layer_cache = block(x_BTD, rope, mask_B1TS, layer_cache, start_B)
             written.append(layer_cache)
         return self.norm(x_BTD), written
+
+
+def in_dtype(model: LanguageModel, dtype: Literal["float32", "bfloat16"]) -> LanguageModel:
+    """The same parameters in a model that computes in `dtype`."""
+    copy = nnx.merge(*nnx.split(model))
+    copy.config = dataclasses.replace(model.config, dtype=dtype, attention="xla")
+    return copy
 
 
 def _positions(tokens_BT: Array) -> Array:

@@ -1,0 +1,112 @@
+"""Our trunk with its target as a Llama of Hugging Face `transformers`: its config, and its weights by name.
+
+Only NumPy is needed here. `transformers` keeps a linear layer as (outputs, inputs), and turns the pairs (i, i + H/2) of
+rotary embeddings, as we do, so that no head is permuted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from mtp_jax.config import HeadConfig, ModelConfig, require
+from mtp_jax.model.block import Block
+from mtp_jax.model.transformer import LanguageModel
+
+
+def check_exportable(model: ModelConfig, head: HeadConfig) -> None:
+    """Raise `ConfigError` unless the trunk is a Llama and the target's logits are one table times the hidden state."""
+    require(
+        head.target == "ntp" or head.rank == 1,
+        f"head.target is {head.target} and head.rank is {head.rank}: the target is a mixture of {head.rank} softmaxes, "
+        "and a Llama has one table. Export a model with head.target ntp, or with head.rank 1.",
+    )
+    require(
+        not model.qk_norm,
+        "model.qk_norm is True, and a Llama has no norms of queries and keys. Export a model without them.",
+    )
+
+
+def llama_config(model: ModelConfig) -> dict[str, Any]:
+    """The arguments of `transformers.LlamaConfig`. No token ends a text there."""
+    scaling = model.rope_scaling
+    rope = {
+        "rope_type": "llama3",
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_context_length,
+    }
+    return {
+        "vocab_size": model.vocab_size,
+        "hidden_size": model.d_model,
+        "intermediate_size": model.d_ff,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads,
+        "num_key_value_heads": model.num_kv_heads,
+        "head_dim": model.head_width,
+        "max_position_embeddings": model.context_length,
+        "rms_norm_eps": model.norm_eps,
+        "rope_theta": model.rope_theta,
+        "rope_scaling": rope if scaling.factor != 1 else None,
+        "attention_bias": model.qkv_bias,
+        "tie_word_embeddings": False,
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
+    }
+
+
+def state_dict(model: LanguageModel) -> dict[str, np.ndarray]:
+    """The weights of `transformers.LlamaForCausalLM` by name, in float32. The mesh of `model` is in scope.
+
+    Args:
+      model: one as training has it, its layers stacked.
+
+    Raises:
+      ConfigError: see `check_exportable`.
+    """
+    check_exportable(model.config, model.head.config)
+    blocks = model.blocks
+    assert isinstance(blocks, Block), "export the model as it was loaded, not as decoding lays it out"
+    embed_VD = model.head.unembed_VD if model.config.tie_embeddings else model.embed_VD
+    weights = {"model.embed_tokens.weight": embed_VD, "model.norm.weight": model.norm.scale}
+    found = {name: np.asarray(weight[...], np.float32) for name, weight in weights.items()}
+    attention, feed_forward = blocks.attention, blocks.feed_forward
+    matrices = {
+        "self_attn.q_proj": (attention.wq_DNH, 1),
+        "self_attn.k_proj": (attention.wk_DKH, 1),
+        "self_attn.v_proj": (attention.wv_DKH, 1),
+        "self_attn.o_proj": (attention.wo_NHD, 2),
+        "mlp.gate_proj": (feed_forward.w_gate_DF, 1),
+        "mlp.up_proj": (feed_forward.w_up_DF, 1),
+        "mlp.down_proj": (feed_forward.w_down_FD, 1),
+    }
+    vectors = {"input_layernorm.weight": blocks.attention_norm.scale}
+    vectors["post_attention_layernorm.weight"] = blocks.feed_forward_norm.scale
+    if model.config.qkv_bias:
+        biases = {"q": attention.bq_NH, "k": attention.bk_KH, "v": attention.bv_KH}
+        vectors |= {f"self_attn.{name}_proj.bias": bias for name, bias in biases.items()}
+    layers = range(model.config.num_layers)
+    for name, (stacked, inputs) in matrices.items():
+        weight = np.asarray(stacked[...], np.float32)
+        rows = int(np.prod(weight.shape[1 : 1 + inputs]))
+        for i in layers:
+            found[f"model.layers.{i}.{name}.weight"] = weight[i].reshape(rows, -1).T
+    for name, stacked in vectors.items():
+        for i, vector in enumerate(np.asarray(stacked[...], np.float32)):
+            found[f"model.layers.{i}.{name}"] = vector.reshape(-1)
+    if model.config.qkv_bias:  # the same switch of theirs gives the output a bias
+        found |= {f"model.layers.{i}.self_attn.o_proj.bias": np.zeros(model.config.d_model, np.float32) for i in layers}
+    return found | {"lm_head.weight": _table(model)}
+
+
+def _table(model: LanguageModel) -> np.ndarray:
+    """The target's table `[V, D]`."""
+    if model.head.config.target == "ntp":
+        return np.asarray(model.head.unembed_VD[...], np.float32)
+    # Whatever the factors are, with one component logits are linear: those of the unit vectors are the table.
+    unit_1DD = jnp.eye(model.config.d_model)[None]
+    logits_1DRV = jax.jit(lambda model, x_BTD: model.head.logits(x_BTD, 1)[0])(model, unit_1DD)
+    return np.asarray(logits_1DRV)[0, :, 0].T
