@@ -33,10 +33,14 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
 def write(cache_BKSH: Array, new_BTKH: Array, start_B: Array) -> Array:
     """`cache` with row b's positions `start_B[b] .. start_B[b] + T - 1` replaced.
 
-    The caller keeps `start + T <= S`: a slice that does not fit would be moved back over valid keys.
+    Where T is 1, the position behind it is overwritten too: no query sees it before it is written again. The caller
+    keeps `start + max(T, 2) <= S`: a slice that does not fit would be moved back over valid keys.
     """
 
     def row(cache_KSH: Array, new_KTH: Array, start: Array) -> Array:
         return lax.dynamic_update_slice(cache_KSH, new_KTH.astype(cache_KSH.dtype), (0, start, 0))
 
+    if new_BTKH.shape[1] == 1:
+        # XLA would fuse one token's write both into attention and into the state, and copy the cache for that.
+        new_BTKH = jnp.pad(new_BTKH, ((0, 0), (0, 1), (0, 0), (0, 0)))
     return jax.vmap(row)(cache_BKSH, jnp.swapaxes(new_BTKH, 1, 2), start_B)
