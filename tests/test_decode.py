@@ -731,6 +731,23 @@ def test_the_cache_is_donated_and_not_copied(model):
     assert memory.temp_size_in_bytes < size
 
 
+def test_attention_reads_a_window_and_the_output_is_that_of_the_whole_cache(model, monkeypatch):
+    """At once and in chunks, through every window that the rows grow out of. Sums of another length round anew."""
+    request = ask(model, [[5, 1, 9], [4], [3, 8], [7, 20]], max_new_tokens=64, temperature=1.0)
+    assert decoding.window(request.plan, start(model, request)) is None  # small: one loop for all
+    expected, plans, run = finish(model, request), [], loop.run
+    monkeypatch.setattr(decoding, "SMALLEST_WINDOW", 16)
+    monkeypatch.setattr(decoding, "run", lambda plan, *args: plans.append(plan) or run(plan, *args))
+    for chunk in (None, 3):
+        plans.clear()
+        out = finish(model, request, chunk=chunk)
+        assert list(dict.fromkeys(plan.window for plan in plans)) == [16, 32, None]
+        assert chunk is not None or len(plans) == 3
+        for name in ("tokens", "forwards", "accepted"):
+            assert same(getattr(out, name), getattr(expected, name)), name
+        np.testing.assert_allclose(np.concatenate(out.logprobs), np.concatenate(expected.logprobs), atol=1e-5)
+
+
 def test_without_drafts_the_loop_is_one_token_wide(model, monkeypatch):
     widths, drafted = [], []
     extend, draft_state = LanguageModel.extend, Head.draft_state
