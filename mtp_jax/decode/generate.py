@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,9 @@ from mtp_jax.model.transformer import LanguageModel, unstack
 from mtp_jax.sharding import RULES, gather
 
 Prompt = Sequence[int] | np.ndarray
+
+SMALLEST_WINDOW = 512
+"""Slots that attention reads at no cost that matters next to the weights."""
 
 
 @dataclass(frozen=True)
@@ -125,8 +129,31 @@ def start(model: LanguageModel, request: Request) -> DecodeState:
 
 
 def proceed(model: LanguageModel, request: Request, state: DecodeState, max_forwards: int = 2**31 - 1) -> DecodeState:
-    """At most `max_forwards` iterations of the loop. The state is donated."""
-    return run(request.plan, model, state, request.sampling, request.stops, np.int32(max_forwards))
+    """At most `max_forwards` iterations of the loop. The state is donated.
+
+    The loop is entered once for each window that the rows grow through; most caches are small enough for one.
+    """
+    while True:
+        plan, seen_B = dataclasses.replace(request.plan, window=window(request.plan, state)), np.array(state.forwards_B)
+        state = run(plan, model, state, request.sampling, request.stops, np.int32(max_forwards))
+        if plan.window is None:
+            return state
+        # A row that is live was so from the start: the most forwards of a row are those of the loop.
+        max_forwards -= int(np.max(np.asarray(state.forwards_B) - seen_B))
+        if max_forwards == 0 or np.all(state.done_B):
+            return state
+
+
+def window(plan: Plan, state: DecodeState) -> int | None:
+    """The smallest bucket, of at most half the slots, that attention may read for the next forward; None: all slots.
+
+    A loop is compiled for each, so there are few: powers of two from `SMALLEST_WINDOW`.
+    """
+    if plan.slots < 2 * SMALLEST_WINDOW:
+        return None  # without waiting for the device
+    longest = int(np.max(np.where(state.done_B, 0, state.length_B)))
+    size = max(SMALLEST_WINDOW, bucket(longest + plan.k))
+    return size if 2 * size <= plan.slots else None
 
 
 def result(request: Request, state: DecodeState) -> Generation:

@@ -24,13 +24,21 @@ from mtp_jax.sharding import RULES
 @dataclass(frozen=True)
 class Plan:
     """What a loop is compiled for: `k` drafts per forward, the verifier, cache `slots`, whether top-k/p are used, and
-    whether drafts are `ancestral`."""
+    whether drafts are `ancestral`.
+
+    `window`: attention reads the first so many slots only; None: all. The loop stops before a row grows out of it.
+    """
 
     k: int
     verifier: str
     slots: int
     filtered: bool = False
     ancestral: bool = False
+    window: int | None = None
+
+    def fits(self, length_B: Array, done_B: Array) -> Array:
+        """Whether the next forward of every live row lies in the window; what ended rows compute is not looked at."""
+        return jnp.all(done_B | (length_B + self.k <= (self.window or self.slots)))
 
 
 class Limits(NamedTuple):
@@ -109,10 +117,11 @@ def run(
     plan: Plan, model: LanguageModel, state: DecodeState, sampling: Sampling, stops: Stops, max_forwards: Array
 ) -> DecodeState:
     """Decode until every row is done, or for `max_forwards` forwards: a small budget streams, re-entering this
-    executable."""
+    executable. It returns early too when a row has grown out of the plan's window."""
 
     def live(carry: tuple[Array, DecodeState]) -> Array:
-        return (carry[0] < max_forwards) & ~jnp.all(carry[1].done_B)
+        forwards, state = carry
+        return (forwards < max_forwards) & ~jnp.all(state.done_B) & plan.fits(state.length_B, state.done_B)
 
     def iterate(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
         return carry[0] + 1, step(plan, model, carry[1], sampling, stops)
@@ -124,7 +133,7 @@ def step(plan: Plan, model: LanguageModel, state: DecodeState, sampling: Samplin
     """One iteration: a forward of k + 1 tokens, then `advance`."""
     last_B1 = pick.at(state.tokens_BS, state.length_B - 1)[:, None]
     inputs_BT = jnp.concatenate([last_B1, state.draft_Bk], axis=1)
-    x_BTD, cache = model.extend(inputs_BT, state.cache, state.length_B - 1)
+    x_BTD, cache = model.extend(inputs_BT, state.cache, state.length_B - 1, plan.window)
     state = dataclasses.replace(state, cache=cache, forwards_B=state.forwards_B + ~state.done_B)
     return advance(plan, model, state, x_BTD, sampling, stops)
 

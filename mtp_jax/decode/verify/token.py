@@ -19,7 +19,7 @@ class Token(Rejection):
 
     def chances(self, log_ratio_Bk: Array, p_BTV: Array, q_BTV: Array) -> tuple[Array, Array]:
         """min(1, p / q), and rho = 1."""
-        return jnp.exp(jnp.minimum(log_ratio_Bk, 0.0)), jnp.ones_like(p_BTV[:, :, 0])
+        return jnp.exp(jnp.minimum(log_ratio_Bk, 0.0)), jnp.ones_like(jnp.max(p_BTV, axis=-1))
 
     def accepted(self, kept_Bk: Array) -> Array:
         """Those before the first that is not kept."""
