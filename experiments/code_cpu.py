@@ -6,12 +6,12 @@
 
 Data: the source of the running interpreter's standard library, split by file; byte tokens.
 Shape: the trunk is heavy next to the head, and wide next to its depth, because on a CPU a forward of k + 1 tokens costs
-little more than one of a single token only where the time goes into reading weights. Sequences of 384 tokens cover
+least, next to one of a single token, where the time goes into reading weights. Sequences of 384 tokens cover
 the positions that the benchmark decodes (96 + 256).
 
 Cost: about 4.5 minutes of training on two cores; the three commands take about 7 minutes.
 Expect: validation loss by offset 1.8 2.1 2.2 2.3 2.5 nats per byte, 3.8 of 4 components in use, 2.4 to 2.8 tokens per
-forward at T = 0.7 with k = 4, and decoding at T = 0.7 about 1.5 times as fast as without drafts. A change in the last
+forward at T = 0.7 with k = 4, and decoding at T = 0.7 about 1.1 times as fast as without drafts. A change in the last
 digit of any sum, or another interpreter's library, leads to another model, so the figures differ a little.
 """
 
