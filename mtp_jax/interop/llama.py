@@ -108,5 +108,5 @@ def _table(model: LanguageModel) -> np.ndarray:
         return np.asarray(model.head.unembed_VD[...], np.float32)
     # Whatever the factors are, with one component logits are linear: those of the unit vectors are the table.
     unit_1DD = jnp.eye(model.config.d_model)[None]
-    logits_1DRV = jax.jit(lambda model, x_BTD: model.head.logits(x_BTD, 1)[0])(model, unit_1DD)
+    logits_1DRV = jax.jit(lambda model, x_BTD: model.head.logits(x_BTD, stop=1)[0])(model, unit_1DD)
     return np.asarray(logits_1DRV)[0, :, 0].T
