@@ -116,6 +116,15 @@ REFUSED = {
     "prompt_by_vocabulary": (lambda: decode([3, 32]), ["Prompt 0 has token ids 3..32", "0..31"]),
     "negative_token": (lambda: decode([-1, 3]), ["Prompt 0 has token ids -1..3", "0..31"]),
     "no_temperatures": (lambda: BenchConfig(temperatures=()), ["BenchConfig.temperatures is ()", "one or more"]),
+    "k_in_words": (lambda: DecodeConfig(8, k="best"), ["DecodeConfig.k is 'best'", "give numbers"]),
+    "batches_that_do_not_divide": (
+        lambda: BenchConfig(prompts=24, batch_sizes=(1, 5)),
+        ["batch_sizes is (1, 5)", "prompts is 24", "divide the prompts"],
+    ),
+    "greedy_by_name": (
+        lambda: BenchConfig(verifiers=("greedy",)),
+        ["verifiers is ('greedy',)", "temperature 0 always has greedy"],
+    ),
     "no_ranks": (lambda: TrainBenchConfig(ranks=()), ["TrainBenchConfig.ranks is ()", "one or more"]),
     "negative_temperature": (lambda: BenchConfig(temperatures=(0.7, -0.1)), ["is (0.7, -0.1)", "at least 0"]),
     "mesh_zero": (lambda: MeshConfig(fsdp=0), ["MeshConfig.fsdp is 0", "-1"]),
