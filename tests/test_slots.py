@@ -228,6 +228,7 @@ def test_bad_slots_are_refused(model, options, message):
         ([1], {"temperature": 0.5}, "temperature is 0.5 and these slots are greedy"),
         ([1], {"temperature": -1}, "temperature is -1"),
         ([1], {"verifier": "token"}, "verifier belongs to all requests; give it to Slots"),
+        ([1], {"draft": "ancestral"}, "draft belongs to all requests"),
         ([1], {"stop_tokens": [3]}, "stop_tokens belongs to all requests"),
         ([1], {"min_confidence": 0.3}, "min_confidence belongs to all requests"),
     ],

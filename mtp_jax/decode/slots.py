@@ -19,7 +19,7 @@ from mtp_jax.decode.loop import run
 from mtp_jax.model.block import Block
 from mtp_jax.model.transformer import LanguageModel
 
-SHARED = "verifier", "stop_tokens", "min_confidence"  # options that belong to all rows
+SHARED = "verifier", "draft", "stop_tokens", "min_confidence"  # options that belong to all rows
 
 Rows = TypeVar("Rows")  # a tree of arrays whose first axis is the batch
 
@@ -67,9 +67,9 @@ class Slots:
           size: rows of the batch.
           max_prompt: the longest prompt, in tokens.
           max_new: the most new tokens of a request, which it gets if it does not say.
-          options: the fields of `DecodeConfig`, one value each. `verifier`, `stop_tokens` and `min_confidence` hold for
-            all requests; `k` is the most drafts of any; the others are what requests have that do not say. Request i
-            samples with `seed + i`.
+          options: the fields of `DecodeConfig`, one value each. `verifier`, `draft`, `stop_tokens` and
+            `min_confidence` hold for all requests; `k` is the most drafts of any; the others are what requests
+            have that do not say. Request i samples with `seed + i`.
 
         Raises:
           ConfigError: a bad value; the message names it and what is allowed.

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from mtp_jax.config import HeadConfig, ModelConfig
+from mtp_jax.decode import pick
 from mtp_jax.model.layers import init_weight, product
 from mtp_jax.sharding import RULES
 
@@ -50,7 +50,7 @@ class Factors(nnx.Module):
     @classmethod
     def of_component(cls, tables: Tables, x_B1D: Array, component_B: Array) -> Array:
         """The logits of one component of each row, `[B, 1, 1, W, V]`: where components share a table, for less."""
-        return _of_row(cls.logits(tables, x_B1D)[:, 0], component_B)[:, None, None]
+        return pick.at(cls.logits(tables, x_B1D)[:, 0], component_B)[:, None, None]
 
     @staticmethod
     def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
@@ -100,11 +100,6 @@ def _by_offset(equation: str, x_BTD: Array, weights: Array | list[Array]) -> Arr
     return results[0] if len(results) == 1 else jnp.concatenate(results, axis=-2)
 
 
-def _of_row(array: Array, index_B: Array) -> Array:
-    """`array[b, index_B[b]]` for every row b."""
-    return jax.vmap(lambda row, i: lax.dynamic_index_in_dim(row, i, keepdims=False))(array, index_B)
-
-
 class FullFactors(Factors):
     """An unembedding for each (rank, offset): the paper's from-scratch form, right for byte vocabularies."""
 
@@ -148,7 +143,7 @@ class SharedFactors(Factors):
     @classmethod
     def of_component(cls, tables: Tables, x_B1D: Array, component_B: Array) -> Array:
         """See `Factors.of_component`."""
-        own_BWD = _of_row(cls.rows(tables, x_B1D)[:, 0], component_B)
+        own_BWD = pick.at(cls.rows(tables, x_B1D)[:, 0], component_B)
         return product("btrwd,vd->btrwv", own_BWD[:, None, None], tables["unembed_VD"])
 
     @staticmethod
@@ -189,7 +184,7 @@ class LowRankFactors(Factors):
     def of_component(cls, tables: Tables, x_B1D: Array, component_B: Array) -> Array:
         """See `Factors.of_component`."""
         shared_B1WD, own_B1RWE = cls.rows(tables, x_B1D)
-        return cls._sum(tables, shared_B1WD, _of_row(own_B1RWE[:, 0], component_B)[:, None, None])
+        return cls._sum(tables, shared_B1WD, pick.at(own_B1RWE[:, 0], component_B)[:, None, None])
 
     @staticmethod
     def _sum(tables: Tables, shared_BTWD: Array, own_BTRWE: Array) -> Array:
