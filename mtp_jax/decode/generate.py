@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import AbstractMesh, Mesh
 
 from mtp_jax.config import DecodeConfig, require
 from mtp_jax.decode.law import Sampling
+from mtp_jax.decode.layout import for_decoding, mesh_in_scope
 from mtp_jax.decode.loop import Limits, Plan, prefill, run
 from mtp_jax.decode.state import DecodeState, Stops
 from mtp_jax.decode.verify import get_verifier
 from mtp_jax.model.block import Block
-from mtp_jax.model.transformer import LanguageModel, unstack
-from mtp_jax.sharding import RULES, gather
+from mtp_jax.model.transformer import LanguageModel
+from mtp_jax.sharding import RULES
 
 Prompt = Sequence[int] | np.ndarray
 
@@ -73,22 +73,6 @@ class Request:
 def bucket(length: int) -> int:
     """The smallest power of two that holds `length`, at least 16: another length in it does not compile again."""
     return max(16, 1 << (length - 1).bit_length())
-
-
-def for_decoding(model: LanguageModel) -> LanguageModel:
-    """The model as decoding wants it: layers unstacked, matrices in the compute dtype and whole along `fsdp`."""
-
-    def cast(path: tuple[Any, ...], weight: Array) -> Array:
-        names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
-        # Norms and the gate compute in float32. Gathered once, not at every step.
-        return gather(weight if names & {"scale", "gate_DR"} else weight.astype(model.config.dtype))
-
-    def convert(model: LanguageModel) -> LanguageModel:
-        model = unstack(model) if isinstance(model.blocks, Block) else model
-        return jax.tree_util.tree_map_with_path(cast, model)
-
-    _mesh()
-    return jax.jit(convert)(model)
 
 
 def make_request(model: LanguageModel, prompts: Sequence[Prompt], config: DecodeConfig) -> Request:
@@ -207,16 +191,9 @@ def stream(model: LanguageModel, prompt: Prompt, **options: Any) -> Iterator[tup
         state = proceed(model, request, state, 1)
 
 
-def _mesh() -> AbstractMesh | Mesh:
-    """The mesh in scope. Raises `ConfigError` if there is none."""
-    mesh = jax.sharding.get_mesh()
-    require(not mesh.empty, "No mesh in scope; decode under `with jax.set_mesh(mtp_jax.make_mesh()):`.")
-    return mesh
-
-
 def put_rows(array: np.ndarray | Array) -> Array:
     """Put an array on the mesh in scope, its first axis over the batch axes."""
-    mesh = _mesh()
+    mesh = mesh_in_scope()
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     require(
         array.shape[0] % devices == 0,

@@ -14,7 +14,7 @@ from jax import Array
 
 from mtp_jax.config import HeadConfig, ModelConfig
 from mtp_jax.heads.factors import FACTORS, NextToken, Tables
-from mtp_jax.heads.shortlist import Shortlist, ShortlistForm
+from mtp_jax.heads.shortlist import SHORT, Shortlist, ShortlistForm, split
 from mtp_jax.losses.balance import balance_loss
 from mtp_jax.losses.mixture import Terms, mixture_log_likelihood, mixture_loss
 from mtp_jax.losses.subsample import subsample
@@ -65,16 +65,17 @@ class Head(nnx.Module):
         if self.config.factors != "full":
             found["unembed_VD"] = self.unembed_VD[...]
         if self.shortlist:
-            found["short_VD"] = (
-                self.short_VD[...] if hasattr(self, "short_VD") else self.shortlist.rows(found["unembed_VD"])
-            )
+            name = f"{SHORT}unembed_VD"
+            found[name] = getattr(self, name)[...] if hasattr(self, name) else self.shortlist.rows(found["unembed_VD"])
         return found
 
     def unstack(self) -> None:
         """Lay parameters out for decoding, so that a step copies none of them."""
-        self.factors.unstack()
+        tables = {name: value for name, value in self.params().items() if name.endswith("unembed_VD")}
+        self.factors.unstack(tables)
         if self.shortlist:
-            self.short_VD = nnx.Param(self.shortlist.rows(self.unembed_VD[...]))
+            name = f"{SHORT}unembed_VD"
+            setattr(self, name, nnx.Param(tables[name]))
 
     def log_weights(self, x_BTD: Array) -> Array:
         """log w_r(h): `[B, T, R]` in float32, normalised over R."""
@@ -141,12 +142,11 @@ class Head(nnx.Module):
         T = 1) they are those of one component of each row, and R is 1.
         """
         params = jax.tree.map(gather, self.params())
-        short_VD = params.pop("short_VD", None)
 
-        def at(start: int, stop: int, table: Tables) -> list[Array]:
+        def at(start: int, stop: int, params: Tables) -> list[Array]:
             if start >= stop:
                 return []
-            tables = self.factors.tables(self.factors.at(params | table, slice(start, stop)))
+            tables = self.factors.tables(self.factors.at(params, slice(start, stop)))
             if component_B is None:
                 logits_BTRWV = self.factors.logits(tables, x_BTD)
             else:
@@ -154,9 +154,10 @@ class Head(nnx.Module):
             return [logits_BTRWV[:, :, :, s] for s in range(stop - start)]
 
         stop = self.config.window if stop is None else stop
-        if short_VD is None:
-            return tuple(at(start, stop, {}))
-        return tuple(at(start, min(stop, 1), {}) + at(max(start, 1), stop, {"unembed_VD": short_VD}))
+        if self.shortlist is None:
+            return tuple(at(start, stop, params))
+        whole, short = split(params)
+        return tuple(at(start, min(stop, 1), whole) + at(max(start, 1), stop, short))
 
     def target_log_probs(self, x_BTD: Array) -> Array:
         """The law of the next token that verification preserves: log-probabilities `[B, T, V]` in float32."""

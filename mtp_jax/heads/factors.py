@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
@@ -21,7 +22,8 @@ from jax.sharding import PartitionSpec as P
 from mtp_jax.config import HeadConfig, ModelConfig
 from mtp_jax.decode import pick
 from mtp_jax.model.layers import init_weight, product
-from mtp_jax.sharding import RULES
+from mtp_jax.model.output_major import OutputMajor
+from mtp_jax.sharding import RULES, gather
 
 Tables = dict[str, Any]
 
@@ -63,7 +65,7 @@ class Factors(nnx.Module):
         for name, param in vars(self).items():
             if isinstance(param, nnx.List):
                 found[name] = [offset[...] for offset in param]
-            elif isinstance(param, nnx.Param):
+            elif isinstance(param, nnx.Param | OutputMajor):
                 found[name] = param[...]
         return found
 
@@ -78,8 +80,11 @@ class Factors(nnx.Module):
 
         return {name: cut(name, param) for name, param in params.items()}
 
-    def unstack(self) -> None:
-        """Give each offset its own arrays, so that decoding reads those of the offsets it asks for and copies none."""
+    def unstack(self, unembeddings: Tables) -> None:
+        """Give each offset its own arrays, so that decoding reads those of the offsets it asks for and copies none.
+
+        `unembeddings`: `unembed_VD` and, with a shortlist, `short_unembed_VD`, for what is made of them once.
+        """
         for name, axis in self.STACKED.items():
             stacked = getattr(self, name)[...]
             offsets = [lax.slice_in_dim(stacked, s, s + 1, axis=axis) for s in range(stacked.shape[axis])]
@@ -93,7 +98,7 @@ def _copies(rngs: nnx.Rngs, shape_DRWX: tuple[int, ...], noise: float, spec: P) 
     return nnx.Param(base[...] + noise * init_weight(rngs, shape_DRWX, inputs=1, spec=spec)[...])
 
 
-def _by_offset(equation: str, x_BTD: Array, weights: Array | list[Array]) -> Array:
+def _by_offset(equation: str, x_BTD: Array, weights: Any) -> Array:
     """`product` with weights that have a W axis, or a list over it; W is the last but one axis of the result."""
     parts = weights if isinstance(weights, list) else [weights]
     results = [product(equation, x_BTD, part) for part in parts]
@@ -166,7 +171,19 @@ class LowRankFactors(Factors):
     @staticmethod
     def tables(params: Tables) -> Tables:
         """See `Factors.tables`: the corrections have a table of their own, U B."""
-        return params | {"up_VE": product("vd,ed->ve", params["unembed_VD"], params["up_ED"])}
+        return params if "up_VE" in params else params | {"up_VE": LowRankFactors._up(params["unembed_VD"], params)}
+
+    @staticmethod
+    def _up(unembed_VD: Array, params: Tables) -> Array:
+        return product("vd,ed->ve", unembed_VD, params["up_ED"])
+
+    def unstack(self, unembeddings: Tables) -> None:
+        """See `Factors.unstack`: U B is made once."""
+        whole = jax.tree.map(gather, self.params())
+        up = {name.replace("unembed_VD", "up_VE"): self._up(gather(u), whole) for name, u in unembeddings.items()}
+        super().unstack(unembeddings)
+        for name, up_VE in up.items():
+            setattr(self, name, nnx.Param(up_VE))
 
     @staticmethod
     def logits(tables: Tables, x_BTD: Array) -> Array:

@@ -16,23 +16,32 @@ from jax import Array
 from mtp_jax.heads.factors import Factors, Tables
 from mtp_jax.sharding import BATCH, RULES
 
+SHORT = "short_"
+"""What the name of a table begins with that holds the listed tokens' rows alone."""
+
 
 @dataclass(frozen=True)
 class ShortlistForm:
-    """The form (`losses.tiles.Form`) of `factors` with a table of their own, `short_VD`, after the first offset."""
+    """The form (`losses.tiles.Form`) of `factors` with tables of their own after the first offset (see `split`)."""
 
     factors: type[Factors]
 
     def tables(self, params: Tables) -> tuple[Tables, Tables]:
         """Those of the first offset and those of the later ones."""
-        own = {name: value for name, value in params.items() if name != "short_VD"}
-        first, later = (self.factors.at(own, offsets) for offsets in (slice(0, 1), slice(1, None)))
-        return self.factors.tables(first), self.factors.tables(later | {"unembed_VD": params["short_VD"]})
+        whole, short = split(params)
+        first, later = self.factors.at(whole, slice(0, 1)), self.factors.at(short, slice(1, None))
+        return self.factors.tables(first), self.factors.tables(later)
 
     def logits(self, tables: tuple[Tables, Tables], x_BTD: Array) -> tuple[Array, Array]:
         """`[B, T, R, 1, V]` of the first offset and `[B, T, R, W - 1, n]` of the later ones, for n listed tokens."""
         first, later = (self.factors.logits(one, x_BTD) for one in tables)
         return first, later
+
+
+def split(params: Tables) -> tuple[Tables, Tables]:
+    """The parameters of the first offset and those of the later ones, where `short_x` stands for a table x."""
+    whole = {name: value for name, value in params.items() if not name.startswith(SHORT)}
+    return whole, whole | {name.removeprefix(SHORT): params[name] for name in params.keys() - whole.keys()}
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,7 @@ def attend_cached(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_B1TS: Array)
     groups = num_heads // kv_heads
     # M = T x (query heads of a key head). Shardings are said: JAX cannot tell them through axes of size 1.
     heads, split = RULES.cache_BKSH, RULES.scores_BKSTG
-    q_BTKGH = q_BTNH.reshape(batch, time, kv_heads, groups, width, out_sharding=RULES.q_BTKGH)
+    q_BTKGH = q_BTNH.astype(k_BKSH.dtype).reshape(batch, time, kv_heads, groups, width, out_sharding=RULES.q_BTKGH)
     q_BKHTG = jnp.moveaxis(q_BTKGH, (2, 4), (1, 2))
     q_BKHM = q_BKHTG.reshape(batch, kv_heads, width, time * groups, out_sharding=heads) * width**-0.5
     scores_BKSM = jnp.einsum("bksh,bkhm->bksm", k_BKSH, q_BKHM, preferred_element_type=jnp.float32)
@@ -69,7 +69,7 @@ def attend_cached(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_B1TS: Array)
     weights_BKMS = weights_BKTGS.reshape(batch, kv_heads, time * groups, slots, out_sharding=heads)
     y_BKMH = jnp.einsum("bkms,bksh->bkmh", weights_BKMS.astype(v_BKSH.dtype), v_BKSH)
     y_BTKGH = jnp.moveaxis(y_BKMH.reshape(batch, kv_heads, time, groups, width, out_sharding=split), 1, 2)
-    return y_BTKGH.reshape(batch, time, num_heads, width, out_sharding=RULES.qkv_BTNH)
+    return y_BTKGH.reshape(batch, time, num_heads, width, out_sharding=RULES.qkv_BTNH).astype(q_BTNH.dtype)
 
 
 def reference_attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_B1TS: Array) -> Array:
@@ -128,6 +128,4 @@ class Attention(nnx.Module):
             y_BTNH = attend_cached(q_BTNH, k_BKSH[:, :, :slots], v_BKSH[:, :, :slots], mask_B1TS)
         else:
             y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask_B1TS, self.config.attention)
-        # One contracted axis, as `linear` has it.
-        wo_MD = self.wo_NHD[...].reshape(-1, x_BTD.shape[-1], out_sharding=RULES.w_FD)
-        return linear(y_BTNH.reshape(*x_BTD.shape[:2], -1, out_sharding=RULES.h_BTF), wo_MD), cache
+        return linear(y_BTNH, self.wo_NHD[...]), cache

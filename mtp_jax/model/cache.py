@@ -21,11 +21,13 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """An empty cache of `slots` positions for `batch` rows: per layer (keys, values), each `[B, K, S, H]`.
 
     Heads come before positions: attention's products are then over plain matrices, and no layout is changed per step.
+    A CPU keeps bfloat16 keys and values in float32: XLA would convert the whole cache there and back at every step.
     """
     shape = (batch, config.num_kv_heads, slots, config.head_width)
+    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.dtype(config.dtype)
     # One array each: the caches are donated, and a buffer can be donated once.
     return [
-        tuple(jnp.zeros(shape, config.dtype, out_sharding=RULES.cache_BKSH) for _ in range(2))  # type: ignore[misc]
+        tuple(jnp.zeros(shape, dtype, out_sharding=RULES.cache_BKSH) for _ in range(2))  # type: ignore[misc]
         for _ in range(config.num_layers)
     ]
 

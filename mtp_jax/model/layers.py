@@ -13,7 +13,25 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.model.output_major import FEW_ROWS, OutputMajor, few_rows
 from mtp_jax.sharding import RULES, gather, shares
+
+# Weight matrices: (input axes, output axes), counted without the stacked layers' L axis. All other axes (L, R, W) are
+# batch axes: Muon orthogonalises each layer's, component's and offset's matrix by itself. Weight decay is theirs alone.
+MATRICES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "wq_DNH": ((0,), (1, 2)),
+    "wk_DKH": ((0,), (1, 2)),
+    "wv_DKH": ((0,), (1, 2)),
+    "wo_NHD": ((0, 1), (2,)),
+    "w_gate_DF": ((0,), (1,)),
+    "w_up_DF": ((0,), (1,)),
+    "w_down_FD": ((0,), (1,)),
+    "u_DRWV": ((0,), (3,)),
+    "map_DRWD": ((0,), (3,)),
+    "map_DWD": ((0,), (2,)),
+    "down_DRWE": ((0,), (3,)),
+    "up_ED": ((0,), (1,)),
+}
 
 
 def init_weight(
@@ -24,19 +42,24 @@ def init_weight(
     return nnx.Param(std * jax.random.normal(rngs.params(), shape, out_sharding=spec))
 
 
-def product(equation: str, x: Array, w: Array) -> Array:
+def product(equation: str, x: Array, w: Array | OutputMajor) -> Array:
     """`einsum(equation, x, w)` in float32, of operands in x's dtype, in both directions.
 
     The gradient that comes back is rounded to x's dtype like the operands, and that of `w` has all the digits of its
     float32 sum. The equation is that of a matrix product: rows and inner axes, (inner and outer axes, or outer and
     inner), to rows and outer axes, as in "btd,drwe->btrwe" and "btrwd,vd->btrwv".
     """
-    return _product(equation, x, w)
+    if isinstance(w, OutputMajor):
+        return w.times(x)
+    y: Array = _product(equation, x, w)
+    return y
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(equation: str, x: Array, w: Array) -> Any:
-    return _sum32(equation, x, w.astype(x.dtype))
+    w = w.astype(x.dtype)
+    table = w.ndim == 2 and x.ndim > 2 and equation.split(",")[1][1] == "d"
+    return few_rows(x, w) if table and math.prod(x.shape[:-1]) <= FEW_ROWS else _sum32(equation, x, w)
 
 
 def _sum32(equation: str, a: Array, b: Array) -> Array:
@@ -70,18 +93,24 @@ def _product_backward(equation: str, residuals: tuple[Array, Array], d: Array) -
 _product.defvjp(_product_forward, _product_backward)
 
 
-@jax.custom_vjp
-def linear(x_BTK: Array, w_KX: Array) -> Array:
-    """`x @ w` in x's dtype, `[B, T, ...]`, of a weight `[K, ...]` as it is stored: ZeRO-3, in both directions.
+def linear(x: Array, w: Array | OutputMajor) -> Array:
+    """`x @ w` in x's dtype, `[B, T, inputs..]` to `[B, T, outputs..]`: ZeRO-3, in both directions.
 
-    The weight travels over `fsdp` in x's dtype, once for each pass. Its gradient is summed over positions and devices
-    in the weight's own dtype: a sum over many devices in bfloat16 would lose what the small terms add.
+    The weight `[inputs.., outputs..]` is taken as it is stored and travels over `fsdp` in x's dtype, once for each
+    pass. Its gradient is summed over positions and devices in the weight's own dtype: a sum over many devices in
+    bfloat16 would lose what the small terms add.
     """
-    x_MK, w_KN = _matrix(x_BTK), _matrix_of_weight(w_KX, x_BTK.dtype)
+    return w.times(x).astype(x.dtype) if isinstance(w, OutputMajor) else _linear(x, w)
+
+
+@jax.custom_vjp
+def _linear(x: Array, w: Array) -> Array:
+    inputs = x.ndim - 2
+    x_MK, w_KN = _matrix(x), _matrix_of_weight(w, inputs, x.dtype)
     rows, outer = jax.typeof(x_MK).sharding.spec[0], jax.typeof(w_KN).sharding.spec[1]
     y_MN = jnp.einsum("mk,kn->mn", x_MK, w_KN, out_sharding=P(rows, outer))
-    shape = (*x_BTK.shape[:2], *w_KX.shape[1:])
-    return y_MN.reshape(shape, out_sharding=P(rows, None, outer, *(None,) * (w_KX.ndim - 2)))
+    shape = (*x.shape[:2], *w.shape[inputs:])
+    return y_MN.reshape(shape, out_sharding=P(rows, None, outer, *(None,) * (len(shape) - 3)))
 
 
 def _matrix(x: Array) -> Array:
@@ -92,22 +121,25 @@ def _matrix(x: Array) -> Array:
     return x.reshape(math.prod(x.shape[:2]), -1, out_sharding=P(spec[0], spec[2]))
 
 
-def _matrix_of_weight(w: Array, dtype: Any) -> Array:
-    whole_KX = gather(w.astype(dtype))
-    return whole_KX.reshape(w.shape[0], -1, out_sharding=P(*jax.typeof(whole_KX).sharding.spec[:2]))
+def _matrix_of_weight(w: Array, inputs: int, dtype: Any) -> Array:
+    whole = gather(w.astype(dtype))
+    spec = jax.typeof(whole).sharding.spec
+    return whole.reshape(math.prod(w.shape[:inputs]), -1, out_sharding=P(spec[0], spec[inputs]))
 
 
 def _linear_backward(residuals: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
     # As plain matrices: of a product with several contracted axes XLA may transpose a whole operand.
     x, w = residuals
-    x_MK, d_MN, w_KN = _matrix(x), _matrix(d), _matrix_of_weight(w, x.dtype)
+    inputs = x.ndim - 2
+    x_MK, d_MN, w_KN = _matrix(x), _matrix(d), _matrix_of_weight(w, inputs, x.dtype)
     at_x, at_w = (jax.typeof(a).sharding.spec for a in residuals)
     d_x = jnp.einsum("mn,kn->mk", d_MN, w_KN, out_sharding=jax.typeof(x_MK).sharding.spec)
-    d_w = jnp.einsum("mk,mn->kn", x_MK, d_MN, out_sharding=P(*at_w[:2]), preferred_element_type=w.dtype)
+    at_w_KN = P(at_w[0], at_w[inputs])
+    d_w = jnp.einsum("mk,mn->kn", x_MK, d_MN, out_sharding=at_w_KN, preferred_element_type=w.dtype)
     return d_x.reshape(x.shape, out_sharding=at_x), d_w.reshape(w.shape, out_sharding=at_w)
 
 
-linear.defvjp(lambda x, w: (linear(x, w), (x, w)), _linear_backward)
+_linear.defvjp(lambda x, w: (_linear(x, w), (x, w)), _linear_backward)
 
 
 class RMSNorm(nnx.Module):

@@ -10,23 +10,8 @@ from jax import Array
 from optax.contrib import MuonDimensionNumbers, muon
 
 from mtp_jax.config import OptimizerConfig
+from mtp_jax.model.layers import MATRICES
 
-# Weight matrices: (input axes, output axes), counted without the stacked layers' L axis. All other axes (L, R, W) are
-# batch axes: Muon orthogonalises each layer's, component's and offset's matrix by itself. Weight decay is theirs alone.
-MATRICES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "wq_DNH": ((0,), (1, 2)),
-    "wk_DKH": ((0,), (1, 2)),
-    "wv_DKH": ((0,), (1, 2)),
-    "wo_NHD": ((0, 1), (2,)),
-    "w_gate_DF": ((0,), (1,)),
-    "w_up_DF": ((0,), (1,)),
-    "w_down_FD": ((0,), (1,)),
-    "u_DRWV": ((0,), (3,)),
-    "map_DRWD": ((0,), (3,)),
-    "map_DWD": ((0,), (2,)),
-    "down_DRWE": ((0,), (3,)),
-    "up_ED": ((0,), (1,)),
-}
 # Embeddings, gates, norms and biases: always Adam, never decayed.
 VECTORS = frozenset({"embed_VD", "unembed_VD", "gate_DR", "scale", "bq_NH", "bk_KH", "bv_KH"})
 

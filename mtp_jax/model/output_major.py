@@ -1,0 +1,52 @@
+"""Weights as a CPU reads bfloat16 fast: one matrix each, its outputs first.
+
+XLA multiplies a few rows by such a matrix four times faster than by one with its inputs first (52M weights, 4 rows:
+7.3 and 33.8 ms on two cores), and four rows in less time than one.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from jax.sharding import PartitionSpec as P
+
+LEAST_ROWS, FEW_ROWS = 4, 64
+
+
+class OutputMajor(nnx.Module):
+    """A weight `[inputs.., outputs..]` as `[N, K]`. It stands where its Param was: `linear` and `product` take it."""
+
+    def __init__(self, w: Array, inputs: int):
+        """`w`: the weight, on a mesh of one device. `inputs`: how many of its axes are contracted."""
+        self.outputs, self.spec = w.shape[inputs:], jax.typeof(w).sharding.spec[inputs:]
+        w_KN = w.reshape(math.prod(w.shape[:inputs]), -1, out_sharding=P(None, None))
+        self.w_NK = nnx.Param(w_KN.T)
+
+    def __getitem__(self, index: Any) -> OutputMajor:
+        """Itself, as `param[...]` is an array."""
+        return self
+
+    def times(self, x: Array) -> Array:
+        """`x @ w`, `[B, T, inputs..]` to `[B, T, outputs..]` in float32."""
+        rows = jax.typeof(x).sharding.spec[0]
+        y_BTN = few_rows(x.reshape(*x.shape[:2], -1, out_sharding=P(rows, None, None)), self.w_NK[...])
+        return y_BTN.reshape(*x.shape[:2], *self.outputs, out_sharding=P(rows, None, *self.spec))
+
+
+def few_rows(x: Array, w_NK: Array) -> Array:
+    """`x @ w.T`, `[B, T, .., K]` to `[B, T, .., N]` in float32.
+
+    As a product of two matrices: of one with more axes XLA would first transpose the whole of w.
+    """
+    time = x.shape[1]
+    if math.prod(x.shape[:-1]) < LEAST_ROWS and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        x = jnp.pad(x, ((0, 0), (0, LEAST_ROWS - time), *((0, 0),) * (x.ndim - 2)))
+    at_x, at_w = jax.typeof(x).sharding.spec, jax.typeof(w_NK).sharding.spec
+    x_MK, dtype = x.reshape(-1, x.shape[-1], out_sharding=P(at_x[0], None)), jnp.promote_types(x.dtype, jnp.float32)
+    y_MN = jnp.einsum("mk,nk->mn", x_MK, w_NK, out_sharding=P(at_x[0], at_w[0]), preferred_element_type=dtype)
+    return y_MN.reshape(*x.shape[:-1], -1, out_sharding=P(*at_x[:-1], at_w[0]))[:, :time]

@@ -1,0 +1,109 @@
+"""How a model is laid out for decoding: the same numbers, arranged so that a step copies and computes less."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from flax import nnx
+
+from mtp_jax.decode.layout import for_decoding
+from mtp_jax.model.layers import MATRICES, linear, product
+from mtp_jax.model.output_major import OutputMajor, few_rows
+from mtp_jax.sharding import RULES, gather
+
+
+@pytest.fixture(scope="module", autouse=True)
+def mesh():
+    with tiny.mesh() as mesh:
+        yield mesh
+
+
+def whole_numbers(seed, *shape):
+    """Small enough that sums of their products are exact in any order and dtype."""
+    return jnp.asarray(np.random.default_rng(seed).integers(-3, 4, shape), jnp.bfloat16)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("time", [1, 2, 5])
+@pytest.mark.parametrize(("inputs", "shape"), [(1, (6, 4)), (1, (6, 2, 4)), (2, (2, 3, 5)), (1, (6, 2, 1, 5))])
+def test_a_turned_weight_multiplies_as_it_did(inputs, shape, batch, time):
+    x, w = tiny.shard(whole_numbers(0, batch, time, *shape[:inputs])), tiny.shard(whole_numbers(1, *shape))
+    y, turned = linear(x, w), OutputMajor(w, inputs)
+    assert turned.w_NK.shape == (np.prod(shape[inputs:]), np.prod(shape[:inputs]))
+    np.testing.assert_array_equal(linear(x, turned), y)
+    assert linear(x, turned).dtype == y.dtype == jnp.bfloat16
+    if inputs == 1:
+        equation = f"btd,d{'rwv'[: len(shape) - 1]}->bt{'rwv'[: len(shape) - 1]}"
+        np.testing.assert_array_equal(product(equation, x, turned), product(equation, x, w))
+    assert jax.typeof(linear(x, turned)).sharding == jax.typeof(y).sharding
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 4), (1, 2, 4), (3, 1, 4), (1, 1, 1, 2, 4), (2, 3, 2, 1, 4)])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_few_rows_by_a_table(shape, dtype):
+    x, table_VD = whole_numbers(0, *shape).astype(dtype), whole_numbers(1, 7, 4).astype(dtype)
+    where = jax.NamedSharding(jax.sharding.get_mesh(), RULES.unembed_VD)
+    y = few_rows(tiny.shard(x), gather(jax.device_put(table_VD, where)))
+    np.testing.assert_array_equal(y, np.asarray(x, np.float64) @ np.asarray(table_VD, np.float64).T)
+    assert y.dtype == jnp.float32
+
+
+def turned(model):
+    """The names of turned weights, one for each layer and offset, and of matrices that are not."""
+    flat = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, OutputMajor | nnx.Param)]
+    names = [next(name for name in reversed(path) if isinstance(name, str)) for path, _ in flat]
+    found = [name for name, (_, node) in zip(names, flat, strict=True) if isinstance(node, OutputMajor)]
+    return found, [n for n, (_, node) in zip(names, flat, strict=True) if n in MATRICES and n not in found]
+
+
+@pytest.mark.parametrize("factors", ["full", "shared", "lowrank"])
+def test_one_cpu_turns_every_matrix_in_bfloat16_and_none_in_float32(factors):
+    head = tiny.head_config(factors=factors)
+    narrow, wide = (for_decoding(make(head, dtype=dtype)) for dtype in ("bfloat16", "float32"))
+    found, left = turned(narrow)
+    layers = ["wq_DNH", "wk_DKH", "wv_DKH", "wo_NHD", "w_gate_DF", "w_up_DF", "w_down_FD"] * 2
+    offsets = {"full": ["u_DRWV"] * 4, "shared": ["map_DRWD"] * 4, "lowrank": ["map_DWD", "down_DRWE"] * 4}[factors]
+    assert sorted(found) == sorted([*layers, *offsets, *(["up_ED"] if factors == "lowrank" else [])])
+    assert not left
+    assert not turned(wide)[0] and len(turned(wide)[1]) == len(found)
+    assert {leaf.dtype for leaf in jax.tree.leaves(narrow.blocks[0].feed_forward)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("factors", ["full", "shared", "lowrank"])
+def test_a_model_that_is_laid_out_has_the_laws_that_it_had(factors):
+    tokens_BT = tiny.shard(np.random.default_rng(0).integers(0, tiny.VOCAB, (2, 5)).astype(np.int32))
+    found = []
+    for dtype in "float32", "bfloat16":
+        model = make(tiny.head_config(factors=factors), dtype=dtype)
+        for laid_out in model, for_decoding(model):
+            x_BTD = jax.jit(lambda m: m(tokens_BT))(laid_out)
+            laws = [laid_out.head.target_log_probs(x_BTD), *laid_out.head.draft_state(x_BTD[:, -1]).logp_BRV]
+            found.append([np.asarray(law) for law in laws])
+    exact, laid_out, narrow, narrow_laid_out = found
+    for law, expected in zip(laid_out, exact, strict=True):
+        np.testing.assert_allclose(law, expected, atol=1e-5)
+    for law, rounded, expected in zip(narrow_laid_out, narrow, exact, strict=True):
+        assert np.abs(law - expected).max() < max(0.05, 2 * np.abs(rounded - expected).max())
+
+
+def test_many_devices_turn_nothing():
+    with tiny.mesh(data=2):
+        assert not turned(for_decoding(make(tiny.head_config(), dtype="bfloat16")))[0]
+
+
+def test_the_table_of_the_corrections_is_made_once():
+    """U B is a large product: a step of decoding that formed it would cost more than the trunk."""
+    model = make(tiny.head_config(factors="lowrank"))
+    x_BTD = tiny.shard(np.zeros((1, 1, 16), np.float32))
+
+    def products(model):
+        jaxpr = jax.make_jaxpr(lambda m, x: m.head.logits(x, stop=1))(model, x_BTD)
+        return str(jaxpr).count("dot_general")
+
+    before, after = products(model), products(for_decoding(model))
+    assert (before, after) == (5, 4)
+
+
+def make(head, **changes):
+    return tiny.make_model(tiny.train_config(tiny.model_config(**changes), head))
