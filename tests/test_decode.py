@@ -723,6 +723,19 @@ def test_another_request_in_the_same_buckets_does_not_compile_again(model):
     assert {decoding.bucket(n) for n in range(1, 17)} == {16} and decoding.bucket(17) == 32
 
 
+def test_twenty_calls_of_different_lengths_compile_once(model):
+    """One reading of prompts, one first token, one loop."""
+    functions, rng = (loop.read, loop.begin, loop.run), np.random.default_rng(0)
+    for function in functions:
+        function.clear_cache()
+    for call in range(20):
+        lengths = rng.integers(1, 17, 4)
+        prompts = [rng.integers(0, VOCAB, n) for n in lengths]
+        out = generate(model, prompts, max_new_tokens=rng.integers(1, 17, 4), temperature=1.0, seed=call, k=3)
+        assert min(map(len, out.tokens)) >= 1
+    assert [function._cache_size() for function in functions] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("k", [0, WINDOW - 1])

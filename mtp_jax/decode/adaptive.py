@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import statistics
 import time
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ from mtp_jax.model.transformer import LanguageModel
 from mtp_jax.sharding import RULES
 
 FORWARDS, TRIAL = 16, 2  # forwards of a run, and of the shortest that explores
+SECONDS = 0.03  # a run has more forwards if it would take less: entering the loop costs some 0.3 ms
 REST = 4  # runs between two that explore
 EXPLORE = 0.02  # exploring goes on while it has cost no more than this share of the time
 MEMORY = 0.98  # of what was seen of acceptance, per forward
@@ -60,6 +62,10 @@ class Policy:
         """The widest."""
         return len(self._last) - 1
 
+    def ran(self, k: int) -> bool:
+        """Whether a run of width k was recorded."""
+        return bool(self._seconds[k])
+
     def cost(self, k: int) -> float:
         """Seconds of a forward of width k: the median of its last runs."""
         known = [(i, statistics.median(s)) for i, s in enumerate(self._seconds) if s]
@@ -83,7 +89,7 @@ class Policy:
             self._rested = 0
             return stale, min(affordable, FORWARDS)
         self._rested += 1
-        return best, FORWARDS
+        return best, max(FORWARDS, int(SECONDS / self.cost(best)))
 
     def record(self, k: int, forwards: int, seconds: float, tried: int, accepted_k: np.ndarray) -> None:
         """What a run of width k showed.
@@ -113,6 +119,9 @@ class Policy:
         return seconds * (1 - self.rate(k) / self.rate(best))
 
 
+_POLICIES: weakref.WeakKeyDictionary[LanguageModel, dict[tuple[int, Plan], Policy]] = weakref.WeakKeyDictionary()
+
+
 def generate_adaptive(
     model: LanguageModel, prompts: Sequence[Prompt], *, policy: Policy | None = None, **options: Any
 ) -> Generation:
@@ -120,7 +129,7 @@ def generate_adaptive(
 
     Args:
       model, prompts, options: as in `generate`, without k.
-      policy: one that has seen the same model at the same batch size knows from the start what widths cost.
+      policy: which width to run (default: what calls with this model, batch size and kind of request have learnt).
 
     Raises:
       ConfigError: as `generate`, and for a verifier whose tokens depend on what was drafted.
@@ -131,14 +140,15 @@ def generate_adaptive(
         f"k is 'adaptive' and the verifier {config.rule}, whose tokens depend on what was drafted; use coupled, whose "
         "tokens do not, or a fixed k.",
     )
+    learnt = _POLICIES.setdefault(model, {})
     model = model if not isinstance(model.blocks, Block) else for_decoding(model)
     request = make_request(model, prompts, config)
     most, batch = request.plan.k, len(prompts)
-    policy = policy or Policy(most)
+    policy = policy or learnt.setdefault((batch, request.plan), Policy(most))
     require(policy.most == most, f"The policy is for widths 0..{policy.most} and the head drafts 0..{most}.")
 
     request = _with_width(request, 0)
-    state, warm = start(model, request), set()
+    state = start(model, request)
     forwards_B, seen_2Bk, total_2Bk = (
         np.zeros(batch, int),
         np.zeros((2, batch, 0), int),
@@ -150,9 +160,8 @@ def generate_adaptive(
         if changed:
             request = _with_width(request, k)
             state, seen_2Bk = _without_drafts(request.plan, state, request.sampling), np.zeros((2, batch, k), int)
-        if k not in warm:  # compiling is not the cost of a forward
+        if not policy.ran(k):  # compiling is not the cost of a forward
             state = proceed(model, request, state, 0)
-            warm.add(k)
         jax.block_until_ready(state)
         begin = time.perf_counter()
         state = jax.block_until_ready(proceed(model, request, state, budget))

@@ -153,34 +153,36 @@ def advance(
     logp_BT = pick.log_prob(logp_BTV, tokens_BT)
 
     broken_BT = jnp.isnan(logp_BT)
-    before_end_B = leading(~(stops.hit(tokens_BT) | broken_BT))
-    count_B = jnp.minimum(jnp.minimum(accepted_B, before_end_B) + 1, state.limit_B - state.length_B)
-    count_B = jnp.where(state.done_B, 0, count_B)
-    length_B = state.length_B + count_B
+    ends_BT = stops.hit(tokens_BT) | broken_BT
+    # The first token is committed; one behind a draft if that was accepted, did not end the row, and there is room.
     offsets_1T = jnp.arange(width, dtype=jnp.int32)[None]
+    offsets_1k, room_B1 = offsets_1T[:, :-1], (state.limit_B - state.length_B)[:, None]
+    accepted_Bk = offsets_1k < accepted_B[:, None]
+    count_B = 1 + leading(accepted_Bk & ~ends_BT[:, :-1] & (offsets_1k + 1 < room_B1))
+    committed_BT, live_B = offsets_1T < count_B[:, None], ~state.done_B
+    length_B = state.length_B + jnp.where(live_B, count_B, 0)
 
     if state.draft_Bk.shape[1]:
-        offsets_1k, live_B = offsets_1T[:, :-1], ~state.done_B
         drafted_Bk = (offsets_1k < state.draft_len_B[:, None]) & live_B[:, None]
         # Drafts behind a stop token do not count.
-        accepted_Bk = offsets_1k < jnp.minimum(accepted_B, count_B)[:, None]
+        accepted_Bk = accepted_Bk & committed_BT[:, :-1] & live_B[:, None]
         state = dataclasses.replace(
             state, drafted_Bk=state.drafted_Bk + drafted_Bk, accepted_Bk=state.accepted_Bk + accepted_Bk
         )
 
-    last = jnp.clip(count_B - 1, 0, width - 1)
+    last_B = count_B - 1
     state = dataclasses.replace(
         state,
         # What lies behind the new length is garbage that is overwritten before it is committed.
         tokens_BS=_put(state.tokens_BS, tokens_BT, state.length_B),
         logp_BS=_put(state.logp_BS, logp_BT, state.length_B),
-        finite_B=state.finite_B & ~jnp.any(broken_BT & (offsets_1T < count_B[:, None]), axis=1),
+        finite_B=state.finite_B & ~(jnp.any(broken_BT & committed_BT, axis=1) & live_B),
         length_B=length_B,
-        done_B=state.done_B | (before_end_B < count_B) | (length_B >= state.limit_B),
+        done_B=state.done_B | jnp.any(ends_BT & committed_BT, axis=1) | (length_B >= state.limit_B),
         noise_BTV=verifier.noise(sampling, length_B, plan.k + 1, logits_BTV.shape[-1]),
     )
-    first_BRV = None if first_BTRV is None else pick.at(first_BTRV, last)
-    return draft(plan, model, state, pick.at(x_BTD, last), pick.at(tokens_BT, last), sampling, first_BRV)
+    first_BRV = None if first_BTRV is None else pick.at(first_BTRV, last_B)
+    return draft(plan, model, state, pick.at(x_BTD, last_B), pick.at(tokens_BT, last_B), sampling, first_BRV)
 
 
 def draft(
