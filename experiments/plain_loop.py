@@ -27,7 +27,7 @@ from jax import Array, lax
 
 import mtp_jax
 from mtp_jax.commands.experiment import load_experiment
-from mtp_jax.config import DecodeConfig
+from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.generate import for_decoding, make_request, start
 from mtp_jax.decode.law import Sampling, gumbel, process_logits
 from mtp_jax.decode.loop import run

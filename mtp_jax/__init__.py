@@ -21,10 +21,10 @@ _PUBLIC = {
     "ModelConfig": "mtp_jax.config",
     "HeadConfig": "mtp_jax.config",
     "DataConfig": "mtp_jax.config",
-    "DecodeConfig": "mtp_jax.config",
+    "DecodeConfig": "mtp_jax.decode.config",
     "OptimizerConfig": "mtp_jax.config",
-    "LossBenchConfig": "mtp_jax.config",
-    "TrainBenchConfig": "mtp_jax.config",
+    "LossBenchConfig": "mtp_jax.bench.config",
+    "TrainBenchConfig": "mtp_jax.bench.config",
     "MeshConfig": "mtp_jax.config",
     "ConfigError": "mtp_jax.config",
     "LanguageModel": "mtp_jax.model.transformer",
@@ -35,17 +35,17 @@ _PUBLIC = {
 }
 
 if TYPE_CHECKING:
+    from mtp_jax.bench.config import LossBenchConfig as LossBenchConfig
+    from mtp_jax.bench.config import TrainBenchConfig as TrainBenchConfig
     from mtp_jax.checkpoint import load as load
     from mtp_jax.config import ConfigError as ConfigError
     from mtp_jax.config import DataConfig as DataConfig
-    from mtp_jax.config import DecodeConfig as DecodeConfig
     from mtp_jax.config import HeadConfig as HeadConfig
-    from mtp_jax.config import LossBenchConfig as LossBenchConfig
     from mtp_jax.config import MeshConfig as MeshConfig
     from mtp_jax.config import ModelConfig as ModelConfig
     from mtp_jax.config import OptimizerConfig as OptimizerConfig
-    from mtp_jax.config import TrainBenchConfig as TrainBenchConfig
     from mtp_jax.config import TrainConfig as TrainConfig
+    from mtp_jax.decode.config import DecodeConfig as DecodeConfig
     from mtp_jax.decode.generate import generate as generate
     from mtp_jax.decode.slots import Slots as Slots
     from mtp_jax.mesh import make_mesh as make_mesh

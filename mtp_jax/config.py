@@ -11,10 +11,9 @@ import difflib
 import typing
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeAlias, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
-Rows: TypeAlias = T | Sequence[T]  # one value for all rows of a batch, or one for each
 
 
 class ConfigError(ValueError):
@@ -27,18 +26,22 @@ def require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _values(value: Any) -> Sequence[Any]:
+def each(value: Any) -> Sequence[Any]:
     """The values of a field that may have one for each row."""
     return value if hasattr(value, "__len__") else (value,)
 
 
-def _at_least(config: Any, least: float, *names: str) -> None:
+# What many fields have in common. Each raises `ConfigError` with the field's name, its value and what is allowed.
+
+
+def at_least(config: Any, least: float, *names: str) -> None:
+    """Refuse a value of these fields that is less."""
     for name in names:
-        for value in _values(getattr(config, name)):
+        for value in each(getattr(config, name)):
             require(value >= least, f"{type(config).__name__}.{name} is {value}; it must be at least {least}.")
 
 
-def _choices(config: Any) -> None:
+def choices(config: Any) -> None:
     """Refuse a value that is not among those of a `Literal` field."""
     for name, hint in typing.get_type_hints(type(config)).items():
         value, allowed = getattr(config, name), typing.get_args(hint)
@@ -48,15 +51,17 @@ def _choices(config: Any) -> None:
         )
 
 
-def _positive(config: Any, *names: str) -> None:
+def positive(config: Any, *names: str) -> None:
+    """Refuse a value of these fields that is not above 0."""
     for name in names:
         value = getattr(config, name)
         require(value > 0, f"{type(config).__name__}.{name} is {value}; it must be positive.")
 
 
-def _fraction(config: Any, *names: str, closed: bool = True) -> None:
+def fraction(config: Any, *names: str, closed: bool = True) -> None:
+    """Refuse a value of these fields outside [0, 1], or [0, 1) if not `closed`."""
     for name in names:
-        for value in _values(getattr(config, name)):
+        for value in each(getattr(config, name)):
             require(
                 0 <= value < 1 or (closed and value == 1),
                 f"{type(config).__name__}.{name} is {value}; it must lie in [0, 1{']' if closed else ')'}.",
@@ -76,8 +81,8 @@ class RopeScaling:
     original_context_length: int = 8192
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "factor", "original_context_length")
-        _positive(self, "low_freq_factor")
+        at_least(self, 1, "factor", "original_context_length")
+        positive(self, "low_freq_factor")
         require(
             self.high_freq_factor > self.low_freq_factor,
             f"RopeScaling.high_freq_factor is {self.high_freq_factor} and low_freq_factor is {self.low_freq_factor}; "
@@ -116,9 +121,9 @@ class ModelConfig:
     attention: Literal["xla", "cudnn"] = "xla"
 
     def __post_init__(self) -> None:
-        _choices(self)
-        _at_least(self, 1, "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "context_length")
-        _positive(self, "rope_theta", "norm_eps")
+        choices(self)
+        at_least(self, 1, "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "context_length")
+        positive(self, "rope_theta", "norm_eps")
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"ModelConfig.num_heads is {self.num_heads} and num_kv_heads is {self.num_kv_heads}; every key/value head "
@@ -184,11 +189,11 @@ class HeadConfig:
     shortlist: int | tuple[int, ...] = 0
 
     def __post_init__(self) -> None:
-        _choices(self)
+        choices(self)
         if not isinstance(self.shortlist, int):
             object.__setattr__(self, "shortlist", tuple(self.shortlist))
-        _at_least(self, 1, "window", "rank", "factor_width")
-        _at_least(self, 0, "ntp_weight", "z_weight", "balance_weight", "init_noise", "backward_draws")
+        at_least(self, 1, "window", "rank", "factor_width")
+        at_least(self, 0, "ntp_weight", "z_weight", "balance_weight", "init_noise", "backward_draws")
         require(
             self.kind != "independent" or self.rank == 1,
             f"HeadConfig.kind is independent and rank is {self.rank}; independent offsets have rank 1. "
@@ -252,7 +257,7 @@ class DataConfig:
     cache_dir: str | None = None
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "seq_len", "batch_size")
+        at_least(self, 1, "seq_len", "batch_size")
         require(
             0 < self.valid_fraction < 1,
             f"DataConfig.valid_fraction is {self.valid_fraction}; it must lie in (0, 1).",
@@ -261,193 +266,6 @@ class DataConfig:
             self.source != "text" or bool(self.files),
             "DataConfig.source is text and files is empty; give a glob, such as --data.files 'stories/*.txt'.",
         )
-
-
-@dataclass(frozen=True)
-class DecodeConfig:
-    """How prompts are continued. What has a type `Rows[...]` is one value for all rows, or a sequence of one per row.
-
-    `max_new_tokens` is exact, unless one of `stop_tokens` comes first. `temperature` (0 is greedy), `top_k` (0 keeps
-    all) and `top_p` are the law that is sampled. Row i samples with `seed[i]`, or `seed + i`; its output is a function
-    of that and its prompt alone. `k` is the most drafts per forward, 0..W-1 (default W-1); a forward is as wide as the
-    largest of them. A row stops drafting before a token whose law (the head's, given the drafts before it) has no
-    probability of `min_confidence` or more. `verifier` names an entry of `mtp_jax.decode.verify.VERIFIERS`.
-    Drafts are of the `joint` law, or `ancestral`: of one component, drawn from its posterior, with an R-th of the
-    draft's products with the unembedding (factors `shared` and `lowrank`) and somewhat lower acceptance.
-    """
-
-    max_new_tokens: Rows[int]
-    temperature: Rows[float] = 0.0
-    top_k: Rows[int] = 0
-    top_p: Rows[float] = 1.0
-    seed: Rows[int] = 0
-    k: Rows[int] | None = None
-    min_confidence: Rows[float] = 0.0
-    verifier: str | None = None
-    draft: Literal["joint", "ancestral"] = "joint"
-    stop_tokens: Sequence[int] = ()
-
-    def __post_init__(self) -> None:
-        _choices(self)
-        _at_least(self, 1, "max_new_tokens")
-        _at_least(self, 0, "temperature", "top_k", "seed")
-        _fraction(self, "min_confidence")
-        require(
-            not isinstance(self.k, str),
-            f"DecodeConfig.k is {self.k!r}; give numbers. Only `generate` has k='adaptive'.",
-        )
-        for temperature in _values(self.temperature):
-            require(
-                temperature == 0 or temperature >= 1e-6,
-                f"DecodeConfig.temperature is {temperature}; it must be 0 (greedy), or at least 1e-06.",
-            )
-        for top_p in _values(self.top_p):
-            require(0 < top_p <= 1, f"DecodeConfig.top_p is {top_p}; it must lie in (0, 1].")
-        require(
-            self.verifier != "greedy" or self.greedy,
-            f"DecodeConfig.verifier is greedy and temperature is {self.temperature}; greedy decoding has temperature "
-            "0. Use coupled.",
-        )
-
-    @property
-    def greedy(self) -> bool:
-        """Whether every row has temperature 0."""
-        return max(_values(self.temperature), default=0) == 0
-
-    @property
-    def rule(self) -> str:
-        """The verifier's name: by default `greedy` at temperature 0 and `coupled` above."""
-        return self.verifier or ("greedy" if self.greedy else "coupled")
-
-    def check(self, model: ModelConfig, head: HeadConfig, prompts: Sequence[Any]) -> None:
-        """Refuse what such a model cannot decode. Each of `prompts` is a sequence of token ids."""
-        window, vocab, context = head.window, model.vocab_size, model.context_length
-        require(len(prompts) > 0, "There are no prompts; give at least one.")
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k", "min_confidence"):
-            value = getattr(self, name)
-            require(
-                not hasattr(value, "__len__") or len(value) == len(prompts),
-                f"{name} has {len(_values(value))} values and there are {len(prompts)} prompts; give one for each, or "
-                "one value for all.",
-            )
-        for k in _values(self.k) if self.k is not None else []:
-            require(0 <= k < window, f"k is {k} and the head's window is {window}; k must lie in 0..{window - 1}.")
-        most = 2**32 - (1 if hasattr(self.seed, "__len__") else len(prompts))
-        for seed in _values(self.seed):
-            require(seed <= most, f"seed is {seed}; row i samples with seed + i, so it must lie in 0..{most}.")
-        new = _values(self.max_new_tokens)
-        for i, prompt in enumerate(prompts):
-            require(len(prompt) > 0, f"Prompt {i} is empty; it needs at least one token to continue from.")
-            limit = new[i % len(new)]
-            total = len(prompt) + limit
-            require(
-                total <= context,
-                f"Prompt {i} has {len(prompt)} tokens and max_new_tokens is {limit}, {total} together; "
-                f"the model's context_length is {context}. Shorten one of them.",
-            )
-            low, high = min(prompt), max(prompt)
-            require(
-                low >= 0 and high < vocab,
-                f"Prompt {i} has token ids {low}..{high}; the vocabulary is 0..{vocab - 1}.",
-            )
-
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """What `mtp-jax bench decode` measures: every batch size x temperature x verifier x k of 0..W-1.
-
-    `prompts` documents are chosen by `seed`, among those held out or, given the glob `files`, among its files; each
-    gives its first `prompt_tokens` tokens and is continued by `new_tokens`. They are decoded in batches of each of
-    `batch_sizes`. `verifiers` are for temperatures above 0; without any, the default there. For each batch of prompts
-    all that is measured follows one another, so that a machine whose speed drifts slows all of them. `repetitions` of
-    the whole; a rate is the total of tokens over the median of the repetitions' total times.
-    `compare` hf: greedy decoding by Hugging Face `transformers` too, of the same weights, one prompt at a time.
-    """
-
-    prompts: int = 24
-    prompt_tokens: int = 96
-    new_tokens: int = 256
-    temperatures: tuple[float, ...] = (0.0, 0.7)
-    batch_sizes: tuple[int, ...] = (1,)
-    verifiers: tuple[str, ...] = ()
-    files: str = ""
-    compare: Literal["none", "hf"] = "none"
-    repetitions: int = 3
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        _choices(self)
-        _at_least(self, 1, "prompts", "prompt_tokens", "repetitions")
-        _at_least(self, 2, "new_tokens")
-        _at_least(self, 0, "seed")
-        require(
-            min(self.temperatures, default=-1.0) >= 0,
-            f"BenchConfig.temperatures is {self.temperatures}; give one or more, each at least 0.",
-        )
-        require(
-            min(self.batch_sizes, default=0) >= 1 and all(self.prompts % size == 0 for size in self.batch_sizes),
-            f"BenchConfig.batch_sizes is {self.batch_sizes} and prompts is {self.prompts}; give one or more that "
-            "divide the prompts, so that every size decodes all of them.",
-        )
-        require(
-            not self.verifiers or ("greedy" not in self.verifiers and max(self.temperatures) > 0),
-            f"BenchConfig.verifiers is {self.verifiers} and temperatures is {self.temperatures}; temperature 0 always "
-            "has greedy, and what is named here verifies at those above. Leave it out, or add a temperature.",
-        )
-
-
-@dataclass(frozen=True)
-class LossBenchConfig:
-    """What `mtp-jax bench loss` measures: loss and gradient of a head of `rank` x `window` factors over a vocabulary of
-    `v`, on `tokens` positions of width `d`, on one device. `factor_width` is that of `lowrank` factors, `draws` the
-    `backward_draws` of `shared` ones, `shortlist` the number of tokens that the offsets after the first know."""
-
-    d: int = 256
-    v: int = 32768
-    window: int = 4
-    rank: int = 8
-    tokens: int = 512
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    factors: Literal["full", "shared", "lowrank"] = "shared"
-    factor_width: int = 64
-    draws: int = 0
-    shortlist: int = 0
-    repetitions: int = 5
-
-    def __post_init__(self) -> None:
-        _choices(self)
-        _at_least(self, 1, "d", "v", "window", "rank", "tokens", "factor_width", "repetitions")
-        require(
-            0 <= self.shortlist <= self.v,
-            f"LossBenchConfig.shortlist is {self.shortlist} and v is {self.v}; a shortlist is part of the vocabulary.",
-        )
-        self.head()  # which refuses what does not go together
-
-    def head(self) -> HeadConfig:
-        """The head whose loss is measured; its components differ."""
-        return HeadConfig(
-            window=self.window,
-            rank=self.rank,
-            factors=self.factors,
-            factor_width=self.factor_width,
-            backward_draws=self.draws,
-            shortlist=self.shortlist,
-            init_noise=1.0,
-        )
-
-
-@dataclass(frozen=True)
-class TrainBenchConfig:
-    """What `mtp-jax bench train` measures: steps of an experiment's model with a CPD head of each of `ranks`, against
-    the same trunk with one plain next-token head, on random tokens."""
-
-    ranks: tuple[int, ...] = (1, 2, 4, 8)
-    repetitions: int = 5
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "repetitions")
-        low = min(self.ranks, default=0)
-        require(low >= 1, f"TrainBenchConfig.ranks is {self.ranks}; give one or more, each at least 1.")
 
 
 @dataclass(frozen=True)
@@ -473,11 +291,11 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        _choices(self)
-        _at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "clip_norm")
-        _positive(self, "eps")
-        _fraction(self, "decay_fraction", "final_lr_fraction")
-        _fraction(self, "beta1", "beta2", "momentum", closed=False)
+        choices(self)
+        at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "clip_norm")
+        positive(self, "eps")
+        fraction(self, "decay_fraction", "final_lr_fraction")
+        fraction(self, "beta1", "beta2", "momentum", closed=False)
 
 
 @dataclass(frozen=True)
@@ -534,8 +352,8 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "grad_accumulation", "eval_every", "eval_batches", "checkpoint_every")
-        _at_least(self, 1, "keep_checkpoints", "log_every")
+        at_least(self, 1, "steps", "grad_accumulation", "eval_every", "eval_batches", "checkpoint_every")
+        at_least(self, 1, "keep_checkpoints", "log_every")
         batch, parts = self.data.batch_size, self.grad_accumulation
         require(
             batch % parts == 0,

@@ -10,8 +10,8 @@ import pytest
 import tiny
 from test_law import FALSE_ALARM, POWER, goodness_of_fit
 
-from mtp_jax.config import DecodeConfig
 from mtp_jax.decode import loop
+from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.generate import for_decoding, generate, make_request, result, start
 from mtp_jax.decode.law import Sampling
 

@@ -13,10 +13,11 @@ import tiny
 
 from mtp_jax.bench import decode as bench
 from mtp_jax.bench import hf
+from mtp_jax.bench.config import BenchConfig
 from mtp_jax.bench.decode import Cell, bench_decode, file_prompts, held_out_prompts
 from mtp_jax.commands import parse
 from mtp_jax.commands.bench import Decode
-from mtp_jax.config import BenchConfig, ConfigError
+from mtp_jax.config import ConfigError
 from mtp_jax.data import ByteTokenizer, Documents, Store
 from mtp_jax.decode.generate import Generation, for_decoding, generate
 from mtp_jax.decode.verify import VERIFIERS

@@ -14,9 +14,10 @@ import tiny
 from mtp_jax import cli
 from mtp_jax.bench import loss as bench_loss_module
 from mtp_jax.bench import timing
+from mtp_jax.bench.config import LossBenchConfig, TrainBenchConfig
 from mtp_jax.bench.loss import bench_loss
 from mtp_jax.bench.train import NEXT_TOKEN, bench_train
-from mtp_jax.config import ConfigError, LossBenchConfig, MeshConfig, TrainBenchConfig
+from mtp_jax.config import ConfigError, MeshConfig
 from mtp_jax.heads.factors import FACTORS
 from mtp_jax.mesh import make_mesh
 from mtp_jax.train.step import make_trainer

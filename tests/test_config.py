@@ -14,23 +14,23 @@ from pathlib import Path
 import pytest
 
 from mtp_jax import config as config_module
+from mtp_jax.bench import config as bench_config
+from mtp_jax.bench.config import BenchConfig, LossBenchConfig, TrainBenchConfig
 from mtp_jax.config import (
-    BenchConfig,
     ConfigError,
     DataConfig,
-    DecodeConfig,
     HeadConfig,
-    LossBenchConfig,
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
     RopeScaling,
-    TrainBenchConfig,
     TrainConfig,
     differences,
     from_dict,
     to_dict,
 )
+from mtp_jax.decode import config as decode_config
+from mtp_jax.decode.config import DecodeConfig
 
 
 def decode(*prompts, new=8, vocab_size=32, context=16, **changes):
@@ -273,27 +273,36 @@ def test_a_value_that_is_not_among_the_choices_is_refused(cls, name, value, allo
     assert_says(str(error.value), [f"{cls.__name__}.{name} is", value, allowed])
 
 
-def test_every_refusal_of_the_module_is_among_these(monkeypatch):
+def test_every_refusal_of_the_configs_is_among_these(monkeypatch):
     """A check that is added without a case here fails: the lines that refuse are compared with those in the source."""
-    source = ast.parse(inspect.getsource(config_module))
-    calls = [node for node in ast.walk(source) if isinstance(node, ast.Call)]
-    checks = {call.lineno: call for call in calls if getattr(call.func, "id", "") == "require"}
+    modules, checks = (config_module, decode_config, bench_config), {}
+    for module in modules:
+        calls = [node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call)]
+        checks |= {
+            (module.__file__, call.lineno): call.end_lineno
+            for call in calls
+            if getattr(call.func, "id", "") == "require"
+        }
     refused, require = set(), config_module.require
 
     def spy(ok, message):
-        line = sys._getframe(1).f_lineno
+        frame = sys._getframe(1)
+        file, line = frame.f_code.co_filename, frame.f_lineno
         if not ok:
-            refused.update(first for first, call in checks.items() if first <= line <= call.end_lineno)
+            refused.update(
+                (path, first) for (path, first), last in checks.items() if path == file and first <= line <= last
+            )
         require(ok, message)
 
-    monkeypatch.setattr(config_module, "require", spy)
+    for module in modules:
+        monkeypatch.setattr(module, "require", spy)
     wrong = [(ModelConfig, "d_model", 0, 1), (ModelConfig, "norm_eps", 0, 1), (OptimizerConfig, "beta1", 2, 1)]
     wrong += CHOICES
     builds = [build for build, _ in REFUSED.values()]
     for build in builds + [functools.partial(cls, **{name: value}) for cls, name, value, _ in wrong]:
         with contextlib.suppress(ConfigError):
             build()
-    assert refused == set(checks)
+    assert refused == set(checks) and len({file for file, _ in checks}) == 3
 
 
 def test_what_fits_is_accepted():
@@ -319,7 +328,7 @@ def test_the_verifier_is_greedy_only_without_temperature():
 @pytest.mark.parametrize("factors", ["shared", "lowrank"])
 def test_a_width_that_tensor_does_not_divide_is_accepted(factors):
     """It is split over fsdp alone (`sharding.py`)."""
-    on_mesh(2, 1, 4, d_model=18, head_dim=4, num_kv_heads=4, factors=factors)
+    assert on_mesh(2, 1, 4, d_model=18, head_dim=4, num_kv_heads=4, factors=factors) is None
 
 
 @pytest.mark.parametrize(

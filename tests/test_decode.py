@@ -11,9 +11,10 @@ import tiny
 from jax.sharding import PartitionSpec as P
 from test_law import FALSE_ALARM, POWER, goodness_of_fit, reference_law
 
-from mtp_jax.config import ConfigError, DecodeConfig
+from mtp_jax.config import ConfigError
 from mtp_jax.decode import generate as decoding
 from mtp_jax.decode import loop, text
+from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.generate import for_decoding, generate, make_request, proceed, result, start, stream
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.state import Stops

@@ -14,10 +14,12 @@ import numpy as np
 from jax import Array
 
 from mtp_jax.bench import hf
+from mtp_jax.bench.config import BenchConfig
 from mtp_jax.checkpoint import LoadedRun, versions
-from mtp_jax.config import BenchConfig, DataConfig, DecodeConfig, TrainConfig, require
+from mtp_jax.config import DataConfig, TrainConfig, require
 from mtp_jax.data import Store, Tokenizer, prepare
 from mtp_jax.data.sources.text import Text
+from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.generate import Generation, Request, for_decoding, make_request, proceed, result, start
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.loop import read

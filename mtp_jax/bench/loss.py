@@ -15,9 +15,10 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh
 
+from mtp_jax.bench.config import LossBenchConfig
 from mtp_jax.bench.timing import interleave, ratio, summary
 from mtp_jax.checkpoint import versions
-from mtp_jax.config import LossBenchConfig, MeshConfig, ModelConfig
+from mtp_jax.config import MeshConfig, ModelConfig
 from mtp_jax.heads import make_head
 from mtp_jax.losses.mixture import Terms, conditionals, mixture_loss
 from mtp_jax.losses.tiles import Device, Form, tile_positions

@@ -9,9 +9,10 @@ from typing import Annotated, Any
 
 import tyro
 
+from mtp_jax.bench.config import BenchConfig, LossBenchConfig, TrainBenchConfig
 from mtp_jax.commands import console, parse, use_compilation_cache
 from mtp_jax.commands.experiment import load_experiment, split_file
-from mtp_jax.config import BenchConfig, LossBenchConfig, TrainBenchConfig, TrainConfig
+from mtp_jax.config import TrainConfig
 from mtp_jax.registry import lookup
 
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mtp_jax.commands import parse, use_compilation_cache
-from mtp_jax.config import DecodeConfig, require
+from mtp_jax.config import require
+from mtp_jax.decode.config import DecodeConfig
 
 if TYPE_CHECKING:
     from rich.console import Console

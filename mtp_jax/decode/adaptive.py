@@ -21,7 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mtp_jax.config import DecodeConfig, require
+from mtp_jax.config import require
+from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.generate import Generation, Prompt, Request, for_decoding, make_request, proceed, result, start
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.loop import Plan

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mtp_jax.config import DecodeConfig, require
+from mtp_jax.config import require
+from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.layout import for_decoding, mesh_in_scope
 from mtp_jax.decode.loop import Limits, Plan, prefill, run

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from mtp_jax.config import DecodeConfig, require
+from mtp_jax.config import require
+from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.generate import Prompt, bucket, for_decoding, make_request, start
 from mtp_jax.decode.loop import run
 from mtp_jax.model.block import Block

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from mtp_jax.config import DecodeConfig, require
+from mtp_jax.config import require
 from mtp_jax.data.tokenizers import Tokenizer
+from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.generate import make_request, proceed, put_rows, result, start
 from mtp_jax.model.transformer import LanguageModel
 

@@ -1,0 +1,106 @@
+"""What the benchmarks measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mtp_jax.config import HeadConfig, at_least, choices, require
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """What `mtp-jax bench decode` measures: every batch size x temperature x verifier x k of 0..W-1.
+
+    `prompts` documents are chosen by `seed`, among those held out or, given the glob `files`, among its files; each
+    gives its first `prompt_tokens` tokens and is continued by `new_tokens`. They are decoded in batches of each of
+    `batch_sizes`. `verifiers` are for temperatures above 0; without any, the default there. For each batch of prompts
+    all that is measured follows one another, so that a machine whose speed drifts slows all of them. `repetitions` of
+    the whole; a rate is the total of tokens over the median of the repetitions' total times.
+    `compare` hf: greedy decoding by Hugging Face `transformers` too, of the same weights, one prompt at a time.
+    """
+
+    prompts: int = 24
+    prompt_tokens: int = 96
+    new_tokens: int = 256
+    temperatures: tuple[float, ...] = (0.0, 0.7)
+    batch_sizes: tuple[int, ...] = (1,)
+    verifiers: tuple[str, ...] = ()
+    files: str = ""
+    compare: Literal["none", "hf"] = "none"
+    repetitions: int = 3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choices(self)
+        at_least(self, 1, "prompts", "prompt_tokens", "repetitions")
+        at_least(self, 2, "new_tokens")
+        at_least(self, 0, "seed")
+        require(
+            min(self.temperatures, default=-1.0) >= 0,
+            f"BenchConfig.temperatures is {self.temperatures}; give one or more, each at least 0.",
+        )
+        require(
+            min(self.batch_sizes, default=0) >= 1 and all(self.prompts % size == 0 for size in self.batch_sizes),
+            f"BenchConfig.batch_sizes is {self.batch_sizes} and prompts is {self.prompts}; give one or more that "
+            "divide the prompts, so that every size decodes all of them.",
+        )
+        require(
+            not self.verifiers or ("greedy" not in self.verifiers and max(self.temperatures) > 0),
+            f"BenchConfig.verifiers is {self.verifiers} and temperatures is {self.temperatures}; temperature 0 always "
+            "has greedy, and what is named here verifies at those above. Leave it out, or add a temperature.",
+        )
+
+
+@dataclass(frozen=True)
+class LossBenchConfig:
+    """What `mtp-jax bench loss` measures: loss and gradient of a head of `rank` x `window` factors over a vocabulary of
+    `v`, on `tokens` positions of width `d`, on one device. `factor_width` is that of `lowrank` factors, `draws` the
+    `backward_draws` of `shared` ones, `shortlist` the number of tokens that the offsets after the first know."""
+
+    d: int = 256
+    v: int = 32768
+    window: int = 4
+    rank: int = 8
+    tokens: int = 512
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    factors: Literal["full", "shared", "lowrank"] = "shared"
+    factor_width: int = 64
+    draws: int = 0
+    shortlist: int = 0
+    repetitions: int = 5
+
+    def __post_init__(self) -> None:
+        choices(self)
+        at_least(self, 1, "d", "v", "window", "rank", "tokens", "factor_width", "repetitions")
+        require(
+            0 <= self.shortlist <= self.v,
+            f"LossBenchConfig.shortlist is {self.shortlist} and v is {self.v}; a shortlist is part of the vocabulary.",
+        )
+        self.head()  # which refuses what does not go together
+
+    def head(self) -> HeadConfig:
+        """The head whose loss is measured; its components differ."""
+        return HeadConfig(
+            window=self.window,
+            rank=self.rank,
+            factors=self.factors,
+            factor_width=self.factor_width,
+            backward_draws=self.draws,
+            shortlist=self.shortlist,
+            init_noise=1.0,
+        )
+
+
+@dataclass(frozen=True)
+class TrainBenchConfig:
+    """What `mtp-jax bench train` measures: steps of an experiment's model with a CPD head of each of `ranks`, against
+    the same trunk with one plain next-token head, on random tokens."""
+
+    ranks: tuple[int, ...] = (1, 2, 4, 8)
+    repetitions: int = 5
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "repetitions")
+        low = min(self.ranks, default=0)
+        require(low >= 1, f"TrainBenchConfig.ranks is {self.ranks}; give one or more, each at least 1.")
