@@ -5,8 +5,9 @@
     mtp-jax bench decode runs/code_cpu --report
 
 Data: the source of the running interpreter's standard library, split by file; byte tokens.
-Shape: few wide layers, because on a CPU a forward of k + 1 tokens costs least, next to one of a single token, where the
-time goes into reading large matrices. Sequences of 384 tokens cover the positions that the benchmark decodes (96 + 256).
+Shape: few wide layers, because on a CPU a forward of k + 1 tokens costs least, next to one of a single token, where
+the time goes into reading large matrices. Sequences of 384 tokens cover the positions that the benchmark decodes
+(96 + 256).
 
 Cost: about 5 minutes of training on two cores; the three commands take about 8 minutes.
 Expect: validation loss by offset 1.6 1.9 2.0 2.3 nats per byte, all 4 components in use, about 2.2 tokens per forward

@@ -117,6 +117,9 @@ class Scripted(Policy):
     def choose(self) -> tuple[int, int]:
         return self.widths[len(self.seen) % len(self.widths)], 2
 
+    def ran(self, k: int) -> bool:
+        return True
+
     def record(self, k, forwards, seconds, tried, accepted_k) -> None:
         assert seconds > 0 and accepted_k.shape == (k,) and all(accepted_k <= tried)
         self.seen.append((k, forwards, tried))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import statistics
 import time
 import weakref
 from collections.abc import Sequence
@@ -34,6 +33,7 @@ from mtp_jax.sharding import RULES
 
 FORWARDS, TRIAL = 16, 2  # forwards of a run, and of the shortest that explores
 SECONDS = 0.03  # a run has more forwards if it would take less: entering the loop costs some 0.3 ms
+MARGIN = 1.1  # by which drafts must promise to win: a batch is done with its slowest row, and promises are uncertain
 REST = 4  # runs between two that explore
 EXPLORE = 0.02  # exploring goes on while it has cost no more than this share of the time
 MEMORY = 0.98  # of what was seen of acceptance, per forward
@@ -68,8 +68,8 @@ class Policy:
         return bool(self._seconds[k])
 
     def cost(self, k: int) -> float:
-        """Seconds of a forward of width k: the median of its last runs."""
-        known = [(i, statistics.median(s)) for i, s in enumerate(self._seconds) if s]
+        """Seconds of a forward of width k: the least of its last runs, as others on the machine only ever add to it."""
+        known = [(i, min(s)) for i, s in enumerate(self._seconds) if s]
         widths, costs = zip(*known, strict=True)
         return float(np.interp(k, widths, costs))
 
@@ -99,8 +99,8 @@ class Policy:
           k: its width.
           forwards: how many it took.
           seconds: its time.
-          tried: forwards with drafts, summed over rows.
-          accepted_k: how often the draft at each offset was accepted, summed over rows.
+          tried: forwards with drafts, of the row that has most left to do.
+          accepted_k: how often its draft at each offset was accepted.
         """
         self._runs += 1
         self._last[k] = self._runs
@@ -113,7 +113,8 @@ class Policy:
             self._lost += self._loss(k, self._best(), seconds)
 
     def _best(self) -> int:
-        return max(range(self.most + 1), key=self.rate)
+        best = max(range(self.most + 1), key=self.rate)
+        return 0 if self.ran(best) and self.rate(best) < MARGIN * self.rate(0) else best
 
     def _loss(self, k: int, best: int, seconds: float) -> float:
         """The part of `seconds` that width k wastes, as far as is known."""
@@ -157,12 +158,14 @@ def generate_adaptive(
     )
     while not np.all(state.done_B):
         k, budget = policy.choose()
+        last = int(np.argmax(np.where(state.done_B, 0, state.limit_B - state.length_B)))
         changed = k != request.plan.k
         if changed:
             request = _with_width(request, k)
             state, seen_2Bk = _without_drafts(request.plan, state, request.sampling), np.zeros((2, batch, k), int)
-        if not policy.ran(k):  # compiling is not the cost of a forward
-            state = proceed(model, request, state, 0)
+        untimed = int(not policy.ran(k))
+        if untimed:  # compiling, and touching memory for the first time, is not the cost of a forward
+            state = proceed(model, request, state, 1)
         jax.block_until_ready(state)
         begin = time.perf_counter()
         state = jax.block_until_ready(proceed(model, request, state, budget))
@@ -171,9 +174,10 @@ def generate_adaptive(
         new_2Bk = np.array([state.drafted_Bk, state.accepted_Bk]) - seen_2Bk
         seen_2Bk = seen_2Bk + new_2Bk
         total_2Bk[:, :, :k] += new_2Bk
-        # The first forward of another width has no drafts.
-        tried = int(np.maximum(took_B - changed, 0).sum())
-        policy.record(k, int(took_B.max()), seconds, tried, new_2Bk[1].sum(0))
+        # The batch is done when its last row is. The first forward of another width has no drafts.
+        tried = int(np.maximum(took_B[last] - changed, 0))
+        if took_B.max() > untimed:
+            policy.record(k, int(took_B.max()) - untimed, seconds, tried, new_2Bk[1][last])
     return dataclasses.replace(result(request, state), drafted=total_2Bk[0], accepted=total_2Bk[1])
 
 
