@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from mtp_jax.data import load_tokenizer
 from mtp_jax.train.step import make_trainer
 
 REPOSITORY = Path(__file__).parents[1]
-SCRIPTS = {"gpu_check", "plain_loop"}  # what is run with Python, and has no CONFIG
+SCRIPTS = {"gpu_check", "iteration_cost", "plain_loop"}  # what is run with Python, and has no CONFIG
 EXPERIMENTS = sorted(
     path.relative_to(REPOSITORY) for path in (REPOSITORY / "experiments").glob("*.py") if path.stem not in SCRIPTS
 )
@@ -54,3 +55,13 @@ def test_the_step_of_an_experiment_can_be_traced(file):
     shapes = [jax.tree.map(lambda a: (a.shape, a.dtype), tree) for tree in (state, new)]
     assert shapes[0] == shapes[1]
     assert metrics["loss_offset"].shape == (config.head.window,) and metrics["loss"].shape == ()
+
+
+def test_the_iteration_cost_script_measures_every_width_in_both_dtypes():
+    measure = runpy.run_path(str(REPOSITORY / "experiments" / "iteration_cost.py"))["measure"]
+    with tiny.mesh():
+        seconds = measure(
+            tiny.model_config(context_length=512), tiny.head_config(window=2), 2, 0.5, rounds=1, forwards=2
+        )
+    assert list(seconds) == [(dtype, k) for dtype in ("float32", "bfloat16") for k in (0, 1)]
+    assert min(seconds.values()) > 0
