@@ -50,10 +50,10 @@ class World:
             k, budget = policy.choose()
             drafted = budget - (k != self.last)  # the first forward of another width has no drafts
             right = self.rng.random((drafted, self.batch, k)) < self.chance
-            accepted_k = np.cumprod(right, axis=-1).sum((0, 1))
+            accepted_Bk = np.cumprod(right, axis=-1).sum(0)
             seconds = budget * self.costs[k] * self.rng.normal(1, 0.05)
-            policy.record(k, budget, seconds, drafted * self.batch, accepted_k)
-            self.time, self.tokens = self.time + seconds, self.tokens + budget + accepted_k.sum() / self.batch
+            policy.record(k, budget, seconds, drafted, accepted_Bk[0])
+            self.time, self.tokens = self.time + seconds, self.tokens + budget + accepted_Bk.sum() / self.batch
             self.widths, self.last = self.widths + [k] * budget, k
         return self.tokens / self.time / self.best
 
@@ -77,8 +77,8 @@ def test_it_takes_the_widest_where_drafts_are_good(batch):
 def test_it_finds_a_width_between():
     """Acceptance of one half: 1.5, 1.75 and 1.875 tokens at costs of 1.1, 1.5 and 2."""
     world = World([1, 1.1, 1.5, 2.0], 0.5, batch=16)
-    assert world.play(Policy(3), 1024) > 0.95
-    assert np.mean(np.array(world.widths) == 1) > 0.85
+    assert world.play(Policy(3), 1024) > 0.93
+    assert np.mean(np.array(world.widths) == 1) > 0.8
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.0, 0.95), (0.95, 0.0)])
@@ -102,6 +102,19 @@ def test_it_needs_each_cost_once_and_explores_within_its_budget():
     again = World([1, 2, 3, 4], 0.0, batch=16)
     again.play(policy, adaptive.FORWARDS)
     assert again.widths == [0] * adaptive.FORWARDS
+
+
+def test_drafts_that_promise_less_than_the_margin_are_tried_again():
+    """They are not used, and what is not believed to lose costs nothing to try: they may have become better."""
+    policy = Policy(1)
+    policy.record(0, 16, 16.0, 16, np.zeros(0))
+    policy.record(1, 64, 64 * 1.45, 64, np.array([32.0]))  # 1.5 tokens for 1.45
+    widths = []
+    for _ in range(4 * adaptive.REST):
+        k, forwards = policy.choose()
+        widths.append(k)
+        policy.record(k, forwards, forwards * [1, 1.45][k], forwards, np.full(k, forwards / 2))
+    assert 1 < widths.count(1) < widths.count(0)
 
 
 # The mode.

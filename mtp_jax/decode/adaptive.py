@@ -31,7 +31,7 @@ from mtp_jax.model.block import Block
 from mtp_jax.model.transformer import LanguageModel
 from mtp_jax.sharding import RULES
 
-FORWARDS, TRIAL = 16, 2  # forwards of a run, and of the shortest that explores
+FORWARDS, TRIAL = 16, 2  # the least forwards of a run, and of one that explores
 SECONDS = 0.03  # a run has more forwards if it would take less: entering the loop costs some 0.3 ms
 MARGIN = 1.1  # by which drafts must promise to win: a batch is done with its slowest row, and promises are uncertain
 REST = 4  # runs between two that explore
@@ -85,7 +85,7 @@ class Policy:
         best = self._best()
         stale = min((k for k, seconds in enumerate(self._seconds) if seconds), key=lambda k: self._last[k])
         loss = self._loss(stale, best, self.cost(stale))
-        affordable = FORWARDS if loss == 0 else int((EXPLORE * self._elapsed - self._lost) / loss)
+        affordable = FORWARDS if loss <= 0 else int((EXPLORE * self._elapsed - self._lost) / loss)
         if stale != best and self._rested >= REST and affordable >= TRIAL:
             self._rested = 0
             return stale, min(affordable, FORWARDS)
@@ -110,18 +110,18 @@ class Policy:
         self._accepted[:k] = memory * self._accepted[:k] + accepted_k
         self._tried[:k] = memory * self._tried[:k] + tried
         if self._seconds[0] and self._seconds[-1]:
-            self._lost += self._loss(k, self._best(), seconds)
+            self._lost += max(0.0, self._loss(k, self._best(), seconds))
 
     def _best(self) -> int:
         best = max(range(self.most + 1), key=self.rate)
         return 0 if self.ran(best) and self.rate(best) < MARGIN * self.rate(0) else best
 
     def _loss(self, k: int, best: int, seconds: float) -> float:
-        """The part of `seconds` that width k wastes, as far as is known."""
+        """The part of `seconds` that width k wastes, as far as is known; below 0 where it promises a little more."""
         return seconds * (1 - self.rate(k) / self.rate(best))
 
 
-_POLICIES: weakref.WeakKeyDictionary[LanguageModel, dict[tuple[int, Plan], Policy]] = weakref.WeakKeyDictionary()
+_POLICIES: weakref.WeakKeyDictionary[LanguageModel, dict[Any, Policy]] = weakref.WeakKeyDictionary()
 
 
 def generate_adaptive(
@@ -146,7 +146,9 @@ def generate_adaptive(
     model = model if not isinstance(model.blocks, Block) else for_decoding(model)
     request = make_request(model, prompts, config)
     most, batch = request.plan.k, len(prompts)
-    policy = policy or learnt.setdefault((batch, request.plan), Policy(most))
+    # What the loops are compiled for.
+    kind = batch, request.plan, request.stops.ids_n.shape, request.limits.confidence_B is None
+    policy = policy or learnt.setdefault(kind, Policy(most))
     require(policy.most == most, f"The policy is for widths 0..{policy.most} and the head drafts 0..{most}.")
 
     request = _with_width(request, 0)

@@ -45,7 +45,7 @@ def _turned(model: LanguageModel) -> LanguageModel:
             continue
         for name in vars(module).keys() & MATRICES.keys():
             weight, inputs = getattr(module, name), len(MATRICES[name][0])
-            if isinstance(weight, nnx.List):
+            if isinstance(weight, nnx.List) and not isinstance(weight[0], OutputMajor):
                 setattr(module, name, nnx.List([OutputMajor(offset[...], inputs) for offset in weight]))
             elif isinstance(weight, nnx.Param):
                 setattr(module, name, OutputMajor(weight[...], inputs))

@@ -4,7 +4,7 @@
 | --- | --- | --- |
 | `full` | U_rs h | 2 R W V D |
 | `shared` | U A_rs h | 2 R W V D + 2 R W D^2 |
-| `lowrank` | U A_s h + (U B) C_rs h | 2 W V (D + R E) + 2 W D (D + R E); U B once per call |
+| `lowrank` | U A_s h + (U B) C_rs h | 2 W V (D + R E) + 2 W D (D + R E); U B once per call, or once for decoding |
 
 U is the head's unembedding. Components are drawn per offset, copied over R and told apart by a little noise.
 """
@@ -184,6 +184,7 @@ class LowRankFactors(Factors):
         super().unstack(unembeddings)
         for name, up_VE in up.items():
             setattr(self, name, nnx.Param(up_VE))
+        del self.up_ED
 
     @staticmethod
     def logits(tables: Tables, x_BTD: Array) -> Array:

@@ -58,8 +58,9 @@ def product(equation: str, x: Array, w: Array | OutputMajor) -> Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _product(equation: str, x: Array, w: Array) -> Any:
     w = w.astype(x.dtype)
-    table = w.ndim == 2 and x.ndim > 2 and equation.split(",")[1][1] == "d"
-    return few_rows(x, w) if table and math.prod(x.shape[:-1]) <= FEW_ROWS else _sum32(equation, x, w)
+    left, right = equation.split("->")[0].split(",")
+    outputs_first = w.ndim == 2 and x.ndim > 2 and left[-1] == right[-1]
+    return few_rows(x, w) if outputs_first and math.prod(x.shape[:-1]) <= FEW_ROWS else _sum32(equation, x, w)
 
 
 def _sum32(equation: str, a: Array, b: Array) -> Array:

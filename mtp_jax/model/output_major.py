@@ -43,9 +43,10 @@ def few_rows(x: Array, w_NK: Array) -> Array:
 
     As a product of two matrices: of one with more axes XLA would first transpose the whole of w.
     """
-    time = x.shape[1]
-    if math.prod(x.shape[:-1]) < LEAST_ROWS and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        x = jnp.pad(x, ((0, 0), (0, LEAST_ROWS - time), *((0, 0),) * (x.ndim - 2)))
+    time, per_time = x.shape[1], math.prod(x.shape[:-1]) // x.shape[1]
+    least = -(-LEAST_ROWS // per_time)
+    if time < least and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        x = jnp.pad(x, ((0, 0), (0, least - time), *((0, 0),) * (x.ndim - 2)))
     at_x, at_w = jax.typeof(x).sharding.spec, jax.typeof(w_NK).sharding.spec
     x_MK, dtype = x.reshape(-1, x.shape[-1], out_sharding=P(at_x[0], None)), jnp.promote_types(x.dtype, jnp.float32)
     y_MN = jnp.einsum("mk,nk->mn", x_MK, w_NK, out_sharding=P(at_x[0], at_w[0]), preferred_element_type=dtype)
