@@ -432,7 +432,7 @@ def test_the_other_dtype_is_the_same_model():
         made = bench.decoders(run)
         assert list(made) == ["float32", "bfloat16"] and made["float32"] is run.decoder
         assert model.config.dtype == "float32" and made["bfloat16"].config.dtype == "bfloat16"
-        assert made["bfloat16"].blocks[0].attention.wq_DNH.dtype == "bfloat16"
+        assert made["bfloat16"].blocks[0].attention.wq_DNH.w_NK.dtype == "bfloat16"
         a, b = (generate(m, [[1, 2, 3]], max_new_tokens=8, k=0).logprobs[0] for m in made.values())
         assert a[0] == pytest.approx(b[0], abs=0.05) and not np.array_equal(a, b)
 

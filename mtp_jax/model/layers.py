@@ -60,7 +60,8 @@ def _product(equation: str, x: Array, w: Array) -> Any:
     w = w.astype(x.dtype)
     left, right = equation.split("->")[0].split(",")
     outputs_first = w.ndim == 2 and x.ndim > 2 and left[-1] == right[-1]
-    return few_rows(x, w) if outputs_first and math.prod(x.shape[:-1]) <= FEW_ROWS else _sum32(equation, x, w)
+    few = math.prod(x.shape[:-1]) <= FEW_ROWS and not jax.sharding.get_abstract_mesh().empty
+    return few_rows(x, w) if outputs_first and few else _sum32(equation, x, w)
 
 
 def _sum32(equation: str, a: Array, b: Array) -> Array:
