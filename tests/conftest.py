@@ -15,6 +15,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import hypothesis
 import jax
+import pytest
+import tiny
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -22,3 +24,19 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # An example that compiles takes seconds, so no deadline; the same examples in every run, so a failure can be repeated.
 hypothesis.settings.register_profile("mtp_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("mtp_jax")
+
+
+@pytest.fixture(scope="module")
+def models():
+    """A model whose drafts are sometimes right, as training and as decoding have it (see `test_decode.build`)."""
+    from test_decode import build  # not before pytest has rewritten its assertions
+
+    with tiny.mesh() as mesh:
+        return build(mesh)
+
+
+@pytest.fixture
+def model(models):
+    """The model to decode with, its mesh in scope."""
+    with tiny.mesh():
+        yield models.ready

@@ -3,27 +3,13 @@
 import jax
 import numpy as np
 import pytest
-import tiny
-from test_decode import LAWS, NEW, PROMPTS, build
+from test_decode import LAWS, NEW, PROMPTS
 
 from mtp_jax import Slots
 from mtp_jax.config import ConfigError
 from mtp_jax.decode import adaptive, loop
 from mtp_jax.decode.adaptive import Policy, generate_adaptive
 from mtp_jax.decode.generate import generate
-
-
-@pytest.fixture(scope="module")
-def models():
-    with tiny.mesh() as mesh:
-        return build(mesh)
-
-
-@pytest.fixture
-def model(models):
-    """The model to decode with, its mesh in scope."""
-    with tiny.mesh():
-        yield models.ready
 
 
 class World:

@@ -76,19 +76,6 @@ def build(mesh: jax.sharding.Mesh, **changes) -> Models:
     return Models(stacked, for_decoding(stacked))
 
 
-@pytest.fixture(scope="module")
-def models():
-    with tiny.mesh() as mesh:
-        return build(mesh)
-
-
-@pytest.fixture
-def model(models):
-    """The model to decode with, its mesh in scope."""
-    with tiny.mesh():
-        yield models.ready
-
-
 def ask(model, prompts=PROMPTS, *, laws=None, stop=-1, **options) -> decoding.Request:
     """A request of the shapes that all tests share: 4 prompts of up to 16 tokens, up to 16 new ones, one stop token."""
     if laws is not None:

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
-from test_decode import LAWS, build, cut
+from test_decode import LAWS, cut
 
 from mtp_jax import Slots
 from mtp_jax.config import ConfigError
@@ -22,19 +22,6 @@ SAMPLED = dict(
     seed=[7, 7, 0, 1, 2**32 - 1, 4, 5, 6, 8],
 )
 OPTIONS = {verifier: LIMITS | SAMPLED for verifier in ("coupled", "token")} | {"greedy": LIMITS}
-
-
-@pytest.fixture(scope="module")
-def models():
-    with tiny.mesh() as mesh:
-        return build(mesh)
-
-
-@pytest.fixture
-def model(models):
-    """The model to decode with, its mesh in scope."""
-    with tiny.mesh():
-        yield models.ready
 
 
 def make(model, **options) -> Slots:

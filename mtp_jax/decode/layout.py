@@ -22,7 +22,8 @@ def for_decoding(model: LanguageModel) -> LanguageModel:
 
     For one CPU and bfloat16 they are also turned (see `OutputMajor`).
     """
-    turn = model.config.dtype == "bfloat16" and jax.default_backend() == "cpu" and mesh_in_scope().size == 1
+    one = mesh_in_scope().size == 1
+    turn = one and model.config.dtype == "bfloat16" and jax.default_backend() == "cpu"
 
     def cast(path: tuple[Any, ...], weight: Array) -> Array:
         names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
@@ -34,7 +35,6 @@ def for_decoding(model: LanguageModel) -> LanguageModel:
         model = jax.tree_util.tree_map_with_path(cast, model)
         return _turned(model) if turn else model
 
-    mesh_in_scope()
     return jax.jit(convert)(model)
 
 
