@@ -59,7 +59,7 @@ def write_report(run_dir: epath.PathLike, bench: dict[str, Any], config: dict[st
     run_dir = epath.Path(run_dir).expanduser()
     records = read_metrics(run_dir)
     train, evals = ([record for record in records if record["kind"] == kind] for kind in ("train", "eval"))
-    rows = bench["rows"]
+    rows = [row for row in bench["rows"] if row["k"] != "adaptive"]
     figures = {"loss": plot_loss(train, evals), "acceptance": plot_acceptance(rows), "speed": plot_speed(rows)}
     (run_dir / "plots").mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():

@@ -188,14 +188,18 @@ def test_generate_continues_a_prompt(run):
 def test_bench_decode_measures_and_reports(run):
     output = user(
         *("bench", "decode", run.dir, "--prompts", 2, "--prompt-tokens", 16, "--new-tokens", 12),
-        *("--temperatures", 0, 0.7, "--report"),
+        *("--temperatures", 0, 0.7, "--adaptive", "--report"),
     )
     bench = last_line(output)
     assert bench["step"] == 8
-    ours, others = ([row for row in bench["rows"] if (row["dtype"] == "float32") is own] for own in (True, False))
+    adaptive = [row for row in bench["rows"] if row["k"] == "adaptive"]
+    assert [(row["temperature"], row["identical_to_plain"]) for row in adaptive] == [(0, True), (0.7, True)]
+    assert all(len(row["acceptance"]) == 2 and row["block_efficiency"] >= 1 for row in adaptive)
+    fixed = [row for row in bench["rows"] if row not in adaptive]
+    ours, others = ([row for row in fixed if (row["dtype"] == "float32") is own] for own in (True, False))
     assert [(row["temperature"], row["k"]) for row in ours] == [(t, k) for t in (0, 0.7) for k in (0, 1, 2)]
     assert [(row["temperature"], row["k"]) for row in others] in ([], [(0, 0), (0.7, 0)]), "bfloat16, if it was faster"
-    for row in bench["rows"]:
+    for row in fixed:
         assert set(row) >= ROW
         assert (row["batch"], row["identical_to_plain"], row["rows_that_differ"]) == (1, True, 0)
         assert row["verifier"] == ("greedy" if row["temperature"] == 0 else "coupled")

@@ -144,6 +144,14 @@ def test_figures_draw_the_numbers():
     }
 
 
+def test_figures_leave_the_adaptive_mode_to_the_table(run_dir):
+    bench = make_bench()
+    adaptive = {**decode_row(1, 0.7, 3, "coupled"), "k": "adaptive", "tokens_per_second": 4321.0}
+    bench["rows"].insert(4, adaptive)
+    text = report.write_report(run_dir, bench, to_dict(TrainConfig())).read_text()
+    assert "| 0.7 | coupled | adaptive | 4,321 |" in text
+
+
 def test_a_run_without_evaluations_or_drafts_still_has_a_report(tmp_path):
     JsonlLogger(tmp_path).close()
     text = report.write_report(tmp_path, make_bench(ks=(0,)), to_dict(TrainConfig())).read_text()

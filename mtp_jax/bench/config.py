@@ -17,6 +17,7 @@ class BenchConfig:
     `batch_sizes`. `verifiers` are for temperatures above 0; without any, the default there. For each batch of prompts
     all that is measured follows one another, so that a machine whose speed drifts slows all of them. `repetitions` of
     the whole; a rate is the total of tokens over the median of the repetitions' total times.
+    `adaptive`: k="adaptive" too, which has learnt from the batches before; where the verifier allows it.
     `compare` hf: greedy decoding by Hugging Face `transformers` too, of the same weights, one prompt at a time.
     """
 
@@ -27,6 +28,7 @@ class BenchConfig:
     batch_sizes: tuple[int, ...] = (1,)
     verifiers: tuple[str, ...] = ()
     files: str = ""
+    adaptive: bool = False
     compare: Literal["none", "hf"] = "none"
     repetitions: int = 3
     seed: int = 0

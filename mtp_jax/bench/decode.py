@@ -7,7 +7,7 @@ import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -19,6 +19,7 @@ from mtp_jax.checkpoint import LoadedRun, versions
 from mtp_jax.config import DataConfig, TrainConfig, require
 from mtp_jax.data import Store, Tokenizer, prepare
 from mtp_jax.data.sources.text import Text
+from mtp_jax.decode.adaptive import learnt_policy, proceed_adaptively, start_plain
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.generate import Generation, Request, for_decoding, make_request, proceed, result, start
 from mtp_jax.decode.law import Sampling
@@ -39,7 +40,7 @@ class Cell:
     """The measurements of one setting. Seconds are per repetition, prefill excluded; a generation is of one batch."""
 
     temperature: float
-    k: int
+    k: int | Literal["adaptive"]
     verifier: str
     dtype: str
     batch: int = 1
@@ -134,7 +135,7 @@ def bench_decode(
         session = Session(decoders(run), prompts, config)
         cells, trials = [], {}
         for batch in config.batch_sizes:
-            grid = _grid(config, batch, dtype, range(run.config.head.window))
+            grid = _grid(config, batch, dtype, [*range(run.config.head.window), *["adaptive"] * config.adaptive])
             trials[batch] = session.trial(grid[0])
             progress(f"tried k = 0 in {' and '.join(trials[batch])}")
             (other,) = trials[batch].keys() - {dtype}
@@ -196,24 +197,33 @@ class Session:
 
     def request(self, cell: Cell, first: int) -> Request:
         """A batch of prompts from number `first`. Prompt i is sampled with `config.seed + i`, whatever the batch."""
+        k = None if cell.k == "adaptive" else cell.k
         decode = DecodeConfig(
-            self.config.new_tokens, cell.temperature, k=cell.k, seed=self.config.seed + first, verifier=cell.verifier
+            self.config.new_tokens, cell.temperature, k=k, seed=self.config.seed + first, verifier=cell.verifier
         )
         return make_request(self.models[cell.dtype], self.prompts[first : first + cell.batch], decode)
 
     def compile(self, cell: Cell) -> None:
-        """Prefill and one iteration."""
+        """Prefill and one iteration; of an adaptive cell, what its first batch needs."""
         begun, model, asked = time.perf_counter(), self.models[cell.dtype], self.request(cell, 0)
-        jax.block_until_ready(proceed(model, asked, start(model, asked), 1))
+        if cell.k == "adaptive":
+            proceed_adaptively(model, asked, start_plain(model, asked), learnt_policy(model, asked))
+        else:
+            jax.block_until_ready(proceed(model, asked, start(model, asked), 1))
         self.compile_seconds += time.perf_counter() - begun
 
     def decode(self, cell: Cell, first: int, *forwards: int) -> tuple[Request, DecodeState, float, float]:
         """(what was asked, the state, seconds of prefill, seconds of the loop), of at most so many `forwards`."""
         model, asked = self.models[cell.dtype], self.request(cell, first)
+        adaptive = cell.k == "adaptive"
         t0 = time.perf_counter()
-        state = jax.block_until_ready(start(model, asked))
+        state = jax.block_until_ready(start_plain(model, asked) if adaptive else start(model, asked))
         t1 = time.perf_counter()
-        state = jax.block_until_ready(proceed(model, asked, state, *forwards))
+        if adaptive:
+            state = proceed_adaptively(model, asked, state, learnt_policy(model, asked))
+        else:
+            state = proceed(model, asked, state, *forwards)
+        jax.block_until_ready(state)
         return asked, state, t1 - t0, time.perf_counter() - t1
 
     def trial(self, plain: Cell) -> dict[str, float]:
@@ -257,6 +267,7 @@ def _grid(config: BenchConfig, batch: int, dtype: str, ks: Any) -> list[Cell]:
         for temperature in config.temperatures
         for verifier in (config.verifiers if temperature and config.verifiers else [DecodeConfig(1, temperature).rule])
         for k in ks
+        if k != "adaptive" or not get_verifier(verifier).keeps_q
     ]
 
 

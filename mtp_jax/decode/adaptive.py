@@ -124,6 +124,13 @@ class Policy:
 _POLICIES: weakref.WeakKeyDictionary[LanguageModel, dict[Any, Policy]] = weakref.WeakKeyDictionary()
 
 
+def learnt_policy(model: LanguageModel, request: Request) -> Policy:
+    """What requests of this batch size and kind have learnt of this model so far."""
+    # What the loops are compiled for.
+    kind = len(request.length_B), request.plan, request.stops.ids_n.shape, request.limits.confidence_B is None
+    return _POLICIES.setdefault(model, {}).setdefault(kind, Policy(request.plan.k))
+
+
 def generate_adaptive(
     model: LanguageModel, prompts: Sequence[Prompt], *, policy: Policy | None = None, **options: Any
 ) -> Generation:
@@ -131,33 +138,44 @@ def generate_adaptive(
 
     Args:
       model, prompts, options: as in `generate`, without k.
-      policy: which width to run (default: what calls with this model, batch size and kind of request have learnt).
+      policy: which width to run (default: `learnt_policy`).
 
     Raises:
       ConfigError: as `generate`, and for a verifier whose tokens depend on what was drafted.
     """
     config = DecodeConfig(**options)
-    require(
-        not get_verifier(config.rule).keeps_q,
-        f"k is 'adaptive' and the verifier {config.rule}, whose tokens depend on what was drafted; use coupled, whose "
-        "tokens do not, or a fixed k.",
-    )
-    learnt = _POLICIES.setdefault(model, {})
-    model = model if not isinstance(model.blocks, Block) else for_decoding(model)
-    request = make_request(model, prompts, config)
-    most, batch = request.plan.k, len(prompts)
-    # What the loops are compiled for.
-    kind = batch, request.plan, request.stops.ids_n.shape, request.limits.confidence_B is None
-    policy = policy or learnt.setdefault(kind, Policy(most))
-    require(policy.most == most, f"The policy is for widths 0..{policy.most} and the head drafts 0..{most}.")
+    decoder = model if not isinstance(model.blocks, Block) else for_decoding(model)
+    request = make_request(decoder, prompts, config)
+    policy = policy or learnt_policy(model, request)
+    return result(request, proceed_adaptively(decoder, request, start_plain(decoder, request), policy))
 
-    request = _with_width(request, 0)
-    state = start(model, request)
-    forwards_B, seen_2Bk, total_2Bk = (
-        np.zeros(batch, int),
-        np.zeros((2, batch, 0), int),
-        np.zeros((2, batch, most), int),
+
+def start_plain(model: LanguageModel, request: Request) -> DecodeState:
+    """Prefill, without drafts."""
+    return start(model, _with_width(request, 0))
+
+
+def proceed_adaptively(model: LanguageModel, request: Request, state: DecodeState, policy: Policy) -> DecodeState:
+    """The loop until every row is done, at widths from 0 to the request's.
+
+    Args:
+      model, request: as in `proceed`.
+      state: that of `start_plain`. It is donated.
+      policy: chooses the widths, and learns.
+
+    Returns:
+      The last state. `drafted_Bk` and `accepted_Bk` count over all widths.
+    """
+    most, batch = request.plan.k, len(request.length_B)
+    require(
+        not get_verifier(request.plan.verifier).keeps_q,
+        f"k is 'adaptive' and the verifier {request.plan.verifier}, whose tokens depend on what was drafted; use "
+        "coupled, whose tokens do not, or a fixed k.",
     )
+    require(policy.most == most, f"The policy is for widths 0..{policy.most} and the head drafts 0..{most}.")
+    request = _with_width(request, 0)
+    forwards_B = np.zeros(batch, int)
+    seen_2Bk, total_2Bk = np.zeros((2, batch, 0), int), np.zeros((2, batch, most), int)
     while not np.all(state.done_B):
         k, budget = policy.choose()
         last = int(np.argmax(np.where(state.done_B, 0, state.limit_B - state.length_B)))
@@ -180,7 +198,7 @@ def generate_adaptive(
         tried = int(np.maximum(took_B[last] - changed, 0))
         if took_B.max() > untimed:
             policy.record(k, int(took_B.max()) - untimed, seconds, tried, new_2Bk[1][last])
-    return dataclasses.replace(result(request, state), drafted=total_2Bk[0], accepted=total_2Bk[1])
+    return dataclasses.replace(state, drafted_Bk=jnp.asarray(total_2Bk[0]), accepted_Bk=jnp.asarray(total_2Bk[1]))
 
 
 def _with_width(request: Request, k: int) -> Request:
