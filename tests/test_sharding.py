@@ -278,10 +278,10 @@ def test_loss_gradients_and_three_steps_are_those_of_one_device(kind, shape, on_
     (moments, moved, metrics), expected = train(kind, shape), on_one_device[kind]
     assert len(jax.tree.leaves(moments)) == len(jax.tree.leaves(moved))
     assert_close(metrics[0], expected[2][0], 1e-6)
-    assert_close(moments, expected[0], 1e-5)
+    assert_close(moments, expected[0], 2e-5)
     # Both optimizers enlarge what rounding does to the smallest gradients and singular values.
     assert_close(moved, expected[1], 1e-3)
-    assert_close(metrics, expected[2], 1e-5)
+    assert_close(metrics, expected[2], 2e-5)
 
 
 def loss_and_gradients(shape):
@@ -307,7 +307,7 @@ def loss_and_gradients_on_one_device():
 def test_one_model_has_the_loss_and_gradients_of_one_device_on_every_mesh(shape, loss_and_gradients_on_one_device):
     (metrics, grads), expected = loss_and_gradients(shape), loss_and_gradients_on_one_device
     assert_close(metrics, expected[0], 1e-6)
-    assert_close(grads, expected[1], 1e-5)
+    assert_close(grads, expected[1], 2e-5)
 
 
 def decode(shape):
