@@ -146,7 +146,7 @@ def loop_cost(model: LanguageModel, prompt: Any, k: int) -> np.ndarray:
         "flat": lambda state: flat(model, state, s.sampling, s.stops),
     }
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for pair in range(10 * PAIRS + 1):
+    for pair in range(4 * PAIRS + 1):
         for name in sorted(calls, reverse=bool(pair % 2)):
             given = jax.block_until_ready(start(model, s))
             begin = time.perf_counter()
@@ -190,7 +190,7 @@ def main() -> None:
             low, median, high = np.percentile(loop_cost(model, prompts[0], k), [25, 50, 75])
             print(
                 f"k = {k}: {UNROLLED} iterations take {median:.3f} of their time without a loop (quartiles {low:.3f} "
-                f"to {high:.3f}, {10 * PAIRS} pairs)"
+                f"to {high:.3f}, {4 * PAIRS} pairs)"
             )
 
 

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtp_jax.config import RopeScaling
 from mtp_jax.model import attention, rotary, transformer
+from mtp_jax.model import cache as cache_module
 from mtp_jax.model.cache import init_cache, write
 from mtp_jax.model.transformer import LanguageModel, unstack
 from mtp_jax.sharding import BATCH, RULES
@@ -511,6 +512,20 @@ def assert_cache_agrees(model, rows):
 
 def test_the_cache_gives_what_the_full_forward_gives(model, rows):
     assert_cache_agrees(model, rows)
+
+
+def test_the_cache_of_a_tpu_gives_what_the_full_forward_gives(model, rows, monkeypatch):
+    monkeypatch.setattr(attention, "write", cache_module._selects)
+    assert_cache_agrees(model, rows)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_tpu_writes_without_a_loop_over_rows(width):
+    cache, new = np.zeros((ROWS, 2, SLOTS, 4), np.float32), np.ones((ROWS, width, 2, 4), np.float32)
+    traced = jax.jit(write).trace(cache, new, np.arange(ROWS))
+    found = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("tpu", "cuda", "cpu")}
+    assert {p for p, text in found.items() if "stablehlo.select" in text and "scatter" not in text} == {"tpu"}
+    assert {p for p, text in found.items() if "scatter" in text or "dynamic_update" in text} == {"cuda", "cpu"}
 
 
 def slots_up_to(last_BT, slots):

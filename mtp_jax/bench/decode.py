@@ -21,7 +21,7 @@ from mtp_jax.data import Store, Tokenizer, prepare
 from mtp_jax.data.sources.text import Text
 from mtp_jax.decode.adaptive import learnt_policy, proceed_adaptively, start_plain
 from mtp_jax.decode.config import DecodeConfig
-from mtp_jax.decode.generate import Generation, Request, for_decoding, make_request, proceed, result, start
+from mtp_jax.decode.generate import Generation, Request, for_decoding, make_request, proceed, result, start, window
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.loop import read
 from mtp_jax.decode.state import DecodeState
@@ -204,12 +204,14 @@ class Session:
         return make_request(self.models[cell.dtype], self.prompts[first : first + cell.batch], decode)
 
     def compile(self, cell: Cell) -> None:
-        """Prefill and one iteration; of an adaptive cell, what its first batch needs."""
+        """Prefill and one iteration; of a cache that is read through windows, and in the adaptive mode, a whole batch:
+        each window and each width is a program."""
         begun, model, asked = time.perf_counter(), self.models[cell.dtype], self.request(cell, 0)
         if cell.k == "adaptive":
             proceed_adaptively(model, asked, start_plain(model, asked), learnt_policy(model, asked))
         else:
-            jax.block_until_ready(proceed(model, asked, start(model, asked), 1))
+            state = start(model, asked)
+            jax.block_until_ready(proceed(model, asked, state, *[1] * (window(asked.plan, state) is None)))
         self.compile_seconds += time.perf_counter() - begun
 
     def decode(self, cell: Cell, first: int, *forwards: int) -> tuple[Request, DecodeState, float, float]:

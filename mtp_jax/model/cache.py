@@ -16,6 +16,8 @@ from mtp_jax.sharding import RULES
 LayerCache = tuple[Array, Array]
 Cache = list[LayerCache]
 
+SELECTED = 32  # tokens of a forward up to which a TPU writes them by selecting; a prompt's are written as slices
+
 
 def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """An empty cache of `slots` positions for `batch` rows: per layer (keys, values), each `[B, K, S, H]`.
@@ -35,9 +37,17 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
 def write(cache_BKSH: Array, new_BTKH: Array, start_B: Array) -> Array:
     """`cache` with row b's positions `start_B[b] .. start_B[b] + T - 1` replaced.
 
-    Where T is 1, the position behind it is overwritten too: no query sees it before it is written again. The caller
+    Where T is 1, the position behind it may be overwritten too: no query sees it before it is written again. The caller
     keeps `start + max(T, 2) <= S`: a slice that does not fit would be moved back over valid keys.
     """
+
+    if new_BTKH.shape[1] > SELECTED:
+        return _slices(cache_BKSH, new_BTKH, start_B)
+    return lax.platform_dependent(cache_BKSH, new_BTKH, start_B, tpu=_selects, default=_slices)
+
+
+def _slices(cache_BKSH: Array, new_BTKH: Array, start_B: Array) -> Array:
+    """Touches what is written and no more. On a TPU it would be a loop over rows (jax-ml/jax#21367)."""
 
     def row(cache_KSH: Array, new_KTH: Array, start: Array) -> Array:
         return lax.dynamic_update_slice(cache_KSH, new_KTH.astype(cache_KSH.dtype), (0, start, 0))
@@ -46,3 +56,12 @@ def write(cache_BKSH: Array, new_BTKH: Array, start_B: Array) -> Array:
         # XLA would fuse one token's write both into attention and into the state, and copy the cache for that.
         new_BTKH = jnp.pad(new_BTKH, ((0, 0), (0, 1), (0, 0), (0, 0)))
     return jax.vmap(row)(cache_BKSH, jnp.swapaxes(new_BTKH, 1, 2), start_B)
+
+
+def _selects(cache_BKSH: Array, new_BTKH: Array, start_B: Array) -> Array:
+    """One elementwise pass over the cache, in place, for all rows at once."""
+    new_BTKH = new_BTKH.astype(cache_BKSH.dtype)
+    offset_BS = jnp.arange(cache_BKSH.shape[2])[None] - start_B[:, None]
+    for t in range(new_BTKH.shape[1]):
+        cache_BKSH = jnp.where((offset_BS == t)[:, None, :, None], new_BTKH[:, t, :, None], cache_BKSH)
+    return cache_BKSH
