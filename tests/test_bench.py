@@ -232,7 +232,8 @@ class FakeDecoder:
         self.now += 10_000
         cell = (config.temperature, config.k)
         self.requests.append((cell, [prompt.tolist() for prompt in prompts], config))
-        return SimpleNamespace(cell=cell, index=config.seed - CONFIG.seed, batch=len(prompts), model=model)
+        plan = SimpleNamespace(slots=32)
+        return SimpleNamespace(cell=cell, index=config.seed - CONFIG.seed, batch=len(prompts), model=model, plan=plan)
 
     def start(self, model, request):
         return Work(self, self.compile("start", request) + 100)
@@ -453,7 +454,15 @@ def test_the_default_is_the_benchmark_that_is_published():
     """Figures are compared with each other, so what is measured without being asked for does not drift."""
     assert vars(BenchConfig()) == {
         **{"prompts": 24, "prompt_tokens": 96, "new_tokens": 256, "temperatures": (0.0, 0.7)},
-        **{"batch_sizes": (1,), "verifiers": (), "files": "", "compare": "none", "repetitions": 3, "seed": 0},
+        **{
+            "batch_sizes": (1,),
+            "verifiers": (),
+            "files": "",
+            "adaptive": False,
+            "compare": "none",
+            "repetitions": 3,
+            "seed": 0,
+        },
     }
     asked = parse(Decode, ["run"], "bench decode")
     assert asked == Decode("run", BenchConfig(), step=None, report=False)

@@ -1,5 +1,7 @@
 """How a model is laid out for decoding: the same numbers, arranged so that a step copies and computes less."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,18 +60,29 @@ def turned(model):
 
 
 @pytest.mark.parametrize("factors", ["full", "shared", "lowrank"])
-def test_one_cpu_turns_every_matrix_in_bfloat16_and_none_in_float32(factors):
+def test_one_cpu_turns_every_matrix(factors):
     head = tiny.head_config(factors=factors)
-    narrow, wide = (for_decoding(make(head, dtype=dtype)) for dtype in ("bfloat16", "float32"))
-    found, left = turned(narrow)
     layers = ["wq_DNH", "wk_DKH", "wv_DKH", "wo_NHD", "w_gate_DF", "w_up_DF", "w_down_FD"] * 2
     offsets = {"full": ["u_DRWV"] * 4, "shared": ["map_DRWD"] * 4, "lowrank": ["map_DWD", "down_DRWE"] * 4}[factors]
-    assert sorted(found) == sorted([*layers, *offsets])
-    assert not left
-    assert not turned(wide)[0] and len(turned(wide)[1]) == len(found)
-    assert {leaf.dtype for leaf in jax.tree.leaves(narrow.blocks[0].feed_forward)} == {jnp.dtype("bfloat16")}
-    again = for_decoding(narrow)
-    jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(again), jax.tree.leaves(narrow))
+    for dtype in "bfloat16", "float32":
+        made = for_decoding(make(head, dtype=dtype))
+        found, left = turned(made)
+        assert sorted(found) == sorted([*layers, *offsets])
+        assert not left
+        assert {leaf.dtype for leaf in jax.tree.leaves(made.blocks[0].feed_forward)} == {jnp.dtype(dtype)}
+        again = for_decoding(made)
+        jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(again), jax.tree.leaves(made))
+
+
+def test_a_few_rows_in_float32_leave_the_weight_on_the_left(monkeypatch):
+    """XLA packs a product's right operand at every call."""
+    w_NK = gather(jax.device_put(np.ones((48, 16), np.float32)))
+    for rows, left in ((1, "f32[1,16]"), (4, "f32[48,16]")):
+        x = tiny.shard(np.ones((1, rows, 16), np.float32))
+        text = jax.jit(few_rows).lower(x, w_NK).as_text("hlo")
+        (operands,) = re.findall(r"dot\((\S+), \S+\)", text)
+        shapes = dict(re.findall(r"(\S+) = (f32\[[\d,]+\])", text))
+        assert shapes[operands] == left
 
 
 @pytest.mark.parametrize("factors", ["full", "shared", "lowrank"])

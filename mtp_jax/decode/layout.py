@@ -20,10 +20,10 @@ from mtp_jax.sharding import gather
 def for_decoding(model: LanguageModel) -> LanguageModel:
     """The model as decoding wants it: layers unstacked, matrices in the compute dtype and whole along `fsdp`.
 
-    For one CPU and bfloat16 they are also turned (see `OutputMajor`).
+    For one CPU they are also turned (see `OutputMajor`).
     """
     one = mesh_in_scope().size == 1
-    turn = one and model.config.dtype == "bfloat16" and jax.default_backend() == "cpu"
+    turn = one and jax.default_backend() == "cpu"
 
     def cast(path: tuple[Any, ...], weight: Array) -> Array:
         names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
