@@ -433,7 +433,7 @@ def test_help_of_an_experiment_lists_every_field(experiment, refused):
 
 def test_an_unknown_command_is_answered_with_the_nearest(refused):
     assert "there is no command 'trian'; did you mean 'train'?" in refused("trian")
-    assert "there is no command 'qqq'; there are train, generate, bench, eval, doctor." in refused("qqq")
+    assert "there is no command 'qqq'; there are train, generate, bench, eval, tokenizer, doctor." in refused("qqq")
     assert "The benchmark is 'decoed'; did you mean 'decode'?" in refused("bench", "decoed", "run")
     assert "The benchmark is 'qqq'; it can be decode, loss, train." in refused("bench", "qqq")
 

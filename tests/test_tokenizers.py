@@ -240,6 +240,45 @@ def test_an_end_that_text_can_say_is_refused():
         HFTokenizer(tok.to_str().encode())
 
 
+def test_an_end_among_the_pieces_of_a_unigram_is_refused():
+    from tokenizers import Tokenizer, models
+
+    tok = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0)], unk_id=0))
+    tok.add_special_tokens(["</s>"])
+    with pytest.raises(ConfigError, match=r"reads it in text too.*'sentencepiece:PATH'"):
+        HFTokenizer(tok.to_str().encode())
+
+
+def make(model, pre_tokenizer, decoder, **options):
+    from tokenizers import Tokenizer
+
+    tok = Tokenizer(model)
+    tok.pre_tokenizer, tok.decoder = pre_tokenizer, decoder
+    trainer = model.get_trainer()
+    for name, value in {"special_tokens": ["<unk>", "</s>"], "show_progress": False, **options}.items():
+        setattr(trainer, name, value)
+    tok.train_from_iterator(TEXTS, trainer)
+    return HFTokenizer(tok.to_str().encode())
+
+
+def test_other_decoders_stream_as_well():
+    """They trim at the ends of what they decode, and each token alone has ends."""
+    from tokenizers import decoders, models, pre_tokenizers
+
+    text, space = "the small texts of 3", pre_tokenizers.Whitespace()
+    for tokenizer, streamed in (
+        (make(models.BPE(unk_token="<unk>"), pre_tokenizers.Metaspace(), decoders.Metaspace()), b" " + text.encode()),
+        (make(models.WordPiece(unk_token="<unk>"), space, decoders.WordPiece()), b" " + text.encode()),
+        (
+            make(models.BPE(), pre_tokenizers.ByteLevel(False), decoders.Sequence([decoders.ByteLevel()])),
+            text.encode(),
+        ),
+    ):
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert b"".join(tokenizer.decode_bytes([i]) for i in ids) == tokenizer.decode_bytes(ids) == streamed
+
+
 def test_stories260k():
     if not STORIES.exists():
         pytest.skip("stories260K is not here")

@@ -15,8 +15,8 @@ from mtp_jax.config import ConfigError, require
 class Tokenizer(Protocol):
     """What the framework asks of a tokenizer. Ids lie in [0, vocab_size); `end_of_document` is one of them.
 
-    Text never becomes `end_of_document` or another special id, whatever it says: a document that contains the string
-    `<|endoftext|>` has the ids of those characters.
+    Text never becomes `end_of_document`, whatever it says: a document that contains the string `<|endoftext|>` has the
+    ids of those characters.
     """
 
     @property

@@ -58,7 +58,8 @@ class HFTokenizer:
         require(
             self.end_of_document not in self.encode(self._end),
             f"DataConfig.end_of_document is {self._end!r} and the tokenizer {name!r} reads it in text too, so a "
-            "document that contains it would end there. Choose another special token.",
+            "document that contains it would end there. Choose another special token, or give the SentencePiece model "
+            "that the file was made from, if there is one: 'sentencepiece:PATH'.",
         )
 
     def encode(self, text: str | bytes) -> np.ndarray:
@@ -94,7 +95,8 @@ class HFTokenizer:
 
     @functools.cached_property
     def _byte_level(self) -> bool:
-        return (json.loads(self._data).get("decoder") or {}).get("type") == "ByteLevel"
+        decoder = json.loads(self._data).get("decoder") or {}
+        return [part.get("type") for part in decoder.get("decoders", [decoder])] == ["ByteLevel"]
 
     @functools.cached_property
     def _pieces(self) -> list[bytes]:
