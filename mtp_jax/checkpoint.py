@@ -1,6 +1,7 @@
 """Run directories: Orbax checkpoints that say themselves what they are, and the way back from them.
 
     RUN/config.json, versions.json the resolved TrainConfig, and what it runs on; readable without any checkpoint
+    RUN/tokenizer/                 the files of its tokenizer, if it has any
     RUN/checkpoints/STEP/          params, opt_state (arrays); meta (JSON: step, config, tokenizer, data, versions,
                                    metrics)
     RUN/metrics.jsonl, tensorboard/
@@ -36,9 +37,9 @@ from mtp_jax.mesh import make_mesh
 from mtp_jax.model.transformer import LanguageModel
 from mtp_jax.train.step import TrainState, build_model, split
 
-CONFIG_FILE = "config.json"
+CONFIG_FILE, TOKENIZER_DIR = "config.json", "tokenizer"
 # What training, `generate --held-out` and `bench --report` leave in a run directory.
-WRITTEN = (CONFIG_FILE, "versions.json", "checkpoints", "metrics.jsonl", "tensorboard", "*.partial")
+WRITTEN = (CONFIG_FILE, "versions.json", TOKENIZER_DIR, "checkpoints", "metrics.jsonl", "tensorboard", "*.partial")
 WRITTEN += ("completions.html", "report.md", "report.json", "plots")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -78,6 +79,7 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, cleanup_tmp_directories=keep is not None, create=keep is not None
         )
+        self._tokenizer: dict[str, Any] = {}
         self._manager = ocp.CheckpointManager(self.run_dir / "checkpoints", options=options)
 
     def save(self, state: TrainState, config: TrainConfig, metrics: dict[str, Any], data_sha256: str) -> int:
@@ -92,10 +94,12 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return step
+        # Once: reading a large vocabulary takes a second.
+        self._tokenizer = self._tokenizer or run_tokenizer(self.run_dir, config).to_json()
         meta = {
             "step": step,
             "config": to_dict(config),
-            "tokenizer": load_tokenizer(config.data.tokenizer).to_json(),
+            "tokenizer": self._tokenizer,
             "data_sha256": data_sha256,
             "versions": versions(),
             "metrics": metrics,
@@ -174,10 +178,26 @@ def write_config(run_dir: epath.PathLike, config: TrainConfig) -> None:
         _replace(path / file, json.dumps(values, indent=2) + "\n")
 
 
-def _replace(path: epath.Path, text: str) -> None:
+def write_tokenizer(run_dir: epath.PathLike, tokenizer: Tokenizer) -> None:
+    """Write the files of a run's tokenizer into it, so that it loads wherever it goes; nothing if there are none."""
+    path = epath.Path(run_dir) / TOKENIZER_DIR
+    for file, data in tokenizer.files().items():
+        path.mkdir(parents=True, exist_ok=True)
+        _replace(path / file, data)
+
+
+def run_tokenizer(run_dir: epath.PathLike, config: TrainConfig) -> Tokenizer:
+    """The tokenizer of a run: its own copy, or what the config names where it has none (`bytes`, or no run yet)."""
+    kind, _, argument = config.data.tokenizer.partition(":")
+    own = epath.Path(run_dir).expanduser() / TOKENIZER_DIR
+    name = f"{kind}:{own}" if argument and own.exists() else config.data.tokenizer
+    return load_tokenizer(name, config.data.end_of_document)
+
+
+def _replace(path: epath.Path, data: str | bytes) -> None:
     """Write a file in one go, so that a kill right here leaves the old one; object stores do nothing else."""
     aside = path if "://" in str(path) else path.with_name(f"{path.name}.partial")
-    aside.write_text(text)
+    aside.write_bytes(data.encode() if isinstance(data, str) else data)
     if aside != path:
         aside.replace(path)
 
@@ -270,7 +290,7 @@ def load(run_dir: epath.PathLike, step: int | None = None, mesh: MeshConfig | Me
         meta = checkpoints.meta(step)
         config = from_dict(TrainConfig, meta["config"])
         config.check_widths((mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]))
-        tokenizer = load_tokenizer(config.data.tokenizer)
+        tokenizer = run_tokenizer(run_dir, config)
         if tokenizer.to_json() != meta["tokenizer"]:
             raise ConfigError(
                 f"{run_dir} was trained with the tokenizer {meta['tokenizer']} and {config.data.tokenizer!r} is now "

@@ -19,6 +19,10 @@ COMMANDS = {
     "generate": ("mtp_jax.commands.generate", "RUN --prompt TEXT                 continue text with a trained model"),
     "bench": ("mtp_jax.commands.bench", "decode RUN | loss | train FILE    time decoding, the loss or training steps"),
     "eval": ("mtp_jax.commands.eval", "RUN                               held-out loss by offset"),
+    "tokenizer": (
+        "mtp_jax.commands.tokenizer",
+        "train --vocab-size N --out FILE   make a tokenizer from the documents of a source",
+    ),
     "doctor": (
         "mtp_jax.commands.doctor",
         "[EXPERIMENT.py]                   versions, devices, memory a run would need",

@@ -244,12 +244,15 @@ class DataConfig:
 
     `source` names an entry of `mtp_jax.data.sources.SOURCES`; `files` is the glob that source `text` reads, one
     document per file. A fraction `valid_fraction` of the documents, chosen by the hash of their name, is held out.
+    `tokenizer` is `bytes`, `hf:PATH` (a `tokenizer.json`) or `sentencepiece:PATH` (a `.model`), and `end_of_document`
+    its special token that ends documents, as text (default: its own, where it is plain which one that is).
     `cache_dir` holds prepared data sets (default: `$MTP_JAX_CACHE`, else `~/.cache/mtp_jax`).
     """
 
     source: str = "stdlib"
     files: str = ""
     tokenizer: str = "bytes"
+    end_of_document: str = ""
     seq_len: int = 256
     batch_size: int = 16
     valid_fraction: float = 0.05

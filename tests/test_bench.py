@@ -271,13 +271,13 @@ def measure(store, monkeypatch):
         for name in ("make_request", "start", "proceed", "result"):
             monkeypatch.setattr(bench, name, getattr(fake, name))
         monkeypatch.setattr(bench, "time", fake)
-        monkeypatch.setattr(bench, "prepare", lambda config: store)
+        monkeypatch.setattr(bench, "prepare", lambda config, tokenizer: store)
         monkeypatch.setattr(bench, "decoders", lambda run: {"float32": "float32", "bfloat16": "bfloat16"})
         monkeypatch.setattr(bench.Session, "gap", lambda self, cell, index, shared, own, other: own / other)
         run_config = tiny.train_config(head=tiny.head_config(window=3))
         with tiny.mesh() as mesh:
             model = jax.eval_shape(lambda: build_model(run_config, jax.random.key(0)))
-        run = SimpleNamespace(config=run_config, mesh=mesh, model=model, step=40)
+        run = SimpleNamespace(config=run_config, mesh=mesh, model=model, tokenizer=None, step=40)
         return SimpleNamespace(fake=fake, bench=bench_decode(run, config, lines.append), lines=lines)
 
     return run

@@ -433,7 +433,7 @@ def test_help_of_an_experiment_lists_every_field(experiment, refused):
 
 def test_an_unknown_command_is_answered_with_the_nearest(refused):
     assert "there is no command 'trian'; did you mean 'train'?" in refused("trian")
-    assert "there is no command 'qqq'; there are train, generate, bench, eval, doctor." in refused("qqq")
+    assert "there is no command 'qqq'; there are train, generate, bench, eval, tokenizer, doctor." in refused("qqq")
     assert "The benchmark is 'decoed'; did you mean 'decode'?" in refused("bench", "decoed", "run")
     assert "The benchmark is 'qqq'; it can be decode, loss, train." in refused("bench", "qqq")
 
@@ -477,7 +477,7 @@ def caches(monkeypatch):
     return caches
 
 
-COMMANDS = {
+COMMANDS = {  # all that compile
     "train": ("train", "{experiment}"),
     "eval": ("eval", "{empty}"),
     "generate": ("generate", "{empty}", "--prompt", "x"),
@@ -486,8 +486,9 @@ COMMANDS = {
 }
 
 
-@pytest.mark.parametrize("name", cli.COMMANDS)
+@pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_keeps_what_it_compiles(name, experiment, calls, caches, tmp_path, monkeypatch):
+    assert set(cli.COMMANDS) == {*COMMANDS, "tokenizer"}
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     argv = [arg.format(experiment=experiment, empty=tmp_path) for arg in COMMANDS[name]]
@@ -627,7 +628,7 @@ OTHER = TrainConfig(
         attention="cudnn",
     ),
     HeadConfig("independent", 2, 1, "lowrank", 4, "ntp", 0.5, 0.9, 1e-3, "switch", 0.1, 0.5, 0.5, 0, (3, 7)),
-    DataConfig("stdlib", "other/*.txt", "bytes", 24, 16, 0.1, 5, "elsewhere"),
+    DataConfig("stdlib", "other/*.txt", "bytes", "", 24, 16, 0.1, 5, "elsewhere"),
     OptimizerConfig("muon", 3e-3, "wsd", 3, 0.3, 0.2, 0.05, 0.8, 0.9, 1e-6, 0.9, 0.5),
     MeshConfig(2, 2, 2),
     **dict(steps=20, grad_accumulation=2, eval_every=7, eval_batches=3, checkpoint_every=9, keep_checkpoints=4),
@@ -650,6 +651,7 @@ def test_every_field_can_be_set(experiment, tmp_path, monkeypatch):
     assert [name for name, value in fields.items() if before[name] == value] == [
         "head.backward_draws",
         "data.tokenizer",
+        "data.end_of_document",
     ]
     options = []
     for name, value in fields.items():

@@ -364,7 +364,7 @@ def test_every_field_survives_json():
             remat="dots",
         ),
         HeadConfig("independent", 3, 1, "shared", 5, "ntp", 0.5, 0.9, 1e-3, "switch", 0.2, 0.1, 0.5, 0, (5, 1)),
-        DataConfig("text", "*.txt", "tok.json", 17, 6, 0.3, 5, "/cache"),
+        DataConfig("text", "*.txt", "tok.json", "<|end|>", 17, 6, 0.3, 5, "/cache"),
         OptimizerConfig("muon", 2e-3, "wsd", 7, 0.3, 0.2, 0.05, 0.8, 0.99, 1e-7, 0.9, 0.5),
         MeshConfig(2, 3, -1),
         steps=77,

@@ -42,7 +42,7 @@ def test_an_experiment_says_how_it_is_run_what_it_costs_and_what_to_expect(file)
 
 def test_an_experiment_fits_its_tokenizer_and_one_device(file):
     config = load_experiment(str(file))
-    config.check_tokenizer(load_tokenizer(config.data.tokenizer).vocab_size)
+    config.check_tokenizer(load_tokenizer(config.data.tokenizer, config.data.end_of_document).vocab_size)
     config.check_mesh((1, 1, 1))
 
 

@@ -129,7 +129,9 @@ def bench_decode(
     if config.files:
         named = file_prompts(config.files, run.tokenizer, config.prompts, config.prompt_tokens, config.seed)
     else:
-        named = held_out_prompts(prepare(run.config.data), config.prompts, config.prompt_tokens, config.seed)
+        named = held_out_prompts(
+            prepare(run.config.data, tokenizer=run.tokenizer), config.prompts, config.prompt_tokens, config.seed
+        )
     prompts, dtype = [tokens for _, tokens in named], run.config.model.dtype
     with jax.set_mesh(run.mesh):
         session = Session(decoders(run), prompts, config)

@@ -67,20 +67,21 @@ def main(args: list[str]) -> None:
     from rich.console import Console
 
     from mtp_jax.bench.decode import held_out_prompts
-    from mtp_jax.checkpoint import load, read_config
-    from mtp_jax.data import load_tokenizer, prepare
+    from mtp_jax.checkpoint import load, read_config, run_tokenizer
+    from mtp_jax.data import prepare
     from mtp_jax.decode.text import stop_bytes
 
     stops = stop_bytes(options.stop)
     config = read_config(options.run)
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    tokenizer = run_tokenizer(options.run, config)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k", "draft")
     decode = DecodeConfig(**{name: getattr(options, name) for name in names}, stop_tokens=(tokenizer.end_of_document,))
     if options.prompt is not None:
         prompts = [("", tokenizer.encode(options.prompt))]
     else:
         require(options.prompt_tokens >= 1, f"--prompt-tokens is {options.prompt_tokens}; it must be at least 1.")
-        prompts = held_out_prompts(prepare(config.data), options.held_out, options.prompt_tokens, options.seed)
+        store = prepare(config.data, tokenizer=tokenizer)
+        prompts = held_out_prompts(store, options.held_out, options.prompt_tokens, options.seed)
     decode.check(config.model, config.head, [tokens for _, tokens in prompts])
 
     forced = {"auto": None, "always": True, "never": False}[options.color]

@@ -10,7 +10,15 @@ about data, and any number of hosts reads the same batches.
 from mtp_jax.data.batches import Batch, Sequences, batches, held_out_batches
 from mtp_jax.data.sources import SOURCES, Source, load_source
 from mtp_jax.data.store import Documents, Store, prepare
-from mtp_jax.data.tokenizers import TOKENIZERS, ByteTokenizer, Tokenizer, load_tokenizer
+from mtp_jax.data.tokenizers import (
+    TOKENIZERS,
+    ByteTokenizer,
+    HFTokenizer,
+    SentencePieceTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    utf8,
+)
 
 __all__ = [
     "SOURCES",
@@ -18,6 +26,8 @@ __all__ = [
     "Batch",
     "ByteTokenizer",
     "Documents",
+    "HFTokenizer",
+    "SentencePieceTokenizer",
     "Sequences",
     "Source",
     "Store",
@@ -27,4 +37,5 @@ __all__ = [
     "load_source",
     "load_tokenizer",
     "prepare",
+    "utf8",
 ]

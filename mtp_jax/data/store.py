@@ -93,14 +93,16 @@ class Store:
         return cls(path, manifest, train, valid)
 
 
-def prepare(config: DataConfig, log: Callable[[str], None] = logger.info) -> Store:
+def prepare(config: DataConfig, log: Callable[[str], None] = logger.info, tokenizer: Tokenizer | None = None) -> Store:
     """Open the token store that `config` describes, made first if the cache has none; only then `log` gets one line.
 
+    `tokenizer` is that of `config`, for those who have it: a run keeps a copy of its own, whose original may be gone.
     Any number of processes may call this at once. Empty documents are left out. Raises `ConfigError` on an unknown
     source or tokenizer, a split without documents, or a cache that cannot be written, and `RuntimeError` if the
     source changes while it is read.
     """
-    source, tokenizer = load_source(config), load_tokenizer(config.tokenizer)
+    source = load_source(config)
+    tokenizer = tokenizer or load_tokenizer(config.tokenizer, config.end_of_document)
     identity = {
         "format": FORMAT,
         "source": config.source,
@@ -109,7 +111,7 @@ def prepare(config: DataConfig, log: Callable[[str], None] = logger.info) -> Sto
         "valid_fraction": config.valid_fraction,
     }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    cache = _cache_dir(config)
+    cache = cache_dir(config)
     path = cache / "tokens" / f"{_slug(config.source)}-{_slug(config.tokenizer)}-{digest}"
     if not path.exists():
         _make(path, identity, source, tokenizer, cache / "tfds", log)
@@ -119,7 +121,8 @@ def prepare(config: DataConfig, log: Callable[[str], None] = logger.info) -> Sto
     return store
 
 
-def _cache_dir(config: DataConfig) -> Path:
+def cache_dir(config: DataConfig) -> Path:
+    """Where the prepared data sets of `config` are kept."""
     return Path(config.cache_dir or os.environ.get("MTP_JAX_CACHE") or "~/.cache/mtp_jax").expanduser().absolute()
 
 

@@ -15,9 +15,17 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from mtp_jax.checkpoint import Checkpoints, clear_run, on_mesh, read_config, write_config
+from mtp_jax.checkpoint import (
+    Checkpoints,
+    clear_run,
+    on_mesh,
+    read_config,
+    run_tokenizer,
+    write_config,
+    write_tokenizer,
+)
 from mtp_jax.config import ConfigError, TrainConfig, require, shown, to_dict
-from mtp_jax.data import Store, batches, load_tokenizer
+from mtp_jax.data import Store, Tokenizer, batches, load_tokenizer
 from mtp_jax.data import prepare as prepare_data
 from mtp_jax.heads.shortlist import most_frequent
 from mtp_jax.mesh import make_mesh
@@ -35,9 +43,10 @@ RESUMABLE = {
 }
 
 
-def check_machine(config: TrainConfig) -> Mesh:
+def check_machine(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Mesh:
     """The mesh of a config. Raises `ConfigError` if the devices, the batch or the tokenizer do not fit it."""
-    config.check_tokenizer(load_tokenizer(config.data.tokenizer).vocab_size)
+    tokenizer = tokenizer or load_tokenizer(config.data.tokenizer, config.data.end_of_document)
+    config.check_tokenizer(tokenizer.vocab_size)
     mesh = make_mesh(config.mesh)
     config.check_mesh((mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]))
     return mesh
@@ -124,18 +133,22 @@ def train(
       NonFiniteLossError: the loss became NaN or infinite; the message names the last good checkpoint.
       KeyboardInterrupt: Ctrl-C, after the state was saved.
     """
-    mesh = check_machine(config)
     path = check_run_dir(run_dir, resume=resume, overwrite=overwrite)
     if resume:
         saved = read_config(path)
         config = dataclasses.replace(config, head=config.head.adopt_shortlist(saved.head))
         check_same_run(config, saved, path)
+        tokenizer = run_tokenizer(path, config)
+    else:
+        tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
+    mesh = check_machine(config, tokenizer)
     with jax.set_mesh(mesh):
-        run = Run(config, mesh, path, resume)
+        run = Run(config, mesh, path, resume, tokenizer)
         # All that can fail before the first step has not failed: an old run is deleted only now.
         if overwrite:
             clear_run(path)
         write_config(path, run.config)
+        write_tokenizer(path, tokenizer)
         with Checkpoints(path, config.keep_checkpoints) as checkpoints:
             return run.fit(checkpoints)
 
@@ -143,10 +156,12 @@ def train(
 class Run:
     """One call of `train`. Making it prepares data, initialises or restores the state, and compiles."""
 
-    def __init__(self, config: TrainConfig, mesh: Mesh, path: epath.Path, resume: bool):
+    def __init__(
+        self, config: TrainConfig, mesh: Mesh, path: epath.Path, resume: bool, tokenizer: Tokenizer | None = None
+    ):
         self.mesh, self.path, self.resume = mesh, path, resume
         self.shard = (jax.process_index(), jax.process_count())
-        self.store = prepare_data(config.data, log=print)
+        self.store = prepare_data(config.data, print, tokenizer)
         self.config = config = with_shortlist(config, self.store)
         self.trainer = make_trainer(config)
         self.held_out = held_out(config, self.store, mesh, config.eval_batches)
