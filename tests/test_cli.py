@@ -627,7 +627,7 @@ OTHER = TrainConfig(
         attention="cudnn",
     ),
     HeadConfig("independent", 2, 1, "lowrank", 4, "ntp", 0.5, 0.9, 1e-3, "switch", 0.1, 0.5, 0.5, 0, (3, 7)),
-    DataConfig("stdlib", "other/*.txt", "bytes", 24, 16, 0.1, 5, "elsewhere"),
+    DataConfig("tfds", "other/*.txt", "bytes", 24, 16, 0.1, 5, "elsewhere", "", "meta.text", "name", "test"),
     OptimizerConfig("muon", 3e-3, "wsd", 3, 0.3, 0.2, 0.05, 0.8, 0.9, 1e-6, 0.9, 0.5),
     MeshConfig(2, 2, 2),
     **dict(steps=20, grad_accumulation=2, eval_every=7, eval_batches=3, checkpoint_every=9, keep_checkpoints=4),
@@ -650,6 +650,7 @@ def test_every_field_can_be_set(experiment, tmp_path, monkeypatch):
     assert [name for name, value in fields.items() if before[name] == value] == [
         "head.backward_draws",
         "data.tokenizer",
+        "data.separator",
     ]
     options = []
     for name, value in fields.items():
