@@ -10,6 +10,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -278,7 +279,7 @@ def tiny(tmp_path_factory):
         def _info(self):
             text = tfds.features.Text()
             features = tfds.features.FeaturesDict(
-                {"text": text, "n": tfds.features.Scalar("int64"), "meta": {"text": text}}
+                {"text": text, "n": tfds.features.Scalar(np.int64), "meta": {"text": text}}
             )
             return tfds.core.DatasetInfo(builder=self, features=features)
 

@@ -111,7 +111,7 @@ class TfdsDataset:
             ) from error
 
     def _check_field(self, features: Any) -> None:
-        feature = features
+        feature: Any = features
         for key in self.field.split("."):
             feature = feature[key] if hasattr(feature, "keys") and key in feature else None
         require(
