@@ -592,6 +592,13 @@ def test_eval_refuses_to_evaluate_nothing(refused):
     assert "--batches is 0; it must be at least 1." in refused("eval", "run", "--batches", 0)
 
 
+def test_documents_that_cannot_be_read_are_named(experiment, tmp_path, refused):
+    (tmp_path / "a.jsonl").write_text('{"txt": "a"}\n')
+    options = ("--data.source", "jsonl", "--data.files", f"{tmp_path}/*.jsonl", "--run-dir", tmp_path / "run")
+    message = refused("train", experiment, *options, status=1)
+    assert message.startswith(f"mtp-jax: error: {tmp_path}/a.jsonl, line at byte 0: there is no field 'text'")
+
+
 def test_a_run_that_failed_exits_with_status_1(experiment, refused, monkeypatch):
     def fail(*args, **options):
         raise loop.NonFiniteLossError("Step 3: loss nan")

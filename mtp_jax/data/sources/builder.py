@@ -10,7 +10,9 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
-from mtp_jax.data.sources.base import Source, documents
+from mtp_jax.data.sources.base import DataError, Source, documents
+
+BATCH = 256  # examples in memory at a time
 
 
 class LocalDocuments(tfds.core.GeneratorBasedBuilder):
@@ -62,3 +64,27 @@ def prepare(make: Callable[[], Any]) -> Any:
             raise
         return prepare(make)
     return builder
+
+
+def read_fields(examples: Any, begin: int, end: int, fields: Sequence[str], where: str) -> Iterator[list[Any]]:
+    """The values of `fields` (dots descend) of examples `begin` to `end`.
+
+    Raises `DataError`, which names `where` they are, on what cannot be read.
+    """
+    for first in range(begin, end, BATCH):
+        numbers = list(range(first, min(first + BATCH, end)))
+        try:
+            found = examples.__getitems__(numbers)
+        except (OSError, ValueError, RuntimeError, IndexError) as error:
+            raise DataError(f"Cannot read examples {first} to {numbers[-1]} of {where}: {error}") from error
+        for number, example in zip(numbers, found, strict=True):
+            values = []
+            for field in fields:
+                value = example
+                for key in field.split("."):
+                    value = None if value is None else value[key]
+                # From a file that was cut short TFDS may read an example of None alone.
+                if value is None:
+                    raise DataError(f"Cannot read example {number} of {where}: it has no {field!r}. Is a file damaged?")
+                values.append(value)
+            yield values

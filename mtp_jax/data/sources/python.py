@@ -39,20 +39,24 @@ class PythonCode:
 
     def parts(self, data_dir: Path) -> list[Part]:
         """Ranges of files. Their data set is made in `data_dir`."""
-        self._examples(data_dir)
+        self._prepared(data_dir)
         return self.files.parts(data_dir)
 
     def read(self, part: Part, data_dir: Path) -> Iterator[tuple[str, bytes]]:
         """The files of a part: name (relative, with `/`) and bytes."""
-        examples = self._examples(data_dir)
-        for i in range(part.begin, part.end):
-            yield examples[i]["name"].decode("utf-8", "surrogateescape"), examples[i]["text"]
-
-    def _examples(self, data_dir: Path) -> Any:
         # Here, because TFDS takes 1.5 s to import and a store that is already made does not need it.
+        from mtp_jax.data.sources.builder import read_fields
+
+        where, examples = self._prepared(data_dir)
+        for name, text in read_fields(examples, part.begin, part.end, ("name", "text"), f"{where} (delete it)"):
+            yield name.decode("utf-8", "surrogateescape"), text
+
+    def _prepared(self, data_dir: Path) -> tuple[Path, Any]:
+        """The directory of the data set, and its examples."""
         from mtp_jax.data.sources.builder import prepared
 
-        return prepared(self.files, data_dir / "-".join(self.fingerprint().values()))
+        path = data_dir / "-".join(self.fingerprint().values())
+        return path, prepared(self.files, path)
 
 
 class Stdlib(PythonCode):

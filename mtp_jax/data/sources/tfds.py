@@ -13,8 +13,6 @@ from mtp_jax.data.sources import base
 from mtp_jax.data.sources.base import DataError, Part
 from mtp_jax.data.sources.files import Files
 
-BATCH = 256  # examples in memory at a time
-
 
 class TfdsDataset:
     """The strings in feature `DataConfig.field` of split `DataConfig.split` (`train[:10%]`, say) of a data set.
@@ -53,16 +51,11 @@ class TfdsDataset:
     def read(self, part: Part, data_dir: Path) -> Iterator[tuple[str, bytes]]:
         """The examples of a part."""
         _, examples = self._open(data_dir)
-        for begin in range(part.begin, part.end, BATCH):
-            numbers = list(range(begin, min(begin + BATCH, part.end)))
-            try:
-                found = examples.__getitems__(numbers)
-            except (OSError, ValueError, RuntimeError, IndexError) as error:
-                raise DataError(f"Cannot read examples {begin} and on of {self.dataset}: {error}") from error
-            for number, value in zip(numbers, found, strict=True):
-                for key in self.field.split("."):
-                    value = value[key]
-                yield f"{self.split}:{number}", value.encode() if isinstance(value, str) else value
+        from mtp_jax.data.sources.builder import read_fields
+
+        values = read_fields(examples, part.begin, part.end, (self.field,), f"{self.split} of {self.dataset}")
+        for number, (value,) in enumerate(values, part.begin):
+            yield f"{self.split}:{number}", value.encode() if isinstance(value, str) else value
 
     def _open(self, data_dir: Path) -> tuple[Any, Any]:
         """The builder, its data set made, and the examples. Raises `ConfigError` on what the configuration names."""
@@ -72,8 +65,8 @@ class TfdsDataset:
             return builder, builder.as_data_source(split=self.split)
         except (NotImplementedError, ImportError) as error:
             raise ConfigError(
-                f"DataConfig.dataset is {self.dataset!r}, which was prepared as {builder.info.file_format}; it needs a "
-                "format with random access. Prepare it with file_format='array_record'."
+                f"DataConfig.dataset is {self.dataset!r}, which was prepared as {builder.info.file_format.value}; "
+                "it needs a format with random access. Prepare it with file_format='array_record'."
             ) from error
         except (ValueError, KeyError) as error:
             raise ConfigError(
