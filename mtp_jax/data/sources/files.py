@@ -45,6 +45,9 @@ class Files:
         )
         return cls(root, tuple(names))
 
+    def __str__(self) -> str:
+        return f"{', '.join(self.names[:3])}{', ...' * (len(self.names) > 3)} of {self.root}"
+
     def listing(self, times: bool) -> str:
         """A hash of the names and sizes, and with `times` of the times of change."""
         listing = hashlib.sha256()
@@ -63,8 +66,7 @@ class Files:
         sizes = [self._stat(name).st_size for name in self.names]
         require(
             any(sizes),
-            f"The source has no documents: {', '.join(self.names[:3])}{', ...' * (len(sizes) > 3)} in {self.root} "
-            f"{'are' if len(sizes) > 1 else 'is'} empty. Change DataConfig.files.",
+            f"The source has no documents: nothing is in {self}. Change DataConfig.files.",
         )
         parts, begin = [], 0
         for i, (name, size) in enumerate(zip(self.names, sizes, strict=True)):

@@ -50,8 +50,7 @@ class Parquet:
                 ]
         require(
             bool(parts),
-            f"The source has no documents: the files that match {self.files.names[0]!r} and so on in {self.files.root} "
-            "have no rows. Change DataConfig.files.",
+            f"The source has no documents: no row is in {self.files}. Change DataConfig.files.",
         )
         return parts
 

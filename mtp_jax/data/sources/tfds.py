@@ -50,9 +50,9 @@ class TfdsDataset:
 
     def read(self, part: Part, data_dir: Path) -> Iterator[tuple[str, bytes]]:
         """The examples of a part."""
-        _, examples = self._open(data_dir)
         from mtp_jax.data.sources.builder import read_fields
 
+        _, examples = self._open(data_dir)
         values = read_fields(examples, part.begin, part.end, (self.field,), f"{self.split} of {self.dataset}")
         for number, (value,) in enumerate(values, part.begin):
             yield f"{self.split}:{number}", value.encode() if isinstance(value, str) else value
@@ -69,9 +69,10 @@ class TfdsDataset:
                 "it needs a format with random access. Prepare it with file_format='array_record'."
             ) from error
         except (ValueError, KeyError) as error:
+            why, *_ = str(error).split("\n")
             raise ConfigError(
                 f"DataConfig.split is {self.split!r} and {self.dataset} has {', '.join(builder.info.splits)}, of which "
-                f"one may take a part such as train[:10%] ({str(error).splitlines()[0]})."
+                f"one may take a part such as train[:10%] ({why})."
             ) from error
 
     def _builder(self, data_dir: Path) -> Any:
@@ -90,7 +91,7 @@ class TfdsDataset:
         except Exception as error:  # TFDS refuses a version by an AssertionError, and others by others
             name = self.dataset.partition(":")[0].partition("/")[0]
             near = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), n=1)
-            why = f"did you mean {near[0]!r}?" if near and near[0] != name else str(error).splitlines()[0]
+            why = f"did you mean {near[0]!r}?" if near and near[0] != name else str(error).partition("\n")[0]
             raise ConfigError(
                 f"DataConfig.dataset is {self.dataset!r}, which is neither the directory of a prepared data set (with "
                 f"a dataset_info.json) nor one that TFDS knows: {why}"
