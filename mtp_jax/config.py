@@ -242,11 +242,16 @@ class HeadConfig:
 class DataConfig:
     """What the model reads: batches of `batch_size` sequences of `seq_len` tokens, over all devices and hosts.
 
-    `source` names an entry of `mtp_jax.data.sources.SOURCES`; `files` is the glob that source `text` reads, one
-    document per file. A fraction `valid_fraction` of the documents, chosen by the hash of their name, is held out.
+    `source` names an entry of `mtp_jax.data.sources.SOURCES`, or is `store`: a token store that was made before. A
+    fraction `valid_fraction` of the documents, chosen by the hash of their name, is held out.
     `tokenizer` is `bytes`, `hf:PATH` (a `tokenizer.json`) or `sentencepiece:PATH` (a `.model`), and `end_of_document`
     its special token that ends documents, as text (default: its own, where it is plain which one that is).
     `cache_dir` holds prepared data sets (default: `$MTP_JAX_CACHE`, else `~/.cache/mtp_jax`).
+    `files` is the glob that `text`, `jsonl` and `parquet` read (`.gz` is decompressed); for `store` the directory; for
+    `packages` it may list names of packages, separated by commas. `separator` is what lies between the documents of a
+    file of `text`, with `\\n` for a newline and `\\t` for a tab (empty: a file is one document). `field` is where a
+    document of `jsonl`, `parquet` and `tfds` is; dots descend. `dataset` is what `tfds` reads, a name such as
+    `ag_news_subset:1.0.0` or the directory of a prepared data set, and `split` which part of it (`train[:10%]`, say).
     """
 
     source: str = "stdlib"
@@ -258,6 +263,10 @@ class DataConfig:
     valid_fraction: float = 0.05
     seed: int = 0
     cache_dir: str | None = None
+    separator: str = ""
+    field: str = "text"
+    dataset: str = ""
+    split: str = "train"
 
     def __post_init__(self) -> None:
         at_least(self, 1, "seq_len", "batch_size")
@@ -266,9 +275,30 @@ class DataConfig:
             f"DataConfig.valid_fraction is {self.valid_fraction}; it must lie in (0, 1).",
         )
         require(
-            self.source != "text" or bool(self.files),
-            "DataConfig.source is text and files is empty; give a glob, such as --data.files 'stories/*.txt'.",
+            self.source not in ("text", "jsonl", "parquet") or bool(self.files),
+            f"DataConfig.source is {self.source} and files is empty; give a glob, such as --data.files 'stories/*'.",
         )
+        require(
+            self.source != "tfds" or bool(self.dataset),
+            "DataConfig.source is tfds and dataset is empty; give a name, such as --data.dataset ag_news_subset:1.0.0, "
+            "or the directory of a prepared data set.",
+        )
+        require(
+            all(self.field.split(".")),
+            f"DataConfig.field is {self.field!r}; it must be a name, or names with dots between.",
+        )
+        for name, default, sources in (
+            ("separator", "", ("text",)),
+            ("field", "text", ("jsonl", "parquet", "tfds")),
+            ("dataset", "", ("tfds",)),
+            ("split", "train", ("tfds",)),
+        ):
+            value = getattr(self, name)
+            require(
+                value == default or self.source in sources,
+                f"DataConfig.{name} is {value!r} and source is {self.source}; it is for source {' and '.join(sources)} "
+                f"alone. Change the source, or leave {name} at {default!r}.",
+            )
 
 
 @dataclass(frozen=True)

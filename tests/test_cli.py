@@ -593,6 +593,13 @@ def test_eval_refuses_to_evaluate_nothing(refused):
     assert "--batches is 0; it must be at least 1." in refused("eval", "run", "--batches", 0)
 
 
+def test_documents_that_cannot_be_read_are_named(experiment, tmp_path, refused):
+    (tmp_path / "a.jsonl").write_text('{"txt": "a"}\n')
+    options = ("--data.source", "jsonl", "--data.files", f"{tmp_path}/*.jsonl", "--run-dir", tmp_path / "run")
+    message = refused("train", experiment, *options, status=1)
+    assert message.startswith(f"mtp-jax: error: {tmp_path}/a.jsonl, line at byte 0: there is no field 'text'")
+
+
 def test_a_run_that_failed_exits_with_status_1(experiment, refused, monkeypatch):
     def fail(*args, **options):
         raise loop.NonFiniteLossError("Step 3: loss nan")
@@ -628,7 +635,7 @@ OTHER = TrainConfig(
         attention="cudnn",
     ),
     HeadConfig("independent", 2, 1, "lowrank", 4, "ntp", 0.5, 0.9, 1e-3, "switch", 0.1, 0.5, 0.5, 0, (3, 7)),
-    DataConfig("stdlib", "other/*.txt", "bytes", "", 24, 16, 0.1, 5, "elsewhere"),
+    DataConfig("tfds", "other/*.txt", "bytes", "", 24, 16, 0.1, 5, "elsewhere", "", "meta.text", "name", "test"),
     OptimizerConfig("muon", 3e-3, "wsd", 3, 0.3, 0.2, 0.05, 0.8, 0.9, 1e-6, 0.9, 0.5),
     MeshConfig(2, 2, 2),
     **dict(steps=20, grad_accumulation=2, eval_every=7, eval_batches=3, checkpoint_every=9, keep_checkpoints=4),
@@ -652,6 +659,7 @@ def test_every_field_can_be_set(experiment, tmp_path, monkeypatch):
         "head.backward_draws",
         "data.tokenizer",
         "data.end_of_document",
+        "data.separator",
     ]
     options = []
     for name, value in fields.items():

@@ -96,6 +96,14 @@ REFUSED = {
     "valid_fraction_zero": (lambda: DataConfig(valid_fraction=0.0), ["valid_fraction is 0.0", "(0, 1)"]),
     "valid_fraction_one": (lambda: DataConfig(valid_fraction=1.0), ["valid_fraction is 1.0", "(0, 1)"]),
     "text_without_files": (lambda: DataConfig(source="text"), ["source is text", "files is empty", "--data.files"]),
+    "jsonl_without_files": (lambda: DataConfig(source="jsonl"), ["source is jsonl", "files is empty", "--data.files"]),
+    "parquet_without_files": (lambda: DataConfig(source="parquet"), ["source is parquet", "files is empty"]),
+    "tfds_without_data_set": (lambda: DataConfig(source="tfds"), ["dataset is empty", "--data.dataset"]),
+    "field_empty": (lambda: DataConfig(source="jsonl", files="*", field="meta."), ["field is 'meta.'", "dots"]),
+    "separator_of_stdlib": (lambda: DataConfig(separator="--"), ["separator is '--'", "source is stdlib", "text"]),
+    "field_of_stdlib": (lambda: DataConfig(field="code"), ["field is 'code'", "jsonl and parquet and tfds", "'text'"]),
+    "dataset_of_stdlib": (lambda: DataConfig(dataset="mnist"), ["dataset is 'mnist'", "source is stdlib", "tfds"]),
+    "split_of_stdlib": (lambda: DataConfig(split="test"), ["split is 'test'", "source is stdlib", "tfds"]),
     "tiny_temperature": (lambda: DecodeConfig(8, 1e-7), ["DecodeConfig.temperature is 1e-07", "at least 1e-06"]),
     "top_p_zero": (lambda: DecodeConfig(8, top_p=0.0), ["DecodeConfig.top_p is 0.0", "(0, 1]"]),
     "rows": (lambda: decode([1], [2], temperature=[0.5, 1, 2]), ["temperature has 3 values", "there are 2 prompts"]),
@@ -364,7 +372,7 @@ def test_every_field_survives_json():
             remat="dots",
         ),
         HeadConfig("independent", 3, 1, "shared", 5, "ntp", 0.5, 0.9, 1e-3, "switch", 0.2, 0.1, 0.5, 0, (5, 1)),
-        DataConfig("text", "*.txt", "tok.json", "<|end|>", 17, 6, 0.3, 5, "/cache"),
+        DataConfig("text", "*.txt", "tok.json", "<|end|>", 17, 6, 0.3, 5, "/cache", separator="<|end|>"),
         OptimizerConfig("muon", 2e-3, "wsd", 7, 0.3, 0.2, 0.05, 0.8, 0.99, 1e-7, 0.9, 0.5),
         MeshConfig(2, 3, -1),
         steps=77,
@@ -383,9 +391,11 @@ def test_every_field_survives_json():
     assert from_dict(TrainConfig, {}) == default
     # And the two differ in all that they hold.
     differing = {name: (here, there) for name, here, there in differences(config, default)}
-    assert {*differing, "model.attention", "head.backward_draws"} == {
-        name for name, _ in leaves(to_dict(config))
-    } and list(differences(config, config)) == []
+    alone = {"model.attention", "head.backward_draws", "data.field", "data.dataset", "data.split"}
+    assert (
+        differing.keys() | alone == {name for name, _ in leaves(to_dict(config))}
+        and list(differences(config, config)) == []
+    )
     assert differing["model.rope_scaling.factor"] == (4.0, 1.0) and differing["seed"] == (8, 0)
 
 
@@ -395,7 +405,7 @@ def leaves(values, prefix=""):
 
 
 # Fields that do not go with other values than another field's default.
-ALONE = {"attention", "backward_draws"}
+ALONE = {"attention", "backward_draws", "field", "dataset", "split"}
 
 
 def assert_no_default(config):

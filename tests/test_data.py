@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from mtp_jax import data
 from mtp_jax.config import ConfigError, DataConfig
 from mtp_jax.data import store as store_module
+from mtp_jax.data.sources import documents as documents_of
 from mtp_jax.data.sources import is_held_out
 
 SIZES = {"seq_len": 8, "window": 3, "batch_size": 4}
@@ -98,7 +99,7 @@ def test_unknown_names_are_answered_with_the_nearest():
     with pytest.raises(ConfigError, match=r"DataConfig.tokenizer is 'byte'; did you mean 'bytes'\?"):
         data.load_tokenizer("byte")
     with pytest.raises(
-        ConfigError, match=r"DataConfig.source is 'stdlb'; did you mean 'stdlib'\? It can be stdlib, text"
+        ConfigError, match=r"DataConfig.source is 'stdlb'; did you mean 'stdlib'\? It can be jsonl, .*, stdlib, text"
     ):
         data.prepare(DataConfig(source="stdlb"))
     with pytest.raises(ConfigError, match="bytes takes no argument"):
@@ -150,7 +151,7 @@ def test_hosts_that_do_not_divide_the_batch_are_refused():
 def test_a_store_holds_every_document_once(corpus):
     store = data.prepare(corpus)
     tokenizer = data.load_tokenizer(corpus.tokenizer)
-    originals = dict(data.load_source(corpus).documents(store.path))
+    originals = dict(documents_of(data.load_source(corpus), store.path))
     assert len(originals) == 40 and "part0/0.txt" in originals
     assert set(store.train.names).isdisjoint(store.valid.names)
     assert {*store.train.names, *store.valid.names} == {name for name, text in originals.items() if text}
@@ -291,19 +292,20 @@ def test_the_standard_library_is_real_code(stdlib):
 
 
 def test_the_second_to_finish_a_tfds_data_set_takes_the_first_ones(tmp_path, monkeypatch):
-    from mtp_jax.data.sources import python_files
+    from mtp_jax.data.sources import builder
+    from mtp_jax.data.sources.files import Files
 
     (tmp_path / "a.py").write_bytes(b"\xff = 1")
-    arguments = (tmp_path, ["a.py"], tmp_path / "tfds")
-    generate = python_files.PythonFiles._generate_examples
+    arguments = (Files(tmp_path, ("a.py",)), tmp_path / "tfds")
+    generate = builder.LocalDocuments._generate_examples
 
     def generate_after_another(self):
-        monkeypatch.setattr(python_files.PythonFiles, "_generate_examples", generate)
-        python_files.prepared(*arguments)
+        monkeypatch.setattr(builder.LocalDocuments, "_generate_examples", generate)
+        builder.prepared(*arguments)
         yield from generate(self)
 
-    monkeypatch.setattr(python_files.PythonFiles, "_generate_examples", generate_after_another)
-    assert list(python_files.prepared(*arguments)) == [{"name": b"a.py", "text": b"\xff = 1"}]
+    monkeypatch.setattr(builder.LocalDocuments, "_generate_examples", generate_after_another)
+    assert list(builder.prepared(*arguments)) == [{"name": b"a.py", "text": b"\xff = 1"}]
 
 
 # Training batches

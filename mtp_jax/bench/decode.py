@@ -16,9 +16,9 @@ from jax import Array
 from mtp_jax.bench import hf
 from mtp_jax.bench.config import BenchConfig
 from mtp_jax.checkpoint import LoadedRun, versions
-from mtp_jax.config import DataConfig, TrainConfig, require
+from mtp_jax.config import TrainConfig, require
 from mtp_jax.data import Store, Tokenizer, prepare
-from mtp_jax.data.sources.text import Text
+from mtp_jax.data.sources.files import Files
 from mtp_jax.decode.adaptive import learnt_policy, proceed_adaptively, start_plain
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.generate import Generation, Request, for_decoding, make_request, proceed, result, start, window
@@ -94,9 +94,9 @@ def file_prompts(files: str, tokenizer: Tokenizer, count: int, length: int, seed
 
     Raises `ConfigError` if no file matches, or not that many have that length.
     """
-    source = Text(DataConfig("text", files))
+    source = Files.matching(files)
     order = np.random.default_rng(seed).permutation(len(source.names))
-    texts = ((source.names[i], tokenizer.encode((source.root / source.names[i]).read_bytes())) for i in order)
+    texts = ((source.names[i], tokenizer.encode(source.content(source.names[i]))) for i in order)
     long = [(name, tokens[:length]) for name, tokens in texts if len(tokens) >= length]
     require(
         len(long) >= count,

@@ -8,7 +8,7 @@ about data, and any number of hosts reads the same batches.
 """
 
 from mtp_jax.data.batches import Batch, Sequences, batches, held_out_batches
-from mtp_jax.data.sources import SOURCES, Source, load_source
+from mtp_jax.data.sources import SOURCES, DataError, Part, Source, load_source
 from mtp_jax.data.store import Documents, Store, prepare
 from mtp_jax.data.tokenizers import (
     TOKENIZERS,
@@ -25,8 +25,10 @@ __all__ = [
     "TOKENIZERS",
     "Batch",
     "ByteTokenizer",
+    "DataError",
     "Documents",
     "HFTokenizer",
+    "Part",
     "SentencePieceTokenizer",
     "Sequences",
     "Source",

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from mtp_jax.config import ConfigError, DataConfig, require
-from mtp_jax.data.sources import Source, is_held_out, load_source
+from mtp_jax.data.sources import Source, documents, is_held_out, load_source
 from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
 
 FORMAT = 1
@@ -99,7 +99,7 @@ def prepare(config: DataConfig, log: Callable[[str], None] = logger.info, tokeni
     `tokenizer` is that of `config`, for those who have it: a run keeps a copy of its own, whose original may be gone.
     Any number of processes may call this at once. Empty documents are left out. Raises `ConfigError` on an unknown
     source or tokenizer, a split without documents, or a cache that cannot be written, and `RuntimeError` if the
-    source changes while it is read.
+    source changes while it is read or cannot be (`DataError`).
     """
     source = load_source(config)
     tokenizer = tokenizer or load_tokenizer(config.tokenizer, config.end_of_document)
@@ -116,8 +116,8 @@ def prepare(config: DataConfig, log: Callable[[str], None] = logger.info, tokeni
     if not path.exists():
         _make(path, identity, source, tokenizer, cache / "tfds", log)
     store = Store.open(path)
-    for documents in (store.train, store.valid):
-        documents.require_some()
+    for split in (store.train, store.valid):
+        split.require_some()
     return store
 
 
@@ -178,7 +178,7 @@ def _write(
     hashes = {split: hashlib.sha256() for split in SPLITS}
     files = {split: (directory / f"{split}.tokens.bin").open("wb") for split in SPLITS}
     try:
-        for name, text in source.documents(data_dir):
+        for name, text in documents(source, data_dir):
             if not text:
                 continue
             split = "valid" if is_held_out(name, valid_fraction) else "train"

@@ -1,36 +1,34 @@
 """Sources of documents, by name.
 
 To add a source, write a class that follows `Source`, in a file of its own, and give it one line in `SOURCES`.
+
+Python code and data sets of TFDS are read through TFDS builders: `LocalDocuments` makes one of any source. Text, JSON
+lines and Parquet are read where they lie, in ranges; a TFDS copy of them would only take their space again.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any, Protocol
+from collections.abc import Callable
 
 from mtp_jax.config import DataConfig
-from mtp_jax.data.sources.stdlib import Stdlib
+from mtp_jax.data.sources.base import PART_BYTES, DataError, Part, Source, documents
+from mtp_jax.data.sources.jsonl import JsonLines
+from mtp_jax.data.sources.parquet import Parquet
+from mtp_jax.data.sources.python import Packages, Stdlib
 from mtp_jax.data.sources.text import Text
+from mtp_jax.data.sources.tfds import TfdsDataset
 from mtp_jax.registry import lookup
 
-
-class Source(Protocol):
-    """Named documents in an order that does not change. Constructing one is cheap and reads no document."""
-
-    def fingerprint(self) -> dict[str, Any]:
-        """JSON values that change whenever the documents do. Cheap: it is computed at every start."""
-        ...
-
-    def documents(self, data_dir: Path) -> Iterator[tuple[str, bytes]]:
-        """Every document once: a name that no other has, and its bytes. `data_dir` may keep what is made on the way."""
-        ...
-
+__all__ = ["PART_BYTES", "SOURCES", "DataError", "Part", "Source", "documents", "is_held_out", "load_source"]
 
 SOURCES: dict[str, Callable[[DataConfig], Source]] = {
+    "jsonl": JsonLines,
+    "packages": Packages,
+    "parquet": Parquet,
     "stdlib": Stdlib,
     "text": Text,
+    "tfds": TfdsDataset,
 }
 
 

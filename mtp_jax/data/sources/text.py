@@ -1,50 +1,44 @@
-"""Source `text`: local files chosen by a glob, one document per file."""
+"""Source `text`: local files chosen by a glob, one document per file or per piece between separators."""
 
 from __future__ import annotations
 
-import glob
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import DataConfig, require
+from mtp_jax.config import DataConfig
+from mtp_jax.data.sources.base import Part
+from mtp_jax.data.sources.files import Files
 
 
 class Text:
-    """The files that `DataConfig.files` matches (`**` crosses directories), bytes as they are, in order of name.
+    r"""The files that `DataConfig.files` matches, in order of name; with a `separator` what lies between them.
 
-    A document's name is its path below the part of the glob without wildcards, so a corpus that moves as a whole keeps
-    its split. The files are read where they lie; a copy of them as a TFDS data set would only take their space again.
+    A document is a file, bytes as they are, and is called as it is below the part of the glob without wildcards. With
+    `DataConfig.separator`, in which `\n` and `\t` stand for a newline and a tab, a file is cut at each occurrence: a
+    document is what lies between, without newlines at its beginning and end, and is called `file@offset` by the byte
+    where it begins (behind the separator). Documents of newlines alone are left out.
     """
 
     def __init__(self, config: DataConfig):
         """Raises `ConfigError` if no file matches."""
-        self.root, pattern = _split_pattern(config.files)
-        matches = glob.glob(pattern, root_dir=self.root, recursive=True)
-        self.names = sorted({Path(match).as_posix() for match in matches if (self.root / match).is_file()})
-        require(
-            bool(self.names),
-            f"DataConfig.files is {config.files!r} and no file matches it in {Path.cwd()}. Give the path of a file or "
-            "a glob, in quotes, such as --data.files 'stories/**/*.txt'.",
-        )
+        self.files = Files.matching(config.files)
+        separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")
+        self.separator = separator.encode("utf-8", "surrogateescape")
 
     def fingerprint(self) -> dict[str, Any]:
-        """Where the files are, and a hash of their names, sizes and times of change."""
-        listing = hashlib.sha256()
-        for name in self.names:
-            stat = (self.root / name).stat()
-            listing.update(f"{name} {stat.st_size} {stat.st_mtime_ns}\n".encode("utf-8", "surrogateescape"))
-        return {"root": str(self.root.resolve()), "listing": listing.hexdigest()[:16]}
+        """That of the files, and the separator if there is one."""
+        return self.files.fingerprint() | ({"separator": repr(self.separator)} if self.separator else {})
 
-    def documents(self, data_dir: Path) -> Iterator[tuple[str, bytes]]:
-        """The files by name. Nothing is kept in `data_dir`."""
-        for name in self.names:
-            yield name, (self.root / name).read_bytes()
+    def parts(self, data_dir: Path) -> list[Part]:
+        """Files, or with a separator also ranges of bytes of large ones."""
+        return self.files.parts(data_dir, self.separator)
 
-
-def _split_pattern(pattern: str) -> tuple[Path, str]:
-    """The directory before the first wildcard of `pattern`, and the rest of it."""
-    parts = Path(pattern).expanduser().parts
-    wild = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts) - 1)
-    return Path(*parts[:wild]), str(Path(*parts[wild:]))
+    def read(self, part: Part, data_dir: Path) -> Iterator[tuple[str, bytes]]:
+        """The documents of a part. Nothing is kept in `data_dir`."""
+        if not self.separator:
+            yield from self.files.read(part, data_dir)
+            return
+        for name, offset, piece in self.files.pieces(part, self.separator):
+            if text := piece.strip(b"\r\n"):
+                yield f"{name}@{offset}", text

@@ -1,0 +1,63 @@
+"""What a source of documents is, and the parts in which it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+# What one process reads at a time: large against the cost of starting on a part, small against what is read in all.
+PART_BYTES = 2**25
+
+
+class DataError(RuntimeError):
+    """Documents that cannot be read. The message names the file or the data set and says what is wrong with it."""
+
+
+class Part(NamedTuple):
+    """A piece of a source, in terms that its source understands. It can be pickled, and is a list in JSON."""
+
+    name: str
+    begin: int = 0
+    end: int = -1
+
+
+class Source(Protocol):
+    """Named documents in an order that does not change. Constructing one is cheap, and it can be pickled."""
+
+    def fingerprint(self) -> dict[str, Any]:
+        """JSON values that change whenever the documents do. Cheap: it is computed at every start."""
+        ...
+
+    def parts(self, data_dir: Path) -> list[Part]:
+        """All documents once, in order, in parts of about `PART_BYTES`.
+
+        How the source is cut changes neither the documents nor their names. `data_dir` may keep what is made on the
+        way. Raises `ConfigError` if there is nothing to read, or not what the configuration says.
+        """
+        ...
+
+    def read(self, part: Part, data_dir: Path) -> Iterator[tuple[str, bytes]]:
+        """The documents of one of the parts: a name that no other document of the source has, and its bytes.
+
+        Any number of processes may read at once. Raises `DataError` on what cannot be read.
+        """
+        ...
+
+
+def documents(source: Source, data_dir: Path) -> Iterator[tuple[str, bytes]]:
+    """Every document of `source`, in order: its name and its bytes."""
+    for part in source.parts(data_dir):
+        yield from source.read(part, data_dir)
+
+
+def grouped(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Ranges of consecutive items that together have `PART_BYTES` or just more (the last one less); all items once."""
+    begin = size = 0
+    for i, more in enumerate(sizes):
+        size += more
+        if size >= PART_BYTES:
+            yield begin, i + 1
+            begin, size = i + 1, 0
+    if begin < len(sizes):
+        yield begin, len(sizes)

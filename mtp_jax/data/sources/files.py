@@ -1,0 +1,129 @@
+"""Local files: which there are, and how they are cut into parts."""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import gzip
+import hashlib
+import itertools
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from mtp_jax.config import require
+from mtp_jax.data.sources import base
+from mtp_jax.data.sources.base import DataError, Part
+from mtp_jax.data.sources.split import boundary, pieces
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files `names` (relative, with `/`, sorted) below `root`: a source with one document per file.
+
+    A file whose name ends in `.gz` is decompressed. A part is a range of `names`, or a range of bytes of the file that
+    it names.
+    """
+
+    root: Path
+    names: tuple[str, ...]
+
+    @classmethod
+    def matching(cls, pattern: str) -> Files:
+        """What a glob matches (`**` crosses directories), below its part without wildcards: a corpus that moves as a
+        whole keeps its names. Raises `ConfigError` if no file matches."""
+        root, below = _split_pattern(pattern)
+        matches = glob.glob(below, root_dir=root, recursive=True)
+        names = sorted({Path(match).as_posix() for match in matches if (root / match).is_file()})
+        require(
+            bool(names),
+            f"DataConfig.files is {pattern!r} and no file matches it in {Path.cwd()}. Give the path of a file or "
+            "a glob, in quotes, such as --data.files 'stories/**/*.txt'.",
+        )
+        return cls(root, tuple(names))
+
+    def __str__(self) -> str:
+        return f"{', '.join(self.names[:3])}{', ...' * (len(self.names) > 3)} of {self.root}"
+
+    def listing(self, times: bool) -> str:
+        """A hash of the names and sizes, and with `times` of the times of change."""
+        listing = hashlib.sha256()
+        for name in self.names:
+            stat = self._stat(name)
+            line = f"{name} {stat.st_size} {stat.st_mtime_ns}\n" if times else f"{name} {stat.st_size}\n"
+            listing.update(line.encode("utf-8", "surrogateescape"))
+        return listing.hexdigest()[:16]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Where the files are, and a hash of their names, sizes and times of change."""
+        return {"root": str(self.root.resolve()), "listing": self.listing(times=True)}
+
+    def parts(self, data_dir: Path, separator: bytes = b"") -> list[Part]:
+        """Small files together; a large one in ranges of bytes that end with a `separator`, if one is given."""
+        sizes = [self._stat(name).st_size for name in self.names]
+        require(
+            any(sizes),
+            f"The source has no documents: nothing is in {self}. Change DataConfig.files.",
+        )
+        parts, begin = [], 0
+        for i, (name, size) in enumerate(zip(self.names, sizes, strict=True)):
+            if separator and size > base.PART_BYTES and not name.endswith(".gz"):
+                parts += self._group(begin, i, sizes) + self._cut(name, size, separator)
+                begin = i + 1
+        return parts + self._group(begin, len(sizes), sizes)
+
+    def read(self, part: Part, data_dir: Path) -> Iterator[tuple[str, bytes]]:
+        """The files of a part, each one document."""
+        for name in self.names[part.begin : part.end]:
+            yield name, self.content(name)
+
+    def content(self, name: str) -> bytes:
+        """The bytes of a file."""
+        with self.opened(name) as file:
+            return file.read()
+
+    def pieces(self, part: Part, separator: bytes) -> Iterator[tuple[str, int, bytes]]:
+        """The pieces between the separators: the name of the file, the piece's place in it, and the piece."""
+        whole = ((name, 0, -1) for name in self.names[part.begin : part.end])
+        for name, begin, end in (part,) if part.name else whole:
+            with self.opened(name) as file:
+                for offset, piece in pieces(file, separator, begin, end):
+                    yield name, offset, piece
+
+    @contextlib.contextmanager
+    def opened(self, name: str) -> Iterator[BinaryIO]:
+        """The open file, decompressed. What goes wrong while it is read is a `DataError` that names it."""
+        path = self.root / name
+        try:
+            with gzip.open(path) if name.endswith(".gz") else path.open("rb") as file:
+                yield cast(BinaryIO, file)
+        except (OSError, EOFError, zlib.error) as error:
+            raise DataError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
+
+    def _stat(self, name: str) -> os.stat_result:
+        try:
+            return (self.root / name).stat()
+        except OSError as error:
+            raise DataError(f"Cannot read {self.root / name}: {error.strerror}.") from error
+
+    def _group(self, begin: int, end: int, sizes: list[int]) -> list[Part]:
+        return [Part("", begin + i, begin + j) for i, j in base.grouped(sizes[begin:end])]
+
+    def _cut(self, name: str, size: int, separator: bytes) -> list[Part]:
+        cuts = [0]
+        with self.opened(name) as file:
+            while cuts[-1] + base.PART_BYTES < size:
+                cuts.append(boundary(file, separator, cuts[-1] + base.PART_BYTES) or size)
+        if cuts[-1] < size:
+            cuts.append(size)
+        return [Part(name, *cut) for cut in itertools.pairwise(cuts)]
+
+
+def _split_pattern(pattern: str) -> tuple[Path, str]:
+    """The directory before the first wildcard of `pattern`, and the rest of it."""
+    parts = Path(pattern).expanduser().parts
+    wild = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts) - 1)
+    return Path(*parts[:wild]), str(Path(*parts[wild:]))

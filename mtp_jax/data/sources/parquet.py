@@ -1,0 +1,102 @@
+"""Source `parquet`: local Parquet files, one document per row."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mtp_jax.config import ConfigError, DataConfig, require
+from mtp_jax.data.sources import base
+from mtp_jax.data.sources.base import DataError, Part
+from mtp_jax.data.sources.files import Files
+
+BATCH = 1024  # rows in memory at a time
+
+
+class Parquet:
+    """The column `DataConfig.field` of the files that `DataConfig.files` matches: strings or bytes, null for none.
+
+    `meta.text` is the field `text` of the struct `meta`. A document is called `file:row`. A part is a range of row
+    groups of one file.
+    """
+
+    def __init__(self, config: DataConfig):
+        """Raises `ConfigError` if no file matches, or pyarrow is not installed."""
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                f"DataConfig.source is {config.source}, which needs pyarrow: pip install 'mtp_jax[parquet]' ({error})."
+            ) from error
+        self.files, self.field = Files.matching(config.files), config.field
+
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the files, and the column."""
+        return {**self.files.fingerprint(), "field": self.field}
+
+    def parts(self, data_dir: Path) -> list[Part]:
+        """Row groups. Raises `ConfigError` if a file has no such column."""
+        parts = []
+        for name in self.files.names:
+            with self._opened(name) as file:
+                column = self._column(name, file)
+                groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+                parts += [
+                    Part(name, *group)
+                    for group in base.grouped([group.column(column).total_uncompressed_size for group in groups])
+                    if file.metadata.num_rows
+                ]
+        require(
+            bool(parts),
+            f"The source has no documents: no row is in {self.files}. Change DataConfig.files.",
+        )
+        return parts
+
+    def read(self, part: Part, data_dir: Path) -> Iterator[tuple[str, bytes]]:
+        """The rows of a part. Nothing is kept in `data_dir`."""
+        import pyarrow.compute as pc
+
+        with self._opened(part.name) as file:
+            self._column(part.name, file)
+            row = sum(file.metadata.row_group(i).num_rows for i in range(part.begin))
+            groups = range(part.begin, part.end)
+            for batch in file.iter_batches(BATCH, row_groups=groups, columns=[self.field], use_threads=False):
+                values: Any = batch.column(0)
+                inner = self.field.split(".")[1:] if batch.schema.names[0] != self.field else []
+                for value in (pc.struct_field(values, inner) if inner else values).to_pylist():  # type: ignore
+                    yield f"{part.name}:{row}", value.encode() if isinstance(value, str) else value or b""
+                    row += 1
+
+    def _column(self, name: str, file: Any) -> int:
+        """The number of the column among the leaves of the schema."""
+        leaves = [file.metadata.schema.column(i) for i in range(len(file.metadata.schema))]
+        paths = [leaf.path for leaf in leaves]
+        # The annotated ones are strings, JSON, enumerations and decimals.
+        texts = [
+            leaf.path
+            for leaf in leaves
+            if leaf.physical_type == "BYTE_ARRAY"
+            and leaf.logical_type.type in ("NONE", "STRING", "JSON", "ENUM")
+            and leaf.max_repetition_level == 0
+        ]
+        require(
+            self.field in texts,
+            f"DataConfig.field is {self.field!r}, and {self.files.root / name} has no such column of strings or bytes. "
+            f"Such columns are {', '.join(map(repr, texts)) or 'none'}; all are {', '.join(map(repr, paths))}.",
+        )
+        return paths.index(self.field)
+
+    @contextlib.contextmanager
+    def _opened(self, name: str) -> Iterator[Any]:
+        """The open file, read in small pieces. What goes wrong while it is read is a `DataError` that names it."""
+        import pyarrow
+        import pyarrow.parquet
+
+        path = self.files.root / name
+        try:
+            with pyarrow.parquet.ParquetFile(path, buffer_size=2**20, pre_buffer=False) as file:
+                yield file
+        except (OSError, pyarrow.ArrowException, UnicodeDecodeError) as error:
+            raise DataError(f"Cannot read {path}: {error}") from error
