@@ -18,6 +18,7 @@ COMMANDS = {
     "train": ("mtp_jax.commands.train", "EXPERIMENT.py [--run-dir DIR]     train, and leave a run directory"),
     "generate": ("mtp_jax.commands.generate", "RUN --prompt TEXT                 continue text with a trained model"),
     "bench": ("mtp_jax.commands.bench", "decode RUN | loss | train FILE    time decoding, the loss or training steps"),
+    "data": ("mtp_jax.commands.data", "prepare | show DIR                tokenise documents once, look into them"),
     "eval": ("mtp_jax.commands.eval", "RUN                               held-out loss by offset"),
     "tokenizer": (
         "mtp_jax.commands.tokenizer",

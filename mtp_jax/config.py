@@ -275,7 +275,7 @@ class DataConfig:
             f"DataConfig.valid_fraction is {self.valid_fraction}; it must lie in (0, 1).",
         )
         require(
-            self.source not in ("text", "jsonl", "parquet") or bool(self.files),
+            self.source not in ("text", "jsonl", "parquet", "store") or bool(self.files),
             f"DataConfig.source is {self.source} and files is empty; give a glob, such as --data.files 'stories/*'.",
         )
         require(

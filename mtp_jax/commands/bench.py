@@ -1,4 +1,4 @@
-"""`mtp-jax bench decode | loss | train`: one file of `mtp_jax.bench` each. All end with one JSON object."""
+"""`mtp-jax bench decode | loss | train | data`: one file of `mtp_jax.bench` each. All end with one JSON object."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from mtp_jax.bench.config import BenchConfig, LossBenchConfig, TrainBenchConfig
+from mtp_jax.bench.config import BenchConfig, DataBenchConfig, LossBenchConfig, TrainBenchConfig
 from mtp_jax.commands import console, parse, use_compilation_cache
 from mtp_jax.commands.experiment import load_experiment, split_file
 from mtp_jax.config import TrainConfig
@@ -43,11 +43,23 @@ class Train:
     bench: TrainBenchConfig = field(default_factory=TrainBenchConfig)
 
 
+@dataclass(frozen=True)
+class Data:
+    """Measure what the data of an experiment cost: tokenising, reading, and what training steps wait for.
+
+    Rates are per second of processor time, so per core. Prints a table, and as the last line one JSON object.
+    """
+
+    config: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    bench: DataBenchConfig = field(default_factory=DataBenchConfig)
+
+
 def main(args: list[str]) -> None:
     """See the module."""
     if not args or args[0] in ("-h", "--help"):
         print("usage: mtp-jax bench decode RUN [options]\n       mtp-jax bench loss [options]")
-        print("       mtp-jax bench train EXPERIMENT.py [options]\n\nmtp-jax bench NAME --help lists the options.")
+        print("       mtp-jax bench train EXPERIMENT.py [options]\n       mtp-jax bench data EXPERIMENT.py [options]")
+        print("\nmtp-jax bench NAME --help lists the options.")
         return
     lookup(BENCHES, args[0], "The benchmark")(args[1:])
 
@@ -135,7 +147,26 @@ def _train(args: list[str]) -> None:
     print(json.dumps(bench))
 
 
-BENCHES: dict[str, Callable[[list[str]], None]] = {"decode": _decode, "loss": _loss, "train": _train}
+def _data(args: list[str]) -> None:
+    file, rest = split_file(args, "bench data")
+    options = parse(Data, rest, f"bench data {file}", Data(load_experiment(file)))
+    use_compilation_cache()
+
+    from mtp_jax.bench.data import bench_data
+
+    bench = _with_status(lambda status: bench_data(options.config, options.bench, status))
+    prepared = bench["prepare_bytes_per_second"]
+    rows = [
+        ("tokenising", "-" if prepared is None else f"{prepared / 1e6:,.1f} MB/s per core"),
+        ("reading", f"{bench['read_tokens_per_second'] / 1e6:,.2f} M tokens/s per core"),
+        ("a training step", f"{bench['step_seconds'] * 1e3:,.1f} ms"),
+        ("of it, waiting for its batch", f"{bench['wait_fraction']:.2%}"),
+    ]
+    _print_table(f"Data of {file}: {bench['source']}, {bench['tokenizer']}", ("", ""), rows)
+    print(json.dumps(bench))
+
+
+BENCHES: dict[str, Callable[[list[str]], None]] = {"decode": _decode, "loss": _loss, "train": _train, "data": _data}
 
 
 def _with_status(measure: Callable[[Callable[[str], None]], dict[str, Any]]) -> dict[str, Any]:

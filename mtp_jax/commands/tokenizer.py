@@ -30,6 +30,14 @@ class Train:
     """As data.source of the run."""
     files: str = DataConfig.files
     """As data.files of the run."""
+    separator: str = DataConfig.separator
+    """As data.separator of the run."""
+    field: str = DataConfig.field
+    """As data.field of the run."""
+    dataset: str = DataConfig.dataset
+    """As data.dataset of the run."""
+    split: str = DataConfig.split
+    """As data.split of the run."""
     valid_fraction: float = DataConfig.valid_fraction
     """As data.valid_fraction of the run: documents that it holds out are not read here either."""
     cache_dir: str | None = DataConfig.cache_dir
@@ -57,7 +65,7 @@ def _train(args: list[str]) -> None:
 
     from mtp_jax.data import HFTokenizer
 
-    named = {name: getattr(options, name) for name in ("source", "files", "valid_fraction", "cache_dir")}
+    named = {name: value for name, value in vars(options).items() if name not in ("vocab_size", "out")}
     documents = _Documents(DataConfig(**named))
     data = train_bpe(iter(documents), options.vocab_size)
     require(
@@ -93,11 +101,11 @@ class _Documents:
 
     def __iter__(self) -> Iterator[str]:
         from mtp_jax.data import utf8
-        from mtp_jax.data.sources import is_held_out
-        from mtp_jax.data.store import cache_dir
+        from mtp_jax.data.preparation import cache_dir
+        from mtp_jax.data.sources import documents, is_held_out
 
         sampled = 0
-        for name, text in self.source.documents(cache_dir(self.config) / "tfds"):
+        for name, text in documents(self.source, cache_dir(self.config) / "tfds"):
             if is_held_out(name, self.config.valid_fraction):
                 if text and sampled < SAMPLE_BYTES:
                     self.sample.append(text)

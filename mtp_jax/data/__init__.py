@@ -8,8 +8,9 @@ about data, and any number of hosts reads the same batches.
 """
 
 from mtp_jax.data.batches import Batch, Sequences, batches, held_out_batches
-from mtp_jax.data.sources import SOURCES, DataError, Part, Source, load_source
-from mtp_jax.data.store import Documents, Store, prepare
+from mtp_jax.data.preparation import prepare
+from mtp_jax.data.sources import SOURCES, DataError, Part, Source, documents, load_source
+from mtp_jax.data.store import Documents, Store
 from mtp_jax.data.tokenizers import (
     TOKENIZERS,
     ByteTokenizer,
@@ -35,6 +36,7 @@ __all__ = [
     "Store",
     "Tokenizer",
     "batches",
+    "documents",
     "held_out_batches",
     "load_source",
     "load_tokenizer",

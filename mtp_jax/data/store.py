@@ -1,36 +1,45 @@
-"""The token store: every document of a source, tokenised once, in memory-mapped files.
+"""The token store: every document of a source, tokenised once, in memory-mapped files. `prepare` makes it.
 
-A store is a directory of the cache, named by a hash of all that its contents depend on, so a changed source, tokenizer
-or split gets another directory and never old tokens. For each split it holds the tokens end to end (`train.tokens.bin`,
-little-endian), the `int64` offsets where documents begin (`train.offsets.npy`), and their names (`train.names.json`);
-`manifest.json` says what it is. It is written aside and renamed when complete.
+A store is a directory. For each split it holds the tokens end to end (`train.tokens.bin`, little-endian), the `int64`
+offsets where documents begin (`train.offsets.npy`), and their names (`train.names.jsonl`); `manifest.json` says what it
+is and what it was made from, and `tokenizer/` holds the files of its tokenizer, if it has any.
 """
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import json
-import logging
 import os
-import re
-import shutil
-import time
-import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mtp_jax.config import ConfigError, DataConfig, require
-from mtp_jax.data.sources import Source, documents, is_held_out, load_source
+from mtp_jax.config import ConfigError, require
 from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
 
-FORMAT = 1
 SPLITS = ("train", "valid")
+MANIFEST, TOKENIZER_DIR = "manifest.json", "tokenizer"
 
-logger = logging.getLogger(__name__)
+
+class Names(Sequence[str]):
+    """The names of a split's documents, read when one is asked for: there may be millions."""
+
+    def __init__(self, path: Path, count: int):
+        self._path, self._count = path, count
+
+    @functools.cached_property
+    def _names(self) -> list[str]:
+        # JSON has no line breaks but those between the names.
+        return [json.loads(line) for line in self._path.read_text().splitlines()]
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: Any) -> Any:
+        return self._names[index]
 
 
 @dataclass(frozen=True)
@@ -79,125 +88,25 @@ class Store:
         """The hash of the training tokens: where it is the same, the batches are."""
         return self.manifest["splits"]["train"]["sha256"]
 
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that it was made with: its own copy."""
+        made = self.manifest["tokenizer"]
+        own = self.path / TOKENIZER_DIR
+        name = f"{made['name']}:{own}" if own.exists() else made["name"]
+        return load_tokenizer(name, made.get("end_of_document", ""))
+
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Store:
         """Open the store in `path`; no token is read. Raises `ConfigError` if a file is missing or damaged."""
         path = Path(path)
         try:
-            manifest = json.loads((path / "manifest.json").read_text())
+            manifest = json.loads((path / MANIFEST).read_text())
             train, valid = (_open_split(path, manifest, split) for split in SPLITS)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"The token store {path} is damaged: {error}. Delete it, to have it made again."
             ) from error
         return cls(path, manifest, train, valid)
-
-
-def prepare(config: DataConfig, log: Callable[[str], None] = logger.info, tokenizer: Tokenizer | None = None) -> Store:
-    """Open the token store that `config` describes, made first if the cache has none; only then `log` gets one line.
-
-    `tokenizer` is that of `config`, for those who have it: a run keeps a copy of its own, whose original may be gone.
-    Any number of processes may call this at once. Empty documents are left out. Raises `ConfigError` on an unknown
-    source or tokenizer, a split without documents, or a cache that cannot be written, and `RuntimeError` if the
-    source changes while it is read or cannot be (`DataError`).
-    """
-    source = load_source(config)
-    tokenizer = tokenizer or load_tokenizer(config.tokenizer, config.end_of_document)
-    identity = {
-        "format": FORMAT,
-        "source": config.source,
-        "fingerprint": source.fingerprint(),
-        "tokenizer": tokenizer.to_json(),
-        "valid_fraction": config.valid_fraction,
-    }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    cache = cache_dir(config)
-    path = cache / "tokens" / f"{_slug(config.source)}-{_slug(config.tokenizer)}-{digest}"
-    if not path.exists():
-        _make(path, identity, source, tokenizer, cache / "tfds", log)
-    store = Store.open(path)
-    for split in (store.train, store.valid):
-        split.require_some()
-    return store
-
-
-def cache_dir(config: DataConfig) -> Path:
-    """Where the prepared data sets of `config` are kept."""
-    return Path(config.cache_dir or os.environ.get("MTP_JAX_CACHE") or "~/.cache/mtp_jax").expanduser().absolute()
-
-
-def _slug(name: str) -> str:
-    return re.sub(r"\W+", "_", name)[-40:]
-
-
-def _make(
-    path: Path,
-    identity: dict[str, Any],
-    source: Source,
-    tokenizer: Tokenizer,
-    data_dir: Path,
-    log: Callable[[str], None],
-) -> None:
-    begin = time.monotonic()
-    scratch = path.parent / f".{path.name}-{uuid.uuid4().hex}"
-    try:
-        scratch.mkdir(parents=True)
-    except OSError as error:
-        raise ConfigError(
-            f"The cache directory {path.parent} cannot be written ({error}). Set --data.cache_dir or $MTP_JAX_CACHE."
-        ) from error
-    try:
-        splits = _write(scratch, source, tokenizer, data_dir, identity["valid_fraction"])
-        if source.fingerprint() != identity["fingerprint"]:
-            raise RuntimeError(f"The documents of source {identity['source']} changed while being read. Run it again.")
-        manifest = {**identity, "dtype": _dtype(tokenizer).str, "splits": splits, "versions": {"numpy": np.__version__}}
-        (scratch / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        try:
-            scratch.rename(path)
-        except OSError:
-            # A directory with files in it is never replaced: another process has finished the same store first.
-            if not path.exists():
-                raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    counts = " and ".join(f"{splits[s]['tokens']:,} tokens of {splits[s]['documents']:,} {s} documents" for s in SPLITS)
-    log(f"Prepared {identity['source']} in {time.monotonic() - begin:.1f} s: {counts}, in {path}")
-
-
-def _dtype(tokenizer: Tokenizer) -> np.dtype:
-    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-
-
-def _write(
-    directory: Path, source: Source, tokenizer: Tokenizer, data_dir: Path, valid_fraction: float
-) -> dict[str, dict[str, Any]]:
-    """Write the files of every split and return their counts, as in the manifest."""
-    dtype = _dtype(tokenizer)
-    names: dict[str, list[str]] = {split: [] for split in SPLITS}
-    offsets = {split: [0] for split in SPLITS}
-    hashes = {split: hashlib.sha256() for split in SPLITS}
-    files = {split: (directory / f"{split}.tokens.bin").open("wb") for split in SPLITS}
-    try:
-        for name, text in documents(source, data_dir):
-            if not text:
-                continue
-            split = "valid" if is_held_out(name, valid_fraction) else "train"
-            tokens = np.append(tokenizer.encode(text), tokenizer.end_of_document)
-            data = tokens.astype(dtype).tobytes()
-            files[split].write(data)
-            hashes[split].update(data)
-            names[split].append(name)
-            offsets[split].append(offsets[split][-1] + len(tokens))
-    finally:
-        for file in files.values():
-            file.close()
-    for split in SPLITS:
-        np.save(directory / f"{split}.offsets.npy", np.array(offsets[split], np.int64))
-        (directory / f"{split}.names.json").write_text(json.dumps(names[split]))
-    return {
-        split: {"documents": len(names[split]), "tokens": offsets[split][-1], "sha256": hashes[split].hexdigest()}
-        for split in SPLITS
-    }
 
 
 def _open_split(path: Path, manifest: dict[str, Any], split: str) -> Documents:
@@ -208,5 +117,7 @@ def _open_split(path: Path, manifest: dict[str, Any], split: str) -> Documents:
         raise ValueError(f"{file.name} has {size} bytes and should have {expected}")
     # An empty file cannot be mapped.
     tokens = np.memmap(file, dtype, "r") if size else np.empty(0, dtype)
-    offsets = np.load(path / f"{split}.offsets.npy")
-    return Documents(split, tokens, offsets, json.loads((path / f"{split}.names.json").read_text()))
+    offsets = np.load(path / f"{split}.offsets.npy", mmap_mode="r")
+    if len(offsets) != counts["documents"] + 1 or offsets[-1] != counts["tokens"]:
+        raise ValueError(f"{split}.offsets.npy does not fit {file.name}")
+    return Documents(split, tokens, offsets, Names(path / f"{split}.names.jsonl", counts["documents"]))

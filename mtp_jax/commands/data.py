@@ -1,0 +1,186 @@
+"""`mtp-jax data prepare | show`: make a token store from documents, and look into it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import tyro
+
+from mtp_jax.commands import console, parse
+from mtp_jax.config import DataConfig, at_least, choices
+from mtp_jax.registry import lookup
+
+# What a glob is a source of, by its ending; else text.
+ENDINGS = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet"}
+SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Tokenise documents once, into a directory. What an interruption leaves is continued by the same command.
+
+    Training reads the directory with `--data.source store --data.files DIR`.
+    """
+
+    source: str
+    """The name of a source, or a file or a quoted glob, which is text, .jsonl, .jsonl.gz or .parquet by its ending."""
+    out: str
+    """The directory to make."""
+    files: str = DataConfig.files
+    """The glob, where the source is given by name."""
+    separator: str = DataConfig.separator
+    """Text files are split here into documents, such as '<|endoftext|>'; by default each is one document."""
+    field: str = DataConfig.field
+    """The field of a JSON line, the column of a Parquet file, or the feature of a TFDS example that holds the text."""
+    dataset: str = DataConfig.dataset
+    """The TFDS data set: its name, or the directory where it was prepared."""
+    split: str = DataConfig.split
+    """The split of the TFDS data set."""
+    tokenizer: str = DataConfig.tokenizer
+    """bytes, hf:tokenizer.json or sentencepiece:FILE.model."""
+    end_of_document: str = DataConfig.end_of_document
+    """The token that ends a document; by default the tokenizer's own."""
+    valid_fraction: float = DataConfig.valid_fraction
+    """The share of the documents that is held out."""
+    cache_dir: str | None = DataConfig.cache_dir
+    """Where data sets are kept that are made on the way."""
+    processes: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """How many processes tokenise."""
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "processes")
+
+    def config(self) -> DataConfig:
+        """The source, the tokenizer and the split as training names them."""
+        from mtp_jax.data.sources import SOURCES
+
+        named = {name: getattr(self, name) for name in vars(self) if name not in ("out", "processes")}
+        if self.source not in SOURCES and ("." in self.source or "/" in self.source or "*" in self.source):
+            source = next((s for ending, s in ENDINGS.items() if self.source.endswith(ending)), "text")
+            named |= {"source": source, "files": self.source}
+        return DataConfig(**named)
+
+
+@dataclass(frozen=True)
+class Show:
+    """Print what is in a token store: counts, lengths, documents, and batches as the model sees them."""
+
+    store: Annotated[str, tyro.conf.Positional]
+    """The directory of the store."""
+    split: Literal["train", "valid"] = "train"
+    """Which documents."""
+    documents: int = 2
+    """How many documents are printed."""
+    characters: int = 400
+    """How much of each."""
+    batches: int = 1
+    """How many batches are printed."""
+    batch_size: int = 4
+    seq_len: int = 128
+    window: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        choices(self)
+        at_least(self, 0, "documents", "batches", "seed")
+        at_least(self, 1, "characters", "batch_size", "seq_len", "window")
+
+
+def main(args: list[str]) -> None:
+    """See the module."""
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: mtp-jax data prepare --source 'stories/*.txt' --out DIR [options]")
+        print("       mtp-jax data show DIR [options]\n\nmtp-jax data NAME --help lists the options.")
+        return
+    lookup(COMMANDS, args[0], "The data command")(args[1:])
+
+
+def _prepare(args: list[str]) -> None:
+    options = parse(Prepare, args, "data prepare")
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from mtp_jax.data import prepare
+
+    lines: list[str] = []
+    columns = TextColumn("tokenising"), BarColumn(), TextColumn("{task.fields[size]}"), TimeRemainingColumn()
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None, size="")
+
+        def progress(done: int, total: int, size: int) -> None:
+            bar.update(task, completed=done, total=total, size=f"{size / 1e6:,.1f} MB, part {done} of {total}")
+
+        store = prepare(options.config(), lines.append, out=options.out, processes=options.processes, progress=progress)
+    print(*lines or [f"{store.path} was prepared before."], sep="\n")
+    print(f"Train on it: --data.source store --data.files {options.out}")
+
+
+def _show(args: list[str]) -> None:
+    options = parse(Show, args, "data show")
+    from mtp_jax.commands.generate import visible
+    from mtp_jax.data import Store, batches
+
+    store = Store.open(Path(options.store).expanduser())
+    documents, tokenizer = getattr(store, options.split), store.tokenizer()
+    documents.require_some()
+    terminal = console()
+
+    def say(text: Any = "", **style: Any) -> None:
+        terminal.print(text, markup=False, highlight=False, soft_wrap=True, **style)
+
+    manifest = store.manifest
+    say(f"{store.path}: source {manifest['source']}, tokenizer {manifest['tokenizer']['name']}")
+    for split, counts in manifest["splits"].items():
+        say(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+    say(f"\nLength of the {options.split} documents in tokens", style="bold")
+    say(histogram(np.diff(documents.offsets)))
+    for index in range(min(options.documents, len(documents))):
+        say(f"\nDocument {index}: {documents.names[index]}, {len(documents[index]):,} tokens", style="bold")
+        text = tokenizer.decode(documents[index])
+        say(visible(text[: options.characters]) + ("..." if len(text) > options.characters else ""))
+    sizes = {name: getattr(options, name) for name in ("seq_len", "window", "batch_size", "seed")}
+    for number, batch in zip(range(options.batches), batches(documents, **sizes), strict=False):
+        say(f"\nBatch {number}: documents end at ¶; a token that has fewer than {options.window} targets says how many",
+            style="bold")  # fmt: skip
+        for row in range(options.batch_size):
+            say(f"[{row}] {_marked(batch, row, tokenizer, options.window, visible)}")
+
+
+def histogram(lengths: np.ndarray, width: int = 50) -> str:
+    """Counts by powers of two, as lines with bars."""
+    powers, counts = np.unique(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int), return_counts=True)
+    rows = {int(power): int(count) for power, count in zip(powers, counts, strict=True)}
+    lines = []
+    for power in range(min(rows), max(rows) + 1):
+        count = rows.get(power, 0)
+        bar = "█" * -(-width * count // max(rows.values()))
+        lines.append(f"{'<=' if power else '  '} {2**power:>11,}  {count:>11,}  {bar}")
+    return "\n".join(lines)
+
+
+def _marked(batch: Any, row: int, tokenizer: Any, window: int, visible: Callable[[str], str]) -> str:
+    """A sequence as text; incomplete windows say how many targets they have, ends of documents are shown."""
+    out, pending = [], []
+
+    def flush() -> None:
+        out.append(visible(tokenizer.decode(pending)))
+        pending.clear()
+
+    for token, valid in zip(batch["tokens_BT"][row], batch["valid_BTW"][row].sum(-1), strict=True):
+        pending.append(int(token))
+        if token == tokenizer.end_of_document:
+            flush()
+            out.append("¶\n    ")
+        elif valid < window:
+            flush()
+            out.append(str(valid).translate(SUBSCRIPTS))
+    flush()
+    return "".join(out)
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {"prepare": _prepare, "show": _show}
