@@ -13,11 +13,12 @@ import tiny
 
 from mtp_jax.bench import decode as bench
 from mtp_jax.bench import hf
-from mtp_jax.bench.config import BenchConfig
+from mtp_jax.bench.config import BenchConfig, DataBenchConfig
+from mtp_jax.bench.data import bench_data
 from mtp_jax.bench.decode import Cell, bench_decode, file_prompts, held_out_prompts
 from mtp_jax.commands import parse
 from mtp_jax.commands.bench import Decode
-from mtp_jax.config import ConfigError
+from mtp_jax.config import ConfigError, DataConfig
 from mtp_jax.data import ByteTokenizer, Documents, Store
 from mtp_jax.decode.generate import Generation, for_decoding, generate
 from mtp_jax.decode.verify import VERIFIERS
@@ -466,3 +467,20 @@ def test_the_default_is_the_benchmark_that_is_published():
     }
     asked = parse(Decode, ["run"], "bench decode")
     assert asked == Decode("run", BenchConfig(), step=None, report=False)
+
+
+# Data
+
+
+def test_the_data_benchmark_measures_what_training_reads(tmp_path):
+    for i in range(30):
+        (tmp_path / f"{i}.txt").write_bytes(bytes(range(32, 120)) * 4)
+    config = tiny.train_config(tiny.model_config(vocab_size=264))
+    data = DataConfig("text", f"{tmp_path}/*.txt", seq_len=16, batch_size=8, cache_dir=str(tmp_path / "cache"))
+    config, bench = dataclasses.replace(config, data=data), DataBenchConfig(seconds=0.05, steps=2)
+    found = bench_data(config, bench)
+    assert found["prepare_bytes_per_second"] > 0 and found["read_tokens_per_second"] > 0
+    assert 0 < found["wait_seconds"] < found["step_seconds"] and 0 < found["wait_fraction"] < 1
+    (store,) = (tmp_path / "cache" / "tokens").iterdir()
+    data = dataclasses.replace(data, source="store", files=str(store))
+    assert bench_data(dataclasses.replace(config, data=data), bench)["prepare_bytes_per_second"] is None

@@ -433,9 +433,11 @@ def test_help_of_an_experiment_lists_every_field(experiment, refused):
 
 def test_an_unknown_command_is_answered_with_the_nearest(refused):
     assert "there is no command 'trian'; did you mean 'train'?" in refused("trian")
-    assert "there is no command 'qqq'; there are train, generate, bench, eval, tokenizer, doctor." in refused("qqq")
+    assert "there is no command 'qqq'; there are train, generate, bench, data, eval, tokenizer, doctor." in refused(
+        "qqq"
+    )
     assert "The benchmark is 'decoed'; did you mean 'decode'?" in refused("bench", "decoed", "run")
-    assert "The benchmark is 'qqq'; it can be decode, loss, train." in refused("bench", "qqq")
+    assert "The benchmark is 'qqq'; it can be decode, loss, train, data." in refused("bench", "qqq")
 
 
 def test_an_unknown_option_is_answered_with_the_nearest(experiment, refused, nothing_expensive):
@@ -488,7 +490,7 @@ COMMANDS = {  # all that compile
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_keeps_what_it_compiles(name, experiment, calls, caches, tmp_path, monkeypatch):
-    assert set(cli.COMMANDS) == {*COMMANDS, "tokenizer"}
+    assert set(cli.COMMANDS) == {*COMMANDS, "data", "tokenizer"}
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     argv = [arg.format(experiment=experiment, empty=tmp_path) for arg in COMMANDS[name]]
