@@ -213,7 +213,8 @@ class Session:
             proceed_adaptively(model, asked, start_plain(model, asked), learnt_policy(model, asked))
         else:
             state = start(model, asked)
-            jax.block_until_ready(proceed(model, asked, state, *[1] * (window(asked.plan, state) is None)))
+            one = [1] if window(asked.plan, state) is None else []
+            jax.block_until_ready(proceed(model, asked, state, *one))
         self.compile_seconds += time.perf_counter() - begun
 
     def decode(self, cell: Cell, first: int, *forwards: int) -> tuple[Request, DecodeState, float, float]:
