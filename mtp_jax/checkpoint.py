@@ -30,7 +30,8 @@ from jax.sharding import Mesh
 
 from mtp_jax import __version__
 from mtp_jax.config import ConfigError, MeshConfig, TrainConfig, from_dict, require, to_dict
-from mtp_jax.data import Tokenizer, load_tokenizer
+from mtp_jax.data import Tokenizer
+from mtp_jax.data.tokenizers import kept_tokenizer
 from mtp_jax.decode.generate import Generation, for_decoding, generate
 from mtp_jax.decode.text import continue_text
 from mtp_jax.mesh import make_mesh
@@ -188,10 +189,8 @@ def write_tokenizer(run_dir: epath.PathLike, tokenizer: Tokenizer) -> None:
 
 def run_tokenizer(run_dir: epath.PathLike, config: TrainConfig) -> Tokenizer:
     """The tokenizer of a run: its own copy, or what the config names where it has none (`bytes`, or no run yet)."""
-    kind, _, argument = config.data.tokenizer.partition(":")
     own = epath.Path(run_dir).expanduser() / TOKENIZER_DIR
-    name = f"{kind}:{own}" if argument and own.exists() else config.data.tokenizer
-    return load_tokenizer(name, config.data.end_of_document)
+    return kept_tokenizer(own, config.data.tokenizer, config.data.end_of_document)
 
 
 def _replace(path: epath.Path, data: str | bytes) -> None:

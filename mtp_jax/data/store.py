@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from mtp_jax.config import ConfigError, require
-from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
+from mtp_jax.data.tokenizers import Tokenizer, kept_tokenizer
 
 SPLITS = ("train", "valid")
 MANIFEST, TOKENIZER_DIR = "manifest.json", "tokenizer"
@@ -91,9 +91,7 @@ class Store:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that it was made with: its own copy."""
         made = self.manifest["tokenizer"]
-        own = self.path / TOKENIZER_DIR
-        name = f"{made['name']}:{own}" if own.exists() else made["name"]
-        return load_tokenizer(name, made.get("end_of_document", ""))
+        return kept_tokenizer(self.path / TOKENIZER_DIR, made["name"], made.get("end_of_document", ""))
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Store:

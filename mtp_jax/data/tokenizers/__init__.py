@@ -8,6 +8,7 @@ in `TOKENIZERS`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from mtp_jax.data.tokenizers import byte, hf, sentence_piece
 from mtp_jax.data.tokenizers.base import Tokenizer, utf8
@@ -22,6 +23,7 @@ __all__ = [
     "HFTokenizer",
     "SentencePieceTokenizer",
     "Tokenizer",
+    "kept_tokenizer",
     "load_tokenizer",
     "utf8",
 ]
@@ -44,3 +46,9 @@ def load_tokenizer(name: str, end_of_document: str = "") -> Tokenizer:
     """
     kind, _, argument = name.partition(":")
     return lookup(TOKENIZERS, kind, "DataConfig.tokenizer")(argument, end_of_document)
+
+
+def kept_tokenizer(directory: Any, name: str, end_of_document: str = "") -> Tokenizer:
+    """The tokenizer `name` from the copy of its `files` in `directory`, or from where it came if there is no copy."""
+    kind = name.partition(":")[0]
+    return load_tokenizer(f"{kind}:{directory}" if directory.exists() else name, end_of_document)
