@@ -637,7 +637,7 @@ OTHER = TrainConfig(
         attention="cudnn",
     ),
     HeadConfig("independent", 2, 1, "lowrank", 4, "ntp", 0.5, 0.9, 1e-3, "switch", 0.1, 0.5, 0.5, 0, (3, 7)),
-    DataConfig("tfds", "other/*.txt", "bytes", "", 24, 16, 0.1, 5, "elsewhere", "", "meta.text", "name", "test"),
+    DataConfig("tfds", "other/*.txt", "", "meta.text", "name", "test", 0.1, "elsewhere", "bytes", "", 24, 16, 5),
     OptimizerConfig("muon", 3e-3, "wsd", 3, 0.3, 0.2, 0.05, 0.8, 0.9, 1e-6, 0.9, 0.5),
     MeshConfig(2, 2, 2),
     **dict(steps=20, grad_accumulation=2, eval_every=7, eval_batches=3, checkpoint_every=9, keep_checkpoints=4),
@@ -659,9 +659,9 @@ def test_every_field_can_be_set(experiment, tmp_path, monkeypatch):
     before, fields = dict(flatten(to_dict(load_experiment(str(experiment))))), dict(flatten(to_dict(OTHER)))
     assert [name for name, value in fields.items() if before[name] == value] == [
         "head.backward_draws",
+        "data.separator",
         "data.tokenizer",
         "data.end_of_document",
-        "data.separator",
     ]
     options = []
     for name, value in fields.items():

@@ -232,8 +232,10 @@ def test_it_trains_on_one_split_and_evaluates_on_the_other(config, fake, tmp_pat
     """The two are written in different letters, so that one token of the wrong one is seen."""
     (tmp_path / "corpus").mkdir()
     for i in range(40):
-        letters = "nopqrst" if is_held_out(f"{i}.txt", config.data.valid_fraction) else "abcdefg"
-        (tmp_path / "corpus" / f"{i}.txt").write_text("".join(letters[(i * j) % 7] for j in range(60 + i)))
+        for letters, held_out in (("nopqrst", True), ("abcdefg", False)):
+            text = "".join(letters[(i * j) % 7] for j in range(60 + i))
+            if is_held_out(text.encode(), config.data.valid_fraction) == held_out:
+                (tmp_path / "corpus" / f"{letters}{i}.txt").write_text(text)
     config = change(config, "data", files=f"{tmp_path}/corpus/*.txt")
     config = dataclasses.replace(config, steps=6, checkpoint_every=3, eval_every=3)
     seen = {"step": [], "evaluate": []}
@@ -756,7 +758,8 @@ def test_a_run_is_not_resumed_on_other_data(config, fake, tmp_path):
     assert contents(tmp_path / "run") == before and trainer.events == []
     # With the old text back, and other held-out documents, its next batch is the run's.
     train.write_text(text)
-    valid.write_text("other")
+    fraction = config.data.valid_fraction
+    valid.write_text(next(t for i in range(999) if is_held_out((t := f"other{i}").encode(), fraction)))
     loop.train(dataclasses.replace(config, steps=10), tmp_path / "run", resume=True)
     assert trainer.events[:2] == ["step 9", "step 10"]
 

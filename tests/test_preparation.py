@@ -217,7 +217,7 @@ def test_files_become_a_store_that_can_be_looked_into(corpus, tmp_path, capsys):
     arguments += ["--valid-fraction", "0.2", "--processes", "1"]
     data_command.main(arguments)
     said = capsys.readouterr().out
-    assert f"in {out}" in said and f"--data.source store --data.files {out}" in said
+    assert f"in {out}" in said and f"Train on it: --data.source {out} --data.valid-fraction 0.2\n" in said
     data_command.main(arguments)
     assert "was prepared before" in capsys.readouterr().out
     data_command.main(["show", str(out), "--batch-size", "2", "--seq-len", "60"])
@@ -239,7 +239,7 @@ def test_files_become_a_store_that_can_be_looked_into(corpus, tmp_path, capsys):
     ],
 )
 def test_the_ending_of_a_glob_tells_its_source(source, named):
-    config = data_command.Prepare(source, "out").config()
+    config = data_command.Prepare(source=source, out="out").config()
     assert (config.source, config.files) == named
 
 

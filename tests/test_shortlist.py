@@ -10,6 +10,7 @@ import tiny
 
 import mtp_jax
 from mtp_jax.config import DataConfig, HeadConfig, from_dict, to_dict
+from mtp_jax.data import Documents
 from mtp_jax.decode.generate import for_decoding, generate
 from mtp_jax.heads.shortlist import most_frequent
 from mtp_jax.train.costs import factors_forward_flops
@@ -176,8 +177,10 @@ def test_work_falls_with_the_list():
 
 
 def test_the_most_frequent_tokens():
-    assert most_frequent(np.array([7, 7, 7, 2, 2, 4, 4, 9, 0]), 3, 12) == ((2, 4, 7), 7 / 9)
-    assert most_frequent(np.array([], int), 2, 12) == ((0, 1), 0.0)
+    tokens = np.array([7, 7, 7, 2, 2, 4, 4, 9, 0])
+    ids, share = most_frequent(Documents("train", tokens, np.array([0, 9]), ["one"]).frequencies(12), 3)
+    assert ids == (2, 4, 7) and share == pytest.approx(7 / 9)
+    assert most_frequent(np.zeros(12), 2) == ((0, 1), 0.0)
 
 
 def test_a_run_finds_its_list_keeps_it_and_goes_on(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import re
 import shutil
@@ -330,7 +331,7 @@ def config(tmp_path, bpe):
     for i, text in enumerate(TEXTS[:40]):
         (tmp_path / "corpus" / f"{i}.txt").write_text(text * 3)
     (tmp_path / "tokenizer.json").write_bytes(bpe)
-    data = DataConfig("text", f"{tmp_path}/corpus/*.txt", f"hf:{tmp_path}/tokenizer.json", valid_fraction=0.2)
+    data = DataConfig(f"{tmp_path}/corpus/*.txt", tokenizer=f"hf:{tmp_path}/tokenizer.json", valid_fraction=0.2)
     data = dataclasses.replace(data, batch_size=8, seq_len=16, cache_dir=f"{tmp_path}/cache")
     config = tiny.train_config(
         tiny.model_config(vocab_size=320, num_layers=1), tiny.head_config(window=2, rank=2), steps=2
@@ -391,16 +392,20 @@ def test_a_vocabulary_that_does_not_fit_the_model_is_refused(config, tmp_path):
 
 # The command
 
+HELD_OUT, TRAINING = 17, 43
+
 
 @pytest.fixture
 def corpus(tmp_path):
     (tmp_path / "corpus").mkdir()
-    for i in range(60):
-        # Words that only held-out documents have must not become tokens.
-        word = "heldoutword" if is_held_out(f"{i}.txt", 0.3) else "trainingword"
-        (tmp_path / "corpus" / f"{i}.txt").write_text(f"{word} {END} {i}\n" * 20)
-    (tmp_path / "corpus" / "60.txt").write_text("")
-    return ["--source", "text", "--files", f"{tmp_path}/corpus/*.txt", "--valid-fraction", "0.3"]
+    # Words that only held-out documents have must not become tokens.
+    for word, held_out, count in (("heldoutword", True, HELD_OUT), ("trainingword", False, TRAINING)):
+        texts = (f"{word} {END} {i}\n" * 20 for i in itertools.count())
+        fitting = (text for text in texts if is_held_out(text.encode(), 0.3) == held_out)
+        for i, text in enumerate(itertools.islice(fitting, count)):
+            (tmp_path / "corpus" / f"{word}{i}.txt").write_text(text)
+    (tmp_path / "corpus" / "empty.txt").write_text("")
+    return ["--source", f"{tmp_path}/corpus/*.txt", "--valid-fraction", "0.3"]
 
 
 def command(*args):
@@ -411,11 +416,9 @@ def test_a_tokenizer_is_made_of_the_training_documents(corpus, tmp_path, capsys)
     first, second = tmp_path / "first.json", tmp_path / "second.json"
     command(*corpus, "--vocab-size", 300, "--out", first)
     (line,) = capsys.readouterr().out.splitlines()
-    held_out = sum(is_held_out(f"{i}.txt", 0.3) for i in range(60))
-    size = sum(len(f"trainingword {END} {i}\n") * 20 for i in range(60) if not is_held_out(f"{i}.txt", 0.3))
-    assert 5 < held_out < 40
+    size = sum(file.stat().st_size for file in tmp_path.glob("corpus/trainingword*.txt"))
     assert re.fullmatch(
-        rf"Trained on {60 - held_out} documents of {size:,} bytes: 300 tokens, \d\.\d\d bytes per token on {held_out} "
+        rf"Trained on {TRAINING} documents of {size:,} bytes: 300 tokens, \d\.\d\d bytes per token on {HELD_OUT} "
         rf"held-out documents, in {first}",
         line,
     )

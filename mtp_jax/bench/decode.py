@@ -17,7 +17,7 @@ from mtp_jax.bench import hf
 from mtp_jax.bench.config import BenchConfig
 from mtp_jax.checkpoint import LoadedRun, versions
 from mtp_jax.config import TrainConfig, require
-from mtp_jax.data import Store, Tokenizer, prepare
+from mtp_jax.data import Mixture, Store, Tokenizer, prepare
 from mtp_jax.data.sources.files import Files
 from mtp_jax.decode.adaptive import learnt_policy, proceed_adaptively, start_plain
 from mtp_jax.decode.config import DecodeConfig
@@ -73,14 +73,15 @@ class Cell:
         return self.batch, self.temperature, self.verifier
 
 
-def held_out_prompts(store: Store, count: int, length: int, seed: int = 0) -> list[tuple[str, Any]]:
+def held_out_prompts(store: Store | Mixture, count: int, length: int, seed: int = 0) -> list[tuple[str, Any]]:
     """`count` held-out documents chosen by `seed`: (name, first `length` tokens). None ends with its prompt.
 
     Raises `ConfigError` if there are not that many of that length.
     """
     documents = store.valid
+    lengths = documents.lengths
     order = np.random.default_rng(seed).permutation(len(documents))
-    long = [int(i) for i in order if documents.offsets[i + 1] - documents.offsets[i] > length]
+    long = [int(i) for i in order if lengths[i] > length]
     require(
         len(long) >= count,
         f"{count} prompts were asked for and {len(long)} held-out documents have more than {length} tokens; "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,58 +13,39 @@ import numpy as np
 import tyro
 
 from mtp_jax.commands import console, parse
-from mtp_jax.config import DataConfig, at_least, choices
+from mtp_jax.config import DataConfig, SourceConfig, at_least, choices, require
 from mtp_jax.registry import lookup
 
-# What a glob is a source of, by its ending; else text.
-ENDINGS = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet"}
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
 
-@dataclass(frozen=True)
-class Prepare:
+@dataclass(frozen=True, kw_only=True)
+class Prepare(SourceConfig):
     """Tokenise documents once, into a directory. What an interruption leaves is continued by the same command.
 
-    Training reads the directory with `--data.source store --data.files DIR`.
+    Training reads the directory with `--data.source DIR`.
     """
 
-    source: str
-    """The name of a source, or a file or a quoted glob, which is text, .jsonl, .jsonl.gz or .parquet by its ending."""
     out: str
     """The directory to make."""
-    files: str = DataConfig.files
-    """The glob, where the source is given by name."""
-    separator: str = DataConfig.separator
-    """Text files are split here into documents, such as '<|endoftext|>'; by default each is one document."""
-    field: str = DataConfig.field
-    """The field of a JSON line, the column of a Parquet file, or the feature of a TFDS example that holds the text."""
-    dataset: str = DataConfig.dataset
-    """The TFDS data set: its name, or the directory where it was prepared."""
-    split: str = DataConfig.split
-    """The split of the TFDS data set."""
     tokenizer: str = DataConfig.tokenizer
     """bytes, hf:tokenizer.json or sentencepiece:FILE.model."""
     end_of_document: str = DataConfig.end_of_document
     """The token that ends a document; by default the tokenizer's own."""
-    valid_fraction: float = DataConfig.valid_fraction
-    """The share of the documents that is held out."""
-    cache_dir: str | None = DataConfig.cache_dir
-    """Where data sets are kept that are made on the way."""
     processes: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     """How many processes tokenise."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         at_least(self, 1, "processes")
+        require(
+            self.source not in ("store", "mixture"),
+            f"--source is {self.files}, which was prepared before; train on it with --data.source {self.files}.",
+        )
 
     def config(self) -> DataConfig:
         """The source, the tokenizer and the split as training names them."""
-        from mtp_jax.data.sources import SOURCES
-
-        named = {name: getattr(self, name) for name in vars(self) if name not in ("out", "processes")}
-        if self.source not in SOURCES and ("." in self.source or "/" in self.source or "*" in self.source):
-            source = next((s for ending, s in ENDINGS.items() if self.source.endswith(ending)), "text")
-            named |= {"source": source, "files": self.source}
-        return DataConfig(**named)
+        return DataConfig(**{name: value for name, value in vars(self).items() if name not in ("out", "processes")})
 
 
 @dataclass(frozen=True)
@@ -117,7 +99,11 @@ def _prepare(args: list[str]) -> None:
 
         store = prepare(options.config(), lines.append, out=options.out, processes=options.processes, progress=progress)
     print(*lines or [f"{store.path} was prepared before."], sep="\n")
-    print(f"Train on it: --data.source store --data.files {options.out}")
+    # A store is read with the tokenizer and the split that it was made with.
+    same = {name: getattr(options, name) for name in ("tokenizer", "end_of_document", "valid_fraction")}
+    same = {"source": options.out} | {name: v for name, v in same.items() if v != getattr(DataConfig, name)}
+    flags = (f"--data.{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in same.items())
+    print("Train on it:", *flags)
 
 
 def _show(args: list[str]) -> None:

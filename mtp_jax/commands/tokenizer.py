@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtp_jax.commands import parse
-from mtp_jax.config import ConfigError, DataConfig, require
+from mtp_jax.config import ConfigError, SourceConfig, require
 from mtp_jax.registry import lookup
 
 END = "<|endoftext|>"
@@ -16,32 +16,17 @@ SAMPLE_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train:
+class Train(SourceConfig):
     """Make a tokenizer for --data.tokenizer hf:OUT from the training documents of a source.
 
     It is a byte-level BPE in the file format of Hugging Face: any text survives it, and <|endoftext|> ends documents.
+    The source and the split are named as in `data.*` of the run.
     """
 
     vocab_size: int
     """How many tokens, with the 256 bytes and <|endoftext|>. Give a model as many, or more."""
     out: str
     """The file to write, such as tokenizer.json."""
-    source: str = DataConfig.source
-    """As data.source of the run."""
-    files: str = DataConfig.files
-    """As data.files of the run."""
-    separator: str = DataConfig.separator
-    """As data.separator of the run."""
-    field: str = DataConfig.field
-    """As data.field of the run."""
-    dataset: str = DataConfig.dataset
-    """As data.dataset of the run."""
-    split: str = DataConfig.split
-    """As data.split of the run."""
-    valid_fraction: float = DataConfig.valid_fraction
-    """As data.valid_fraction of the run: documents that it holds out are not read here either."""
-    cache_dir: str | None = DataConfig.cache_dir
-    """As data.cache_dir of the run."""
 
 
 def main(args: list[str]) -> None:
@@ -65,13 +50,12 @@ def _train(args: list[str]) -> None:
 
     from mtp_jax.data import HFTokenizer
 
-    named = {name: value for name, value in vars(options).items() if name not in ("vocab_size", "out")}
-    documents = _Documents(DataConfig(**named))
+    documents = _Documents(options)
     data = train_bpe(iter(documents), options.vocab_size)
     require(
         documents.count > 0,
-        f"The train split of source {options.source} has no documents. The split is by the hash of a document's name: "
-        "change --valid-fraction, or give the source more (and smaller) documents.",
+        f"The train split of source {options.source} has no documents. The split is by the hash of a document's "
+        "content: change --valid-fraction, or give the source more (and smaller) documents.",
     )
     tokenizer = HFTokenizer(data)
     try:
@@ -91,7 +75,7 @@ def _train(args: list[str]) -> None:
 class _Documents:
     """The training documents of a source as text, with their count and bytes so far, and a sample of those held out."""
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: SourceConfig):
         """Raises `ConfigError` if there is no such source."""
         from mtp_jax.data.sources import load_source
 
@@ -105,8 +89,8 @@ class _Documents:
         from mtp_jax.data.sources import documents, is_held_out
 
         sampled = 0
-        for name, text in documents(self.source, cache_dir(self.config) / "tfds"):
-            if is_held_out(name, self.config.valid_fraction):
+        for _, text in documents(self.source, cache_dir(self.config) / "tfds"):
+            if is_held_out(text, self.config.valid_fraction):
                 if text and sampled < SAMPLE_BYTES:
                     self.sample.append(text)
                     sampled += len(text)

@@ -8,6 +8,7 @@ about data, and any number of hosts reads the same batches.
 """
 
 from mtp_jax.data.batches import Batch, Sequences, batches, held_out_batches
+from mtp_jax.data.mixture import MixedDocuments, Mixture
 from mtp_jax.data.preparation import prepare
 from mtp_jax.data.sources import SOURCES, DataError, Part, Source, documents, load_source
 from mtp_jax.data.store import Documents, Store
@@ -29,6 +30,8 @@ __all__ = [
     "DataError",
     "Documents",
     "HFTokenizer",
+    "MixedDocuments",
+    "Mixture",
     "Part",
     "SentencePieceTokenizer",
     "Sequences",

@@ -4,18 +4,22 @@ The documents of an epoch are permuted by (seed, epoch) and laid end to end, and
 string of tokens. Sequence i takes its inputs from [i*T, (i+1)*T) and its targets from up to W tokens further. Sequences
 are shuffled within each epoch's worth of them, so that a batch is not one document; batch n is the shuffled sequences
 [n*B, (n+1)*B). Nothing is packed or remembered: batch n is a pure function of (seed, n), on any number of hosts, and is
-found by binary search. Below, S = T + W is what one sequence reads.
+found by binary search. A mixture takes its sequences from several such strings, by turns. Below, S = T + W is what one
+sequence reads.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from mtp_jax.config import require
+from mtp_jax.data.mixture import MixedDocuments, Turns
+from mtp_jax.data.permutation import permutation
 from mtp_jax.data.store import Documents
 
 Batch = dict[str, np.ndarray]
@@ -27,17 +31,26 @@ ENDLESS = 2**48
 class Sequences:
     """Random access to the sequences of the endless string. Safe to read from several threads."""
 
-    def __init__(self, documents: Documents, *, seq_len: int, window: int, seed: int):
-        """Sequences of `seq_len` tokens (T) with targets up to `window` (W) ahead, in the order that `seed` decides."""
+    def __init__(self, documents: Documents, *, seq_len: int, window: int, seed: int, store: int = 0):
+        """Sequences of `seq_len` tokens (T) with targets up to `window` (W) ahead, in the order that `seed` decides.
+
+        `store` is the number of the store in a mixture, where each has an order of its own.
+        """
         documents.require_some()
         self.documents = documents
         self.seq_len = seq_len
         self.window = window
-        self.seed = seed
+        self.seed, self.store = seed, store
         self.per_epoch = max(1, len(documents.tokens) // seq_len)
         # A sequence may cross from one epoch to the next.
         self._epoch = functools.lru_cache(maxsize=2)(self._permute)
-        self._block = functools.lru_cache(maxsize=2)(lambda block: _permutation(self.per_epoch, seed, 2 * block + 1))
+        self._block = functools.lru_cache(maxsize=2)(
+            lambda block: permutation(self.per_epoch, seed, 2 * block + 1, store)
+        )
+
+    def at(self, places: np.ndarray) -> Batch:
+        """The sequences that training reads in `places` (B,)."""
+        return self.read(self.shuffle(places))
 
     def shuffle(self, numbers: np.ndarray) -> np.ndarray:
         """Which sequences come in the places `numbers`: a permutation of each `per_epoch` of them in turn."""
@@ -66,12 +79,33 @@ class Sequences:
 
     def _permute(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents of `epoch` in their order, and where each ends."""
-        order = _permutation(len(self.documents), self.seed, 2 * epoch)
+        order = permutation(len(self.documents), self.seed, 2 * epoch, self.store)
         return order, np.cumsum(np.diff(self.documents.offsets)[order])
 
 
+class MixedSequences:
+    """Random access to the sequences of a mixture: those of each store in its own order, by turns."""
+
+    def __init__(self, documents: MixedDocuments, *, seq_len: int, window: int, seed: int):
+        """As `Sequences`."""
+        self._turns = Turns(documents.weights, seed)
+        self._sequences = [
+            Sequences(part, seq_len=seq_len, window=window, seed=seed, store=store)
+            for store, part in enumerate(documents.parts)
+        ]
+
+    def at(self, places: np.ndarray) -> Batch:
+        """The sequences that training reads in `places` (B,)."""
+        stores, before = self._turns.of(places)
+        used = np.unique(stores)
+        parts = [self._sequences[store].at(before[stores == store]) for store in used]
+        # The parts one after another, back into the order of `places`.
+        order = np.argsort(np.concatenate([np.flatnonzero(stores == store) for store in used]))
+        return {name: np.concatenate([part[name] for part in parts])[order] for name in parts[0]}
+
+
 def batches(
-    documents: Documents,
+    documents: Documents | MixedDocuments,
     *,
     seq_len: int,
     window: int,
@@ -99,15 +133,15 @@ def batches(
     import grain
 
     rows = _rows(batch_size, shard)
-    sequences = Sequences(documents, seq_len=seq_len, window=window, seed=seed)
-    dataset = grain.MapDataset.range(start, ENDLESS).map(
-        lambda n: sequences.read(sequences.shuffle(n * batch_size + rows))
-    )
+    sizes = {"seq_len": seq_len, "window": window, "seed": seed}
+    mixed = isinstance(documents, MixedDocuments)
+    sequences = MixedSequences(documents, **sizes) if mixed else Sequences(documents, **sizes)
+    dataset = grain.MapDataset.range(start, ENDLESS).map(lambda n: sequences.at(n * batch_size + rows))
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))
 
 
 def held_out_batches(
-    documents: Documents,
+    documents: Documents | MixedDocuments,
     *,
     seq_len: int,
     window: int,
@@ -117,10 +151,16 @@ def held_out_batches(
 ) -> list[Batch]:
     """The batches of an evaluation: the documents in the store's order, each token once, at most `limit` batches.
 
-    Arrays, `shard` and errors are those of `batches`. There is always a batch, and all have the same shape: what the
-    documents do not fill at the end is padding, where `valid_BTW` is False.
+    Of a mixture the batches of each store in turn: all of them, or of `limit` a number in proportion to its weight, and
+    at least one. Arrays, `shard` and errors are those of `batches`. There is always a batch, and all have the same
+    shape: what the documents do not fill at the end is padding, where `valid_BTW` is False.
     """
     documents.require_some()
+    if isinstance(documents, MixedDocuments):
+        limits = [None] * len(documents.parts) if limit is None else documents.share_out(limit)
+        sizes: dict[str, Any] = {"seq_len": seq_len, "window": window, "batch_size": batch_size, "shard": shard}
+        parts = zip(documents.parts, limits, strict=True)
+        return [batch for part, few in parts for batch in held_out_batches(part, limit=few, **sizes)]
     rows = _rows(batch_size, shard)
     total = len(documents.tokens)
     count = -(-total // (batch_size * seq_len))
@@ -133,15 +173,6 @@ def held_out_batches(
         return _batch(tokens_BS, np.where(positions_BS < total, ranks_BS, positions_BS), window)
 
     return [read(n) for n in range(count if limit is None else min(limit, count))]
-
-
-def _permutation(size: int, seed: int, stream: int) -> np.ndarray:
-    """A permutation of 0..size-1 that depends on (seed, stream) alone.
-
-    Sorted by the raw output of Philox, which unlike `Generator.permutation` is the same in every version of numpy.
-    """
-    key = np.array([seed % 2**64, stream], np.uint64)
-    return np.argsort(np.random.Philox(key=key).random_raw(size), kind="stable")
 
 
 def _positions(numbers: np.ndarray, seq_len: int, window: int) -> np.ndarray:

@@ -27,12 +27,13 @@ from typing import Any
 import filelock
 import numpy as np
 
-from mtp_jax.config import ConfigError, DataConfig, require
+from mtp_jax.config import ConfigError, DataConfig, SourceConfig, require
+from mtp_jax.data.mixture import Mixture
 from mtp_jax.data.sources import DataError, Part, Source, is_held_out, load_source
 from mtp_jax.data.store import MANIFEST, SPLITS, TOKENIZER_DIR, Store
 from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
 
-FORMAT = 2
+FORMAT = 3
 BATCH_BYTES = 2**20  # of documents that are tokenised at once
 
 Progress = Callable[[int, int, int], None]
@@ -49,14 +50,15 @@ def prepare(
     out: str | os.PathLike[str] | None = None,
     processes: int = 1,
     progress: Progress = lambda done, total, size: None,
-) -> Store:
+) -> Store | Mixture:
     """Open the token store that `config` describes, made first if there is none; only then `log` gets one line.
 
     Any number of processes may call this at once: one makes the store and the others wait. Empty documents are left
     out.
 
     Args:
-      config: names the source, the tokenizer and the split. Source `store` is a store that was made before.
+      config: names the source, the tokenizer and the split. Source `store` is a store that was made before, and
+        `mixture` several.
       log: for what was made.
       tokenizer: that of `config`, for those who have it: a run keeps a copy of its own, whose original may be gone.
       out: the directory of the store. By default it lies in the cache, named by a hash of all that its contents depend
@@ -74,6 +76,10 @@ def prepare(
     if config.source == "store":
         store = Store.open(Path(config.files).expanduser())
         _check_same(store, {"tokenizer": tokenizer.to_json(), "valid_fraction": config.valid_fraction})
+    elif config.source == "mixture":
+        store = Mixture.open(config.files)
+        for part in store.stores:
+            _check_same(part, {"tokenizer": tokenizer.to_json(), "valid_fraction": config.valid_fraction})
     else:
         source = load_source(config)
         identity = {
@@ -99,7 +105,7 @@ def prepare(
     return store
 
 
-def cache_dir(config: DataConfig) -> Path:
+def cache_dir(config: SourceConfig) -> Path:
     """Where the prepared data sets of `config` are kept."""
     return Path(config.cache_dir or os.environ.get("MTP_JAX_CACHE") or "~/.cache/mtp_jax").expanduser().absolute()
 
@@ -267,8 +273,8 @@ class _Task:
                 counts["empty"] += len(batch) - len(full)
                 counts["replaced"] += sum(self.tokenizer.replaced(text) for _, text in full)
                 encoded = self.tokenizer.encode_batch([text for _, text in full])
-                for (name, _), tokens in zip(full, encoded, strict=True):
-                    split = "valid" if is_held_out(name, self.valid_fraction) else "train"
+                for (name, text), tokens in zip(full, encoded, strict=True):
+                    split = "valid" if is_held_out(text, self.valid_fraction) else "train"
                     writers[split].add(name, np.append(tokens, self.tokenizer.end_of_document))
         finally:
             for writer in writers.values():

@@ -59,9 +59,21 @@ class Documents:
         """Raise `ConfigError` if there are none."""
         require(
             len(self) > 0,
-            f"The {self.split} split has no documents. The split is by the hash of a document's name: "
+            f"The {self.split} split has no documents. The split is by the hash of a document's content: "
             "change DataConfig.valid_fraction, or give the source more (and smaller) documents.",
         )
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, its end included."""
+        return np.diff(self.offsets)
+
+    def frequencies(self, vocab_size: int) -> np.ndarray:
+        """The share `[V]` that each token has."""
+        # In parts: counting makes a wide copy of what may be terabytes on disk.
+        parts = (self.tokens[i : i + 2**24] for i in range(0, len(self.tokens), 2**24))
+        counts_V = sum((np.bincount(part, minlength=vocab_size) for part in parts), np.zeros(vocab_size, int))
+        return counts_V / max(1, len(self.tokens))
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -79,13 +79,10 @@ class Shortlist:
         return columns_V
 
 
-def most_frequent(tokens: np.ndarray, count: int, vocab_size: int) -> tuple[tuple[int, ...], float]:
-    """The `count` ids that occur most often in `tokens`, in ascending order, and their share of them.
+def most_frequent(frequencies_V: np.ndarray, count: int) -> tuple[tuple[int, ...], float]:
+    """The `count` ids that occur most often, in ascending order, and their share of all tokens.
 
-    Of equally frequent ids the lower ones.
+    `frequencies_V` is the share of each. Of equally frequent ids the lower ones.
     """
-    # In parts: counting makes a wide copy of what may be terabytes on disk.
-    parts = (tokens[i : i + 2**24] for i in range(0, len(tokens), 2**24))
-    occurrences_V = sum((np.bincount(part, minlength=vocab_size) for part in parts), np.zeros(vocab_size, int))
-    ids = np.sort(np.argsort(-occurrences_V, kind="stable")[:count])
-    return tuple(ids.tolist()), float(occurrences_V[ids].sum() / max(1, len(tokens)))
+    ids = np.sort(np.argsort(-frequencies_V, kind="stable")[:count])
+    return tuple(ids.tolist()), float(frequencies_V[ids].sum())

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from mtp_jax.checkpoint import LoadedRun
 from mtp_jax.config import TrainConfig
-from mtp_jax.data import Store, held_out_batches, prepare
+from mtp_jax.data import Mixture, Store, held_out_batches, prepare
 from mtp_jax.sharding import RULES
 from mtp_jax.train.step import batch_loss, split, target_counts
 
@@ -23,7 +23,7 @@ def place(batch: Any, mesh: Mesh) -> Any:
     return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
 
 
-def held_out(config: TrainConfig, store: Store, mesh: Mesh, limit: int | None) -> list[Any]:
+def held_out(config: TrainConfig, store: Store | Mixture, mesh: Mesh, limit: int | None) -> list[Any]:
     """The held-out batches of a config, on the mesh."""
     found = held_out_batches(
         store.valid,

@@ -25,7 +25,7 @@ from mtp_jax.checkpoint import (
     write_tokenizer,
 )
 from mtp_jax.config import ConfigError, TrainConfig, require, shown, to_dict
-from mtp_jax.data import Store, Tokenizer, batches, load_tokenizer
+from mtp_jax.data import Mixture, Store, Tokenizer, batches, load_tokenizer
 from mtp_jax.data import prepare as prepare_data
 from mtp_jax.heads.shortlist import most_frequent
 from mtp_jax.mesh import make_mesh
@@ -100,7 +100,7 @@ def check_same_run(config: TrainConfig, saved: TrainConfig, path: epath.Path) ->
             )
 
 
-def check_same_data(store: Store, meta: dict[str, Any], path: epath.Path) -> None:
+def check_same_data(store: Store | Mixture, meta: dict[str, Any], path: epath.Path) -> None:
     """Refuse to resume on other training tokens than those of the checkpoint: its next batch would not be the run's."""
     saved = meta["data_sha256"]
     require(
@@ -111,12 +111,12 @@ def check_same_data(store: Store, meta: dict[str, Any], path: epath.Path) -> Non
     )
 
 
-def with_shortlist(config: TrainConfig, store: Store) -> TrainConfig:
+def with_shortlist(config: TrainConfig, store: Store | Mixture) -> TrainConfig:
     """`config` with the most frequent training tokens as its shortlist, where it gives their number."""
     count = config.head.shortlist
     if not isinstance(count, int) or not count:
         return config
-    ids, share = most_frequent(store.train.tokens, count, config.model.vocab_size)
+    ids, share = most_frequent(store.train.frequencies(config.model.vocab_size), count)
     print(f"shortlist: the {count:,} most frequent of {config.model.vocab_size:,} tokens are {share:.2%} of the data")
     return dataclasses.replace(config, head=dataclasses.replace(config.head, shortlist=ids))
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 
-from mtp_jax.config import DataConfig
+from mtp_jax.config import SourceConfig
 from mtp_jax.data.sources.base import PART_BYTES, DataError, Part, Source, documents
 from mtp_jax.data.sources.jsonl import JsonLines
 from mtp_jax.data.sources.parquet import Parquet
@@ -22,7 +22,7 @@ from mtp_jax.registry import lookup
 
 __all__ = ["PART_BYTES", "SOURCES", "DataError", "Part", "Source", "documents", "is_held_out", "load_source"]
 
-SOURCES: dict[str, Callable[[DataConfig], Source]] = {
+SOURCES: dict[str, Callable[[SourceConfig], Source]] = {
     "jsonl": JsonLines,
     "packages": Packages,
     "parquet": Parquet,
@@ -32,16 +32,15 @@ SOURCES: dict[str, Callable[[DataConfig], Source]] = {
 }
 
 
-def load_source(config: DataConfig) -> Source:
+def load_source(config: SourceConfig) -> Source:
     """The source that `config` names. Raises `ConfigError` on an unknown name or a source that has no documents."""
     return lookup(SOURCES, config.source, "DataConfig.source")(config)
 
 
-def is_held_out(name: str, valid_fraction: float) -> bool:
-    """Whether the document called `name` is held out: its hash, as a number in [0, 1), lies below `valid_fraction`.
+def is_held_out(document: bytes, valid_fraction: float) -> bool:
+    """Whether a document is held out: the hash of its content, as a number in [0, 1), lies below `valid_fraction`.
 
-    It depends on nothing else, so a document stays on its side when others come and go, and a larger fraction holds
-    out all that a smaller one does.
+    It depends on nothing else, so copies of a document lie on one side, one stays there when others come and go, and a
+    larger fraction holds out all that a smaller one does.
     """
-    digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()
-    return int.from_bytes(digest[:8], "big") < valid_fraction * 2**64
+    return int.from_bytes(hashlib.sha256(document).digest()[:8], "big") < valid_fraction * 2**64

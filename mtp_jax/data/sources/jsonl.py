@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import DataConfig
+from mtp_jax.config import SourceConfig
 from mtp_jax.data.sources.base import DataError, Part
 from mtp_jax.data.sources.files import Files
 
@@ -19,7 +19,7 @@ class JsonLines:
     begins (after decompression). Blank lines are skipped. A lone surrogate, which UTF-8 does not have, becomes `?`.
     """
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: SourceConfig):
         """Raises `ConfigError` if no file matches."""
         self.files, self.field = Files.matching(config.files), config.field
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import ConfigError, DataConfig, require
+from mtp_jax.config import ConfigError, SourceConfig, require
 from mtp_jax.data.sources import base
 from mtp_jax.data.sources.base import DataError, Part
 from mtp_jax.data.sources.files import Files
@@ -22,7 +22,7 @@ class Parquet:
     groups of one file.
     """
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: SourceConfig):
         """Raises `ConfigError` if no file matches, or pyarrow is not installed."""
         try:
             import pyarrow.parquet  # noqa: F401

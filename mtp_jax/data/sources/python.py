@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import DataConfig, require
+from mtp_jax.config import SourceConfig, require
 from mtp_jax.data.sources.base import Part
 from mtp_jax.data.sources.files import Files
 
@@ -62,7 +62,7 @@ class PythonCode:
 class Stdlib(PythonCode):
     """Every `.py` file of the standard library outside `SKIPPED_OF_STDLIB`."""
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: SourceConfig):
         """Raises `ConfigError` if the library has no `.py` file."""
         root = Path(sysconfig.get_path("stdlib"))
         super().__init__(Files(root, tuple(sorted(_python_files(root, [root], SKIPPED_OF_STDLIB)))))
@@ -80,7 +80,7 @@ class Packages(PythonCode):
     installed in editable mode lie elsewhere and are not among them.
     """
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: SourceConfig):
         """Raises `ConfigError` if there is no such package, or none that has a `.py` file."""
         homes = sorted({Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")})
         top = {

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import DataConfig
+from mtp_jax.config import SourceConfig
 from mtp_jax.data.sources.base import Part
 from mtp_jax.data.sources.files import Files
 
@@ -20,7 +20,7 @@ class Text:
     where it begins (behind the separator). Documents of newlines alone are left out.
     """
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: SourceConfig):
         """Raises `ConfigError` if no file matches."""
         self.files = Files.matching(config.files)
         separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")

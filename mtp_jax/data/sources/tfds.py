@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import ConfigError, DataConfig, require
+from mtp_jax.config import ConfigError, SourceConfig, require
 from mtp_jax.data.sources import base
 from mtp_jax.data.sources.base import DataError, Part
 from mtp_jax.data.sources.files import Files
@@ -22,7 +22,7 @@ class TfdsDataset:
     `meta.text`. A document is called `split:number`.
     """
 
-    def __init__(self, config: DataConfig):
+    def __init__(self, config: SourceConfig):
         """Reads nothing: what is wrong with a data set shows in `parts`."""
         self.dataset, self.split, self.field = config.dataset, config.split, config.field
         self.directory = Path(config.dataset).expanduser()

@@ -1,0 +1,161 @@
+"""Mixtures of token stores: which of them a sequence comes from.
+
+The sequences of a mixture are numbered, in blocks of `BLOCK`. Each block has the same number of sequences of every
+store, in proportion to the weights (largest remainders), in an order that depends on the seed and the block's number
+alone. So a batch stays a pure function of (seed, n), a store's own sequences are read one after another, and each of
+its tokens is used once in every epoch of it, whatever the others are.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mtp_jax.config import require
+from mtp_jax.data.permutation import TURNS, permutation
+from mtp_jax.data.store import Documents, Store
+
+BLOCK = 4096  # sequences; a weight counts by its 4096ths
+
+
+@dataclass(frozen=True)
+class MixedDocuments:
+    """The documents of a split of several stores, one store after another; `weights` say how often each is read."""
+
+    parts: tuple[Documents, ...]
+    weights: tuple[float, ...]
+
+    def require_some(self) -> None:
+        """Raise `ConfigError` if a store has none."""
+        for part in self.parts:
+            part.require_some()
+
+    @property
+    def names(self) -> list[str]:
+        """The documents' names."""
+        return [name for part in self.parts for name in part.names]
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document, its end included."""
+        return np.concatenate([part.lengths for part in self.parts])
+
+    def frequencies(self, vocab_size: int) -> np.ndarray:
+        """The share `[V]` that each token has in what is read."""
+        return np.average([part.frequencies(vocab_size) for part in self.parts], axis=0, weights=self.weights)
+
+    def share_out(self, total: int) -> list[int]:
+        """`total` in parts, one for each store in proportion to its weight, and at least 1."""
+        return [max(1, part) for part in shares(self.weights, total)]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        index = range(len(self))[index]
+        for part in self.parts:
+            if index < len(part):
+                return part[index]
+            index -= len(part)
+        raise AssertionError
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Several opened stores of one tokenizer, read in proportion to their weights (which add up to 1)."""
+
+    path: str
+    stores: tuple[Store, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def train(self) -> MixedDocuments:
+        """The training documents."""
+        return MixedDocuments(tuple(store.train for store in self.stores), self.weights)
+
+    @property
+    def valid(self) -> MixedDocuments:
+        """The held-out documents."""
+        return MixedDocuments(tuple(store.valid for store in self.stores), self.weights)
+
+    @property
+    def sha256(self) -> str:
+        """The hash of what is mixed, and how: where it is the same, the batches are."""
+        text = "".join(f"{store.sha256}{count}" for store, count in zip(self.stores, shares(self.weights), strict=True))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def manifests(self) -> tuple[dict[str, Any], ...]:
+        """What each store is and was made from."""
+        return tuple(store.manifest for store in self.stores)
+
+    @classmethod
+    def open(cls, files: str) -> Mixture:
+        """Open what `WEIGHT:DIRECTORY,...` lists.
+
+        Raises:
+          ConfigError: a weight that is no positive number, or too small next to the others; a directory that is no
+            store.
+        """
+        stores, weights = [], []
+        for item in files.split(","):
+            weight, _, path = item.strip().partition(":")
+            try:
+                value = float(weight)
+            except ValueError:
+                value = 0.0
+            require(
+                0 < value < float("inf") and bool(path),
+                f"DataConfig.files is {files!r} and {item.strip()!r} is not WEIGHT:DIRECTORY with a weight above 0; "
+                "write such as 3:data/stories,1:data/code.",
+            )
+            stores.append(Store.open(Path(path).expanduser()))
+            weights.append(value)
+        mixture = cls(files, tuple(stores), tuple(weight / sum(weights) for weight in weights))
+        require(
+            min(shares(mixture.weights)) > 0,
+            f"DataConfig.files is {files!r}, where the smallest weight is less than a {BLOCK}th of all; leave that "
+            "store out or give it more.",
+        )
+        return mixture
+
+
+class Turns:
+    """Whose turn it is: for the sequence in each place, its store, and how many of that store's come before."""
+
+    def __init__(self, weights: Sequence[float], seed: int):
+        self._seed = seed
+        self._counts = np.array(shares(weights))
+        self._block = functools.lru_cache(maxsize=4)(self._order)
+
+    def of(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(store, place among that store's sequences) of each of `places` (B,)."""
+        blocks, inside = np.divmod(places, BLOCK)
+        stores, before = np.empty_like(places), np.empty_like(places)
+        for block in np.unique(blocks):
+            here = blocks == block
+            turns, earlier = self._block(int(block))
+            stores[here], before[here] = turns[inside[here]], earlier[inside[here]]
+        return stores, before
+
+    def _order(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """The stores of a block's sequences, and how many of the same store come before each, from block 0 on."""
+        stores = np.repeat(np.arange(len(self._counts)), self._counts)[permutation(BLOCK, self._seed, block, TURNS)]
+        before = np.empty(BLOCK, np.int64)
+        for store, count in enumerate(self._counts):
+            before[stores == store] = block * count + np.arange(count)
+        return stores, before
+
+
+def shares(weights: Sequence[float], total: int = BLOCK) -> list[int]:
+    """`total` in parts: the integers next to each weight's share of it that add up (largest remainders)."""
+    exact = np.asarray(weights, float) / np.sum(weights) * total
+    parts = np.floor(exact).astype(int)
+    parts[np.argsort(parts - exact, kind="stable")[: total - parts.sum()]] += 1
+    return parts.tolist()
