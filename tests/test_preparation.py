@@ -13,6 +13,7 @@ import pytest
 
 from mtp_jax import data
 from mtp_jax.commands import data as data_command
+from mtp_jax.commands.tokenizer import train_bpe
 from mtp_jax.config import ConfigError, DataConfig
 from mtp_jax.data import DataError, preparation
 from mtp_jax.data.sources import base
@@ -255,3 +256,57 @@ def test_marks_say_where_windows_end():
         "valid_BTW": np.array([[[1, 1], [1, 0], [0, 0], [1, 1], [1, 1]]]),
     }
     assert data_command._marked(batch, 0, store, 2, str) == "hi₁¶\n    ok"
+
+
+# Memory
+
+WORDS = [
+    "the",
+    "cat",
+    "sat",
+    "on",
+    "a",
+    "mat",
+    "and",
+    "saw",
+    "one",
+    "red",
+    "bird",
+    "that",
+    "sang",
+    "of",
+    "far",
+    "green",
+    "hills",
+    "by",
+    "night",
+]
+
+
+def write_stories(path, size):
+    """About `size` bytes of stories that are all different, as text with separators."""
+    rng = np.random.default_rng(0)
+    with path.open("w") as file:
+        while file.tell() < size:
+            lengths = rng.integers(50, 400, 2000)
+            words = iter(rng.integers(0, len(WORDS), lengths.sum()))
+            file.write("".join(" ".join(WORDS[next(words)] for _ in range(n)) + "<|endoftext|>" for n in lengths))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tokenizer, size", [("bytes", 10**9), ("bpe", 10**8)])
+def test_a_large_source_is_prepared_in_little_memory(tmp_path, tokenizer, size):
+    """At most 500 MB for a source of 1 GB: a part at a time. The BPE, a tenth as fast, reads as many parts at once."""
+    stories = tmp_path / "stories.txt"
+    write_stories(stories, size)
+    command = [sys.executable, "-m", "mtp_jax", "data", "prepare", "--source", str(stories), "--separator"]
+    command += ["<|endoftext|>", "--out", str(tmp_path / "store"), "--processes", "1"]
+    if tokenizer == "bpe":
+        sample = (text for text in stories.open().read(10**6).split("<|endoftext|>"))
+        (tmp_path / "bpe.json").write_bytes(train_bpe(sample, 1024))
+        command += ["--tokenizer", f"hf:{tmp_path}/bpe.json"]
+    process = subprocess.Popen(command)
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0 and usage.ru_maxrss * 1024 < 500e6
+    assert data.Store.open(tmp_path / "store").manifest["splits"]["train"]["tokens"] > size / 8
