@@ -4,8 +4,8 @@
     mtp-jax generate runs/shakespeare_cpu --prompt 'KING RICHARD' --temperature 0.7
     mtp-jax bench decode runs/shakespeare_cpu --prompt-tokens 64 --prompts 16
 
-Data: the plain text of the plays in data/shakespeare.txt (the "tinyshakespeare" file of 1.1 MB, say; any text with blank
-lines between its parts will do). A speech is a document, so no speech of the held-out ones was seen.
+Data: the plain text of the plays in data/shakespeare.txt (the "tinyshakespeare" file of 1.1 MB, say; any text with
+blank lines between its parts will do). A speech is a document, so no speech of the held-out ones was seen.
 """
 
 from mtp_jax import DataConfig, HeadConfig, ModelConfig, OptimizerConfig, TrainConfig
