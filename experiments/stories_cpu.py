@@ -1,6 +1,7 @@
 """A CPD model of short stories, over a vocabulary of 1,024 byte pairs, in minutes on two CPU cores.
 
-    mtp-jax tokenizer train --source data/stories.txt --separator '<|endoftext|>' --vocab-size 1024 --out data/stories.json
+    mtp-jax tokenizer train --source data/stories.txt --separator '<|endoftext|>' \\
+        --vocab-size 1024 --out data/stories.json
     mtp-jax train experiments/stories_cpu.py
     mtp-jax generate runs/stories_cpu --prompt 'Once upon a time' --temperature 0.7
     mtp-jax bench decode runs/stories_cpu --prompt-tokens 32 --prompts 16 --new-tokens 128

@@ -260,27 +260,7 @@ def test_marks_say_where_windows_end():
 
 # Memory
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "one",
-    "red",
-    "bird",
-    "that",
-    "sang",
-    "of",
-    "far",
-    "green",
-    "hills",
-    "by",
-    "night",
-]
+WORDS = "cat sat on a mat and saw one red bird that sang of far green hills by night".split()  # noqa: SIM905
 
 
 def write_stories(path, size):
