@@ -32,8 +32,8 @@ from mtp_jax import DataConfig, HeadConfig, LossBenchConfig, ModelConfig, Optimi
 from mtp_jax.bench.loss import bench_loss
 from mtp_jax.bench.timing import interleave, ratio, summary
 from mtp_jax.bench.train import bench_train
-from mtp_jax.checkpoint import versions
 from mtp_jax.commands import use_compilation_cache
+from mtp_jax.run_dir import versions
 
 LOSS = {
     "1B-shaped": LossBenchConfig(d=2048, v=128_256, rank=4, tokens=4096, dtype="bfloat16", repetitions=5),

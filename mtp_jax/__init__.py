@@ -30,14 +30,13 @@ _PUBLIC = {
     "LanguageModel": "mtp_jax.model.transformer",
     "generate": "mtp_jax.decode.generate",
     "Slots": "mtp_jax.decode.slots",
-    "load": "mtp_jax.checkpoint",
+    "load": "mtp_jax.loading",
     "make_mesh": "mtp_jax.mesh",
 }
 
 if TYPE_CHECKING:
     from mtp_jax.bench.config import LossBenchConfig as LossBenchConfig
     from mtp_jax.bench.config import TrainBenchConfig as TrainBenchConfig
-    from mtp_jax.checkpoint import load as load
     from mtp_jax.config import ConfigError as ConfigError
     from mtp_jax.config import DataConfig as DataConfig
     from mtp_jax.config import HeadConfig as HeadConfig
@@ -48,6 +47,7 @@ if TYPE_CHECKING:
     from mtp_jax.decode.config import DecodeConfig as DecodeConfig
     from mtp_jax.decode.generate import generate as generate
     from mtp_jax.decode.slots import Slots as Slots
+    from mtp_jax.loading import load as load
     from mtp_jax.mesh import make_mesh as make_mesh
     from mtp_jax.model.transformer import LanguageModel as LanguageModel
 

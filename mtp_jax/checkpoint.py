@@ -1,99 +1,102 @@
-"""Run directories: Orbax checkpoints that say themselves what they are, and the way back from them.
+"""The checkpoints of a run: written by Orbax in the background, sealed by a manifest, checked before they are read.
 
-    RUN/config.json, versions.json the resolved TrainConfig, and what it runs on; readable without any checkpoint
-    RUN/tokenizer/                 the files of its tokenizer, if it has any
-    RUN/checkpoints/STEP/          params, opt_state (arrays); meta (JSON: step, config, tokenizer, data, versions,
-                                   metrics)
-    RUN/metrics.jsonl, tensorboard/
+    RUN/checkpoints/STEP/          params, opt_state, and ema if the run keeps it (arrays); meta (JSON: step, config,
+                                   tokenizer, data_sha256, versions, metrics); manifest.json, written last
 
-The step is also the data position: batch n is a pure function of (seed, n). Saves are asynchronous and atomic.
+A step is complete if it has its manifest; anything else is what a kill left, and is not seen. The step is also the data
+position: batch n is a pure function of (seed, n).
 """
 
 from __future__ import annotations
 
-import functools
-import importlib.metadata
+import contextlib
 import json
-import platform
-import subprocess
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import math
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from mtp_jax import __version__
-from mtp_jax.config import ConfigError, MeshConfig, TrainConfig, from_dict, require, to_dict
-from mtp_jax.data import Tokenizer
-from mtp_jax.data.tokenizers import kept_tokenizer
-from mtp_jax.decode.generate import Generation, for_decoding, generate
-from mtp_jax.decode.text import continue_text
-from mtp_jax.mesh import make_mesh
-from mtp_jax.model.transformer import LanguageModel
-from mtp_jax.train.step import TrainState, build_model, split
+from mtp_jax import manifest
+from mtp_jax.config import TrainConfig, to_dict
+from mtp_jax.manifest import DamagedError
+from mtp_jax.run_dir import CHECKPOINTS_DIR, run_tokenizer, versions
+from mtp_jax.train.step import TrainState
 
-CONFIG_FILE, TOKENIZER_DIR = "config.json", "tokenizer"
-# What training, `generate --held-out` and `bench --report` leave in a run directory.
-WRITTEN = (CONFIG_FILE, "versions.json", TOKENIZER_DIR, "checkpoints", "metrics.jsonl", "tensorboard", "*.partial")
-WRITTEN += ("completions.html", "report.md", "report.json", "plots")
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+T = TypeVar("T")
+Step = int | Literal["latest", "best"]
+META_FILE = "meta/metadata"  # as Orbax names it
 
 
 class CheckpointError(RuntimeError):
     """A run directory that cannot be read or written as asked. The message names it and the way out."""
 
 
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that decide a run's numbers, and the git commit of the code."""
-    found = {"mtp_jax": __version__, "python": platform.python_version()}
-    found |= {name: importlib.metadata.version(name) for name in PACKAGES}
-    return found | ({"commit": commit} if (commit := _commit()) else {})
-
-
-def _commit() -> str | None:
-    """The commit of the checkout that this file is tracked in, with `-dirty` where it was changed."""
-
-    def git(*args: str) -> str | None:
-        command = ["git", "-C", str(Path(__file__).parent), *args]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-        except OSError:  # no git on this machine
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    # An installed package may lie inside somebody else's repository.
-    tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
-    return git("describe", "--always", "--dirty", "--abbrev=12") if tracked else None
-
-
 class Checkpoints:
-    """The checkpoints of one run directory. Close it (or leave its `with`) to finish what is being written."""
+    """The checkpoints of one run directory. Close it (or leave its `with`) to finish what is being written.
 
-    def __init__(self, run_dir: epath.PathLike, keep: int | None = None):
+    Every process of a run makes one and calls the same methods; process 0 seals, deletes, and says which steps exist.
+
+    Args:
+      run_dir: the run directory, local or in an object store.
+      keep: write too, and keep so many of the newest steps and the one with the lowest held-out loss. What a killed
+        process left unfinished is deleted.
+      resumed_from: the step that the run goes on from. Later ones belong to a past that is given up: they are deleted
+        when the next step is saved.
+    """
+
+    def __init__(self, run_dir: epath.PathLike, keep: int | None = None, resumed_from: int | None = None):
         self.run_dir = epath.Path(run_dir).expanduser().resolve()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=keep is not None, create=keep is not None
-        )
+        self._root = self.run_dir / CHECKPOINTS_DIR
+        self._keep, self._resumed_from = keep, resumed_from
         self._tokenizer: dict[str, Any] = {}
-        self._manager = ocp.CheckpointManager(self.run_dir / "checkpoints", options=options)
+        self._losses: dict[int, float] = {}
+        self._saving: tuple[int, Future[None]] | None = None
+        self._failed = ""
+        self._checkpointer = self._thread = None
+        if keep is not None:
+            self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            self._thread = ThreadPoolExecutor(1, "seal")
+            if jax.process_index() == 0:
+                self._root.mkdir(parents=True, exist_ok=True)
+                self._clean()
+            for step in self.steps():
+                with contextlib.suppress(DamagedError):
+                    self._losses[step] = _loss(self._read_meta(step))
+
+    # Writing
 
     def save(self, state: TrainState, config: TrainConfig, metrics: dict[str, Any], data_sha256: str) -> int:
         """Begin to save a state and return its step; the next call waits for this one.
 
         `data_sha256` is that of the training tokens: a run is resumed on the same ones or not at all. The caller has
-        seen that the state's loss is finite. A step that is saved already is left as it is.
+        seen that the state's loss is finite. A step that is saved already is left as it is. A save that fails, for
+        want of space say, leaves the steps before it and is spoken of by the next call of `save`, `wait` or `close`.
 
         Raises:
-          CheckpointError: Orbax refused the step, for instance because a later one exists.
+          CheckpointError: a later step exists, and the run does not go on from an earlier one.
         """
-        step = int(state.step)
-        if step in self._manager.all_steps():
+        step, checkpointer, thread = int(state.step), self._checkpointer, self._thread
+        if checkpointer is None or thread is None:
+            raise ValueError("These checkpoints were opened to be read; give `keep` to write.")
+        self._finish()
+        steps = self.steps()
+        given_up = [s for s in steps if self._resumed_from is not None and s > self._resumed_from]
+        if max(set(steps) - set(given_up), default=-1) > step:
+            raise CheckpointError(
+                f"Step {step} was not saved in {self.run_dir}: it holds steps {steps}. "
+                "Resume from the latest, or start with --overwrite."
+            )
+        self._resumed_from = None
+        if step in steps and step not in given_up:
             return step
         # Once: reading a large vocabulary takes a second.
         self._tokenizer = self._tokenizer or run_tokenizer(self.run_dir, config).to_json()
@@ -105,107 +108,216 @@ class Checkpoints:
             "versions": versions(),
             "metrics": metrics,
         }
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
-            opt_state=ocp.args.StandardSave(state.opt_state),
-            meta=ocp.args.JsonSave(meta),
-        )
-        if not self._manager.save(step, args=items):
-            raise CheckpointError(
-                f"Orbax did not save step {step} in {self.run_dir}; it holds steps {self._manager.all_steps()}. "
-                "Resume from the latest, or start with --overwrite."
-            )
+        arrays = {"params": state.params, "opt_state": state.opt_state}
+        arrays |= {} if state.ema is None else {"ema": state.ema}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        begun: Future[None] = Future()
+        try:
+            if jax.process_index() == 0:
+                for old in given_up:
+                    manifest.unseal(self._dir(old))
+            checkpointer.save(self._dir(step), args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
+        except OSError as error:
+            begun.set_exception(error)
+        else:
+            begun = thread.submit(self._seal, step, _loss(meta))
+        self._saving = step, begun
         return step
 
-    def latest_step(self) -> int | None:
-        """The newest complete step, or None."""
-        return self._manager.latest_step()
-
-    def restore(self, target: TrainState, step: int | None = None) -> TrainState:
-        """The whole state, placed as `target` (arrays, or shapes with shardings) is, on any mesh."""
-        step = self._step(step)
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
-        items = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                params=ocp.args.StandardRestore(shapes.params), opt_state=ocp.args.StandardRestore(shapes.opt_state)
-            ),
-        )
-        # As if it had been trained to here: the step lives where the rest of the state lives.
-        return TrainState(jnp.asarray(step, jnp.int32), items["params"], items["opt_state"])
-
-    def restore_params(self, target: Any, step: int | None = None) -> Any:
-        """The parameters alone, placed as `target` is."""
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, target)
-        args = ocp.args.Composite(params=ocp.args.StandardRestore(shapes))
-        return self._manager.restore(self._step(step), args=args)["params"]
-
-    def meta(self, step: int | None = None) -> dict[str, Any]:
-        """The JSON of a step: step, config, tokenizer, data_sha256, versions, metrics."""
-        args = ocp.args.Composite(meta=ocp.args.JsonRestore())
-        return self._manager.restore(self._step(step), args=args)["meta"]
-
-    def wait(self) -> None:
-        """Wait until the last save is complete."""
-        self._manager.wait_until_finished()
+    def wait(self) -> int | None:
+        """Wait until the last save is complete or has failed. Returns the newest complete step, or None."""
+        self._finish()
+        return self.latest_step()
 
     def close(self) -> None:
         """Finish and release."""
-        self._manager.close()
+        self._finish()
+        if self._thread is not None:
+            self._thread.shutdown()
+        if self._checkpointer is not None:
+            self._checkpointer.close()
 
     def __enter__(self) -> Checkpoints:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Close. Raises `CheckpointError` if the last save failed: what the run came to is not saved."""
         self.close()
+        if self._failed and kind is None:
+            raise CheckpointError(f"{self._failed} Make room, and go on with --resume.")
 
-    def _step(self, step: int | None) -> int:
-        steps = list(self._manager.all_steps())
+    def _seal(self, step: int, loss: float) -> None:
+        """In the background: wait for the arrays of all processes, seal the step, delete those that it replaces."""
+        assert self._checkpointer is not None and self._keep is not None
+        self._checkpointer.wait_until_finished()
+        if jax.process_index() == 0:
+            manifest.seal(self._dir(step))
+            self._losses[step] = loss
+            steps = self._list()
+            best = _best(self._losses, steps)
+            for old in steps[: -self._keep]:
+                if old != best:
+                    manifest.unseal(self._dir(old))
+
+    def _finish(self) -> None:
+        """Wait for the save that goes on. If it failed: say why, and remove what it left."""
+        if self._saving is None:
+            return
+        (step, saving), self._saving = self._saving, None
+        error = saving.exception()
+        reason = next(filter(None, _from_all("" if error is None else _reason(error))), "")
+        if step in self.steps():
+            self._failed = ""
+            problem = reason and f"Older checkpoints than step {step} were not deleted in {self.run_dir}: {reason}."
+        else:
+            problem = self._failed = f"Step {step} was not saved in {self.run_dir}: {reason}."
+            if jax.process_index() == 0:
+                with contextlib.suppress(OSError):
+                    self._clean()
+        if problem and jax.process_index() == 0:
+            print(f"warning: {problem}", file=sys.stderr, flush=True)
+
+    def _clean(self) -> None:
+        """Delete what was not finished."""
+        for path in self._root.iterdir():
+            if path.name.partition(".")[0].isdigit() and not (path.name.isdigit() and manifest.is_sealed(path)):
+                path.rmtree()
+
+    # Reading
+
+    def steps(self) -> list[int]:
+        """The complete steps, in order."""
+        return json.loads(_from_all(json.dumps(self._list() if jax.process_index() == 0 else []))[0])
+
+    def latest_step(self) -> int | None:
+        """The newest complete step, or None."""
+        return max(self.steps(), default=None)
+
+    def best_step(self) -> int | None:
+        """The complete step of the lowest held-out loss (the newest of equals), or None.
+
+        Raises `CheckpointError` if a step does not say its loss, being damaged.
+        """
+        steps = self.steps()
+        return _best({step: _loss(self.meta(step)) for step in steps}, steps)
+
+    def restore(self, target: TrainState, step: Step = "latest") -> TrainState:
+        """The whole state, placed as `target` (arrays, or shapes with shardings) is, on any mesh.
+
+        Raises:
+          CheckpointError: there is no such step; or it is damaged: the message names the file and the last good step;
+            or its arrays are not those of `target`.
+        """
+        trees = {"params": target.params, "opt_state": target.opt_state}
+        step, found = self._restore(step, trees | ({} if target.ema is None else {"ema": target.ema}))
+        # As if it had been trained to here: the step lives where the rest of the state lives.
+        return TrainState(jnp.asarray(step, jnp.int32), found["params"], found["opt_state"], found.get("ema"))
+
+    def restore_params(self, target: Any, step: Step = "latest", weights: Literal["params", "ema"] = "params") -> Any:
+        """The parameters alone, or their average, placed as `target` is. Raises as `restore` does."""
+        return self._restore(step, {weights: target})[1][weights]
+
+    def meta(self, step: Step = "latest") -> dict[str, Any]:
+        """The JSON of a step: step, config, tokenizer, data_sha256, versions, metrics. Raises as `restore` does."""
+        step = self._step(step)
+        return self._undamaged(step, lambda: self._read_meta(step))
+
+    def _restore(self, step: Step, trees: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        step = self._step(step)
+        shard = (jax.process_index(), jax.process_count())
+        self._undamaged(step, lambda: manifest.check(self._dir(step), trees, shard))
+        args = {}
+        for name, tree in trees.items():
+            target = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
+            self._check_arrays(step, name, target)
+            args[name] = ocp.args.StandardRestore(target)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            found = reader.restore(self._dir(step), args=ocp.args.Composite(**args))
+        return step, {name: found[name] for name in trees}
+
+    def _check_arrays(self, step: int, name: str, target: Any) -> None:
+        """Refuse arrays of another shape or dtype: Orbax would cast them, and say nothing."""
+        path = self._dir(step) / name
+        if not path.exists():
+            raise CheckpointError(
+                f"{self.run_dir} has no {name} in step {step}"
+                + (": the run kept no averaged weights (ema_decay is 0). Load its params." if name == "ema" else ".")
+            )
+        metadata = ocp.PyTreeCheckpointHandler().metadata(path).tree
+        stored, wanted = (ocp.tree.to_flat_dict(tree, sep="/") for tree in (metadata, target))
+        for key in sorted({*stored, *wanted}):
+            here, there = (_described(tree.get(key)) for tree in (wanted, stored))
+            if here != there:
+                raise CheckpointError(
+                    f"Step {step} of {self.run_dir} has {there} as {name}/{key}, and {here} is to be restored. The "
+                    "config is not that of the run, or the checkpoint is of another version of this program."
+                )
+
+    def _step(self, step: Step) -> int:
+        self._finish()
+        steps = self.steps()
         if not steps:
             raise CheckpointError(
                 f"{self.run_dir} holds no complete checkpoint: the run ended before its first save, or never was. "
                 "Start it with `mtp-jax train EXPERIMENT.py --run-dir DIR`, and --overwrite if it is there."
+                + self._unsealed()
             )
-        if step is not None and step not in steps:
+        if step == "best":
+            step = self.best_step() or max(steps)
+        if step == "latest":
+            step = max(steps)
+        if step not in steps:
             raise CheckpointError(f"{self.run_dir} has no step {step}; it has {steps}.")
-        return max(steps) if step is None else step
+        return step
 
+    def _unsealed(self) -> str:
+        found = sorted(int(path.name) for path in self._paths())
+        if not found:
+            return ""
+        return (
+            f" (Steps {found} have no manifest. If an older version of this program saved them, and nothing happened "
+            f"to them since, `from mtp_jax.manifest import seal` and `seal(epath.Path({str(self._dir(found[-1]))!r}))` "
+            "make the last one complete.)"
+        )
 
-def write_config(run_dir: epath.PathLike, config: TrainConfig) -> None:
-    """Write `config.json` and `versions.json` of a run that starts or goes on."""
-    path = epath.Path(run_dir)
-    path.mkdir(parents=True, exist_ok=True)
-    for file, values in ((CONFIG_FILE, to_dict(config)), ("versions.json", versions())):
-        _replace(path / file, json.dumps(values, indent=2) + "\n")
+    def _undamaged(self, step: int, verify: Callable[[], T]) -> T:
+        """What `verify` returns. Raises `CheckpointError` with the way out if it finds damage, on any process."""
+        found, error = None, ""
+        try:
+            found = verify()
+        except DamagedError as damage:
+            error = str(damage)
+        error = next(filter(None, _from_all(error)), "")
+        if not error:
+            return found  # type: ignore[return-value]
+        good = next((s for s in reversed(self.steps()) if s != step and self._is_good(s)), None)
+        way_out = "No other step of this run is good: bring the file back, or start again with --overwrite."
+        if good is not None:
+            way_out = (
+                f"The last good step is {good}. Go on from it with `mtp-jax train EXPERIMENT.py --run-dir "
+                f"{self.run_dir} --resume --from-step {good}`; load it with --step {good}, or "
+                f"mtp_jax.load({str(self.run_dir)!r}, step={good})."
+            )
+        raise CheckpointError(f"Step {step} of {self.run_dir} is damaged: {error} {way_out}")
 
+    def _is_good(self, step: int) -> bool:
+        try:
+            manifest.check(self._dir(step))
+        except DamagedError:
+            return False
+        return True
 
-def write_tokenizer(run_dir: epath.PathLike, tokenizer: Tokenizer) -> None:
-    """Write the files of a run's tokenizer into it, so that it loads wherever it goes; nothing if there are none."""
-    path = epath.Path(run_dir) / TOKENIZER_DIR
-    for file, data in tokenizer.files().items():
-        path.mkdir(parents=True, exist_ok=True)
-        _replace(path / file, data)
+    def _read_meta(self, step: int) -> dict[str, Any]:
+        return json.loads(manifest.read(self._dir(step), META_FILE))
 
+    def _dir(self, step: int) -> epath.Path:
+        return self._root / str(step)
 
-def run_tokenizer(run_dir: epath.PathLike, config: TrainConfig) -> Tokenizer:
-    """The tokenizer of a run: its own copy, or what the config names where it has none (`bytes`, or no run yet)."""
-    own = epath.Path(run_dir).expanduser() / TOKENIZER_DIR
-    return kept_tokenizer(own, config.data.tokenizer, config.data.end_of_document)
+    def _paths(self) -> list[epath.Path]:
+        return [path for path in self._root.iterdir() if path.name.isdigit()] if self._root.exists() else []
 
-
-def _replace(path: epath.Path, data: str | bytes) -> None:
-    """Write a file in one go, so that a kill right here leaves the old one; object stores do nothing else."""
-    aside = path if "://" in str(path) else path.with_name(f"{path.name}.partial")
-    aside.write_bytes(data.encode() if isinstance(data, str) else data)
-    if aside != path:
-        aside.replace(path)
-
-
-def clear_run(run_dir: epath.PathLike) -> None:
-    """Delete what a run writes, and nothing else that may lie in its directory."""
-    for name in WRITTEN:
-        for path in epath.Path(run_dir).glob(name):
-            path.rmtree() if path.is_dir() else path.unlink()
+    def _list(self) -> list[int]:
+        return sorted(int(path.name) for path in self._paths() if manifest.is_sealed(path))
 
 
 def on_mesh(shapes: Any, mesh: Mesh) -> Any:
@@ -218,85 +330,31 @@ def on_mesh(shapes: Any, mesh: Mesh) -> Any:
     return jax.tree.map(place, shapes)
 
 
-def read_config(run_dir: epath.PathLike) -> TrainConfig:
-    """The config of a run directory. Raises `ConfigError` if there is none."""
-    path = epath.Path(run_dir).expanduser() / CONFIG_FILE
-    require(path.exists(), f"{run_dir} is not a run directory: it has no {CONFIG_FILE}. Give what --run-dir was.")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON ({error}). Give what --run-dir was.") from error
-    # Other programs have a config.json too.
-    ours = isinstance(values, dict) and {"model", "head", "data"} <= set(values)
-    require(ours, f"{path} is not the config of a run: it has no model, head and data. Give what --run-dir was.")
-    return from_dict(TrainConfig, values)
+def _loss(meta: dict[str, Any]) -> float:
+    return float(meta["metrics"].get("loss", math.inf))
 
 
-@dataclass(frozen=True)
-class LoadedRun:
-    """A trained model, ready to use. `model` wants `mesh` in scope (`with jax.set_mesh(run.mesh): ...`)."""
-
-    model: LanguageModel
-    tokenizer: Tokenizer
-    config: TrainConfig
-    mesh: Mesh
-    step: int
-    meta: dict[str, Any]
-
-    @functools.cached_property
-    def decoder(self) -> LanguageModel:
-        """The model laid out for decoding."""
-        with jax.set_mesh(self.mesh):
-            return for_decoding(self.model)
-
-    def generate(self, prompts: str | list[str], *, stop: str | Sequence[str] = (), **options: Any) -> str | list[str]:
-        """Continue text, up to the end of a document or the first of the strings `stop`, which is cut off.
-
-        Options are those of `mtp_jax.generate`.
-        """
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        with jax.set_mesh(self.mesh):
-            out = continue_text(self.decoder, self.tokenizer, texts, stop, **self._defaults(options))
-        return out[0] if isinstance(prompts, str) else out
-
-    def generate_tokens(self, prompts: list[Any], **options: Any) -> Generation:
-        """Continue token ids; see `mtp_jax.generate`."""
-        with jax.set_mesh(self.mesh):
-            return generate(self.decoder, prompts, **self._defaults(options))
-
-    def _defaults(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {"stop_tokens": (self.tokenizer.end_of_document,), **options}
+def _best(losses: dict[int, float], steps: list[int]) -> int | None:
+    known = [step for step in steps if math.isfinite(losses.get(step, math.inf))]
+    return min(known, key=lambda step: (losses[step], -step), default=None)
 
 
-def load(run_dir: epath.PathLike, step: int | None = None, mesh: MeshConfig | Mesh | None = None) -> LoadedRun:
-    """Reload a run wherever it was trained: no config, mesh or knowledge of its origin is needed.
+def _described(array: Any) -> str:
+    return "nothing" if array is None else f"{np.dtype(array.dtype).name}{list(array.shape)}"
 
-    Args:
-      run_dir: a directory that `mtp-jax train` wrote, local or in an object store.
-      step: which checkpoint; the latest by default.
-      mesh: where to put it: a mesh, or a config over all devices; one device by default.
 
-    Raises:
-      ConfigError: it is not a run directory, or the mesh does not fit.
-      CheckpointError: it has no such step.
-    """
-    read_config(run_dir)
-    if mesh is None:
-        mesh = make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
-    elif isinstance(mesh, MeshConfig):
-        mesh = make_mesh(mesh)
-    with Checkpoints(run_dir) as checkpoints, jax.set_mesh(mesh):
-        meta = checkpoints.meta(step)
-        config = from_dict(TrainConfig, meta["config"])
-        config.check_widths((mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]))
-        tokenizer = run_tokenizer(run_dir, config)
-        if tokenizer.to_json() != meta["tokenizer"]:
-            raise ConfigError(
-                f"{run_dir} was trained with the tokenizer {meta['tokenizer']} and {config.data.tokenizer!r} is now "
-                f"{tokenizer.to_json()}."
-            )
-        build = functools.partial(build_model, config, jax.random.key(0))
-        graph = nnx.graphdef(jax.eval_shape(build))
-        target = jax.eval_shape(jax.jit(lambda: split(build())[1]))
-        params = checkpoints.restore_params(on_mesh(target, mesh), meta["step"])
-    return LoadedRun(nnx.merge(graph, params), tokenizer, config, mesh, meta["step"], meta)
+def _reason(error: BaseException) -> str:
+    """The first line of an error, without its full stop."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _from_all(text: str) -> list[str]:
+    """What each process has to say, in their order, on all of them."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.asarray(data.size))
+    padded = np.zeros(max(1, sizes.max()), np.uint8)
+    padded[: data.size] = data
+    rows = multihost_utils.process_allgather(padded)
+    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]

@@ -413,7 +413,9 @@ class TrainConfig:
 
     A step reads `data.batch_size` sequences in `grad_accumulation` equal parts. Every `eval_every` steps, and before
     every save, the first `eval_batches` held-out batches are evaluated; every `checkpoint_every` steps the state is
-    saved, and the newest `keep_checkpoints` stay.
+    saved, and the newest `keep_checkpoints` stay, and that of the lowest held-out loss.
+    With an `ema_decay` above 0, such as 0.999, the run keeps the average of its parameters too: the plain mean over
+    its steps up to 1 / (1 - ema_decay), exponential from there on, so that the initial ones have no weight.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -428,9 +430,11 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 10
+    ema_decay: float = 0.0
     seed: int = 0
 
     def __post_init__(self) -> None:
+        fraction(self, "ema_decay", closed=False)
         at_least(self, 1, "steps", "grad_accumulation", "eval_every", "eval_batches", "checkpoint_every")
         at_least(self, 1, "keep_checkpoints", "log_every")
         batch, parts = self.data.batch_size, self.grad_accumulation

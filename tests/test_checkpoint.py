@@ -19,11 +19,12 @@ import pytest
 import tiny
 
 import mtp_jax
-from mtp_jax import checkpoint
-from mtp_jax.checkpoint import CheckpointError, Checkpoints, read_config, versions, write_config
+from mtp_jax import run_dir as run_dir_module
+from mtp_jax.checkpoint import CheckpointError, Checkpoints
 from mtp_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, from_dict
 from mtp_jax.data import prepare
 from mtp_jax.data.tokenizers import ByteTokenizer
+from mtp_jax.run_dir import read_config, versions, write_config
 from mtp_jax.sharding import RULES
 from mtp_jax.train import loop
 from mtp_jax.train.evaluate import place
@@ -287,7 +288,7 @@ def test_a_step_is_saved_once_and_never_behind_a_later_one(tmp_path):
     with Checkpoints(tmp_path, keep=3) as checkpoints:
         checkpoints.save(make_state(4), config, {}, "")
         assert checkpoints.save(make_state(4, value=9), config, {}, "") == 4
-        with pytest.raises(CheckpointError, match=r"did not save step 2 .* it holds steps \[4\]"):
+        with pytest.raises(CheckpointError, match=r"Step 2 was not saved in .*: it holds steps \[4\]"):
             checkpoints.save(make_state(2), config, {}, "")
         checkpoints.wait()
         assert_equal(checkpoints.restore(make_state(0)), make_state(4))
@@ -385,11 +386,11 @@ def test_a_package_that_lies_in_somebody_elses_repository_has_no_commit(tmp_path
             check=True,
         )
 
-    installed = tmp_path / "site-packages" / "mtp_jax" / "checkpoint.py"
+    installed = tmp_path / "site-packages" / "mtp_jax" / "run_dir.py"
     installed.parent.mkdir(parents=True)
     installed.write_text("")
     (tmp_path / "theirs.py").write_text("")
-    monkeypatch.setattr(checkpoint, "__file__", str(installed))
+    monkeypatch.setattr(run_dir_module, "__file__", str(installed))
     assert "commit" not in versions(), "there is no repository"
     git("init", "--quiet")
     git("add", "theirs.py")

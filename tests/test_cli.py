@@ -17,9 +17,8 @@ from types import SimpleNamespace
 import pytest
 
 import mtp_jax
-from mtp_jax import checkpoint, cli, report
+from mtp_jax import cli, loading, report
 from mtp_jax.bench import decode as bench
-from mtp_jax.checkpoint import read_config, write_config
 from mtp_jax.commands import use_compilation_cache
 from mtp_jax.config import (
     DataConfig,
@@ -32,6 +31,7 @@ from mtp_jax.config import (
     to_dict,
 )
 from mtp_jax.data import ByteTokenizer, prepare
+from mtp_jax.run_dir import read_config, write_config
 from mtp_jax.train import loop
 from mtp_jax.train.loggers import read_metrics
 
@@ -232,7 +232,7 @@ BENCH = {
 
 
 def test_a_report_that_cannot_be_is_refused_before_measuring(run, tmp_path, refused, monkeypatch):
-    for module, name in ((checkpoint, "load"), (bench, "bench_decode")):
+    for module, name in ((loading, "load"), (bench, "bench_decode")):
         monkeypatch.setattr(module, name, lambda *args: pytest.fail("this was to be refused before"))
     shutil.copy(run.dir / "config.json", tmp_path)
     before = contents(tmp_path)
@@ -343,7 +343,7 @@ def test_a_character_in_two_forwards_is_one_character(run, capsys, monkeypatch):
 
 def test_generate_refuses_before_it_loads_or_prints(run, refused, monkeypatch):
     before = contents(run.dir)
-    monkeypatch.setattr(checkpoint, "load", lambda *args: pytest.fail("this was to be refused before"))
+    monkeypatch.setattr(loading, "load", lambda *args, **options: pytest.fail("this was to be refused before"))
     for options, words in (
         (("--k", 9), "k is 9 and the head's window is 3; k must lie in 0..2."),
         (("--k", -1), "k must lie in 0..2."),

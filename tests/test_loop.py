@@ -27,10 +27,11 @@ import tiny
 from etils import epath
 
 import mtp_jax
-from mtp_jax.checkpoint import CheckpointError, Checkpoints, read_config, versions, write_config
+from mtp_jax.checkpoint import CheckpointError, Checkpoints
 from mtp_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from mtp_jax.data import ByteTokenizer, batches, held_out_batches
 from mtp_jax.data.sources import is_held_out
+from mtp_jax.run_dir import read_config, versions, write_config
 from mtp_jax.train import loop
 from mtp_jax.train.costs import Costs, costs
 from mtp_jax.train.evaluate import evaluate, evaluate_run, named
@@ -147,7 +148,7 @@ def test_the_run_is_written_at_the_steps_that_the_config_says(config, fake, tmp_
     last = loop.train(config, tmp_path / "run")
     assert logged(tmp_path / "run", "train") == [1, 3, 6, 9, 10]
     assert logged(tmp_path / "run", "eval") == [3, 4, 6, 8, 9, 10]
-    assert on_disk(tmp_path / "run") == [9, 10]
+    assert on_disk(tmp_path / "run") == [3, 9, 10], "the newest two, and the best: the loss of the fake rises"
     assert read_config(tmp_path / "run") == config
     assert json.loads((tmp_path / "run" / "versions.json").read_text()) == versions()
     # Two batches of which each gives half: the fake gives the whole twice.
@@ -500,7 +501,7 @@ def test_an_interrupted_run_is_saved_and_goes_on(config, fake, tmp_path, capsys)
     loop.train(config, tmp_path / "run", resume=True)
     assert [event for event in trainer.events if event != "eval"] == [f"step {n}" for n in range(4, 9)]
     assert logged(tmp_path / "run", "train") == list(range(1, 9))
-    assert on_disk(tmp_path / "run") == [4, 8]
+    assert on_disk(tmp_path / "run") == [3, 4, 8]
     output = capsys.readouterr().out
     assert "resuming at step 3" in output and "Interrupted" not in output
 
@@ -794,7 +795,7 @@ def test_a_finished_run_can_be_made_longer(config, fake, tmp_path):
     longer = dataclasses.replace(config, steps=10)
     loop.train(longer, tmp_path / "run", resume=True)
     assert trainer.events[:2] == ["step 9", "step 10"]
-    assert on_disk(tmp_path / "run") == [8, 10] and read_config(tmp_path / "run") == longer
+    assert on_disk(tmp_path / "run") == [4, 8, 10] and read_config(tmp_path / "run") == longer
 
 
 def test_a_run_that_was_never_saved_cannot_be_resumed(config, fake, tmp_path):

@@ -18,12 +18,12 @@ from hypothesis import strategies as st
 
 import mtp_jax
 from mtp_jax import cli
-from mtp_jax.checkpoint import clear_run, run_tokenizer
 from mtp_jax.commands.tokenizer import train_bpe
 from mtp_jax.config import ConfigError, DataConfig, OptimizerConfig
 from mtp_jax.data import HFTokenizer, SentencePieceTokenizer, load_tokenizer, prepare, utf8
 from mtp_jax.data.sources import is_held_out
 from mtp_jax.data.tokenizers.hf import byte_alphabet
+from mtp_jax.run_dir import clear_run, run_tokenizer
 from mtp_jax.train import loop
 
 STORIES = Path(__file__).parents[2] / "shared/data/stories260K/tokenizer.json"

@@ -11,10 +11,10 @@ import jax
 import numpy as np
 
 from mtp_jax.bench.config import DataBenchConfig
-from mtp_jax.checkpoint import versions
 from mtp_jax.config import TrainConfig
 from mtp_jax.data import batches, documents, load_source, load_tokenizer, prepare
 from mtp_jax.data.preparation import batched, cache_dir
+from mtp_jax.run_dir import versions
 from mtp_jax.train.evaluate import place
 from mtp_jax.train.loop import check_machine
 from mtp_jax.train.step import make_trainer

@@ -15,7 +15,6 @@ from jax import Array
 
 from mtp_jax.bench import hf
 from mtp_jax.bench.config import BenchConfig
-from mtp_jax.checkpoint import LoadedRun, versions
 from mtp_jax.config import TrainConfig, require
 from mtp_jax.data import Mixture, Store, Tokenizer, prepare
 from mtp_jax.data.sources.files import Files
@@ -26,7 +25,9 @@ from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.loop import read
 from mtp_jax.decode.state import DecodeState
 from mtp_jax.decode.verify import get_verifier
+from mtp_jax.loading import LoadedRun
 from mtp_jax.model.transformer import LanguageModel, in_dtype
+from mtp_jax.run_dir import versions
 from mtp_jax.train.costs import costs
 from mtp_jax.train.step import split
 

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from mtp_jax.bench.config import BenchConfig
-from mtp_jax.checkpoint import LoadedRun
 from mtp_jax.config import TrainConfig, require
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.generate import make_request, proceed, result, start
 from mtp_jax.interop.llama import check_exportable, llama_config, state_dict
+from mtp_jax.loading import LoadedRun
 
 PACKAGES = ("torch", "transformers")
 Decode = Callable[[np.ndarray], np.ndarray]

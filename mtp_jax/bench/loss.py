@@ -17,12 +17,12 @@ from jax.sharding import Mesh
 
 from mtp_jax.bench.config import LossBenchConfig
 from mtp_jax.bench.timing import interleave, ratio, summary
-from mtp_jax.checkpoint import versions
 from mtp_jax.config import MeshConfig, ModelConfig
 from mtp_jax.heads import make_head
 from mtp_jax.losses.mixture import Terms, conditionals, mixture_loss
 from mtp_jax.losses.tiles import Device, Form, tile_positions
 from mtp_jax.mesh import make_mesh
+from mtp_jax.run_dir import versions
 from mtp_jax.sharding import RULES
 
 Arrays = tuple[dict[str, Array], Array, Array, Array, Array]

@@ -11,8 +11,8 @@ import numpy as np
 
 from mtp_jax.bench.config import TrainBenchConfig
 from mtp_jax.bench.timing import interleave, ratio, summary
-from mtp_jax.checkpoint import versions
 from mtp_jax.config import HeadConfig, TrainConfig
+from mtp_jax.run_dir import versions
 from mtp_jax.train.costs import costs, peak_flops
 from mtp_jax.train.evaluate import place
 from mtp_jax.train.loop import check_machine

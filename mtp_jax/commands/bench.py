@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -26,8 +26,10 @@ class Decode:
     run: Annotated[str, tyro.conf.Positional]
     """The run directory."""
     config: Annotated[BenchConfig, tyro.conf.arg(name="")] = field(default_factory=BenchConfig)
-    step: int | None = None
-    """Which checkpoint; the latest by default."""
+    step: int | Literal["latest", "best"] = "latest"
+    """Which checkpoint; best is the one with the lowest held-out loss."""
+    weights: Literal["params", "ema"] = "params"
+    """The parameters, or their average over the last steps, where the run kept it (ema_decay)."""
     report: bool = False
     """Also write report.md, report.json and plots/ into the run directory."""
 
@@ -69,14 +71,15 @@ def _decode(args: list[str]) -> None:
     use_compilation_cache()
 
     from mtp_jax.bench.decode import bench_decode, check
-    from mtp_jax.checkpoint import load, read_config
     from mtp_jax.config import to_dict
+    from mtp_jax.loading import load
     from mtp_jax.report import check_reportable, decode_table, hf_line, write_report
+    from mtp_jax.run_dir import read_config
 
     if options.report:
         check_reportable(options.run)
     check(options.config, read_config(options.run))
-    run = load(options.run, options.step)
+    run = load(options.run, options.step, weights=options.weights)
     bench = _with_status(lambda status: bench_decode(run, options.config, status))
     console().print(decode_table(bench))
     if bench["hf"]:

@@ -37,7 +37,7 @@ def main(args: list[str]) -> None:
 def _machine() -> None:
     import jax
 
-    from mtp_jax.checkpoint import versions
+    from mtp_jax.run_dir import versions
     from mtp_jax.train.costs import peak_flops
 
     print("\n".join(f"{name:18} {version}" for name, version in versions().items()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -20,8 +20,10 @@ class Eval:
     """The run directory."""
     batches: int | None = None
     """The first so many batches; all of them by default."""
-    step: int | None = None
-    """Which checkpoint; the latest by default."""
+    step: int | Literal["latest", "best"] = "latest"
+    """Which checkpoint; best is the one with the lowest held-out loss."""
+    weights: Literal["params", "ema"] = "params"
+    """The parameters, or their average over the last steps, where the run kept it (ema_decay)."""
 
 
 def main(args: list[str]) -> None:
@@ -31,10 +33,10 @@ def main(args: list[str]) -> None:
     use_compilation_cache()
     from rich.table import Table
 
-    from mtp_jax.checkpoint import load
+    from mtp_jax.loading import load
     from mtp_jax.train.evaluate import evaluate_run
 
-    run = load(options.run, options.step)
+    run = load(options.run, options.step, weights=options.weights)
     metrics = evaluate_run(run, options.batches)
     window, rank = run.config.head.window, run.config.head.rank
     table = Table(title=f"Held-out loss of step {run.step}, nats per token", box=None, padding=(0, 2, 0, 0))

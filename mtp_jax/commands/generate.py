@@ -17,7 +17,7 @@ from mtp_jax.decode.config import DecodeConfig
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mtp_jax.checkpoint import LoadedRun
+    from mtp_jax.loading import LoadedRun
 
 DRAFT = "bold green"
 
@@ -49,8 +49,10 @@ class Generate:
     """The law of drafts: of all components, or of one that is drawn, with less work."""
     stop: tuple[str, ...] = ()
     """Strings that end the text and are cut off."""
-    step: int | None = None
-    """Which checkpoint; the latest by default."""
+    step: int | Literal["latest", "best"] = "latest"
+    """Which checkpoint; best is the one with the lowest held-out loss."""
+    weights: Literal["params", "ema"] = "params"
+    """The parameters, or their average over the last steps, where the run kept it (ema_decay)."""
     color: Literal["auto", "always", "never"] = "auto"
 
 
@@ -67,9 +69,10 @@ def main(args: list[str]) -> None:
     from rich.console import Console
 
     from mtp_jax.bench.decode import held_out_prompts
-    from mtp_jax.checkpoint import load, read_config, run_tokenizer
     from mtp_jax.data import prepare
     from mtp_jax.decode.text import stop_bytes
+    from mtp_jax.loading import load
+    from mtp_jax.run_dir import read_config, run_tokenizer
 
     stops = stop_bytes(options.stop)
     config = read_config(options.run)
@@ -90,7 +93,7 @@ def main(args: list[str]) -> None:
     console = Console(
         force_terminal=forced, **colors, highlight=False, emoji=False, soft_wrap=True, record=options.held_out > 0
     )
-    run = load(options.run, options.step)
+    run = load(options.run, options.step, weights=options.weights)
     for index, (name, tokens) in enumerate(prompts):
         if name:
             console.rule(f"{name}, continued at temperature {options.temperature:g}", characters="-")

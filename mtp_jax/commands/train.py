@@ -22,6 +22,8 @@ class Where:
     """Where the run goes; runs/<the experiment's name> by default."""
     resume: bool = False
     """Go on with the run that is there."""
+    from_step: int | None = None
+    """With --resume: go on from this checkpoint and not from the latest. Later ones are deleted at the next save."""
     overwrite: bool = False
     """Delete the run that is there and start again."""
 
@@ -49,7 +51,7 @@ def main(args: list[str]) -> None:
         Where, prog=f"mtp-jax train {file}", args=rest, default=default, return_unknown_args=True, add_help=False
     )
     if where.resume:
-        from mtp_jax.checkpoint import read_config
+        from mtp_jax.run_dir import read_config
         from mtp_jax.train.loop import check_run_dir
 
         config = read_config(check_run_dir(where.run_dir, resume=True, overwrite=where.overwrite))
@@ -62,4 +64,10 @@ def main(args: list[str]) -> None:
     from mtp_jax.train.loop import train
 
     use_compilation_cache()
-    train(options.config, options.run_dir, resume=options.resume, overwrite=options.overwrite)
+    train(
+        options.config,
+        options.run_dir,
+        resume=options.resume,
+        overwrite=options.overwrite,
+        resume_step=options.from_step,
+    )

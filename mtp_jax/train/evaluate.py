@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mtp_jax.checkpoint import LoadedRun
 from mtp_jax.config import TrainConfig
 from mtp_jax.data import Mixture, Store, held_out_batches, prepare
+from mtp_jax.loading import LoadedRun
 from mtp_jax.sharding import RULES
 from mtp_jax.train.step import batch_loss, split, target_counts
 

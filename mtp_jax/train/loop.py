@@ -15,20 +15,13 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from mtp_jax.checkpoint import (
-    Checkpoints,
-    clear_run,
-    on_mesh,
-    read_config,
-    run_tokenizer,
-    write_config,
-    write_tokenizer,
-)
+from mtp_jax.checkpoint import Checkpoints, on_mesh
 from mtp_jax.config import ConfigError, TrainConfig, require, shown, to_dict
 from mtp_jax.data import Mixture, Store, Tokenizer, batches, load_tokenizer
 from mtp_jax.data import prepare as prepare_data
 from mtp_jax.heads.shortlist import most_frequent
 from mtp_jax.mesh import make_mesh
+from mtp_jax.run_dir import clear_run, read_config, run_tokenizer, write_config, write_tokenizer
 from mtp_jax.train.costs import Costs, costs, peak_flops
 from mtp_jax.train.evaluate import evaluate, held_out, named, place
 from mtp_jax.train.loggers import Loggers
@@ -90,6 +83,11 @@ def check_same_run(config: TrainConfig, saved: TrainConfig, path: epath.Path) ->
         f"--resume: optimizer.name is {config.optimizer.name!r} and the run in {path} has {saved.optimizer.name!r}; "
         "their states differ. Give the run's own value, or start another run with --run-dir.",
     )
+    require(
+        bool(config.ema_decay) == bool(saved.ema_decay),
+        f"--resume: ema_decay is {config.ema_decay} and the run in {path} has {saved.ema_decay}; it keeps an average "
+        "of its weights from its first step, or none. Give the run's own value, or start another run with --run-dir.",
+    )
     for part in ("model", "head", "data"):
         new, old = to_dict(getattr(config, part)), to_dict(getattr(saved, part))
         for name in old:
@@ -122,17 +120,25 @@ def with_shortlist(config: TrainConfig, store: Store | Mixture) -> TrainConfig:
 
 
 def train(
-    config: TrainConfig, run_dir: epath.PathLike, *, resume: bool = False, overwrite: bool = False
+    config: TrainConfig,
+    run_dir: epath.PathLike,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    resume_step: int | None = None,
 ) -> dict[str, float]:
     """Train a model and leave a run directory that `mtp_jax.load` reads. Returns the last evaluation's metrics.
 
     Everything that can be refused is refused before the step is compiled, and before an old run is deleted.
+    With `resume` it goes on from the latest checkpoint, or from `resume_step`: later ones are deleted at the next save.
 
     Raises:
       ConfigError: the config, the mesh, the data or the run directory does not fit.
       NonFiniteLossError: the loss became NaN or infinite; the message names the last good checkpoint.
+      CheckpointError: what it would go on from is damaged or not there; or the last state was not saved.
       KeyboardInterrupt: Ctrl-C, after the state was saved.
     """
+    require(resume or resume_step is None, f"--from-step is {resume_step} and --resume is not given; give both.")
     path = check_run_dir(run_dir, resume=resume, overwrite=overwrite)
     if resume:
         saved = read_config(path)
@@ -143,13 +149,13 @@ def train(
         tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
     mesh = check_machine(config, tokenizer)
     with jax.set_mesh(mesh):
-        run = Run(config, mesh, path, resume, tokenizer)
+        run = Run(config, mesh, path, resume, tokenizer, resume_step)
         # All that can fail before the first step has not failed: an old run is deleted only now.
         if overwrite:
             clear_run(path)
         write_config(path, run.config)
         write_tokenizer(path, tokenizer)
-        with Checkpoints(path, config.keep_checkpoints) as checkpoints:
+        with Checkpoints(path, config.keep_checkpoints, run.last_good) as checkpoints:
             return run.fit(checkpoints)
 
 
@@ -157,7 +163,13 @@ class Run:
     """One call of `train`. Making it prepares data, initialises or restores the state, and compiles."""
 
     def __init__(
-        self, config: TrainConfig, mesh: Mesh, path: epath.Path, resume: bool, tokenizer: Tokenizer | None = None
+        self,
+        config: TrainConfig,
+        mesh: Mesh,
+        path: epath.Path,
+        resume: bool,
+        tokenizer: Tokenizer | None = None,
+        resume_step: int | None = None,
     ):
         self.mesh, self.path, self.resume = mesh, path, resume
         self.shard = (jax.process_index(), jax.process_count())
@@ -165,7 +177,7 @@ class Run:
         self.config = config = with_shortlist(config, self.store)
         self.trainer = make_trainer(config)
         self.held_out = held_out(config, self.store, mesh, config.eval_batches)
-        self.state = self._restore() if resume else self.trainer.init()
+        self.state = self._restore(resume_step) if resume else self.trainer.init()
         self.first = int(self.state.step)
         self.last_good = self.first if resume else None
         cost = costs(config, self.state.params)
@@ -176,16 +188,19 @@ class Run:
             self.batch = next(self.batches)
             self.clock.compile_seconds = self._compile()
 
-    def _restore(self) -> TrainState:
+    def _restore(self, wanted: int | None) -> TrainState:
         with Checkpoints(self.path) as checkpoints:
-            meta = checkpoints.meta()
+            meta = checkpoints.meta("latest" if wanted is None else wanted)
             check_same_data(self.store, meta, self.path)
             require(
                 meta["step"] <= self.config.steps,
                 f"--resume: the run in {self.path} is at step {meta['step']} and steps is {self.config.steps}; "
                 f"set --steps to {meta['step']} or more.",
             )
-            return checkpoints.restore(on_mesh(jax.eval_shape(self.trainer.init), self.mesh))
+            later = [step for step in checkpoints.steps() if step > meta["step"]]
+            if later:
+                print(f"Steps {later} come after step {meta['step']}: they are deleted when the next one is saved.")
+            return checkpoints.restore(on_mesh(jax.eval_shape(self.trainer.init), self.mesh), meta["step"])
 
     def _compile(self) -> float:
         """Compile the step and the evaluation, say how long it took, and return the seconds."""
@@ -231,7 +246,7 @@ class Run:
                 self._log(loggers, pending)
                 last_eval = self._evaluate(loggers, step, state)
                 self._save(state, last_eval)
-            self.checkpoints.wait()
+            self.last_good = self.checkpoints.wait()
         if step < config.steps:
             kept = f"Step {self.last_good} is saved in {self.path}; go on with --resume." if self.last_good else ""
             print(f"Interrupted. {kept}", flush=True)
@@ -252,13 +267,15 @@ class Run:
 
     def _evaluate(self, loggers: Loggers, step: int, state: TrainState) -> dict[str, float]:
         metrics = evaluate(self.trainer.evaluate, state.params, self.held_out)
+        if state.ema is not None:
+            metrics["ema_loss"] = evaluate(self.trainer.evaluate, state.ema, self.held_out)["loss"]
         loggers.log("eval", step, metrics)
         if not math.isfinite(metrics["loss"]):
             raise self._not_finite(f"Step {step}: held-out loss {metrics['loss']}.")
         return metrics
 
     def _not_finite(self, what: str) -> NonFiniteLossError:
-        self.checkpoints.wait()
+        self.last_good = self.checkpoints.wait()
         advice = "Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or compute in float32"
         if self.last_good is None:
             return NonFiniteLossError(f"{what} No checkpoint was saved yet. {advice}, and start with --overwrite.")

@@ -26,11 +26,13 @@ Metrics = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that changes in training: steps taken, parameters by name, optimizer state. Donated whole to the step."""
+    """All that changes in training: steps taken, parameters by name, optimizer state, and the average of the parameters
+    if the run keeps one. Donated whole to the step."""
 
     step: Array
     params: dict[str, Any]
     opt_state: Any
+    ema: Any = None
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def make_trainer(config: TrainConfig) -> Trainer:
 
     def init() -> TrainState:
         params = init_params()
-        return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params))
+        ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
+        return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params), ema)
 
     return Trainer(
         graph,
@@ -141,7 +144,19 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": make_schedule(config.optimizer, config.steps)(state.step),
     }
-    return TrainState(state.step + 1, params, opt_state), metrics
+    step = state.step + 1
+    ema = average(config.ema_decay, state.ema, params, step) if config.ema_decay else None
+    return TrainState(step, params, opt_state, ema), metrics
+
+
+def average(decay: float, ema: Any, params: Any, step: Array) -> Any:
+    """The average of the parameters after `step`, given that before it; in float32.
+
+    At first it is the plain mean over all steps, until new parameters would weigh less than 1 - decay: from there on
+    it is exponential. So what the run began with has no weight at any time.
+    """
+    weight = jnp.maximum(1 - decay, 1 / step.astype(jnp.float32))
+    return jax.tree.map(lambda old, new: old + weight * (new.astype(jnp.float32) - old), ema, params)
 
 
 def _update(optimizer: optax.GradientTransformation, grads: Any, state: TrainState) -> tuple[Any, Any]:

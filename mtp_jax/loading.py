@@ -1,0 +1,100 @@
+"""The way back from a run directory: a trained model, wherever it was trained."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+from etils import epath
+from flax import nnx
+from jax.sharding import Mesh
+
+from mtp_jax.checkpoint import Checkpoints, Step, on_mesh
+from mtp_jax.config import ConfigError, MeshConfig, TrainConfig
+from mtp_jax.data import Tokenizer
+from mtp_jax.decode.generate import Generation, for_decoding, generate
+from mtp_jax.decode.text import continue_text
+from mtp_jax.mesh import make_mesh
+from mtp_jax.model.transformer import LanguageModel
+from mtp_jax.run_dir import read_config, run_tokenizer, to_config
+from mtp_jax.train.step import build_model, split
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A trained model, ready to use. `model` wants `mesh` in scope (`with jax.set_mesh(run.mesh): ...`)."""
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    config: TrainConfig
+    mesh: Mesh
+    step: int
+    meta: dict[str, Any]
+
+    @functools.cached_property
+    def decoder(self) -> LanguageModel:
+        """The model laid out for decoding."""
+        with jax.set_mesh(self.mesh):
+            return for_decoding(self.model)
+
+    def generate(self, prompts: str | list[str], *, stop: str | Sequence[str] = (), **options: Any) -> str | list[str]:
+        """Continue text, up to the end of a document or the first of the strings `stop`, which is cut off.
+
+        Options are those of `mtp_jax.generate`.
+        """
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        with jax.set_mesh(self.mesh):
+            out = continue_text(self.decoder, self.tokenizer, texts, stop, **self._defaults(options))
+        return out[0] if isinstance(prompts, str) else out
+
+    def generate_tokens(self, prompts: list[Any], **options: Any) -> Generation:
+        """Continue token ids; see `mtp_jax.generate`."""
+        with jax.set_mesh(self.mesh):
+            return generate(self.decoder, prompts, **self._defaults(options))
+
+    def _defaults(self, options: dict[str, Any]) -> dict[str, Any]:
+        return {"stop_tokens": (self.tokenizer.end_of_document,), **options}
+
+
+def load(
+    run_dir: epath.PathLike,
+    step: Step = "latest",
+    mesh: MeshConfig | Mesh | None = None,
+    weights: Literal["params", "ema"] = "params",
+) -> LoadedRun:
+    """Reload a run wherever it was trained: no config, mesh or knowledge of its origin is needed.
+
+    Args:
+      run_dir: a directory that `mtp-jax train` wrote, local or in an object store.
+      step: which checkpoint: a step that is kept, "latest", or "best", which has the lowest held-out loss.
+      mesh: where to put it: a mesh, or a config over all devices; one device by default.
+      weights: the parameters, or "ema", their average over the last steps, where the run kept it.
+
+    Raises:
+      ConfigError: it is not a run directory, or the mesh does not fit.
+      CheckpointError: it has no such step or weights, or what is to be read is damaged: the message names the file
+        and the last good step.
+    """
+    read_config(run_dir)
+    if mesh is None:
+        mesh = make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
+    elif isinstance(mesh, MeshConfig):
+        mesh = make_mesh(mesh)
+    with Checkpoints(run_dir) as checkpoints, jax.set_mesh(mesh):
+        meta = checkpoints.meta(step)
+        config = to_config(meta["config"], f"The config of step {meta['step']} in {run_dir}")
+        config.check_widths((mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]))
+        tokenizer = run_tokenizer(run_dir, config)
+        if tokenizer.to_json() != meta["tokenizer"]:
+            raise ConfigError(
+                f"{run_dir} was trained with the tokenizer {meta['tokenizer']} and {config.data.tokenizer!r} is now "
+                f"{tokenizer.to_json()}."
+            )
+        build = functools.partial(build_model, config, jax.random.key(0))
+        graph = nnx.graphdef(jax.eval_shape(build))
+        target = jax.eval_shape(jax.jit(lambda: split(build())[1]))
+        params = checkpoints.restore_params(on_mesh(target, mesh), meta["step"], weights)
+    return LoadedRun(nnx.merge(graph, params), tokenizer, config, mesh, meta["step"], meta)

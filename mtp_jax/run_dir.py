@@ -1,0 +1,111 @@
+"""Run directories: what lies in one, by which names, and the way to write and read it.
+
+RUN/config.json, versions.json the resolved TrainConfig, and what it runs on; readable without any checkpoint
+RUN/tokenizer/                 the files of its tokenizer, if it has any
+RUN/checkpoints/STEP/          see `mtp_jax.checkpoint`
+RUN/metrics.jsonl, tensorboard/
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from mtp_jax import __version__
+from mtp_jax.config import ConfigError, TrainConfig, from_dict, require, to_dict
+from mtp_jax.data import Tokenizer
+from mtp_jax.data.tokenizers import kept_tokenizer
+
+CONFIG_FILE, TOKENIZER_DIR, CHECKPOINTS_DIR = "config.json", "tokenizer", "checkpoints"
+# What training, `generate --held-out` and `bench --report` leave in a run directory.
+WRITTEN = (CONFIG_FILE, "versions.json", TOKENIZER_DIR, CHECKPOINTS_DIR, "metrics.jsonl", "tensorboard", "*.partial")
+WRITTEN += ("completions.html", "report.md", "report.json", "plots")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide a run's numbers, and the git commit of the code."""
+    found = {"mtp_jax": __version__, "python": platform.python_version()}
+    found |= {name: importlib.metadata.version(name) for name in PACKAGES}
+    return found | ({"commit": commit} if (commit := _commit()) else {})
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this file is tracked in, with `-dirty` where it was changed."""
+
+    def git(*args: str) -> str | None:
+        command = ["git", "-C", str(Path(__file__).parent), *args]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+        except OSError:  # no git on this machine
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed package may lie inside somebody else's repository.
+    tracked = git("ls-files", "--error-unmatch", Path(__file__).name)
+    return git("describe", "--always", "--dirty", "--abbrev=12") if tracked else None
+
+
+def write_config(run_dir: epath.PathLike, config: TrainConfig) -> None:
+    """Write `config.json` and `versions.json` of a run that starts or goes on."""
+    path = epath.Path(run_dir)
+    path.mkdir(parents=True, exist_ok=True)
+    for file, values in ((CONFIG_FILE, to_dict(config)), ("versions.json", versions())):
+        replace_file(path / file, json.dumps(values, indent=2) + "\n")
+
+
+def write_tokenizer(run_dir: epath.PathLike, tokenizer: Tokenizer) -> None:
+    """Write the files of a run's tokenizer into it, so that it loads wherever it goes; nothing if there are none."""
+    path = epath.Path(run_dir) / TOKENIZER_DIR
+    for file, data in tokenizer.files().items():
+        path.mkdir(parents=True, exist_ok=True)
+        replace_file(path / file, data)
+
+
+def run_tokenizer(run_dir: epath.PathLike, config: TrainConfig) -> Tokenizer:
+    """The tokenizer of a run: its own copy, or what the config names where it has none (`bytes`, or no run yet)."""
+    own = epath.Path(run_dir).expanduser() / TOKENIZER_DIR
+    return kept_tokenizer(own, config.data.tokenizer, config.data.end_of_document)
+
+
+def replace_file(path: epath.Path, data: str | bytes) -> None:
+    """Write a file in one go, so that a kill right here leaves the old one; object stores do nothing else."""
+    aside = path if "://" in str(path) else path.with_name(f"{path.name}.partial")
+    aside.write_bytes(data.encode() if isinstance(data, str) else data)
+    if aside != path:
+        aside.replace(path)
+
+
+def clear_run(run_dir: epath.PathLike) -> None:
+    """Delete what a run writes, and nothing else that may lie in its directory."""
+    for name in WRITTEN:
+        for path in epath.Path(run_dir).glob(name):
+            path.rmtree() if path.is_dir() else path.unlink()
+
+
+def read_config(run_dir: epath.PathLike) -> TrainConfig:
+    """The config of a run directory. Raises `ConfigError` if there is none."""
+    path = epath.Path(run_dir).expanduser() / CONFIG_FILE
+    require(path.exists(), f"{run_dir} is not a run directory: it has no {CONFIG_FILE}. Give what --run-dir was.")
+    try:
+        values = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}). Give what --run-dir was.") from error
+    # Other programs have a config.json too.
+    ours = isinstance(values, dict) and {"model", "head", "data"} <= set(values)
+    require(ours, f"{path} is not the config of a run: it has no model, head and data. Give what --run-dir was.")
+    return to_config(values, str(path))
+
+
+def to_config(values: Any, what: str) -> TrainConfig:
+    """The config that `values` say. Raises `ConfigError`, with what they are, if they are none."""
+    try:
+        return from_dict(TrainConfig, values)
+    except (TypeError, AttributeError, OverflowError) as error:
+        raise ConfigError(f"{what} has a value of a wrong type ({error}).") from error
