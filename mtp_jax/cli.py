@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mtp_jax.config import ConfigError
+from mtp_jax.config import ConfigError, PreemptedError
 
 # name: (module, what it does)
 COMMANDS = {
@@ -31,11 +31,13 @@ COMMANDS = {
 }
 
 USAGE = "usage: mtp-jax COMMAND ...\n\n" + "\n".join(f"  {name:9} {text}" for name, (_, text) in COMMANDS.items())
-USAGE += "\n\nmtp-jax COMMAND --help lists a command's options. Errors exit with status 2, failed runs with 1."
+USAGE += "\n\nmtp-jax COMMAND --help lists a command's options. Errors exit with status 2, failed runs with 1, and runs"
+USAGE += "\nthat were saved because SIGTERM or a notice came with 75: start the same command again, with --auto-resume."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command. Exits with status 2 on a mistake of the caller's, 1 on a run that failed."""
+    """Run one command. Exits with status 2 on a mistake of the caller's, 1 on a run that failed, 75 on one that was
+    preempted."""
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
@@ -52,6 +54,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         sys.exit(130)
+    except PreemptedError as error:
+        _fail(str(error), 75)
     except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RuntimeError as error:

@@ -22,6 +22,10 @@ class ConfigError(ValueError):
     """A configuration that cannot run. The message names the field, the values and the way out."""
 
 
+class PreemptedError(RuntimeError):
+    """SIGTERM, or a notice that the machine is taken away. What is saved is complete; the command exits with 75."""
+
+
 def require(ok: bool, message: str) -> None:
     """Raise `ConfigError(message)` unless `ok`."""
     if not ok:
@@ -354,6 +358,10 @@ class OptimizerConfig:
 
     Schedules: `cosine` and `wsd` (constant, then linear decay over the last `decay_fraction` of the steps) end at
     `final_lr_fraction` of the peak; `constant` stays. All begin with a linear warm-up of `warmup_steps`.
+
+    A gradient that is not finite ends the run at the last good step. With a `skip_limit` such steps change nothing and
+    are counted (`skipped`), and the run ends after more than `skip_limit` in a row; with a `skip_above` too, so are
+    steps whose gradient is longer than `skip_above` times its running mean.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -368,10 +376,17 @@ class OptimizerConfig:
     eps: float = 1e-8
     momentum: float = 0.95
     clip_norm: float = 1.0
+    skip_limit: int = 0
+    skip_above: float = 0.0
 
     def __post_init__(self) -> None:
         choices(self)
-        at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "clip_norm")
+        at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "clip_norm", "skip_limit", "skip_above")
+        require(
+            self.skip_above == 0 or (self.skip_above > 1 and self.skip_limit > 0),
+            f"OptimizerConfig.skip_above is {self.skip_above} and skip_limit is {self.skip_limit}; it must be above 1, "
+            "with a skip_limit of at least 1, or 0.",
+        )
         positive(self, "eps")
         fraction(self, "decay_fraction", "final_lr_fraction")
         fraction(self, "beta1", "beta2", "momentum", closed=False)
@@ -408,6 +423,27 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """What is recorded for a look at where the time goes: `steps` as BEGIN:END (END is not in it), by JAX's profiler,
+    into `profile/` of the run directory, for TensorBoard or Perfetto."""
+
+    steps: str = ""
+
+    def __post_init__(self) -> None:
+        begin, end = self.range
+        require(
+            not self.steps or 0 <= begin < end,
+            f"ProfileConfig.steps is {self.steps!r}; it must be BEGIN:END, such as 10:13, or empty.",
+        )
+
+    @property
+    def range(self) -> tuple[int, int]:
+        """The first step and the one after the last, counted from 0; both -1 if there is none."""
+        found = re.fullmatch(r"(\d+):(\d+)", self.steps)
+        return (int(found[1]), int(found[2])) if found else (-1, -1)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """A whole run. Experiments are Python files with a module-level `CONFIG` of this type.
 
@@ -423,6 +459,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
     steps: int = 1000
     grad_accumulation: int = 1
     eval_every: int = 100

@@ -152,3 +152,10 @@ def _sync_folder(folder: epath.Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sealed_steps(root: epath.Path) -> list[int]:
+    """The steps below `root` that have their manifest, in order."""
+    if not root.exists():
+        return []
+    return sorted(int(path.name) for path in root.iterdir() if path.name.isdigit() and is_sealed(path))

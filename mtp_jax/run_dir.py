@@ -25,7 +25,7 @@ from mtp_jax.data.tokenizers import kept_tokenizer
 CONFIG_FILE, TOKENIZER_DIR, CHECKPOINTS_DIR = "config.json", "tokenizer", "checkpoints"
 # What training, `generate --held-out` and `bench --report` leave in a run directory.
 WRITTEN = (CONFIG_FILE, "versions.json", TOKENIZER_DIR, CHECKPOINTS_DIR, "metrics.jsonl", "tensorboard", "*.partial")
-WRITTEN += ("completions.html", "report.md", "report.json", "plots")
+WRITTEN += ("profile", "completions.html", "report.md", "report.json", "plots")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

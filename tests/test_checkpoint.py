@@ -122,7 +122,7 @@ def assert_equal(tree, expected):
 
 def numbers(run_dir):
     """Every number of metrics.jsonl that does not depend on the clock."""
-    clock = ("time", "tokens_per_second", "compile_seconds")
+    clock = ("time", "tokens_per_second", "compile_seconds", "goodput")
     return [{k: v for k, v in record.items() if k not in clock} for record in read_metrics(run_dir)]
 
 

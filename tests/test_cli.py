@@ -26,11 +26,13 @@ from mtp_jax.config import (
     MeshConfig,
     ModelConfig,
     OptimizerConfig,
+    ProfileConfig,
     RopeScaling,
     TrainConfig,
     to_dict,
 )
 from mtp_jax.data import ByteTokenizer, prepare
+from mtp_jax.distributed import Distributed
 from mtp_jax.run_dir import read_config, write_config
 from mtp_jax.train import loop
 from mtp_jax.train.loggers import read_metrics
@@ -638,10 +640,11 @@ OTHER = TrainConfig(
     ),
     HeadConfig("independent", 2, 1, "lowrank", 4, "ntp", 0.5, 0.9, 1e-3, "switch", 0.1, 0.5, 0.5, 0, (3, 7)),
     DataConfig("tfds", "other/*.txt", "", "meta.text", "name", "test", 0.1, "elsewhere", "bytes", "", 24, 16, 5),
-    OptimizerConfig("muon", 3e-3, "wsd", 3, 0.3, 0.2, 0.05, 0.8, 0.9, 1e-6, 0.9, 0.5),
+    OptimizerConfig("muon", 3e-3, "wsd", 3, 0.3, 0.2, 0.05, 0.8, 0.9, 1e-6, 0.9, 0.5, 3, 2.0),
     MeshConfig(2, 2, 2),
+    ProfileConfig("3:5"),
     **dict(steps=20, grad_accumulation=2, eval_every=7, eval_batches=3, checkpoint_every=9, keep_checkpoints=4),
-    **dict(log_every=6, seed=11),
+    **dict(log_every=6, ema_decay=0.9, seed=11),
 )
 
 
@@ -669,11 +672,21 @@ def test_every_field_can_be_set(experiment, tmp_path, monkeypatch):
         options += ["--" + name.replace("_", "-"), *map(str, words)]
     configs = []
     monkeypatch.setattr(
-        loop, "Run", lambda config, *args: configs.append(config) or SimpleNamespace(fit=print, config=config)
+        loop,
+        "Run",
+        lambda config, *args: (
+            configs.append(config)
+            or SimpleNamespace(
+                fit=print, config=config, path=tmp_path / "run", tokenizer=ByteTokenizer(), last_good=None
+            )
+        ),
     )
     monkeypatch.chdir(tmp_path)  # the cache directory is relative
     cli.main(["train", str(experiment), "--run-dir", f"{tmp_path}/run", *options])
     assert configs == [OTHER]
+
+
+FLAGS = {"resume": False, "overwrite": False, "resume_step": None, "distributed": Distributed()}
 
 
 def test_the_run_directory_has_the_experiments_name_and_flags_are_passed_on(experiment, run, calls):
@@ -681,9 +694,9 @@ def test_the_run_directory_has_the_experiments_name_and_flags_are_passed_on(expe
     cli.main(["train", str(experiment), "--run-dir", str(run.dir), "--resume"])
     cli.main(["train", str(experiment), "--overwrite"])
     assert [(run_dir, flags) for _, run_dir, flags in calls] == [
-        ("runs/small_cpd", {"resume": False, "overwrite": False}),
-        (str(run.dir), {"resume": True, "overwrite": False}),
-        ("runs/small_cpd", {"resume": False, "overwrite": True}),
+        ("runs/small_cpd", FLAGS),
+        (str(run.dir), {**FLAGS, "resume": True}),
+        ("runs/small_cpd", {**FLAGS, "overwrite": True}),
     ]
 
 
@@ -709,7 +722,7 @@ def test_a_run_goes_on_by_its_own_config(experiment, run, calls, capsys):
         optimizer=dataclasses.replace(own.optimizer, warmup_steps=10),
         steps=12,
     )
-    flags = {"resume": True, "overwrite": False}
+    flags = {**FLAGS, "resume": True}
     assert calls == [(own, str(run.dir), flags), (changed, str(run.dir), flags)]
 
 

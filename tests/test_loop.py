@@ -31,8 +31,10 @@ from mtp_jax.checkpoint import CheckpointError, Checkpoints
 from mtp_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
 from mtp_jax.data import ByteTokenizer, batches, held_out_batches
 from mtp_jax.data.sources import is_held_out
+from mtp_jax.mesh import make_mesh
 from mtp_jax.run_dir import read_config, versions, write_config
-from mtp_jax.train import loop
+from mtp_jax.train import checks, clock, loop
+from mtp_jax.train.checks import RESUMABLE
 from mtp_jax.train.costs import Costs, costs
 from mtp_jax.train.evaluate import evaluate, evaluate_run, named
 from mtp_jax.train.loggers import read_metrics
@@ -192,15 +194,24 @@ def test_the_first_process_alone_writes_metrics(config, fake, tmp_path, monkeypa
 
     def record(*args, **options):
         enabled.append(options["enabled"])
+        monkeypatch.setattr(jax, "process_index", lambda: 0)  # the rest is not this test's
         return loggers(*args, **options)
 
+    def steps(*args):
+        monkeypatch.setattr(jax, "process_index", lambda: 0)
+        return {}
+
+    fit = loop.Run.fit
+
+    def fit_there(run, checkpoints):
+        monkeypatch.setattr(jax, "process_index", lambda: process)
+        return fit(run, checkpoints)
+
     monkeypatch.setattr(loop, "Loggers", record)
-    monkeypatch.setattr(loop.Run, "_steps", lambda *args: {})
-    trainer, mesh, path = fake(), loop.make_mesh(config.mesh), epath.Path(tmp_path / "run")
-    with jax.set_mesh(mesh), Checkpoints(path, keep=1) as checkpoints:
-        run = loop.Run(config, mesh, path, resume=False)
-        run.shard = (process, 2)
-        run.fit(checkpoints)
+    monkeypatch.setattr(loop.Run, "fit", fit_there)
+    monkeypatch.setattr(loop.Run, "_steps", steps)
+    trainer = fake()
+    loop.train(config, tmp_path / "run")
     assert enabled == [process == 0] and trainer.events == []
     assert (tmp_path / "run" / "metrics.jsonl").exists() == (process == 0)
 
@@ -280,45 +291,52 @@ def test_it_trains_on_one_split_and_evaluates_on_the_other(config, fake, tmp_pat
 def now(monkeypatch):
     """The time, in seconds, as a list of one number that only the test changes; each device can do 1000 FLOP/s."""
     now = [100.0]
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
-    monkeypatch.setattr(loop, "peak_flops", lambda device: 1000.0)
+    monkeypatch.setattr(clock, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(clock, "peak_flops", lambda device: 1000.0)
     return now
 
 
 def make_clock(config):
     cost = Costs(0, 0, 0, trunk_flops=30.0, head_flops=20.0, next_token_flops=5.0)
-    return loop.Clock(config, cost, loop.make_mesh(config.mesh))
+    made = clock.Clock()
+    return made, lambda step: made.start(step, config, cost, make_mesh(config.mesh))
 
 
 def test_speed_is_that_of_the_steps_since_the_last_record(config, now):
-    clock = make_clock(config)
-    clock.compile_seconds = 7.5
-    now[0] += 1000  # whatever comes before it starts
-    clock.start(4)
+    made, start = make_clock(config)
+    with made.losing("compiling"):
+        now[0] += 10
+    start(4)
     now[0] += 2
-    # 128 tokens of 50 FLOPs in 2 seconds, on 8 devices.
-    expected = {"tokens": 5 * 128, "tokens_per_second": 64, "mfu": 64 * 50 / 8000, "compile_seconds": 7.5}
-    assert clock.speed(5) == expected
+    # 128 tokens of 50 FLOPs in 2 seconds, on 8 devices; 10 of 12 seconds were lost.
+    expected = {"tokens": 5 * 128, "tokens_per_second": 64, "mfu": 64 * 50 / 8000, "compile_seconds": 10}
+    assert made.speed(5) == {**expected, "goodput": pytest.approx(2 / 12), "memory_gib": None}
     now[0] += 1
-    with clock.paused():
-        now[0] += 50
-    with clock.paused():
+    with made.losing("evaluating"):
+        now[0] += 30
+    with made.losing("evaluating"):
         now[0] += 5
-    now[0] += 3
+    with made.losing("waiting for data", stops=False):  # the devices go on
+        now[0] += 2
+    now[0] += 1
     expected = {"tokens": 9 * 128, "tokens_per_second": 128, "mfu": 128 * 50 / 8000, "compile_seconds": None}
-    assert clock.speed(9) == expected
+    assert made.speed(9) == {**expected, "goodput": pytest.approx(4 / 51), "memory_gib": None}
     now[0] += 1
-    assert clock.speed(9) == {"tokens": 9 * 128, "compile_seconds": None}, "no step, no speed"
+    assert set(made.speed(9)) == {"tokens", "goodput", "memory_gib", "compile_seconds"}, "no step, no speed"
     now[0] += 1
-    assert clock.speed(10)["tokens_per_second"] == 64
+    assert made.speed(10)["tokens_per_second"] == 64
+    assert made.lost == {"compiling": 10, "evaluating": 35, "waiting for data": 2}
+    assert made.summary() == "goodput 11.3% of 53.0 s; lost: evaluating 35.0, compiling 10.0, waiting for data 2.0 s"
 
 
-def test_a_device_whose_peak_is_not_known_has_no_mfu(config, now, monkeypatch):
-    monkeypatch.setattr(loop, "peak_flops", lambda device: None)
-    clock = make_clock(config)
-    clock.start(0)
+def test_a_device_that_says_so_tells_its_memory_and_one_whose_peak_is_not_known_has_no_mfu(config, now, monkeypatch):
+    monkeypatch.setattr(clock, "peak_flops", lambda device: None)
+    made, start = make_clock(config)
+    start(0)
+    made.device = SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 3 * 2**29})
     now[0] += 1
-    assert clock.speed(1) == {"tokens": 128, "tokens_per_second": 128, "mfu": None, "compile_seconds": None}
+    speed = made.speed(1)
+    assert speed["tokens_per_second"] == 128 and speed["mfu"] is None and speed["memory_gib"] == 1.5
 
 
 @pytest.mark.parametrize("log_every", [1, 3])
@@ -389,7 +407,8 @@ def test_metrics_have_the_names_that_readers_know(trained):
     records = read_metrics(trained)
     assert {record["kind"] for record in records} == {"train", "eval"}
     for record in records:
-        own = {"grad_norm", "learning_rate", "tokens", "tokens_per_second"} if record["kind"] == "train" else set()
+        train = {"grad_norm", "learning_rate", "tokens", "tokens_per_second", "goodput"}
+        own = train if record["kind"] == "train" else set()
         # There is no MFU on a device whose peak is not known.
         own |= {"compile_seconds"} if (record["kind"], record["step"]) == ("train", 1) else set()
         assert both | own == set(record)
@@ -490,7 +509,8 @@ def test_an_interrupted_run_is_saved_and_goes_on(config, fake, tmp_path, capsys)
     trainer = fake(during={3: interrupt})
     with pytest.raises(KeyboardInterrupt):
         loop.train(config, tmp_path / "run")
-    assert trainer.events == ["step 1", "step 2", "step 3", "eval", "eval"]
+    # One batch shows whether the loss is finite; the rest would keep who waits.
+    assert trainer.events == ["step 1", "step 2", "step 3", "eval"]
     assert on_disk(tmp_path / "run") == [3] and logged(tmp_path / "run", "train") == [1, 2, 3]
     output = capsys.readouterr().out
     assert "saving after this step" in output
@@ -501,7 +521,7 @@ def test_an_interrupted_run_is_saved_and_goes_on(config, fake, tmp_path, capsys)
     loop.train(config, tmp_path / "run", resume=True)
     assert [event for event in trainer.events if event != "eval"] == [f"step {n}" for n in range(4, 9)]
     assert logged(tmp_path / "run", "train") == list(range(1, 9))
-    assert on_disk(tmp_path / "run") == [3, 4, 8]
+    assert on_disk(tmp_path / "run") == [4, 8]
     output = capsys.readouterr().out
     assert "resuming at step 3" in output and "Interrupted" not in output
 
@@ -511,8 +531,12 @@ def test_a_step_that_is_saved_anyway_may_be_interrupted(config, fake, tmp_path, 
     trainer = fake(during={step: interrupt})
     with pytest.raises(KeyboardInterrupt) if step < config.steps else contextlib.nullcontext():
         loop.train(config, tmp_path / "run")
-    assert on_disk(tmp_path / "run") == saved and trainer.events[-3:] == [f"step {step}", "eval", "eval"]
+    assert on_disk(tmp_path / "run") == saved and trainer.events[-2:] == [f"step {step}", "eval"]
     assert ("Interrupted. Step" in capsys.readouterr().out) == (step < config.steps)
+    # The evaluation that was due is made up for.
+    trainer = fake()
+    loop.train(config, tmp_path / "run", resume=True)
+    assert trainer.events[:2] == ["eval", "eval"] and logged(tmp_path / "run", "eval") == [4, 8]
 
 
 def test_the_second_interrupt_stops_at_once(config, fake, tmp_path):
@@ -528,13 +552,13 @@ def test_a_thread_that_is_not_the_main_one_leaves_signals_alone():
     before, seen = signal.getsignal(signal.SIGINT), []
 
     def run():
-        with loop.Interrupts() as interrupts:
-            seen.append((interrupts.seen, signal.getsignal(signal.SIGINT)))
+        with loop.StopSignals() as signals:
+            seen.append((signals.seen, signal.getsignal(signal.SIGINT)))
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    assert seen == [(False, before)]
+    assert seen == [(None, before)]
 
 
 def test_ctrl_c_reaches_a_real_run(config, tmp_path):
@@ -684,25 +708,16 @@ def test_a_file_is_no_run_directory(tmp_path):
     (tmp_path / "file").write_text("")
     for options in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(ConfigError, match="file is a file; give another --run-dir"):
-            loop.check_run_dir(tmp_path / "file", **options)
+            checks.check_run_dir(tmp_path / "file", **options)
 
 
 def test_an_empty_or_missing_directory_is_a_new_run(tmp_path):
     (tmp_path / "empty").mkdir()
     for name in ("empty", "missing"):
-        assert loop.check_run_dir(tmp_path / name) == epath.Path(tmp_path / name)
+        assert checks.check_run_dir(tmp_path / name) == epath.Path(tmp_path / name)
         with pytest.raises(ConfigError, match=rf"--resume was given and .*{name} has no run in it"):
-            loop.check_run_dir(tmp_path / name, resume=True)
-    assert loop.check_run_dir("~/no run") == epath.Path(Path.home() / "no run")
-
-
-def test_an_old_run_outlives_hosts_that_do_not_divide_the_batch(config, trained, monkeypatch):
-    monkeypatch.setattr(loop, "clear_run", lambda path: pytest.fail("this was to be refused before"))
-    monkeypatch.setattr(jax, "process_count", lambda: 3)
-    before = contents(trained)
-    with pytest.raises(ConfigError, match="8 sequences and there are 3 hosts"):
-        loop.train(config, trained, overwrite=True)
-    assert contents(trained) == before
+            checks.check_run_dir(tmp_path / name, resume=True)
+    assert checks.check_run_dir("~/no run") == epath.Path(Path.home() / "no run")
 
 
 # Resuming another run
@@ -776,12 +791,12 @@ def test_a_run_is_not_resumed_on_other_data(config, fake, tmp_path):
     ],
 )
 def test_what_changes_no_shape_and_no_batch_may_change(config, part, changes):
-    loop.check_same_run(change(config, part, **changes), config, epath.Path("run"))
+    checks.check_same_run(change(config, part, **changes), config, epath.Path("run"))
 
 
 def test_what_may_change_are_fields_that_there_are(config):
     fields = {(part, f.name) for part in ("model", "head", "data") for f in dataclasses.fields(getattr(config, part))}
-    assert fields > loop.RESUMABLE
+    assert fields > RESUMABLE
 
 
 def test_a_finished_run_can_be_made_longer(config, fake, tmp_path):

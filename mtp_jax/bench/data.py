@@ -15,8 +15,8 @@ from mtp_jax.config import TrainConfig
 from mtp_jax.data import batches, documents, load_source, load_tokenizer, prepare
 from mtp_jax.data.preparation import batched, cache_dir
 from mtp_jax.run_dir import versions
+from mtp_jax.train.checks import check_machine
 from mtp_jax.train.evaluate import place
-from mtp_jax.train.loop import check_machine
 from mtp_jax.train.step import make_trainer
 
 

@@ -13,9 +13,9 @@ from mtp_jax.bench.config import TrainBenchConfig
 from mtp_jax.bench.timing import interleave, ratio, summary
 from mtp_jax.config import HeadConfig, TrainConfig
 from mtp_jax.run_dir import versions
+from mtp_jax.train.checks import check_machine
 from mtp_jax.train.costs import costs, peak_flops
 from mtp_jax.train.evaluate import place
-from mtp_jax.train.loop import check_machine
 from mtp_jax.train.step import make_trainer
 
 NEXT_TOKEN = "next token"

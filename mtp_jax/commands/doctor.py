@@ -57,8 +57,8 @@ def _run(config: TrainConfig) -> None:
     import jax.numpy as jnp
 
     from mtp_jax.sharding import RULES
+    from mtp_jax.train.checks import check_machine
     from mtp_jax.train.costs import costs, tree_bytes
-    from mtp_jax.train.loop import check_machine
     from mtp_jax.train.step import make_trainer
 
     mesh = check_machine(config)

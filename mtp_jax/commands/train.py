@@ -11,7 +11,8 @@ import tyro
 
 from mtp_jax.commands import parse, use_compilation_cache
 from mtp_jax.commands.experiment import load_experiment, split_file
-from mtp_jax.config import TrainConfig, differences, shown
+from mtp_jax.config import TrainConfig, differences, require, shown
+from mtp_jax.distributed import Distributed, connect, on_first
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,10 +23,13 @@ class Where:
     """Where the run goes; runs/<the experiment's name> by default."""
     resume: bool = False
     """Go on with the run that is there."""
+    auto_resume: bool = False
+    """Go on with the run that is there, or start it: for launchers, which give the same command again."""
     from_step: int | None = None
     """With --resume: go on from this checkpoint and not from the latest. Later ones are deleted at the next save."""
     overwrite: bool = False
     """Delete the run that is there and start again."""
+    distributed: Distributed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,29 +49,48 @@ def main(args: list[str]) -> None:
         return
     file, rest = split_file(args, "train")
     config = experiment = load_experiment(file)
-    default = Where(run_dir=str(Path("runs") / Path(file).stem))
+    default = Where(run_dir=str(Path("runs") / Path(file).stem), distributed=Distributed.from_environment())
     # The options need to fit the run alone, so where that is must be known before they are read.
     where, _ = tyro.cli(
         Where, prog=f"mtp-jax train {file}", args=rest, default=default, return_unknown_args=True, add_help=False
     )
-    if where.resume:
+    require(
+        not where.auto_resume or not (where.resume or where.overwrite),
+        "--auto-resume is given together with --resume or --overwrite; choose one.",
+    )
+    helping = {"-h", "--help"} & set(rest)
+    if not helping:
+        connect(where.distributed)
+    there = {"resume": where.resume, "overwrite": where.overwrite}
+    if where.auto_resume and not helping:
+        there = on_first(lambda: _what_is_there(where.run_dir))
+    if there["resume"] or (where.auto_resume and there["overwrite"]):
         from mtp_jax.run_dir import read_config
-        from mtp_jax.train.loop import check_run_dir
+        from mtp_jax.train.checks import check_run_dir
 
         config = read_config(check_run_dir(where.run_dir, resume=True, overwrite=where.overwrite))
-    options = parse(Train, rest, f"train {file}", Train(run_dir=default.run_dir, config=config))
-    if options.resume:
+    options = parse(
+        Train, rest, f"train {file}", Train(run_dir=default.run_dir, distributed=default.distributed, config=config)
+    )
+    if there["resume"]:
         head = experiment.head.adopt_shortlist(options.config.head)
-        for name, here, there in differences(dataclasses.replace(experiment, head=head), options.config):
-            print(f"--resume: {name} is {shown(there)} in this run ({shown(here)} in {file})")
+        for name, here, theirs in differences(dataclasses.replace(experiment, head=head), options.config):
+            print(f"--resume: {name} is {shown(theirs)} in this run ({shown(here)} in {file})")
 
     from mtp_jax.train.loop import train
 
     use_compilation_cache()
-    train(
-        options.config,
-        options.run_dir,
-        resume=options.resume,
-        overwrite=options.overwrite,
-        resume_step=options.from_step,
-    )
+    train(options.config, options.run_dir, **there, resume_step=options.from_step, distributed=options.distributed)
+
+
+def _what_is_there(run_dir: str) -> dict[str, bool]:
+    """What `--auto-resume` means. A run that ended before its first save is started again, with its own config."""
+    from etils import epath
+
+    from mtp_jax.manifest import sealed_steps
+    from mtp_jax.run_dir import CHECKPOINTS_DIR
+
+    path = epath.Path(run_dir).expanduser()
+    there = path.exists() and any(path.iterdir())
+    resume = there and bool(sealed_steps(path / CHECKPOINTS_DIR))
+    return {"resume": resume, "overwrite": there and not resume}

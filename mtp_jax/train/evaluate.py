@@ -10,17 +10,39 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mtp_jax.config import TrainConfig
+from mtp_jax.config import TrainConfig, require
 from mtp_jax.data import Mixture, Store, held_out_batches, prepare
 from mtp_jax.loading import LoadedRun
 from mtp_jax.sharding import RULES
 from mtp_jax.train.step import batch_loss, split, target_counts
 
 
-def place(batch: Any, mesh: Mesh) -> Any:
-    """This process's rows of a batch as part of the global one."""
+def shard_of(mesh: Mesh, batch_size: int) -> tuple[int, int]:
+    """(index, count): this process's devices hold the part `index` of `count` equal parts of a batch's rows.
+
+    Raises `ConfigError` if they do not hold neighbouring rows: the mesh is laid out across the processes.
+    """
+    held = jax.NamedSharding(mesh, RULES.rows_B).addressable_devices_indices_map((batch_size,)).values()
+    ranges = {index[0].indices(batch_size)[:2] for index in held if index is not None}
+    first, last = min(begin for begin, _ in ranges), max(end for _, end in ranges)
+    size = last - first
+    require(
+        sum(end - begin for begin, end in ranges) == size and first % size == 0 and batch_size % size == 0,
+        f"The mesh {dict(mesh.shape)} gives process {jax.process_index()} the rows {sorted(ranges)} of a batch of "
+        f"{batch_size}, which are no block of it. Let mesh.tensor divide the devices of a process, or the other way.",
+    )
+    return first // size, batch_size // size
+
+
+def place(batch: Any, mesh: Mesh, batch_size: int | None = None) -> Any:
+    """This process's rows of a batch (of `batch_size` in all, by default these) as part of the global one."""
     sharding = jax.NamedSharding(mesh, RULES.rows_B)
-    return {name: jax.make_array_from_process_local_data(sharding, rows) for name, rows in batch.items()}
+
+    def whole(rows: Any) -> Any:
+        shape = (batch_size or len(rows), *rows.shape[1:])
+        return jax.make_array_from_process_local_data(sharding, rows, shape)
+
+    return {name: whole(rows) for name, rows in batch.items()}
 
 
 def held_out(config: TrainConfig, store: Store | Mixture, mesh: Mesh, limit: int | None) -> list[Any]:
@@ -31,15 +53,27 @@ def held_out(config: TrainConfig, store: Store | Mixture, mesh: Mesh, limit: int
         window=config.head.window,
         batch_size=config.data.batch_size,
         limit=limit,
-        shard=(jax.process_index(), jax.process_count()),
+        shard=shard_of(mesh, config.data.batch_size),
     )
-    return [place(batch, mesh) for batch in found]
+    return [place(batch, mesh, config.data.batch_size) for batch in found]
 
 
-def evaluate(loss: Callable[..., Any], params: Any, batches: list[Any]) -> dict[str, float]:
-    """Mean losses over batches, each target weighing the same. `loss` is a compiled `batch_loss`."""
+def evaluate(
+    loss: Callable[..., Any], params: Any, batches: list[Any], stop: Callable[[], bool] = lambda: False
+) -> dict[str, float]:
+    """Mean losses over batches, each target weighing the same. `loss` is a compiled `batch_loss`.
+
+    Before each batch but the first `stop` is asked: if it says so, the sums of those that were made are returned, which
+    tell no more than whether they are finite.
+    """
     count_W = target_counts(batches)
-    sums = [loss(params, batch, count_W) for batch in batches]
+    sums: list[Any] = []
+    for batch in batches:
+        if sums and stop():
+            break
+        sums.append(loss(params, batch, count_W))
+        # One batch is worked on while the next is begun, so that `stop` is asked at the pace of the devices.
+        jax.block_until_ready(sums[-2:][0])
     value, aux = jax.tree.map(lambda *parts: sum(np.asarray(part) for part in parts), *sums)
     return named({"loss": value, **aux})
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import Array
 from optax.contrib import MuonDimensionNumbers, muon
 
 from mtp_jax.config import OptimizerConfig
 from mtp_jax.model.layers import MATRICES
+
+SETTLED = 20  # steps after which the gradient's mean norm is known
 
 # Embeddings, gates, norms and biases: always Adam, never decayed.
 VECTORS = frozenset({"embed_VD", "unembed_VD", "gate_DR", "scale", "bq_NH", "bk_KH", "bv_KH"})
@@ -74,7 +77,41 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: Any) -> optax.Gr
             schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decayed
         )
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
-    return optax.chain(clip, update)
+    update = optax.chain(clip, update)
+    return skipping(update, config.skip_above) if config.skip_limit else update
+
+
+class SkipState(NamedTuple):
+    """The wrapped state; the running mean of the gradient's norm, and over how many steps; steps skipped in a row."""
+
+    inner: Any
+    norm: Array
+    steps: Array
+    skipped: Array
+
+
+def skipping(inner: optax.GradientTransformation, above: float = 0.0) -> optax.GradientTransformation:
+    """`inner` for steps whose gradient is finite and, if `above` is not 0, not longer than `above` times the running
+    mean (from step `SETTLED` on): the others change nothing but the count of steps `skipped` in a row."""
+
+    def init(params: Any) -> SkipState:
+        zero = jnp.zeros((), jnp.int32)
+        return SkipState(inner.init(params), jnp.zeros(()), zero, zero)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        norm = optax.tree.norm(updates)
+        good = jnp.isfinite(norm)
+        if above:
+            good &= (norm <= above * state.norm) | (state.steps < SETTLED)
+        updates, new = inner.update(updates, state.inner, params)
+        # The mean over the first steps, exponential after them.
+        mean = state.norm + jnp.maximum(1 / SETTLED, 1 / (state.steps + 1)) * (norm - state.norm)
+        made = SkipState(new, mean, state.steps + 1, jnp.zeros_like(state.skipped))
+        left = state._replace(skipped=state.skipped + 1)
+        updates = jax.tree.map(lambda a: jnp.where(good, a, jnp.zeros_like(a)), updates)
+        return updates, jax.tree.map(lambda a, b: jnp.where(good, a, b), made, left)
+
+    return optax.GradientTransformation(init, update)
 
 
 def _leaves(params: Any, numbers: Any) -> Any:

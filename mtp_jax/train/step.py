@@ -144,6 +144,8 @@ def train_step(
         "grad_norm": optax.tree.norm(grads),
         "learning_rate": make_schedule(config.optimizer, config.steps)(state.step),
     }
+    if config.optimizer.skip_limit:
+        metrics["skipped"] = opt_state.skipped
     step = state.step + 1
     ema = average(config.ema_decay, state.ema, params, step) if config.ema_decay else None
     return TrainState(step, params, opt_state, ema), metrics

@@ -1,0 +1,82 @@
+"""Where the time of a run goes: speed between logged steps, and what is lost to everything that is not a step."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from jax.sharding import Mesh
+
+from mtp_jax.config import TrainConfig
+from mtp_jax.train.costs import Costs, peak_flops
+
+
+class Clock:
+    """Tokens per second and MFU between logged steps, goodput, and memory.
+
+    `lost` has the seconds of each thing that is not training since the clock was made. Waiting for data counts as lost
+    though the devices may have been busy meanwhile: it is an upper bound.
+    """
+
+    def __init__(self) -> None:
+        self.begun = time.perf_counter()
+        self.lost: dict[str, float] = {}
+
+    def start(self, step: int, config: TrainConfig, cost: Costs, mesh: Mesh) -> None:
+        """Steps of such a run after `step` count from now on."""
+        self.tokens = config.data.batch_size * config.data.seq_len
+        self.flops = cost.trunk_flops + cost.head_flops
+        peak = peak_flops(mesh.devices.flat[0])
+        self.peak = None if peak is None else peak * mesh.devices.size
+        self.device = mesh.local_devices[0]
+        self.mark, self.mark_step, self.first = time.perf_counter(), step, True
+
+    @contextlib.contextmanager
+    def losing(self, what: str, *, stops: bool = True) -> Iterator[None]:
+        """A context whose time is lost to `what`. If training `stops` in it, it does not count in the speed."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = time.perf_counter() - begun
+            self.lost[what] = self.lost.get(what, 0.0) + seconds
+            if stops and hasattr(self, "mark"):
+                self.mark += seconds
+
+    @property
+    def goodput(self) -> float:
+        """The share of the time so far in which steps were made."""
+        elapsed = time.perf_counter() - self.begun
+        return max(0.0, 1 - sum(self.lost.values()) / elapsed) if elapsed else 0.0
+
+    def speed(self, step: int) -> dict[str, float | None]:
+        """Rates since the last call (metrics of `step` are on the host, so that step is done); `goodput`; the most
+        memory that a device of this process had in use, in GiB, where it says so; and, in the first record of a
+        process, the seconds that it compiled."""
+        now = time.perf_counter()
+        result: dict[str, float | None] = {"tokens": float(step * self.tokens)}
+        if step > self.mark_step:
+            rate = (step - self.mark_step) * self.tokens / (now - self.mark)
+            result["tokens_per_second"] = rate
+            result["mfu"] = None if self.peak is None else rate * self.flops / self.peak
+            self.mark, self.mark_step = now, step
+        result["goodput"] = self.goodput
+        result["memory_gib"] = memory_gib(self.device)
+        result["compile_seconds"] = self.lost.get("compiling") if self.first else None
+        self.first = False
+        return result
+
+    def summary(self) -> str:
+        """Where the time went, the largest first."""
+        parts = sorted(self.lost.items(), key=lambda item: -item[1])
+        lost = ", ".join(f"{what} {seconds:.1f}" for what, seconds in parts if seconds >= 0.05)
+        total = f"goodput {self.goodput:.1%} of {time.perf_counter() - self.begun:.1f} s"
+        return f"{total}; lost: {lost} s" if lost else total
+
+
+def memory_gib(device: Any) -> float | None:
+    """The most memory that `device` had in use so far, in GiB; None where it does not say."""
+    stats = device.memory_stats() or {}
+    return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None

@@ -1,0 +1,38 @@
+"""A recording of some steps by JAX's profiler."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from etils import epath
+
+from mtp_jax.config import ProfileConfig
+
+PROFILE_DIR = "profile"
+
+
+class Profile:
+    """Records the steps of `config` into `profile/` of a run directory. Each process records its own devices."""
+
+    def __init__(self, config: ProfileConfig, run_dir: epath.PathLike):
+        self._begin, self._end = config.range
+        self._dir = epath.Path(run_dir) / PROFILE_DIR
+        self._running = False
+
+    def before(self, step: int, state: Any) -> None:
+        """Step number `step` (from 0) is about to begin, from `state`."""
+        if self._running and step >= self._end:
+            self.stop(state)
+        elif step == self._begin:
+            jax.block_until_ready(state)  # what was begun before is not recorded
+            jax.profiler.start_trace(str(self._dir))
+            self._running = True
+
+    def stop(self, state: Any) -> None:
+        """End the recording, if there is one, when `state` is there."""
+        if self._running:
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._running = False
+            print(f"profile of steps {self._begin}:{self._end} in {self._dir}", flush=True)

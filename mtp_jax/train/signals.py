@@ -1,0 +1,79 @@
+"""Ctrl-C and SIGTERM: a run ends between two steps, with its state saved, at the same step on all processes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from mtp_jax.config import PreemptedError
+
+
+class StopSignals:
+    """Signals as a flag that is looked at between steps, so that none is cut in half.
+
+    Outside `held()` they end what is being done at once: Ctrl-C with `KeyboardInterrupt`, SIGTERM with
+    `PreemptedError`. Inside, a second Ctrl-C interrupts at once.
+
+    With several processes JAX hears SIGTERM and the notices of Cloud TPU, tells all processes, and lets them stop at
+    one step; Ctrl-C is passed on as SIGTERM.
+    """
+
+    def __init__(self) -> None:
+        self.seen: int | None = None
+        """The signal that was seen."""
+        self._held, self._looks = False, 0
+        self._many = jax.process_count() > 1
+
+    def stop(self) -> bool:
+        """Whether to stop here. Every process must ask as often as the others, and none may stop by itself."""
+        if self._many and self.seen is None:
+            self._looks += 1
+            if multihost_utils.reached_preemption_sync_point(self._looks):
+                self.seen = signal.SIGTERM
+        return self.seen is not None
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """A context in which signals wait to be looked at."""
+        self._held = True
+        try:
+            yield
+        finally:
+            self._held = False
+
+    def end(self, kept: str) -> BaseException:
+        """What a run that stopped for a signal ends with; `kept` says what is saved."""
+        if self.seen != signal.SIGINT:
+            return PreemptedError(f"Preempted. {kept}")
+        print(f"Interrupted. {kept}", flush=True)
+        return KeyboardInterrupt()
+
+    def __enter__(self) -> StopSignals:
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT,) if self._many else (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: object) -> None:
+        if self._many:
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif number == signal.SIGINT and (self.seen or not self._held):
+            raise KeyboardInterrupt
+        elif not self._held:
+            raise PreemptedError("SIGTERM before the first step: nothing is lost but what was being prepared.")
+        else:
+            self.seen = number
+            again = " Press again to stop without saving." if number == signal.SIGINT else ""
+            print(f"{signal.Signals(number).name}: saving after this step.{again}", flush=True)

@@ -1,0 +1,317 @@
+"""Several real processes on this machine: they learn what one learns, stop together, and end when one is lost."""
+
+import dataclasses
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+
+from mtp_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig
+from mtp_jax.distributed import Distributed, Watchdog, on_first
+from mtp_jax.manifest import sealed_steps
+from mtp_jax.train.loggers import read_metrics
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp("distributed")
+    (root / "corpus").mkdir()
+    for i in range(30):
+        (root / "corpus" / f"{i}.txt").write_bytes(bytes(97 + (i * j) % 20 for j in range(60 + i)))
+    return root
+
+
+def experiment(root, name, mesh=None, **changes):
+    """A file of that name with a run of 20 steps, evaluated and saved every 5."""
+    data = DataConfig(f"{root}/corpus/*.txt", valid_fraction=0.2, batch_size=8, seq_len=16, cache_dir=f"{root}/cache")
+    config = tiny.train_config(tiny.model_config(vocab_size=258, num_layers=1), tiny.head_config(window=2, rank=2))
+    values = dict(steps=20, eval_every=5, eval_batches=2, checkpoint_every=5, log_every=1, **changes)
+    config = dataclasses.replace(
+        config, data=data, optimizer=OptimizerConfig(warmup_steps=2), mesh=mesh or MeshConfig(), **values
+    )
+    file = root / f"{name}.py"
+    file.write_text(
+        "from mtp_jax.config import TrainConfig, from_dict\n"
+        f"CONFIG = from_dict(TrainConfig, {dataclasses.asdict(config)!r})\n"
+    )
+    return file
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+class Processes:
+    """`count` processes of `mtp-jax train`, with `devices` devices each, killed on the way out."""
+
+    def __init__(self, file, run_dir, *options, count=2, devices=1):
+        address = f"localhost:{free_port()}"
+        self.processes = []
+        for i in range(count):
+            env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+            env |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+            if count > 1:
+                names = {"COORDINATOR": address, "NUM_PROCESSES": count, "PROCESS_ID": i}
+                env |= {f"MTP_JAX_{name}": str(value) for name, value in names.items()}
+            command = [sys.executable, "-m", "mtp_jax", "train", str(file), "--run-dir", str(run_dir), *options]
+            with Path(f"{run_dir}.{i}.log").open("w") as log:
+                self.processes.append(subprocess.Popen(command, cwd=REPOSITORY, env=env, stdout=log, stderr=log))
+        self.run_dir, self.logs = run_dir, [Path(f"{run_dir}.{i}.log") for i in range(count)]
+
+    def wait(self, seconds=240):
+        """The exit statuses."""
+        end = time.monotonic() + seconds
+        for process in self.processes:
+            process.wait(timeout=max(1, end - time.monotonic()))
+        return [process.returncode for process in self.processes]
+
+    def wait_for_step(self, step, seconds=240):
+        end = time.monotonic() + seconds
+        while not any(r["step"] >= step for r in metrics(self.run_dir)):
+            assert time.monotonic() < end and all(p.poll() is None for p in self.processes), self.said()
+            time.sleep(0.05)
+
+    def said(self, i=None):
+        return "\n".join(log.read_text() for log in self.logs) if i is None else self.logs[i].read_text()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+def metrics(run_dir, kind="train"):
+    path = run_dir / "metrics.jsonl"
+    return [r for r in read_metrics(run_dir) if r["kind"] == kind] if path.exists() else []
+
+
+def losses(run_dir):
+    return [[r["loss"] for r in metrics(run_dir, kind)] for kind in ("train", "eval")]
+
+
+@pytest.fixture(scope="module")
+def alone(root):
+    """What one process learns in 20 steps."""
+    with Processes(experiment(root, "alone"), root / "alone", count=1) as one:
+        assert one.wait() == [0], one.said()
+    return losses(root / "alone")
+
+
+@pytest.mark.parametrize(
+    "count, devices, mesh",
+    [
+        (2, 1, MeshConfig()),
+        pytest.param(2, 2, MeshConfig(1, 2, 2), marks=pytest.mark.slow),
+        pytest.param(2, 1, MeshConfig(1, 1, 2), marks=pytest.mark.slow),  # both read the whole batch
+        pytest.param(4, 1, MeshConfig(2, 2, 1), marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_learn_what_one_learns(root, alone, count, devices, mesh):
+    name = f"{count}x{devices}-{mesh.data}-{mesh.fsdp}-{mesh.tensor}"
+    with Processes(experiment(root, name, mesh), root / name, count=count, devices=devices) as some:
+        assert some.wait() == [0] * count, some.said()
+        assert "step 20/20" in some.said(0) and f", {count} processes)" in some.said(0)
+        for i in range(1, count):
+            own = [line for line in some.said(i).splitlines() if not re.search("connecting to|Gloo|^Prepared", line)]
+            assert not own, "process 0 alone logs"
+    for found, expected in zip(losses(root / name), alone, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    # Saved by these, gone on with by one.
+    with Processes(experiment(root, name, steps=22), root / name, "--resume", "--steps", "22", count=1) as one:
+        assert one.wait() == [0] and "resuming at step 20" in one.said(), one.said()
+
+
+def test_a_notice_to_one_stops_all_at_one_step_and_the_same_command_goes_on(root, alone):
+    run_dir = root / "preempted"
+    file = experiment(root, "preempted")
+    options = ["--auto-resume"]
+    with Processes(file, run_dir, *options) as two:
+        two.wait_for_step(6)
+        two.processes[1].send_signal(signal.SIGTERM)
+        statuses = two.wait()
+        assert statuses in ([75, 75], [0, 0]), two.said()
+        if statuses == [75, 75]:
+            (step,) = {int(n) for i in range(2) for n in re.findall(r"Preempted\. Step (\d+) is saved", two.said(i))}
+            assert step == max(sealed_steps(run_dir / "checkpoints"))
+    if statuses == [75, 75]:
+        with Processes(file, run_dir, *options) as two:
+            assert two.wait() == [0, 0] and f"resuming at step {step}" in two.said(0), two.said()
+    for found, expected in zip(losses(run_dir), alone, strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, lost", [(signal.SIGKILL, 1), (signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
+def test_a_lost_process_ends_the_others_and_the_same_command_goes_on(root, alone, number, lost):
+    """Killed, or stopped so that it lives and says nothing."""
+    name = f"lost-{number}-{lost}"
+    file = experiment(root, name)
+    options = ["--auto-resume", "--distributed.lost-seconds", "8", "--steps", "100000", "--log-every", "20"]
+    with Processes(file, root / name, *options) as two:
+        two.wait_for_step(20)
+        two.processes[lost].send_signal(number)
+        begun, other = time.monotonic(), two.processes[1 - lost]
+        assert other.wait(timeout=60) == 1, two.said()
+        assert time.monotonic() - begun < 60
+        assert f"nothing was heard of process {lost} of 2 (host " in two.said(1 - lost), two.said()
+    saved = max(sealed_steps(root / name / "checkpoints"))
+    with Processes(file, root / name, "--auto-resume", "--steps", str(saved + 5)) as two:
+        assert two.wait() == [0, 0] and f"resuming at step {saved}" in two.said(0), two.said()
+
+
+# One process plays the parts
+
+
+class Store:
+    """What the processes' runtime keeps for them."""
+
+    def __init__(self):
+        self.values = {}
+
+    def key_value_set(self, key, value, allow_overwrite=False):
+        assert allow_overwrite or key not in self.values
+        self.values[key] = value
+
+    def key_value_dir_get(self, prefix):
+        return [(key, value) for key, value in self.values.items() if key.startswith(prefix)]
+
+    def blocking_key_value_get(self, key, timeout):
+        return self.values[key]
+
+
+@pytest.fixture
+def play(monkeypatch):
+    """A function that makes this process the i-th of three, with one store, and the clock as a list."""
+    import jax
+
+    from mtp_jax import distributed
+
+    store, now = Store(), [0.0]
+    monkeypatch.setattr(distributed, "_client", lambda: store)
+    monkeypatch.setattr(distributed.time, "monotonic", lambda: now[0])
+
+    def be(i, **options):
+        monkeypatch.setattr(jax, "process_count", lambda: 3)
+        monkeypatch.setattr(jax, "process_index", lambda: i)
+        ended = []
+        return Watchdog(Distributed(**options), ended.append), ended
+
+    return be, now, store
+
+
+def test_a_silent_process_is_named(play):
+    be, now, _ = play
+    (first, ended), (second, _), (third, _) = be(0), be(1), be(2)
+    for _ in range(5):
+        now[0] += 8
+        for one in (first, second, third):
+            one._beat()
+        first._judge()
+    assert not ended
+    for _ in range(5):
+        now[0] += 8
+        for one in (first, third):
+            one._beat()
+        first._judge()
+    assert re.fullmatch(r"nothing was heard of process 1 of 3 \(host .*\) for 32 s", ended[0])
+
+
+def test_the_process_that_keeps_what_all_say_is_named_when_it_is_gone(play, monkeypatch):
+    be, now, store = play
+    (first, _), (second, ended) = be(0), be(1)
+    first._beat()
+    second._beat()
+    monkeypatch.setattr(store, "key_value_set", lambda *args, **options: 1 / 0)
+    for _ in range(4):
+        now[0] += 8
+        second._beat()
+        second._judge()
+    assert re.fullmatch(r"nothing was heard of process 0 of 3 \(host .*\) for 32 s", ended[0])
+
+
+def test_the_process_that_all_wait_for_is_named(play):
+    be, now, _ = play
+    everyone = [be(i, stalled_seconds=100) for i in range(3)]
+    for i, (one, _) in enumerate(everyone):
+        one.at("training" if i != 2 else "evaluating", 7 if i != 2 else 6)
+    for _ in range(13):
+        now[0] += 8
+        for one, _ in everyone:
+            one._beat()
+        everyone[0][0]._judge()
+    (message, *_) = everyone[0][1]
+    assert "no step was made for 104 s" in message and "process 2 of 3" in message.split("behind the others:")[1]
+    assert "evaluating at step 6 for" in message and "process 0 of 3" not in message.split("behind the others:")[1]
+
+
+def test_what_may_take_long_is_waited_for(play):
+    be, now, _ = play
+    one, ended = be(0, stalled_seconds=100)
+    one.at("compiling", 0, patient=True)
+    for _ in range(100):
+        now[0] += 8
+        one._beat()
+        one._judge()
+    assert not ended
+
+
+def test_what_the_first_process_decides_holds_for_all(play):
+    be, _, _ = play
+    from mtp_jax import distributed
+
+    def refuse():
+        raise ConfigError("no such run")
+
+    for decide, expected in ((lambda: {"resume": True}, {"resume": True}), (refuse, None)):
+        number = next(distributed._numbers)
+        for i in range(3):
+            be(i)
+            distributed._numbers = iter([number + 1])
+            if expected is None:
+                with pytest.raises(ConfigError, match="no such run"):
+                    on_first(decide if i == 0 else pytest.fail)
+            else:
+                assert on_first(decide if i == 0 else pytest.fail) == expected
+        distributed._numbers = iter(range(number + 2, number + 99))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(num_processes=2), "no coordinator is given"),
+        (dict(process_id=0), "no coordinator is given"),
+        (dict(coordinator="host"), "'host'; it must be HOST:PORT"),
+        (dict(coordinator="host:80"), "process-id is -1 and num-processes is 0"),
+        (dict(coordinator="host:80", num_processes=2, process_id=2), "process-id is 2 and num-processes is 2"),
+        (dict(coordinator="auto", num_processes=2), "process-id is -1"),
+        (dict(lost_seconds=0), "lost_seconds is 0"),
+    ],
+)
+def test_a_process_that_does_not_know_which_it_is_is_refused(options, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        Distributed(**options)
+
+
+def test_the_launcher_speaks_through_the_environment(monkeypatch):
+    assert Distributed.from_environment() == Distributed()
+    for name, value in {"COORDINATOR": "a:1", "NUM_PROCESSES": "4", "PROCESS_ID": "3"}.items():
+        monkeypatch.setenv(f"MTP_JAX_{name}", value)
+    assert Distributed.from_environment() == Distributed("a:1", 4, 3)
+    monkeypatch.setenv("MTP_JAX_PROCESS_ID", "x")
+    with pytest.raises(ConfigError, match=r"\$MTP_JAX_PROCESS_ID is 'x'"):
+        Distributed.from_environment()
