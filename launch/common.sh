@@ -179,7 +179,7 @@ restarting() { # RETRIES: its settings
 }
 
 RESTARTS=0 # after status 75
-FAILURES=0 # in a row, without a new checkpoint
+FAILURES=0 # in a row; a new checkpoint begins a new row
 PROGRESS='' # the newest checkpoint when the run was last started
 
 latest_checkpoint() { # its step; nothing if there is none
@@ -206,8 +206,8 @@ again() { # STATUS: whether to start the run again; says why
       note "ended with status $1: not started again" && return 1
       ;;
     *)
-      ((++FAILURES <= RETRIES)) || { note "failed with status $1$at; no new checkpoint in $FAILURES tries (RETRIES = $RETRIES)" && return 1; }
-      note "failed with status $1$at: try $FAILURES of $RETRIES from the last checkpoint"
+      ((++FAILURES <= RETRIES)) || { note "failed with status $1$at, failure $FAILURES in a row (RETRIES = $RETRIES): stopped" && return 1; }
+      note "failed with status $1$at: retry $FAILURES of $RETRIES from the last checkpoint"
       ;;
   esac
 }

@@ -10,7 +10,7 @@
 #   RUN_DIR        where the run goes; it is resumed if it is there               required
 #   TRAIN_OPTIONS  options of mtp-jax train, separated by spaces; those after -- come after them
 #   MAX_RESTARTS   how often to start again after status 75, "saved, start me again"     1000
-#   RETRIES        failed tries in a row, without a new checkpoint, that are repeated       0
+#   RETRIES        failures in a row, without a new checkpoint, that are repeated       0
 #   RESTART_DELAY  seconds between two tries                                                5
 #   JAX_COMPILATION_CACHE_DIR  compiled functions                        ~/.cache/mtp_jax/xla
 #   MTP_JAX_CACHE  prepared data                                     the program's own default

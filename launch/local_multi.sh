@@ -16,7 +16,7 @@
 #   GRACE          seconds that the others have to end, after one ended other than with 0  120
 #   TRAIN_OPTIONS  options of mtp-jax train, separated by spaces; those after -- come after them
 #   MAX_RESTARTS   how often to start again after status 75, "saved, start me again"     1000
-#   RETRIES        failed tries in a row, without a new checkpoint, that are repeated       3
+#   RETRIES        failures in a row, without a new checkpoint, that are repeated       3
 #   RESTART_DELAY  seconds between two tries                                                5
 #   JAX_COMPILATION_CACHE_DIR  compiled functions                        ~/.cache/mtp_jax/xla
 #   MTP_JAX_CACHE  prepared data                                     the program's own default

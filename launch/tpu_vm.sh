@@ -29,7 +29,7 @@
 #   GRACE          seconds that `stop` leaves for saving                                      300
 #   POLL           seconds between two looks of `watch`                                        60
 #   MAX_RESTARTS   how often `watch` starts again after status 75, or a preemption           1000
-#   RETRIES        failed tries in a row, without a new checkpoint, that `watch` repeats        3
+#   RETRIES        failures in a row, without a new checkpoint, that `watch` repeats        3
 #   RESTART_DELAY  seconds before `watch` starts again                                          5
 #   JAX_COMPILATION_CACHE_DIR  compiled functions         xla_cache, beside RUN_DIR in its bucket
 #   MTP_JAX_CACHE  prepared data, on each worker                        the program's own default
