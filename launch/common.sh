@@ -104,7 +104,8 @@ setting MTP_JAX_PROGRAM mtp-jax
 setting MTP_JAX_CACHE
 
 train_command() { # [NAME=VALUE...]: COMMAND is how the program is started, with these in its environment
-  local program variables=(PYTHONUNBUFFERED=1 "JAX_COMPILATION_CACHE_DIR=$JAX_COMPILATION_CACHE_DIR")
+  # A process that JAX's runtime aborts (134) says where each of its threads was.
+  local program variables=(PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 "JAX_COMPILATION_CACHE_DIR=$JAX_COMPILATION_CACHE_DIR")
   read -ra program <<<"$MTP_JAX_PROGRAM"
   [[ ! $MTP_JAX_CACHE ]] || variables+=("MTP_JAX_CACHE=$MTP_JAX_CACHE")
   # shellcheck disable=SC2034  # the scripts read it

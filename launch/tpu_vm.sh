@@ -24,6 +24,7 @@
 #   RUN_DIR        gs://...; the run is resumed if it is there             required by run, watch
 #   TRAIN_OPTIONS  options of mtp-jax train, separated by spaces; those after -- come after them
 #   INSTALL        what each worker runs in the checkout    uv, Python 3.11 and the package in .venv
+#   SETUP          what each worker runs in the checkout after it, such as fetching data
 #   WORKER         whose output `logs` follows: a number, or all                                0
 #   COORDINATOR_PORT  port of worker 0 where the workers meet             JAX's own: 8482 in 0.10
 #   GRACE          seconds that `stop` leaves for saving                                      300
@@ -50,6 +51,7 @@ for name in TPU_NAME ZONE PROJECT ACCELERATOR_TYPE RUNTIME_VERSION CREATE_FLAGS 
   COORDINATOR_PORT JAX_COMPILATION_CACHE_DIR; do setting "$name"; done
 setting SPOT 0
 setting INSTALL "$uv"
+setting SETUP
 setting WORKER 0
 setting GRACE 300
 setting POLL 60
@@ -94,7 +96,7 @@ install_all() {
   run gcloud compute tpus tpu-vm scp "$archive" "$TPU_NAME:mtp_jax.tar.gz" "${where[@]}" --worker=all \
     "${more_ssh[@]}" || return
   dry || rm -f "$archive"
-  on_workers all "mkdir -p mtp_jax && cd mtp_jax && tar -xzf ../mtp_jax.tar.gz && $INSTALL"
+  on_workers all "mkdir -p mtp_jax && cd mtp_jax && tar -xzf ../mtp_jax.tar.gz && $INSTALL${SETUP:+ && $SETUP}"
 }
 
 prepare_run() { # what `run` starts, checked

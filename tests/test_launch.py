@@ -1,10 +1,9 @@
-"""The launchers: what a dry run shows, what is refused, and what they make of a program that ends, fails, hangs or saves.
+"""The launchers: what a dry run shows, what is refused, and what becomes of a program that ends, fails, hangs or saves.
 
 The program is a stand-in that does what its plan says: a file for each process, a line for each time it is started.
 SLURM's and Google's commands are stand-ins too, which do on this machine what theirs do elsewhere.
 """
 
-import os
 import re
 import shlex
 import shutil
@@ -253,12 +252,12 @@ def test_what_a_launcher_alone_refuses(script, args, answer):
 
 def test_a_dry_run_is_what_runs(box):
     box.plan("0")
-    args = ["--", "--steps", "7", "--name", "it's a \"name\" $HOME"]
+    args = ["--", "--steps", "7", "--name", 'it\'s a "name" $HOME']
     line = box.run("local.sh", "--dry-run", *args, TRAIN_OPTIONS="--seed 3")[1]
     shown = subprocess.run(["bash", "-c", line], env=box.env, capture_output=True, text=True).stdout
     (box.plans / "tries.0").unlink()
     assert box.run("local.sh", *args, TRAIN_OPTIONS="--seed 3") == (0, shown)
-    assert shown == "process 0 try 1 --auto-resume --seed 3 --steps 7 --name it's a \"name\" $HOME\n"
+    assert shown == 'process 0 try 1 --auto-resume --seed 3 --steps 7 --name it\'s a "name" $HOME\n'
 
 
 # When a run is started again
@@ -300,7 +299,7 @@ def test_what_would_fail_the_same_again_is_not_repeated(box, status):
 
 def test_partial_checkpoints_are_no_progress(box):
     box.plan("step=2 1", "step=3.orbax-checkpoint-tmp 1", "1")
-    status, output = box.run("local.sh", "--retries", "1")
+    output = box.run("local.sh", "--retries", "1")[1]
     assert box.tries() == 2 and "at step 2, failure 2 in a row" in output
 
 
@@ -469,7 +468,7 @@ GCLOUD = """#!/usr/bin/env bash
 echo "$*" >>calls
 for word; do [[ $word != --command=* ]] || command=${word#--command=}; done
 case "$*" in
-  *'queued-resources list'*) cat slice 2>/dev/null; [[ ! -e slice || $(cat slice) != PROVISIONING ]] || echo ACTIVE >slice ;;
+  *'queued-resources list'*) cat slice 2>/dev/null; sed -i s/PROVISIONING/ACTIVE/ slice 2>/dev/null; true ;;
   *'queued-resources create'*) [[ ! -e slice ]] && mkdir worker && echo PROVISIONING >slice ;;
   *'queued-resources delete'*) rm -r slice worker ;;
   *'tpu-vm scp'*) cp "$5" worker/mtp_jax.tar.gz ;;
@@ -492,7 +491,12 @@ def tpu(box):
     subprocess.run(["git", "init", "--quiet", box.checkout], check=True)
     box.env |= {
         **{"TPU_NAME": "mine", "ZONE": "z", "ACCELERATOR_TYPE": "v6e-16", "RUNTIME_VERSION": "v2", "POLL": "0"},
-        **{"RUN_DIR": "gs://bucket/runs/mine", "INSTALL": "touch installed", "RUNS": str(box.path / "runs")},
+        **{
+            "RUN_DIR": "gs://bucket/runs/mine",
+            "INSTALL": "touch installed",
+            "SETUP": "ls installed >data",
+            "RUNS": str(box.path / "runs"),
+        },
     }
     return box
 
@@ -518,7 +522,7 @@ def test_watch_creates_installs_runs_and_requeues_until_it_is_done(tpu):
     assert log.startswith("process 0 try 3 --auto-resume --steps 5\n")
     assert "CACHE_DIR is gs://bucket/runs/xla_cache\n" in log and "COORDINATOR is auto\n" in log
     assert "MEGASCALE_NUM_SLICES is \n" in log, "what an earlier slice left behind is gone"
-    assert (worker / "mtp_jax" / "installed").exists() and not (worker / "mtp_jax" / "ignored").exists()
+    assert (worker / "mtp_jax" / "data").read_text() == "installed\n" and not (worker / "mtp_jax" / "ignored").exists()
     assert all("--worker=all" in line for line in calls(tpu, "tpu_worker.sh start") + calls(tpu, "scp"))
 
 
@@ -530,8 +534,8 @@ def test_watch_stops_when_the_run_fails(tpu):
 
 
 def test_watch_stops_when_installing_fails(tpu):
-    status, output = tpu_vm(tpu, "watch", "--retries", "1", INSTALL="false")
-    assert status == 1 and len(calls(tpu, "scp")) == 2 and tpu.tries() == 0
+    assert tpu_vm(tpu, "watch", "--retries", "1", INSTALL="false")[0] == 1
+    assert len(calls(tpu, "scp")) == 2 and tpu.tries() == 0
 
 
 def test_run_logs_status_and_stop(tpu):
@@ -635,3 +639,28 @@ def test_apply_gives_kubernetes_what_render_shows(box):
     shown = box.run("gke.sh", "render", *args)[1]
     assert (box.path / "applied").read_text() == shown
     assert shown in box.run("gke.sh", "apply", "--dry-run", *args)[1]
+
+
+# The pages
+
+
+@pytest.mark.parametrize("page", ["pods.md", "hangs.md"])
+def test_what_the_pages_tell_you_to_type_exists(page):
+    text = (REPOSITORY / "docs" / page).read_text().replace("\\\n", " ")
+    settings = {name for script in SCRIPTS for name in documented(script)}
+    for names in re.findall(r"^    export (.*)", text, re.MULTILINE):
+        assert {word.split("=")[0] for word in names.split()} <= settings, names
+    commands = re.findall(r"launch/([\w.]+)([^`\n#]*)", text)
+    assert len(commands) >= 3
+    for script, rest in commands:
+        if script not in SCRIPTS:
+            assert (LAUNCH / script).exists(), script
+            continue
+        own = rest.split(" -- ")[0]
+        flags = set(re.findall(r"(?<= )--[a-z-]+(?=[ =]|$)", re.sub("'[^']*'", "", own)))
+        assert flags <= {flag(name) for name in documented(script)} | {"--help"}, (script, own)
+        if script in SUBCOMMAND and "--dry-run" not in own:
+            word = own.split()[0].strip(",;")
+            assert re.search(rf"^  {word} |   {word} ", dry(script, "--help")[1], re.MULTILINE), (script, own)
+    for other in re.findall(r"\]\(([\w/]+\.md)", text):
+        assert (REPOSITORY / "docs" / other).exists()
