@@ -193,22 +193,22 @@ latest_checkpoint() { # its step; nothing if there is none
 again() { # STATUS: whether to start the run again; says why
   local step at
   step=$(latest_checkpoint)
-  at=${step:+ at step $step}
+  at=${step:+, newest checkpoint $step}
   [[ $step == "$PROGRESS" ]] || FAILURES=0
   PROGRESS=$step
   case $1 in
     0) return 1 ;;
     *) [[ ! $STOPPED ]] || return 1 ;;&
     75)
-      ((++RESTARTS <= MAX_RESTARTS)) || { note "saved$at, and restarted $MAX_RESTARTS times (MAX_RESTARTS): stopped" && return 1; }
-      note "saved$at: restart $RESTARTS of $MAX_RESTARTS"
+      ((++RESTARTS <= MAX_RESTARTS)) || { note "restarted $MAX_RESTARTS times$at (MAX_RESTARTS): stopped" && return 1; }
+      note "restart $RESTARTS of $MAX_RESTARTS$at"
       ;;
     2 | 126 | 127 | 130 | 143) # a mistake in the command, no such program, stopped by hand: the same again is no use
       note "ended with status $1: not started again" && return 1
       ;;
     *)
-      ((++FAILURES <= RETRIES)) || { note "failed with status $1$at, failure $FAILURES in a row (RETRIES = $RETRIES): stopped" && return 1; }
-      note "failed with status $1$at: retry $FAILURES of $RETRIES from the last checkpoint"
+      ((++FAILURES <= RETRIES)) || { note "failed with status $1, failure $FAILURES in a row$at (RETRIES = $RETRIES): stopped" && return 1; }
+      note "failed with status $1: retry $FAILURES of $RETRIES$at"
       ;;
   esac
 }

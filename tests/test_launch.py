@@ -268,7 +268,7 @@ def test_status_75_is_started_again_until_it_is_done(box):
     status, output = box.run("local.sh")
     assert (status, box.tries()) == (0, 3)
     assert f"JAX_COMPILATION_CACHE_DIR is {box.path}/.cache/mtp_jax/xla" in output
-    assert "saved at step 1: restart 1 of 1000" in output
+    assert "restart 1 of 1000, newest checkpoint 1" in output
 
 
 def test_restarts_are_bounded(box):
@@ -288,7 +288,7 @@ def test_failures_are_repeated_only_so_often_without_a_new_checkpoint(box):
     status, output = box.run("local.sh", "--retries", "2")
     assert (status, box.tries()) == (1, 5), output
     assert output.count("retry 1 of 2") == 2 and output.count("retry 2 of 2") == 2, "step 9 begins a new count"
-    assert "failed with status 1 at step 9, failure 3 in a row" in output
+    assert "failed with status 1, failure 3 in a row, newest checkpoint 9" in output
 
 
 @pytest.mark.parametrize("status", [2, 126, 127, 130, 143])
@@ -300,7 +300,7 @@ def test_what_would_fail_the_same_again_is_not_repeated(box, status):
 def test_partial_checkpoints_are_no_progress(box):
     box.plan("step=2 1", "step=3.orbax-checkpoint-tmp 1", "1")
     output = box.run("local.sh", "--retries", "1")[1]
-    assert box.tries() == 2 and "at step 2, failure 2 in a row" in output
+    assert box.tries() == 2 and "failure 2 in a row, newest checkpoint 2" in output
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT"])
@@ -368,7 +368,7 @@ def test_several_are_started_again_together_with_logs_appended(box):
     box.plan("step=3 75", "0")
     box.plan("75", "0", process=1)
     status, output = box.run("local_multi.sh")
-    assert status == 0 and "saved at step 3: restart 1" in output
+    assert status == 0 and "restart 1 of 1000, newest checkpoint 3" in output
     assert [line.split(" --")[0] for line in box.log(1).splitlines()] == ["process 1 try 1", "process 1 try 2"]
 
 
@@ -427,7 +427,7 @@ def test_slurm_submits_itself_and_is_requeued_until_it_is_done(slurm):
     assert status == 0, output
     assert "process 0 try 4 --auto-resume --steps 5\nMTP_JAX_COORDINATOR is auto" in output
     assert "restart 1 of 1000" in output and "restart 2 of 1000" in output
-    assert "failed with status 1 at step 1: retry 1 of 3" in output, "within the job"
+    assert "failed with status 1: retry 1 of 3, newest checkpoint 1" in output, "within the job"
 
 
 def test_slurm_bounds_what_it_requeues(slurm):
