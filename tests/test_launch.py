@@ -369,7 +369,9 @@ def test_several_are_started_again_together_with_logs_appended(box):
     box.plan("75", "0", process=1)
     status, output = box.run("local_multi.sh")
     assert status == 0 and "restart 1 of 1000, newest checkpoint 3" in output
-    assert [line.split(" --")[0] for line in box.log(1).splitlines()] == ["process 1 try 1", "process 1 try 2"]
+    for i in range(2):
+        until(lambda i=i: "try 2" in box.log(i))
+        assert [line.split(" --")[0] for line in box.log(i).splitlines()] == [f"process {i} try {n}" for n in (1, 2)]
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT"])
@@ -417,7 +419,7 @@ exit $status
 def slurm(box):
     box.command("srun", SRUN)
     box.command("sbatch", SBATCH)
-    box.command("scontrol", "#!/usr/bin/env bash\n[[ $* == 'requeue 7' ]] && touch requeued\n")
+    box.command("scontrol", "#!/usr/bin/env bash\n[[ $* == 'requeue 7' ]] && touch requeued && echo requeued\n")
     return box
 
 
@@ -426,7 +428,7 @@ def test_slurm_submits_itself_and_is_requeued_until_it_is_done(slurm):
     status, output = slurm.run("slurm.sbatch", "--", "--steps", "5")
     assert status == 0, output
     assert "process 0 try 4 --auto-resume --steps 5\nMTP_JAX_COORDINATOR is auto" in output
-    assert "restart 1 of 1000" in output and "restart 2 of 1000" in output
+    assert "restart 1 of 1000" in output and "restart 2 of 1000" in output and output.count("requeued\n") == 2
     assert "failed with status 1: retry 1 of 3, newest checkpoint 1" in output, "within the job"
 
 
