@@ -39,7 +39,7 @@ for word in $(sed -n "${n}p" "$PLANS/$me"); do
     run=*) eval "${word#*=}" ;;
     TERM=*|INT=*) trap "echo process $me got ${word%=*}; exit ${word#*=}" "${word%=*}" ;;
     deaf) trap '' TERM INT ;;
-    forever) touch "$PLANS/ready.$me"; while :; do sleep 0.05; done ;;
+    forever) touch "$PLANS/ready.$me"; for _ in {1..1200}; do sleep 0.05; done; exit 99 ;;
     after=*) sleep "${word#*=}" ;;
     *) exit "$word" ;;
   esac
@@ -472,7 +472,7 @@ for word; do [[ $word != --command=* ]] || command=${word#--command=}; done
 case "$*" in
   *'queued-resources list'*) cat slice 2>/dev/null; sed -i s/PROVISIONING/ACTIVE/ slice 2>/dev/null; true ;;
   *'queued-resources create'*) [[ ! -e slice ]] && mkdir worker && echo PROVISIONING >slice ;;
-  *'queued-resources delete'*) rm -r slice worker ;;
+  *'queued-resources delete'*) kill -KILL "$(cat worker/mtp_jax_job/pid)"; rm -r slice worker ;;
   *'tpu-vm scp'*) cp "$5" worker/mtp_jax.tar.gz ;;
   *'tpu-vm ssh'*) [[ $(cat slice) == ACTIVE ]] && cd worker && HOME=$PWD MEGASCALE_NUM_SLICES=4 bash -c "$command" ;;
   *'storage ls'*) ls "$RUNS" 2>/dev/null ;;
