@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mtp_jax.config import ConfigError, PreemptedError
+from mtp_jax.config import PREEMPTED, ConfigError, PreemptedError
 
 # name: (module, what it does)
 COMMANDS = {
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except PreemptedError as error:
-        _fail(str(error), 75)
+        _fail(str(error), PREEMPTED)
     except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RuntimeError as error:

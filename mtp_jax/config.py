@@ -22,6 +22,9 @@ class ConfigError(ValueError):
     """A configuration that cannot run. The message names the field, the values and the way out."""
 
 
+PREEMPTED = 75  # exit status; no unhandled signal gives it
+
+
 class PreemptedError(RuntimeError):
     """SIGTERM, or a notice that the machine is taken away. What is saved is complete; the command exits with 75."""
 

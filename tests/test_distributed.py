@@ -132,7 +132,7 @@ def test_several_processes_learn_what_one_learns(root, alone, count, devices, me
     for found, expected in zip(losses(root / name), alone, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
     # Saved by these, gone on with by one.
-    with Processes(experiment(root, name, steps=22), root / name, "--resume", "--steps", "22", count=1) as one:
+    with Processes(experiment(root, name), root / name, "--resume", "--steps", "22", count=1) as one:
         assert one.wait() == [0] and "resuming at step 20" in one.said(), one.said()
 
 

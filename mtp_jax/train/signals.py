@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,14 +13,14 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from mtp_jax.config import PreemptedError
+from mtp_jax.config import PREEMPTED, PreemptedError
 
 
 class StopSignals:
     """Signals as a flag that is looked at between steps, so that none is cut in half.
 
-    Outside `held()` they end what is being done at once: Ctrl-C with `KeyboardInterrupt`, SIGTERM with
-    `PreemptedError`. Inside, a second Ctrl-C interrupts at once.
+    Outside `held()`, where nothing is to be saved, they end what is being done at once: Ctrl-C with
+    `KeyboardInterrupt`, SIGTERM with the process, whose status is 75. Inside, a second Ctrl-C interrupts at once.
 
     With several processes JAX hears SIGTERM and the notices of Cloud TPU, tells all processes, and lets them stop at
     one step; Ctrl-C is passed on as SIGTERM.
@@ -72,7 +73,12 @@ class StopSignals:
         elif number == signal.SIGINT and (self.seen or not self._held):
             raise KeyboardInterrupt
         elif not self._held:
-            raise PreemptedError("SIGTERM before the first step: nothing is lost but what was being prepared.")
+            # An exception could get lost here: Python ignores those that are raised inside a callback.
+            print(
+                "mtp-jax: error: Preempted before the first step; what was saved before is complete.", file=sys.stderr
+            )
+            sys.stderr.flush()
+            os._exit(PREEMPTED)
         else:
             self.seen = number
             again = " Press again to stop without saving." if number == signal.SIGINT else ""

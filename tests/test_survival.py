@@ -1,0 +1,99 @@
+"""Real runs that are killed, preempted and started again end as if nothing had happened."""
+
+import contextlib
+import random
+import signal
+import time
+
+import jax
+import numpy as np
+import pytest
+from test_distributed import Processes, experiment, losses, metrics, root  # noqa: F401
+
+import mtp_jax
+from mtp_jax.manifest import sealed_steps
+from mtp_jax.train.step import split
+
+pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
+
+
+def parameters(run_dir):
+    return jax.device_get(split(mtp_jax.load(run_dir).model)[1])
+
+
+def assert_same_run(run_dir, straight):
+    """Bit for bit: the parameters, and every loss on the way."""
+    assert losses(run_dir) == losses(straight)
+    assert [r["step"] for r in metrics(run_dir)] == [r["step"] for r in metrics(straight)]
+    jax.tree.map(np.testing.assert_array_equal, parameters(run_dir), parameters(straight))
+
+
+def survive(file, run_dir, kills, options):
+    """Start the command again and again, and kill it `kills` times: while it starts, trains, saves, or cleans up."""
+    dice = random.Random(0)
+    for number in range(kills):
+        with Processes(file, run_dir, "--auto-resume", *options, count=1) as one:
+            (process,) = one.processes
+            if number % 4:
+                seen = len(metrics(run_dir))
+                while len(metrics(run_dir)) <= seen and process.poll() is None:
+                    time.sleep(0.01)
+                time.sleep(dice.uniform(0, 1.5))
+            else:
+                time.sleep(dice.uniform(0, 8))
+            assert process.poll() is None, one.said()
+            process.send_signal(signal.SIGKILL)
+    with Processes(file, run_dir, "--auto-resume", *options, count=1) as one:
+        assert one.wait() == [0], one.said()
+
+
+@pytest.mark.parametrize("kills, steps", [(2, 400), pytest.param(30, 8000, marks=pytest.mark.slow)])
+def test_a_run_that_is_killed_ends_as_one_that_was_not(root, kills, steps):  # noqa: F811
+    file = experiment(root, f"killed{kills}", grad_accumulation=2)
+    options = ["--steps", str(steps), "--eval-every", "40", "--checkpoint-every", "20", "--log-every", "10"]
+    with Processes(file, root / f"straight{kills}", *options, count=1) as one:
+        assert one.wait(600) == [0], one.said()
+    survive(file, root / f"killed{kills}", kills, options)
+    assert_same_run(root / f"killed{kills}", root / f"straight{kills}")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_the_same_command_goes_on(root, number, status):  # noqa: F811
+    """Once while it trains, and once while it evaluates: with batches without end that is all it does at step 8."""
+    name = f"signal{status}"
+    file = experiment(root, name)
+    straight, run_dir = root / f"{name}-straight", root / name
+    options = ["--steps", "400", "--checkpoint-every", "100000", "--eval-every", "40"]
+    with Processes(file, straight, *options, count=1) as one:
+        assert one.wait() == [0], one.said()
+    stopped = []
+    for least in (10, 40):
+        with Processes(file, run_dir, "--auto-resume", *options, count=1) as one:
+            one.wait_for_step(least)
+            one.processes[0].send_signal(number)
+            assert one.wait(60) == [status], one.said()
+            (step,) = sealed_steps(run_dir / "checkpoints")[-1:]
+            assert f"Step {step} is saved in {run_dir}; go on with --resume" in one.said()
+        stopped.append(step)
+    assert 10 <= stopped[0] < stopped[1] < 400
+    with Processes(file, run_dir, "--auto-resume", *options, count=1) as one:
+        assert one.wait() == [0], one.said()
+    assert_same_run(run_dir, straight)
+
+
+def test_a_signal_before_the_first_step_ends_with_75(root):  # noqa: F811
+    """While it imports, initialises or compiles: as soon as that returns. Nothing was saved, so it starts again."""
+    file = experiment(root, "early")
+    for seconds in (3.0, 4.5):
+        with Processes(file, root / "early", "--auto-resume", count=1) as one:
+            path = root / "early.0.log"
+            end = time.monotonic() + 60
+            while "new run" not in path.read_text() and time.monotonic() < end:
+                time.sleep(0.01)
+            time.sleep(seconds / 10)
+            with contextlib.suppress(ProcessLookupError):
+                one.processes[0].send_signal(signal.SIGTERM)
+            assert one.wait(60) in ([75], [0]), one.said()
+            assert "Traceback" not in one.said()
+    with Processes(file, root / "early", "--auto-resume", count=1) as one:
+        assert one.wait() == [0], one.said()
