@@ -168,10 +168,15 @@ def _figure(titles: Sequence[str], xlabel: str, ylabel: str) -> tuple[Figure, Se
     panels = figure.subplots(1, len(titles), squeeze=False)[0]
     for title, axes in zip(titles, panels, strict=True):
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.set_title(title, loc="left", size="medium", weight="bold")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.92")
+        dress(axes, title)
     return figure, panels
+
+
+def dress(axes: Axes, title: str) -> None:
+    """The house style: a bold title on the left, no box, a faint grid."""
+    axes.set_title(title, loc="left", size="medium", weight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.92")
 
 
 def _legend(figure: Figure, handles: Iterable[Line2D]) -> None:
