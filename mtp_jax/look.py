@@ -118,10 +118,9 @@ def window(run: LoadedRun, prompt: str) -> Window:
     tokens_1T = _tokens(run, prompt)
     with jax.set_mesh(run.mesh):
         found = jax.device_get(_window_law(run.model, tokens_1T))
-    weights_R, factors_WRV, joint_WV, posterior_WR = (np.exp(np.asarray(part, np.float64)) for part in found)
-    return Window(
-        prompt, weights_R, factors_WRV.swapaxes(0, 1), joint_WV, posterior_WR, Vocabulary(run.tokenizer)
-    )  # fmt: skip
+    factors_WRV, joint_WV, posterior_WR = (np.exp(np.stack(part, dtype=np.float64)) for part in found)
+    factors_RWV = factors_WRV.swapaxes(0, 1)
+    return Window(prompt, posterior_WR[0], factors_RWV, joint_WV, posterior_WR, Vocabulary(run.tokenizer))
 
 
 def complete(run: LoadedRun, prompt: str, *, stop: str | Sequence[str] = (), **options: Any) -> Completion:
@@ -252,17 +251,16 @@ def _log_weights(model: LanguageModel, tokens_1T: Array) -> Array:
 
 
 @jax.jit
-def _window_law(model: LanguageModel, tokens_1T: Array) -> tuple[Array, Array, Array, Array]:
-    """Log w `[R]`, p_rs `[W, R, V]`, the joint's law by offset `[W, V]` and the posteriors `[W, R]`, along its path."""
+def _window_law(model: LanguageModel, tokens_1T: Array) -> tuple[list[Array], list[Array], list[Array]]:
+    """For each offset: log p_rs `[R, V]`, the joint's law `[V]` and the log posterior `[R]`, along the joint's path."""
     x_1D, head = model(tokens_1T)[:, -1], model.head
     law_1V, state = head.target_log_probs(x_1D[:, None])[:, 0], head.draft_state(x_1D)
-    weights_R = state.log_alpha_BR[0]
-    laws, posteriors = [], []
-    for s in range(head.config.window):
+    factors, laws, posteriors = [], [], []
+    for s, logp_1RV in enumerate(state.logp_BRV):
+        logp_RV = logp_1RV[0]
+        factors.append(head.shortlist.spread(logp_RV) if head.shortlist and s else logp_RV)
         law_1V = head.next_log_probs(state) if s else law_1V
         laws.append(law_1V[0])
         posteriors.append(state.log_alpha_BR[0])
         state = head.condition(state, jnp.argmax(law_1V, axis=-1))
-    spread = head.shortlist.spread if head.shortlist else lambda logp_RV: logp_RV
-    factors = [logp_BRV[0] if s == 0 else spread(logp_BRV[0]) for s, logp_BRV in enumerate(state.logp_BRV)]
-    return weights_R, jnp.stack(factors), jnp.stack(laws), jnp.stack(posteriors)
+    return factors, laws, posteriors

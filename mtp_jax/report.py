@@ -155,7 +155,7 @@ def plot_speed(rows: Sequence[Row]) -> Figure:
                 dashed: dict[str, Any] = {"color": "0.4", "ls": (0, dashes), "lw": 1.0, "zorder": 1.9}
                 dashed["label"] = f"k = 0, plain decoding in {row['plain_dtype']}"
                 axes.axhline(row["tokens_per_second"] / row["speedup"], **dashed)
-        axes.set(ylim=(0, None), xticks=sorted({row["k"] for row in rows}))
+        axes.set(ylim=(0, 1.06 * axes.dataLim.ymax), xticks=sorted({row["k"] for row in rows}))
     _legend(figure, [line for axes in panels for line in axes.lines])
     return figure
 

@@ -52,12 +52,15 @@ class Spans:
         yield Span(self._tokenizer.decode(self._prompt), "prompt")
         # Half a character at the end of one forward is finished by the next.
         text = codecs.getincrementaldecoder("utf-8")("replace")
-        raw, kinds, shown = b"", [], 0  # the kind of each byte; how many were given
+        raw, shown = b"", 0  # how many bytes of it were given
+        kinds: list[Kind] = []  # of each byte
         for tokens, accepted in self._parts:
             self.forwards += 1
             self.emitted, self.drafts = self.emitted + len(tokens), self.drafts + accepted
             drafts, own = (self._tokenizer.decode_bytes(part) for part in (tokens[:accepted], tokens[accepted:]))
-            raw, kinds = raw + drafts + own, kinds + ["draft"] * len(drafts) + ["target"] * len(own)
+            raw += drafts + own
+            kinds.extend(itertools.repeat("draft", len(drafts)))
+            kinds.extend(itertools.repeat("target", len(own)))
             stop = find_stop(raw, self._stops)
             end = len(raw) - held_back(raw, self._stops) if stop is None else stop
             yield from _spans(raw, kinds, range(shown, end), text)
@@ -80,12 +83,13 @@ class Spans:
 
 
 def _spans(raw: bytes, kinds: list[Kind], indices: range, text: codecs.IncrementalDecoder) -> Iterator[Span]:
-    for kind, group in itertools.groupby(indices, kinds.__getitem__):
+    kind: Kind
+    for kind, group in itertools.groupby(indices, lambda i: kinds[i]):
         if part := text.decode(bytes(raw[i] for i in group)):
             yield Span(part, kind)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Completion:
     """A prompt and its continuation. A notebook shows it in colour: accepted drafts are green."""
 
@@ -99,6 +103,8 @@ class Completion:
 
     def __str__(self) -> str:
         return f"{visible(self.text)}\n{self.summary}"
+
+    __repr__ = __str__  # what a terminal shows in place of the page
 
     def _repr_html_(self) -> str:
         from rich.console import Console
