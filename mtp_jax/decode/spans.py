@@ -83,10 +83,10 @@ class Spans:
 
 
 def _spans(raw: bytes, kinds: list[Kind], indices: range, text: codecs.IncrementalDecoder) -> Iterator[Span]:
-    kind: Kind
-    for kind, group in itertools.groupby(indices, lambda i: kinds[i]):
-        if part := text.decode(bytes(raw[i] for i in group)):
-            yield Span(part, kind)
+    for _, group in itertools.groupby(indices, kinds.__getitem__):
+        first, *rest = group
+        if part := text.decode(raw[first : first + len(rest) + 1]):
+            yield Span(part, kinds[first])
 
 
 @dataclass(frozen=True, repr=False)
