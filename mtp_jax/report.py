@@ -155,7 +155,7 @@ def plot_speed(rows: Sequence[Row]) -> Figure:
                 dashed: dict[str, Any] = {"color": "0.4", "ls": (0, dashes), "lw": 1.0, "zorder": 1.9}
                 dashed["label"] = f"k = 0, plain decoding in {row['plain_dtype']}"
                 axes.axhline(row["tokens_per_second"] / row["speedup"], **dashed)
-        axes.set(ylim=(0, None), xticks=sorted({row["k"] for row in rows}))
+        axes.set(ylim=(0, 1.06 * axes.dataLim.ymax), xticks=sorted({row["k"] for row in rows}))
     _legend(figure, [line for axes in panels for line in axes.lines])
     return figure
 
@@ -168,10 +168,15 @@ def _figure(titles: Sequence[str], xlabel: str, ylabel: str) -> tuple[Figure, Se
     panels = figure.subplots(1, len(titles), squeeze=False)[0]
     for title, axes in zip(titles, panels, strict=True):
         axes.set(xlabel=xlabel, ylabel=ylabel)
-        axes.set_title(title, loc="left", size="medium", weight="bold")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(color="0.92")
+        dress(axes, title)
     return figure, panels
+
+
+def dress(axes: Axes, title: str) -> None:
+    """The house style: a bold title on the left, no box, a faint grid."""
+    axes.set_title(title, loc="left", size="medium", weight="bold")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="0.92")
 
 
 def _legend(figure: Figure, handles: Iterable[Line2D]) -> None:

@@ -108,8 +108,8 @@ def _prepare(args: list[str]) -> None:
 
 def _show(args: list[str]) -> None:
     options = parse(Show, args, "data show")
-    from mtp_jax.commands.generate import visible
     from mtp_jax.data import Store, batches
+    from mtp_jax.decode.spans import visible
 
     store = Store.open(Path(options.store).expanduser())
     documents, tokenizer = getattr(store, options.split), store.tokenizer()

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import codecs
 import dataclasses
-import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -18,8 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from mtp_jax.loading import LoadedRun
-
-DRAFT = "bold green"
 
 
 @dataclass(frozen=True)
@@ -109,43 +105,11 @@ def _complete(run: LoadedRun, prompt: Any, decode: DecodeConfig, stops: list[byt
     import jax
 
     from mtp_jax.decode.generate import stream
-    from mtp_jax.decode.text import find_stop, held_back
+    from mtp_jax.decode.spans import Spans, print_span
 
-    # Half a character at the end of one forward is finished by the next.
-    text = codecs.getincrementaldecoder("utf-8")("replace")
-    raw, styles, shown = b"", [], 0  # the style of each byte; how many were printed
-
-    def show(end: int) -> None:
-        nonlocal shown
-        for style, indices in itertools.groupby(range(shown, end), styles.__getitem__):
-            part = bytes(raw[i] for i in indices)
-            console.print(visible(text.decode(part)), style=style, end="", markup=False)
-        shown = max(shown, end)
-
-    console.print(visible(run.tokenizer.decode(prompt)), style="dim", end="", markup=False)
-    forwards, emitted, drafts, end = -1, 0, 0, None
     with jax.set_mesh(run.mesh):
-        for tokens, accepted in stream(run.decoder, prompt, **vars(decode)):
-            forwards, emitted, drafts = forwards + 1, emitted + len(tokens), drafts + accepted
-            for part, style in ((tokens[:accepted], DRAFT), (tokens[accepted:], None)):
-                new = run.tokenizer.decode_bytes(part)
-                raw, styles = raw + new, styles + [style] * len(new)
-            end = find_stop(raw, stops)
-            show(len(raw) - held_back(raw, stops) if end is None else end)
-            if end is not None:
-                break
-    if end is None:
-        show(len(raw))
-    console.print(text.decode(b"", final=True), markup=False)
-    per_forward = (emitted - 1) / max(1, forwards)
-    console.print(
-        f"[{emitted} tokens, {drafts} of them accepted drafts; {forwards} forwards after prefill, "
-        f"{per_forward:.2f} tokens per forward]",
-        style="dim",
-        markup=False,
-    )
-
-
-def visible(text: str) -> str:
-    """`text` with control characters as escapes: what a model writes must not command the terminal."""
-    return "".join(c if c.isprintable() or c in "\n\t" else c.encode("unicode_escape").decode() for c in text)
+        spans = Spans(run.tokenizer, prompt, stream(run.decoder, prompt, **vars(decode)), stops)
+        for span in spans:
+            print_span(console, span)
+    console.print()
+    console.print(spans.summary, style="dim", markup=False)

@@ -1,0 +1,266 @@
+"""Looking into a trained model: what its gate and its components say about a text, as arrays and as figures.
+
+For notebooks; see `experiments/notebooks/reload_checkpoint.ipynb`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mtp_jax.config import require
+from mtp_jax.data.tokenizers import Tokenizer
+from mtp_jax.decode.config import DecodeConfig
+from mtp_jax.decode.generate import stream
+from mtp_jax.decode.spans import Completion, Spans
+from mtp_jax.decode.text import stop_bytes
+from mtp_jax.model.transformer import LanguageModel
+from mtp_jax.report import PALETTE, dress
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from mtp_jax.checkpoint import LoadedRun
+
+SHOWN_TOKENS = 128
+"""The longest text of which a figure writes every token."""
+
+
+@dataclass(frozen=True)
+class Gate:
+    """The weights w_r of the components at every position of a text.
+
+    `tokens`: the T tokens as text. `weights_TR`: position t's law of the next W tokens, after token t was read, mixes
+    the components with these; they sum to 1.
+    """
+
+    tokens: tuple[str, ...]
+    weights_TR: np.ndarray
+
+    @property
+    def entropy_T(self) -> np.ndarray:
+        """How undecided the gate is at each position, in nats: 0 for one component, log R for all alike."""
+        return entropy(self.weights_TR)
+
+    @property
+    def share_R(self) -> np.ndarray:
+        """The mean weight of each component over the text."""
+        return self.weights_TR.mean(0)
+
+
+@dataclass(frozen=True)
+class Window:
+    """The law of the W tokens that follow a prompt, in probabilities.
+
+    `weights_R`: the gate's. `factors_RWV`: p_rs, what component r says about offset s. `joint_WV`: the law of each
+    offset given the most likely token of `joint_WV` at every offset before it; the first is the target's. It is what
+    greedy decoding drafts from. `posterior_WR`: the weights of the components at each offset, given those tokens.
+    `vocabulary`: the V tokens as text.
+    """
+
+    prompt: str
+    weights_R: np.ndarray
+    factors_RWV: np.ndarray
+    joint_WV: np.ndarray
+    posterior_WR: np.ndarray
+    vocabulary: Vocabulary
+
+    @property
+    def marginal_WV(self) -> np.ndarray:
+        """The law of each offset alone, whatever comes before it: sum_r w_r p_rs."""
+        return np.einsum("r,rwv->wv", self.weights_R, self.factors_RWV)
+
+    @property
+    def path_W(self) -> np.ndarray:
+        """Token ids: the most likely token at each offset, given the ones before it."""
+        return self.joint_WV.argmax(-1)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Tokens as text that a figure can show."""
+
+    tokenizer: Tokenizer
+
+    def __getitem__(self, token: int) -> str:
+        if token == self.tokenizer.end_of_document:
+            return "<end>"
+        if token >= self.tokenizer.vocab_size:  # a model's table may be longer than its tokenizer's
+            return f"<{token}>"
+        text = self.tokenizer.decode_bytes([token]).decode("utf-8", "backslashreplace")
+        return "".join(map(_drawn, text)) or f"<{token}>"
+
+
+def gate(run: LoadedRun, text: str) -> Gate:
+    """The gate's weights at every token of `text`. Raises `ConfigError` if it is empty or longer than the context."""
+    tokens_1T = _tokens(run, text)
+    with jax.set_mesh(run.mesh):
+        log_w_1TR = _log_weights(run.model, tokens_1T)
+    vocabulary = Vocabulary(run.tokenizer)
+    return Gate(tuple(vocabulary[int(token)] for token in tokens_1T[0]), np.exp(np.asarray(log_w_1TR[0], np.float64)))
+
+
+def entropy(p: np.ndarray) -> np.ndarray:
+    """The entropy of the distributions along the last axis, in nats."""
+    return -np.sum(p * np.log(np.where(p > 0, p, 1.0)), axis=-1)
+
+
+def window(run: LoadedRun, prompt: str) -> Window:
+    """What each component, their marginal and their joint say about what follows `prompt`. Errors as in `gate`."""
+    tokens_1T = _tokens(run, prompt)
+    with jax.set_mesh(run.mesh):
+        found = jax.device_get(_window_law(run.model, tokens_1T))
+    factors_WRV, joint_WV, posterior_WR = (np.exp(np.stack(part, dtype=np.float64)) for part in found)
+    factors_RWV = factors_WRV.swapaxes(0, 1)
+    return Window(prompt, posterior_WR[0], factors_RWV, joint_WV, posterior_WR, Vocabulary(run.tokenizer))
+
+
+def complete(run: LoadedRun, prompt: str, *, stop: str | Sequence[str] = (), **options: Any) -> Completion:
+    """Continue a text and keep which tokens were accepted drafts; a notebook shows them green.
+
+    Arguments as in `LoadedRun.generate`.
+    """
+    tokens, stops = run.tokenizer.encode(prompt), stop_bytes(stop)
+    decode = DecodeConfig(**{"stop_tokens": (run.tokenizer.end_of_document,), **options})
+    with jax.set_mesh(run.mesh):
+        spans = Spans(run.tokenizer, tokens, stream(run.decoder, tokens, **vars(decode)), stops)
+        found = tuple(spans)
+    return Completion(found, spans.summary)
+
+
+def plot_gate(gate: Gate) -> Figure:
+    """The weight of each component by position and its mean, and the entropy of the weights."""
+    from matplotlib.figure import Figure
+
+    length, rank = gate.weights_TR.shape
+    figure = Figure(figsize=(min(13.0, 4.0 + 0.12 * length), 2.6 + 0.3 * rank), layout="constrained")
+    panels = figure.subplots(2, 2, width_ratios=(5, 1), height_ratios=(0.3 * rank + 0.4, 1.4))
+    (heat, share), (line, key) = panels
+    names = [f"component {r}" for r in range(1, rank + 1)]
+    edges_T = np.arange(length + 1) - 0.5
+    mesh = heat.pcolormesh(edges_T, np.arange(rank + 1) - 0.5, gate.weights_TR.T, cmap="viridis", vmin=0, vmax=1)
+    dress(heat, "Weight of each component after each token")
+    heat.set(yticks=range(rank), yticklabels=names, ylim=(rank - 0.5, -0.5))
+    dress(share, "Mean weight")
+    share.barh(range(rank), gate.share_R, color=PALETTE[0], height=0.6)
+    share.set(ylim=(rank - 0.5, -0.5), yticks=[], xlim=(0, 1), axisbelow=True)
+    dress(line, "Entropy of the weights")
+    line.step(range(length), gate.entropy_T, where="mid", color=PALETTE[0], lw=1.5)
+    line.axhline(np.log(rank), color="0.4", ls=(0, (4, 3)), lw=1)
+    line.annotate(f"log {rank}: all alike", (1, np.log(rank)), xycoords=("axes fraction", "data"), ha="right",
+                  va="bottom", size="small", color="0.3")  # fmt: skip
+    line.set(ylabel="nats", ylim=(0, max(1.25 * np.log(rank), 0.1)), xlabel="token that was read")
+    for axes in (heat, line):
+        axes.set_xlim(-0.5, length - 0.5)
+        axes.grid(visible=False)
+        axes.set_xticks([])
+    if length <= SHOWN_TOKENS:
+        turned = 90 if max(map(len, gate.tokens)) > 2 else 0
+        line.set_xticks(range(length), gate.tokens, rotation=turned, family="monospace", size="small", parse_math=False)
+        line.tick_params(axis="x", length=0)
+    key.axis("off")
+    figure.colorbar(mesh, cax=key.inset_axes((0, 0.3, 1, 0.14)), orientation="horizontal", label="weight")
+    return figure
+
+
+def plot_window(window: Window, top: int = 3) -> Figure:
+    """The `top` most likely tokens at each offset: of each component, of their marginal and of their joint.
+
+    The number in a component's cell is its weight given the tokens that the joint prefers at the offsets before.
+    """
+    from matplotlib.figure import Figure
+
+    rank, width, _ = window.factors_RWV.shape
+    rows = [(f"component {r + 1}", PALETTE[r % len(PALETTE)], window.factors_RWV[r]) for r in range(rank)]
+    rows += [
+        ("marginal of\neach offset", "0.5", window.marginal_WV),
+        ("joint, given\nthose before", "0.15", window.joint_WV),
+    ]
+    height = 0.25 + 0.19 * top
+    figure = Figure(figsize=(1.6 + 2.1 * width, 1.1 + height * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), width, sharex=True, squeeze=False)
+    for (name, colour, law_WV), line in zip(rows, grid, strict=True):
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", weight="bold", color=colour, labelpad=34)
+        for s, axes in enumerate(line):
+            _bars(axes, law_WV[s], window.vocabulary, colour, top)
+    for s in range(width):
+        given = "".join(window.vocabulary[int(token)] for token in window.path_W[:s])
+        title = f"offset {s + 1}" + (f"\ngiven {given}" if s else "\n ")
+        grid[0, s].set_title(title, size="medium", weight="bold", parse_math=False)
+        grid[-1, s].set_xlabel("probability")
+        for r in range(rank):
+            grid[r, s].annotate(f"w = {window.posterior_WR[s, r]:.2f}", (0.98, 0.06), xycoords="axes fraction",
+                                ha="right", va="bottom", size="small", color="0.3")  # fmt: skip
+    figure.suptitle(f"After {_end(window.prompt)}", x=0.01, ha="left", weight="bold", parse_math=False)
+    return figure
+
+
+def _bars(axes: Axes, law_V: np.ndarray, vocabulary: Vocabulary, colour: str, top: int) -> None:
+    best = np.argsort(-law_V, kind="stable")[:top]
+    axes.barh(range(len(best)), law_V[best], color=colour, height=0.7)
+    labels = [vocabulary[int(token)] for token in best]
+    axes.set_yticks(range(len(best)), labels, family="monospace", size="medium", parse_math=False)
+    axes.set(xlim=(0, 1), xticks=(0, 0.5, 1), ylim=(len(best) - 0.5, -0.5))
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _end(prompt: str, most: int = 60) -> str:
+    """The end of a prompt, as a figure can show it."""
+    text = "".join(map(_drawn, prompt))
+    return text if len(text) <= most else f"...{text[-most:]}"
+
+
+def _drawn(character: str) -> str:
+    """A character as the figures' font shows it: white space by signs, what the font has not as an escape."""
+    signs = {" ": "\u2423", "\n": "\u21b5", "\t": "\u21e5"}
+    has = character in signs or (character.isprintable() and ord(character) in _glyphs())
+    return signs.get(character, character) if has else character.encode("unicode_escape").decode()
+
+
+@functools.cache
+def _glyphs() -> frozenset[int]:
+    """The characters that matplotlib's default fonts both have, proportional and monospaced."""
+    from matplotlib import font_manager
+
+    fonts = (font_manager.get_font(font_manager.findfont(family)) for family in ("DejaVu Sans", "DejaVu Sans Mono"))
+    return frozenset.intersection(*(frozenset(font.get_charmap()) for font in fonts))
+
+
+def _tokens(run: LoadedRun, text: str) -> np.ndarray:
+    """`[1, T]`."""
+    tokens_T, most = run.tokenizer.encode(text), run.config.model.context_length
+    require(
+        1 <= len(tokens_T) <= most,
+        f"The text has {len(tokens_T)} tokens; the model reads 1..{most} (context_length). Give another one.",
+    )
+    return np.asarray(tokens_T, np.int32)[None]
+
+
+@jax.jit
+def _log_weights(model: LanguageModel, tokens_1T: Array) -> Array:
+    return model.head.log_weights(model(tokens_1T))
+
+
+@jax.jit
+def _window_law(model: LanguageModel, tokens_1T: Array) -> tuple[list[Array], list[Array], list[Array]]:
+    """For each offset: log p_rs `[R, V]`, the joint's law `[V]` and the log posterior `[R]`, along the joint's path."""
+    x_1D, head = model(tokens_1T)[:, -1], model.head
+    law_1V, state = head.target_log_probs(x_1D[:, None])[:, 0], head.draft_state(x_1D)
+    factors, laws, posteriors = [], [], []
+    for s, logp_1RV in enumerate(state.logp_BRV):
+        logp_RV = logp_1RV[0]
+        factors.append(head.shortlist.spread(logp_RV) if head.shortlist and s else logp_RV)
+        law_1V = head.next_log_probs(state) if s else law_1V
+        laws.append(law_1V[0])
+        posteriors.append(state.log_alpha_BR[0])
+        state = head.condition(state, jnp.argmax(law_1V, axis=-1))
+    return factors, laws, posteriors

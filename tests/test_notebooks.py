@@ -1,0 +1,145 @@
+"""The notebooks run from top to bottom, and what is committed shows what they do and nothing of a machine."""
+
+import dataclasses
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import tiny
+
+from mtp_jax.checkpoint import read_config
+from mtp_jax.config import DataConfig
+from mtp_jax.train.loop import train
+
+REPOSITORY = Path(__file__).parents[1]
+NOTEBOOKS = REPOSITORY / "experiments" / "notebooks"
+NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+PICTURES = {"reload_checkpoint": 4, "train_in_a_notebook": 2}
+COLOURED = {"reload_checkpoint": 1, "train_in_a_notebook": 2}
+LARGEST = 600_000  # bytes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """What is looked at here is what notebooks show; faster code would take longer to compile."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    """A tiny run whose context holds what the notebook decodes."""
+    root = tmp_path_factory.mktemp("notebooks")
+    (root / "corpus").mkdir()
+    for i in range(80):
+        (root / "corpus" / f"{i}.txt").write_text(f"The {i}th of {i % 7} small texts.\n" * 6)
+    data = DataConfig(
+        "text", f"{root}/corpus/*.txt", batch_size=8, seq_len=16, valid_fraction=0.3, cache_dir=f"{root}/cache"
+    )
+    model = tiny.model_config(vocab_size=264, context_length=512)
+    config = tiny.train_config(model, steps=4, eval_batches=2, eval_every=4, checkpoint_every=4)
+    train(dataclasses.replace(config, data=data), root / "run")
+    return root / "run"
+
+
+def execute(name, out, **environment):
+    """Execute a notebook in a process of its own, as `execute.py` does for a person; the process that ended."""
+    command = [sys.executable, NOTEBOOKS / "execute.py", NOTEBOOKS / f"{name}.ipynb", "--out", out]
+    paths = os.pathsep.join(filter(None, (str(REPOSITORY), os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": paths, **{key: str(value) for key, value in environment.items()}}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def executed(name, out, **environment):
+    done = execute(name, out, **environment)
+    assert done.returncode == 0, done.stderr
+    return nbformat.read(out, as_version=4)
+
+
+def outputs(notebook):
+    return [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+
+
+def printed(notebook):
+    return "".join(output.text for output in outputs(notebook) if output.output_type == "stream")
+
+
+def check(notebook, name):
+    """What holds of a notebook that was executed, here or by whoever committed it."""
+    nbformat.validate(notebook)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    found = outputs(notebook)
+    assert not [o for o in found if o.output_type == "error" or o.get("name") == "stderr"], "a cell failed or warned"
+    data = [output.data for output in found if "data" in output]
+    assert sum("image/png" in part for part in data) == PICTURES[name]
+    pages = [part["text/html"] for part in data if "text/html" in part]
+    assert len(pages) == COLOURED[name]
+    assert all("tokens per forward]" in page and "sel" in page for page in pages), "prompt and counts"
+    assert not any(cell.metadata for cell in notebook.cells), "times, or a person's settings"
+    assert notebook.metadata.language_info == {"name": "python"}
+
+
+def test_each_notebook_is_known():
+    assert set(NAMES) == set(PICTURES) == set(COLOURED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_committed_was_executed_and_shows_nothing_of_the_machine(name):
+    path = NOTEBOOKS / f"{name}.ipynb"
+    notebook = nbformat.read(path, as_version=4)
+    check(notebook, name)
+    assert path.stat().st_size < LARGEST
+    pages = [o.data["text/html"] for o in outputs(notebook) if "text/html" in o.get("data", {})]
+    assert any("font-weight: bold" in page for page in pages), "some draft was accepted"
+    for output in outputs(notebook):
+        for text in (output.get("text", ""), *(v for k, v in output.get("data", {}).items() if "image" not in k)):
+            assert not re.search(r"(?<![\w.])/(home|Users|root|tmp|work|usr|opt|var|mnt)/|[A-Z]:\\|0x[0-9a-f]{6}", text)
+
+
+def test_code_cells_are_linted_and_formatted():
+    for command in (["check"], ["format", "--check"]):
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, NOTEBOOKS], cwd=REPOSITORY, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_checkpoint_is_reloaded_and_looked_at(run_dir, tmp_path):
+    notebook = executed("reload_checkpoint", tmp_path / "out.ipynb", RUN=run_dir)
+    check(notebook, "reload_checkpoint")
+    text = printed(notebook)
+    assert f"step 4: a cpd head with R = {tiny.RANK} components over the next W = {tiny.WINDOW} tokens" in text
+    assert "the same text: True" in text
+    (table,) = [o.data["text/markdown"] for o in outputs(notebook) if "text/markdown" in o.get("data", {})]
+    rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
+    assert [(row[:3], row[-1]) for row in rows] == [(["0.7", "coupled", str(k)], "yes") for k in range(tiny.WINDOW)]
+
+
+def test_without_a_run_the_notebook_says_how_to_get_one(tmp_path):
+    done = execute("reload_checkpoint", tmp_path / "out.ipynb", RUN=tmp_path / "nothing")
+    assert done.returncode == 1 and not (tmp_path / "out.ipynb").exists()
+    assert f"There is no run in {tmp_path}/nothing. Make one with `make demo`, or set RUN" in done.stderr
+
+
+def test_a_run_is_trained_in_a_notebook_and_one_that_is_there_is_left_alone(tmp_path):
+    notebook = executed("train_in_a_notebook", tmp_path / "out.ipynb", RUN=tmp_path / "run", STEPS=4)
+    check(notebook, "train_in_a_notebook")
+    losses = re.search(r"held-out loss at step 4: (\d+\.\d+), reloaded: (\d+\.\d+)", printed(notebook))
+    assert losses and float(losses[1]) == pytest.approx(float(losses[2]), rel=1e-4)
+    assert read_config(tmp_path / "run").steps == 4
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
+    done = execute("train_in_a_notebook", tmp_path / "again.ipynb", RUN=tmp_path / "run", STEPS=4)
+    assert done.returncode == 1 and "The run directory" in done.stderr and "exists" in done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
