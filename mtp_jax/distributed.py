@@ -86,6 +86,7 @@ def connect(options: Distributed) -> None:
 
     # A dead process is to be named by `Watchdog`, before JAX's own watch aborts this one.
     given: dict[str, Any] = {"heartbeat_timeout_seconds": int(4 * options.lost_seconds) + 60}
+    given["shutdown_timeout_seconds"] = 60
     if options.num_processes:
         given |= {"num_processes": options.num_processes, "process_id": options.process_id}
     if options.coordinator != "auto":

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from mtp_jax.checkpoint import LoadedRun
+    from mtp_jax.loading import LoadedRun
 
 SHOWN_TOKENS = 128
 """The longest text of which a figure writes every token."""
