@@ -26,3 +26,9 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     devices = list(jax.devices() if devices is None else devices)
     shape = (config or MeshConfig()).shape(len(devices))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: that of the mesh in scope, which may be a machine that is not here; else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
