@@ -38,7 +38,9 @@ class Doctor:
 def main(args: list[str]) -> None:
     """See the module."""
     if args in (["-h"], ["--help"]):
-        print("usage: mtp-jax doctor [EXPERIMENT.py [options]]\n\nmtp-jax doctor EXPERIMENT.py --help lists the options.")
+        print(
+            "usage: mtp-jax doctor [EXPERIMENT.py [options]]\n\nmtp-jax doctor EXPERIMENT.py --help lists the options."
+        )
         return
     if not args:
         use_compilation_cache()
@@ -105,7 +107,9 @@ def _print(found: dict[str, Any], device: str) -> None:
         table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
     table.add_column("MiB per device", justify="right", no_wrap=True)
     for row in found["shardings"]:
-        spec = ", ".join("-" if axis is None else axis if isinstance(axis, str) else "+".join(axis) for axis in row["spec"])
+        spec = ", ".join(
+            "-" if axis is None else axis if isinstance(axis, str) else "+".join(axis) for axis in row["spec"]
+        )
         shape = " x ".join(map(str, row["shape"]))
         table.add_row(row["name"], shape, row["dtype"], spec, f"{row['bytes'] / MIB:,.2f}")
     console().print(table)
@@ -115,7 +119,9 @@ def _print(found: dict[str, Any], device: str) -> None:
 def lines(found: dict[str, Any], device: str) -> list[tuple[str, str]]:
     """A forecast in words: (name, text) for each line."""
     size, count = found["bytes"], found["parameters"]
-    by = {"cpu": "XLA for CPUs", "gpu": "XLA for GPUs", "tpu": "the TPU compiler"}.get(found["backend"], found["backend"])
+    by = {"cpu": "XLA for CPUs", "gpu": "XLA for GPUs", "tpu": "the TPU compiler"}.get(
+        found["backend"], found["backend"]
+    )
     rows = [
         ("mesh", str(found["mesh"])),
         ("compiled by", f"{by}, for {found['devices']} x {found['device']}, in {found['compile_seconds']:.1f} s"),

@@ -38,8 +38,8 @@ def advice(config: TrainConfig, shape: tuple[int, int, int], found: dict[str, in
         lines.append(f"--model.remat {remat}: the backward pass recomputes {what} instead of keeping it")
     if rows == 1 and fsdp % 2 == 0 and _fits(config, data, fsdp // 2, 2 * tensor, parts=2 * parts):
         lines.append(
-            f"--mesh data={data},fsdp={fsdp // 2},tensor={2 * tensor} --grad-accumulation {2 * parts}: two devices share "
-            "a sequence's attention, feed-forward width and logits"
+            f"--mesh data={data},fsdp={fsdp // 2},tensor={2 * tensor} --grad-accumulation {2 * parts}: two devices "
+            "share a sequence's attention, feed-forward width and logits"
         )
     if memory is not None and state > memory:
         lines.append(f"more devices: the state alone is {state / 2**30:.2f} GiB on each of {data * fsdp * tensor}")

@@ -43,12 +43,13 @@ def count_collectives(hlo: str) -> Traffic:
     """
     computations, entry = _computations(hlo)
     devices = math.prod(int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", hlo.partition("\n")[0]))
-    counts, sent, chains, unknown_loops = dict.fromkeys(KINDS, 0), dict.fromkeys(KINDS, 0), set(), 0
+    counts: dict[str, int] = dict.fromkeys(KINDS, 0)
+    sent, chains, unknown_loops = counts.copy(), set(), 0
 
     def walk(name: str, times: int) -> int:
         """Count a computation that runs so many times. Returns how many instructions were counted."""
         nonlocal unknown_loops
-        before = found = 0
+        found = 0
         for line in computations.get(name, ()):
             instruction = _INSTRUCTION.match(line)
             if instruction is None:
@@ -118,7 +119,9 @@ def _trips(rest: str, condition: list[str]) -> int | None:
 
 def _result_bytes(opcode: str, shape: str) -> int:
     """Bytes of a collective's result; what begins one has its operands, and maybe counters, beside it."""
-    sizes = [_itemsize(dtype) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in _ARRAY.findall(shape)]
+    sizes = [
+        _itemsize(dtype) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in _ARRAY.findall(shape)
+    ]
     if opcode == "all-gather-start":
         sizes = sizes[len(sizes) // 2 :]
     elif opcode == "collective-permute-start":

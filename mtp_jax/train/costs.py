@@ -23,8 +23,8 @@ GIB = 2**30
 class Accelerator:
     """One device, from its vendor's data sheet.
 
-    `kinds`: how JAX's `device_kind` begins. `peak_flops`: dense bf16 FLOP/s. `memory`: bytes, of which the runtime keeps
-    a few percent for itself.
+    `kinds`: how JAX's `device_kind` begins. `peak_flops`: dense bf16 FLOP/s. `memory`: bytes, of which the runtime
+    keeps a few percent for itself.
     """
 
     kinds: tuple[str, ...]

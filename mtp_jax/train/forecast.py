@@ -1,7 +1,7 @@
 """What the training step of a config needs on each device of a machine, which need not be here.
 
-The step is the one that training runs. It is compiled for abstract arrays, so nothing of the model is allocated: for the
-devices that are here, for any number of simulated ones, or for a TPU slice by the compiler of its own library.
+The step is the one that training runs. It is compiled for abstract arrays, so nothing of the model is allocated: for
+the devices that are here, for any number of simulated ones, or for a TPU slice by the compiler of its own library.
 """
 
 from __future__ import annotations
@@ -27,8 +27,14 @@ from mtp_jax.mesh import make_mesh
 from mtp_jax.sharding import RULES
 from mtp_jax.train.advice import advice
 from mtp_jax.train.collectives import count_collectives
-from mtp_jax.train.costs import Accelerator, accelerator, costs, tree_bytes
+from mtp_jax.train.costs import accelerator, costs, tree_bytes
 from mtp_jax.train.step import Batch, TrainState, make_trainer
+
+CPU_NOTE = (
+    "These are the temporaries and collectives of XLA for CPUs. It holds and sends bfloat16 as float32, sums gradients "
+    "whole where others scatter them, and takes small tiles of logits. Parameters, optimizer and batch are the same on "
+    "all machines; --topology asks a TPU's own compiler."
+)
 
 
 class ForecastError(RuntimeError):
@@ -71,7 +77,7 @@ def forecast(config: TrainConfig, target: Target, memory: int | None = None) -> 
     if target.devices is not None:  # the same is found there, but sooner here
         config.check_mesh(config.mesh.shape(target.devices))
     context = multiprocessing.get_context("spawn")  # JAX has one set of devices for each process
-    cache = jax.config.jax_compilation_cache_dir
+    cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     with concurrent.futures.ProcessPoolExecutor(1, context, _pretend, (target, cache)) as pool:
         try:
             return pool.submit(_elsewhere, config, target, memory).result()
@@ -178,7 +184,7 @@ def _forecast(config: TrainConfig, devices: list[Any], memory: int | None) -> di
         "unknown_loops": traffic.unknown_loops,
         "shardings": _shardings(state.params),
         "compile_seconds": seconds,
-        "notes": notes,
+        "notes": notes + ([CPU_NOTE] if devices[0].platform == "cpu" else []),
         "versions": versions(),
     }
 
