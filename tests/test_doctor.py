@@ -14,7 +14,7 @@ import tiny
 from jax.sharding import AbstractMesh, AxisType
 
 from mtp_jax import cli
-from mtp_jax.commands.doctor import short_mesh
+from mtp_jax.commands.doctor import lines, short_mesh
 from mtp_jax.config import ConfigError, DataConfig, HeadConfig, MeshConfig, ModelConfig, OptimizerConfig, TrainConfig
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.layout import for_decoding
@@ -207,6 +207,26 @@ def test_whether_it_fits_is_said(memory, fits):
     assert found["fits"] is fits and bool(found["advice"]) is not fits
 
 
+@pytest.mark.parametrize(
+    "backend, memory, verdict",
+    [
+        ("cpu", 2**40, "fits"),
+        ("cpu", 1000, "does not fit"),
+        ("cpu", None, "may not fit"),
+        ("tpu", None, "does not fit"),
+    ],
+)
+def test_only_a_devices_own_compiler_rules_a_step_out(backend, memory, verdict):
+    config = tiny.train_config(tiny.model_config(vocab_size=264, num_layers=1), mesh=MeshConfig(8))
+    found = forecast(config, Target(), memory)
+    size = found["bytes"]
+    if memory is None:  # the state fits and the step does not
+        memory = size["parameters"] + size["optimizer"] + 1
+        found |= {"memory": memory, "fits": size["peak"] <= memory}
+    said = [name for name, text in lines(found | {"backend": backend}, "v5e") if text.startswith("v5e")]
+    assert said == [verdict]
+
+
 def test_layers_add_the_same_collectives_each():
     """A scan runs its body once for each layer: what is counted of it grows by the same with every layer."""
 
@@ -249,9 +269,9 @@ ADVISED = tiny.train_config(
 def test_what_is_advised_helps(mesh, least, tmp_path):
     config = dataclasses.replace(ADVISED, mesh=MeshConfig(*mesh))
     before = forecast(config, Target(), memory=1000)
-    lines = [line for line in before["advice"] if line.startswith("--")]
-    assert len(lines) >= least
-    for line in lines:
+    advised = [line for line in before["advice"] if line.startswith("--")]
+    assert len(advised) >= least
+    for line in advised:
         option = line.partition(":")[0]
         changed = config
         for name, value in re.findall(r"--(\S+) (\S+)", option):

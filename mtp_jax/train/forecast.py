@@ -65,7 +65,8 @@ class Target:
 def forecast(config: TrainConfig, target: Target, memory: int | None = None) -> dict[str, Any]:
     """Compile the step of `config` and say what it needs, as JSON values. All bytes and FLOPs are of one device.
 
-    `memory` is what a device has, in bytes; by default that of its kind, where it is known. Another machine than this
+    `memory` is what a device has, in bytes; by default that of its kind, where it is known. `fits` compares it with
+    `peak`, whose temporaries are those of the compiler that `backend` names. Another machine than this
     one is dealt with in a process of its own.
 
     Raises:
