@@ -308,7 +308,6 @@ BIG = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", BIG)
 def test_a_large_model_is_compiled_for_256_devices_here(name):
     config, least = BIG[name]
@@ -480,7 +479,14 @@ def test_a_topology_is_compiled_for_by_its_own_compiler():
     found = forecast(config, Target(topology="v5e:2x4"))
     assert (found["backend"], found["device"], found["memory"]) == ("tpu", "TPU v5 lite", 16 * 2**30)
     assert found["fits"] and found["collectives"]["all-gather"]["count"] > 0
+    # Here JAX by itself makes no mesh of 2 x 2 x 2: the slice has axes of 2 and 4.
+    assert forecast(config, Target(topology="v6e:2x4"))["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
     with pytest.raises(ConfigError, match="has 8 devices and --devices is 4"):
         forecast(config, Target(4, "v5e:2x4"))
+    large = dataclasses.replace(BIG["8B"][0], mesh=MeshConfig(1, 4, 1))
+    with pytest.raises(
+        ForecastError, match=r"(?s)The step does not fit: .*15\.75G.*What helps:\n  --grad-accumulation"
+    ):
+        forecast(large, Target(topology="v5e:2x2"))
     with pytest.raises(ConfigError, match="no topology v5e:3x5"):
         forecast(config, Target(topology="v5e:3x5"))

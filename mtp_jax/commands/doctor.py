@@ -131,10 +131,9 @@ def lines(found: dict[str, Any], device: str) -> list[tuple[str, str]]:
         (
             "per device",
             f"parameters {size['parameters'] / MIB:.1f} MiB, optimizer {size['optimizer'] / MIB:.1f} MiB, "
-            f"batch {size['batch'] / MIB:.1f} MiB, step {size['temporaries'] / MIB:.1f} MiB, "
-            f"together {size['peak'] / MIB:.1f} MiB",
+            f"step {size['temporaries'] / MIB:.1f} MiB, together {size['peak'] / MIB:.1f} MiB",
         ),
-        ("", f"{size['kept'] / MIB:.1f} MiB of the state are updated in place"),
+        ("", f"batch {size['batch'] / MIB:.1f} MiB; {size['kept'] / MIB:.1f} MiB of the state are updated in place"),
     ]
     for name, one in found["collectives"].items():
         rows.append((name, f"{one['count']:,} a step, {one['sent_bytes'] / MIB:,.1f} MiB sent by a device"))

@@ -75,7 +75,7 @@ def forecast(config: TrainConfig, target: Target, memory: int | None = None) -> 
     """
     if target == Target():
         return _forecast(config, jax.devices(), memory)
-    if target.devices is not None:  # the same is found there, but sooner here
+    if target.devices and not target.topology:  # the same is found there, but sooner here
         config.check_mesh(config.mesh.shape(target.devices))
     context = multiprocessing.get_context("spawn")  # JAX has one set of devices for each process
     cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
@@ -210,15 +210,13 @@ def _check_tokenizer(config: TrainConfig) -> list[str]:
 
 
 def _refused(error: Exception, config: TrainConfig, shape: Any, found: dict[str, int], memory: int | None) -> Exception:
-    """A compiler's refusal in short, if it is for lack of memory; else the error itself."""
+    """A compiler's refusal in short, and what helps if it is for lack of memory."""
     text = str(error)
     if "RESOURCE_EXHAUSTED" not in text:
-        return error
-    said = re.search(r"Used .*?capacity by [\d.]+\w", text)
+        return ForecastError(f"The compiler refuses the step on mesh {shape}: {text.partition(chr(10))[0]}")
+    said = text.partition(chr(10))[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")
     helps = "".join(f"\n  {line}" for line in advice(config, shape, found, memory))
-    return ForecastError(
-        f"The step does not fit: {said[0] if said else text.partition(chr(10))[0]}. What helps:{helps}"
-    )
+    return ForecastError(f"The step does not fit: {said}. What helps:{helps}")
 
 
 def _shardings(params: Any) -> list[dict[str, Any]]:
