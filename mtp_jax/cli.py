@@ -26,7 +26,7 @@ COMMANDS = {
     ),
     "doctor": (
         "mtp_jax.commands.doctor",
-        "[EXPERIMENT.py]                   versions, devices, memory a run would need",
+        "[EXPERIMENT.py]                   what a run would need, here or elsewhere",
     ),
 }
 

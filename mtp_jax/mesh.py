@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from mtp_jax.config import MeshConfig
@@ -25,4 +26,15 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = (config or MeshConfig()).shape(len(devices))
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+    types = (AxisType.Explicit,) * 3
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:  # on a TPU whose own axes must be cut for it: 8 x 8 x 4 chips and tensor = 2, say
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: that of the mesh in scope, which may be a machine that is not here; else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform

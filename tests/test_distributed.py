@@ -127,9 +127,8 @@ def test_several_processes_learn_what_one_learns(root, alone, count, devices, me
         assert some.wait() == [0] * count, some.said()
         assert "step 20/20" in some.said(0) and f", {count} processes)" in some.said(0)
         for i in range(1, count):
-            own = [
-                line for line in some.said(i).splitlines() if not re.search(r"connecting to|Gloo|^Prepared|^\d*$", line)
-            ]
+            noise = re.compile(r"connecting to|Gloo|^Prepared|^\d*$")
+            own = [line for line in some.said(i).splitlines() if not noise.search(line)]
             assert not own, "process 0 alone logs"
     for found, expected in zip(losses(root / name), alone, strict=True):
         np.testing.assert_allclose(found, expected, rtol=1e-5)
@@ -169,9 +168,13 @@ def test_a_lost_process_ends_the_others_and_the_same_command_goes_on(root, alone
         two.wait_for_step(20)
         two.processes[lost].send_signal(number)
         begun, other = time.monotonic(), two.processes[1 - lost]
-        assert other.wait(timeout=60) == 1, two.said()
+        status = other.wait(timeout=60)
         assert time.monotonic() - begun < 60
-        assert f"nothing was heard of process {lost} of 2 (host " in two.said(1 - lost), two.said()
+        if lost == 0 and status == -signal.SIGABRT:  # JAX saw it first: process 0 is where all of them are connected
+            assert "the leader task was preempted/died" in two.said(1), two.said()
+        else:
+            assert status == 1, two.said()
+            assert f"nothing was heard of process {lost} of 2 (host " in two.said(1 - lost), two.said()
     saved = max(sealed_steps(root / name / "checkpoints"))
     with Processes(file, root / name, "--auto-resume", "--steps", str(saved + 5)) as two:
         assert two.wait() == [0, 0] and f"resuming at step {saved}" in two.said(0), two.said()

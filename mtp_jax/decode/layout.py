@@ -10,11 +10,14 @@ from jax import Array
 from jax.sharding import AbstractMesh, Mesh
 
 from mtp_jax.config import require
+from mtp_jax.mesh import platform
 from mtp_jax.model.block import Block
 from mtp_jax.model.layers import MATRICES
 from mtp_jax.model.output_major import OutputMajor
 from mtp_jax.model.transformer import LanguageModel, unstack
 from mtp_jax.sharding import gather
+
+NO_MESH = "No mesh in scope; decode under `with jax.set_mesh(mtp_jax.make_mesh()):`."
 
 
 def for_decoding(model: LanguageModel) -> LanguageModel:
@@ -22,8 +25,10 @@ def for_decoding(model: LanguageModel) -> LanguageModel:
 
     For one CPU they are also turned (see `OutputMajor`).
     """
-    one = mesh_in_scope().size == 1
-    turn = one and jax.default_backend() == "cpu"
+    mesh = jax.sharding.get_abstract_mesh()
+    require(not mesh.empty, NO_MESH)
+    one = mesh.size == 1
+    turn = one and platform() == "cpu"
 
     def cast(path: tuple[Any, ...], weight: Array) -> Array:
         names = {getattr(key, "key", getattr(key, "name", None)) for key in path}
@@ -55,5 +60,5 @@ def _turned(model: LanguageModel) -> LanguageModel:
 def mesh_in_scope() -> AbstractMesh | Mesh:
     """The mesh in scope. Raises `ConfigError` if there is none."""
     mesh = jax.sharding.get_mesh()
-    require(not mesh.empty, "No mesh in scope; decode under `with jax.set_mesh(mtp_jax.make_mesh()):`.")
+    require(not mesh.empty, NO_MESH)
     return mesh

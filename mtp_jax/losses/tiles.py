@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from mtp_jax.mesh import platform
 from mtp_jax.model.layers import product
 from mtp_jax.sharding import gather_local, reduce_local, shares, varies, vary
 
@@ -43,7 +44,7 @@ class Form(Protocol):
 
 def tile_positions(positions: int, logits_bytes: int) -> int:
     """Positions in a tile, of `positions` on a device whose logits are `logits_bytes` each."""
-    most = max(1, TILE_BYTES.get(jax.default_backend(), 2**28) // logits_bytes)
+    most = max(1, TILE_BYTES.get(platform(), 2**28) // logits_bytes)
     return -(-positions // -(-positions // most))
 
 
@@ -133,7 +134,7 @@ class Device:
         lse_M1, d_logp_M1, d_lse_M1 = (a.reshape(-1, 1) for a in (lse_BTRW, d_logp_BTRW, d_lse_BTRW))
         d_MV = (d_lse_M1 - d_logp_M1) * jnp.exp(logits_MV - lse_M1)
         d_target_M1 = jnp.where(here_M1, d_logp_M1, 0.0)
-        if jax.default_backend() == "cpu":  # where comparing every logit costs more than setting a few
+        if platform() == "cpu":  # where comparing every logit costs more than setting a few
             rows = jnp.arange(index_M1.shape[0])
             return d_MV.at[rows, index_M1[:, 0]].add(d_target_M1[:, 0], unique_indices=True)
         # Elsewhere one kernel does all of this, and rounds: the gradient is never written in float32.

@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.mesh import platform
 from mtp_jax.model.cache import LayerCache, write
 from mtp_jax.model.layers import RMSNorm, init_weight, linear
 from mtp_jax.model.rotary import Rotary, rotate
@@ -37,7 +38,7 @@ def attend(
     `mask_B1TS` is causal. Where there is no NVIDIA GPU, XLA attends whatever `implementation` says: a run that was
     trained with cuDNN is loaded anywhere.
     """
-    chosen = implementation if jax.default_backend() == "gpu" else "xla"
+    chosen = implementation if platform() == "gpu" else "xla"
     heads = RULES.qkv_BTNH
 
     @functools.partial(jax.shard_map, in_specs=(heads, heads, heads, RULES.mask_B1TS), out_specs=heads)

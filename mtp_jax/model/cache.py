@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mtp_jax.config import ModelConfig
+from mtp_jax.mesh import platform
 from mtp_jax.sharding import RULES
 
 LayerCache = tuple[Array, Array]
@@ -26,7 +27,7 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     A CPU keeps bfloat16 keys and values in float32: XLA would convert the whole cache there and back at every step.
     """
     shape = (batch, config.num_kv_heads, slots, config.head_width)
-    dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.dtype(config.dtype)
+    dtype = jnp.float32 if platform() == "cpu" else jnp.dtype(config.dtype)
     # One array each: the caches are donated, and a buffer can be donated once.
     return [
         tuple(jnp.zeros(shape, dtype, out_sharding=RULES.cache_BKSH) for _ in range(2))  # type: ignore[misc]

@@ -16,6 +16,8 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
+from mtp_jax.mesh import platform
+
 LEAST_ROWS, FEW_ROWS = 4, 64
 
 
@@ -46,11 +48,11 @@ def few_rows(x: Array, w_NK: Array) -> Array:
     """
     time, per_time = x.shape[1], math.prod(x.shape[:-1]) // x.shape[1]
     least = -(-LEAST_ROWS // per_time)
-    if time < least and x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+    if time < least and x.dtype == jnp.bfloat16 and platform() == "cpu":
         x = jnp.pad(x, ((0, 0), (0, least - time), *((0, 0),) * (x.ndim - 2)))
     at_x, at_w = jax.typeof(x).sharding.spec, jax.typeof(w_NK).sharding.spec
     x_MK, dtype = x.reshape(-1, x.shape[-1], out_sharding=P(at_x[0], None)), jnp.promote_types(x.dtype, jnp.float32)
-    if x.dtype == jnp.float32 and len(x_MK) > 1 and jax.default_backend() == "cpu":
+    if x.dtype == jnp.float32 and len(x_MK) > 1 and platform() == "cpu":
         # XLA packs the right operand anew at every call, so that must not be w. Without the barrier it would swap them.
         y_NM = jnp.einsum("nk,mk->nm", w_NK, x_MK, out_sharding=P(at_w[0], at_x[0]))
         y_MN = lax.optimization_barrier(y_NM).T

@@ -16,19 +16,32 @@ from mtp_jax.config import HeadConfig, ModelConfig, TrainConfig
 from mtp_jax.heads import HEADS
 from mtp_jax.heads.factors import FACTORS, NextToken
 
-# Dense bf16 peak of one device in FLOP/s, by the start of `device_kind`. From the vendors' data sheets.
-PEAK_FLOPS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA B200": 2250e12,
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """One device, from its vendor's data sheet.
+
+    `kinds`: how JAX's `device_kind` begins. `peak_flops`: dense bf16 FLOP/s. `memory`: bytes, of which the runtime
+    keeps a few percent for itself.
+    """
+
+    kinds: tuple[str, ...]
+    peak_flops: float
+    memory: int
+
+
+ACCELERATORS = {
+    "v4": Accelerator(("TPU v4",), 275e12, 32 * GIB),
+    "v5e": Accelerator(("TPU v5 lite", "TPU v5e"), 197e12, 16 * GIB),
+    "v5p": Accelerator(("TPU v5p", "TPU v5"), 459e12, 95 * GIB),
+    "v6e": Accelerator(("TPU v6 lite", "TPU v6e"), 918e12, 32 * GIB),
+    "a100-40gb": Accelerator(("NVIDIA A100-SXM4-40GB", "NVIDIA A100-PCIE-40GB"), 312e12, 40 * GIB),
+    "a100": Accelerator(("NVIDIA A100",), 312e12, 80 * GIB),
+    "h100": Accelerator(("NVIDIA H100",), 989e12, 80 * GIB),
+    "h200": Accelerator(("NVIDIA H200",), 989e12, 141 * GIB),
+    "b200": Accelerator(("NVIDIA B200",), 2250e12, 180 * GIB),
 }
 
 
@@ -96,9 +109,15 @@ def costs(config: TrainConfig, params: Any) -> Costs:
     )
 
 
+def accelerator(device_kind: str) -> Accelerator | None:
+    """The first of `ACCELERATORS` of a kind, or None where there is none."""
+    return next((found for found in ACCELERATORS.values() if device_kind.startswith(found.kinds)), None)
+
+
 def peak_flops(device: Any) -> float | None:
-    """The dense bf16 peak of a device in FLOP/s, or None where it is not in `PEAK_FLOPS`."""
-    return next((peak for kind, peak in PEAK_FLOPS.items() if device.device_kind.startswith(kind)), None)
+    """The dense bf16 peak of a device in FLOP/s, or None where it is not in `ACCELERATORS`."""
+    found = accelerator(device.device_kind)
+    return None if found is None else found.peak_flops
 
 
 def tree_bytes(tree: Any) -> int:

@@ -65,7 +65,7 @@ def split(model: LanguageModel) -> tuple[nnx.GraphDef, dict[str, Any]]:
 def make_trainer(config: TrainConfig) -> Trainer:
     """Trace the model's structure and make the jitted functions of `config` for the mesh in scope."""
     build = functools.partial(build_model, config)
-    graph = nnx.graphdef(jax.eval_shape(build, jax.random.key(0)))
+    graph = nnx.graphdef(jax.eval_shape(lambda: build(jax.random.key(0))))
     init_params = jax.jit(lambda: split(build(jax.random.key(config.seed)))[1])
     shapes = jax.eval_shape(init_params)
     optimizer = make_optimizer(config.optimizer, config.steps, shapes)

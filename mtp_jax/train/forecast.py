@@ -1,0 +1,233 @@
+"""What the training step of a config needs on each device of a machine, which need not be here.
+
+The step is the one that training runs. It is compiled for abstract arrays, so nothing of the model is allocated: for
+the devices that are here, for any number of simulated ones, or for a TPU slice by the compiler of its own library.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import multiprocessing
+import os
+import re
+import time
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from mtp_jax.checkpoint import on_mesh, versions
+from mtp_jax.config import ConfigError, TrainConfig, at_least, require
+from mtp_jax.data import load_tokenizer
+from mtp_jax.mesh import make_mesh
+from mtp_jax.sharding import RULES
+from mtp_jax.train.advice import advice
+from mtp_jax.train.collectives import count_collectives
+from mtp_jax.train.costs import accelerator, costs, tree_bytes
+from mtp_jax.train.step import Batch, TrainState, make_trainer
+
+CPU_NOTE = (
+    "These are the temporaries and collectives of XLA for CPUs. It holds and sends bfloat16 as float32, sums gradients "
+    "whole where others scatter them, and takes small tiles of logits. Parameters, optimizer and batch are the same on "
+    "all machines; --topology asks a TPU's own compiler."
+)
+
+
+class ForecastError(RuntimeError):
+    """A step that could not be compiled for another machine. The message says why and what may help."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The machine to compile for: the devices that are here, or one of these.
+
+    `devices`: so many simulated CPU devices. `topology`: a TPU slice by the name that its library has for it, such as
+    `v5e:16x16` (16 x 16 chips) or `v5p:4x4x8`.
+    """
+
+    devices: int | None = None
+    topology: str = ""
+
+    def __post_init__(self) -> None:
+        if self.devices is not None:
+            at_least(self, 1, "devices")
+        named = re.fullmatch(r"\w+:\d+(x\d+){1,2}", self.topology)
+        require(
+            not self.topology or named is not None,
+            f"The topology is {self.topology!r}; give a kind and chips along each axis, such as v5e:16x16.",
+        )
+
+
+def forecast(config: TrainConfig, target: Target, memory: int | None = None) -> dict[str, Any]:
+    """Compile the step of `config` and say what it needs, as JSON values. All bytes and FLOPs are of one device.
+
+    `memory` is what a device has, in bytes; by default that of its kind, where it is known. `fits` compares it with
+    `peak`, whose temporaries are those of the compiler that `backend` names. Another machine than this
+    one is dealt with in a process of its own.
+
+    Raises:
+      ConfigError: the mesh, the batch or the tokenizer does not fit, or there is no such topology.
+      ForecastError: no compiler for that topology is here, or it refuses the step (for lack of memory, say).
+    """
+    if target == Target():
+        return _forecast(config, jax.devices(), memory)
+    if target.devices and not target.topology:  # the same is found there, but sooner here
+        config.check_mesh(config.mesh.shape(target.devices))
+    context = multiprocessing.get_context("spawn")  # JAX has one set of devices for each process
+    cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    with concurrent.futures.ProcessPoolExecutor(1, context, _pretend, (target, cache)) as pool:
+        try:
+            return pool.submit(_elsewhere, config, target, memory).result()
+        except BrokenProcessPool as error:
+            raise ForecastError(
+                "The process that compiled has died, for lack of memory perhaps. Try fewer devices."
+            ) from error
+
+
+def abstract_step(config: TrainConfig, mesh: Mesh) -> tuple[Any, TrainState, Batch]:
+    """The jitted step of `config`, and shapes with shardings of its arguments on the mesh in scope."""
+    data, window = config.data, config.head.window
+    sharding = jax.NamedSharding(mesh, RULES.rows_B)
+
+    def rows(dtype: Any, *shape: int) -> Any:
+        return jax.ShapeDtypeStruct((data.batch_size, *shape), dtype, sharding=sharding)
+
+    trainer = make_trainer(config)
+    batch = {
+        "tokens_BT": rows(jnp.int32, data.seq_len),
+        "targets_BTW": rows(jnp.int32, data.seq_len, window),
+        "valid_BTW": rows(jnp.bool, data.seq_len, window),
+        "segments_BT": rows(jnp.int32, data.seq_len),
+    }
+    return trainer.step, on_mesh(jax.eval_shape(trainer.init), mesh), batch
+
+
+def _pretend(target: Target, cache: str | None) -> None:
+    """Set JAX up in a process where it has not begun: CPU devices alone, as many as the target has."""
+    os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the library then asks no cloud which machine this is
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", target.devices if target.devices and not target.topology else 1)
+    jax.config.update("jax_compilation_cache_dir", cache)
+
+
+def _elsewhere(config: TrainConfig, target: Target, memory: int | None) -> dict[str, Any]:
+    devices = _slice(target.topology) if target.topology else jax.devices()
+    require(
+        target.devices in (None, len(devices)),
+        f"The topology {target.topology} has {len(devices)} devices and --devices is {target.devices}; leave it out.",
+    )
+    return _forecast(config, devices, memory)
+
+
+def _slice(name: str) -> list[Any]:
+    """The devices of a TPU slice, as its library describes them."""
+    from jax.experimental import topologies
+
+    try:
+        import libtpu  # type: ignore[import-not-found]  # noqa: F401
+    except ImportError as error:
+        raise ForecastError(
+            f"The compiler for {name} is not installed here: pip install 'mtp_jax[tpu]' (no TPU is needed), or give "
+            "--devices alone, for simulated devices."
+        ) from error
+    try:
+        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+    except Exception as error:  # whatever the library's version raises
+        raise ConfigError(f"libtpu has no topology {name}: {str(error).partition(chr(10))[0]}") from error
+
+
+def _forecast(config: TrainConfig, devices: list[Any], memory: int | None) -> dict[str, Any]:
+    notes = _check_tokenizer(config)
+    mesh = make_mesh(config.mesh, devices)
+    shape = (mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"])
+    config.check_mesh(shape)
+    kind = accelerator(devices[0].device_kind)
+    memory = memory or (kind and kind.memory)
+    with jax.set_mesh(mesh):
+        step, state, batch = abstract_step(config, mesh)
+        found = {"parameters": tree_bytes(state.params), "optimizer": tree_bytes(state.opt_state)}
+        begun = time.perf_counter()
+        try:
+            compiled = step.lower(state, batch).compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise _refused(error, config, shape, found, memory) from error
+        seconds = time.perf_counter() - begun
+    used = compiled.memory_analysis()
+    found |= {
+        "batch": tree_bytes(batch),
+        "temporaries": used.temp_size_in_bytes,
+        "kept": used.alias_size_in_bytes,
+        "peak": _peak(used, devices[0].platform),
+    }
+    cost, traffic = costs(config, state.params), count_collectives(compiled.as_text())
+    fits = None if memory is None else found["peak"] <= memory
+    return {
+        "backend": devices[0].platform,
+        "device": devices[0].device_kind,
+        "devices": len(devices),
+        "mesh": dict(mesh.shape),
+        "parameters": {"trunk": cost.trunk_params, "head": cost.head_params, "embedding": cost.embedding_params},
+        "bytes": found,
+        "memory": memory,
+        "fits": fits,
+        "advice": advice(config, shape, found, memory) if fits is False else [],
+        "flops": (cost.trunk_flops + cost.head_flops) * config.data.batch_size * config.data.seq_len / len(devices),
+        "head_to_trunk": cost.head_flops / cost.trunk_flops,
+        "step_ratio": cost.step_ratio,
+        "collectives": {
+            name: {"count": count, "sent_bytes": traffic.sent[name]} for name, count in traffic.counts.items()
+        },
+        "unknown_loops": traffic.unknown_loops,
+        "shardings": _shardings(state.params),
+        "compile_seconds": seconds,
+        "notes": notes + ([CPU_NOTE] if devices[0].platform == "cpu" else []),
+        "versions": versions(),
+    }
+
+
+def _peak(used: Any, platform: str) -> int:
+    """The most bytes that are there at once. A TPU's compiler plans all of them together and knows; others allocate
+    what is temporary in one block, beside the arguments and what of the outputs is not in their place."""
+    if platform == "tpu":
+        return used.peak_memory_in_bytes
+    new_outputs = used.output_size_in_bytes - used.alias_size_in_bytes
+    return used.argument_size_in_bytes + used.temp_size_in_bytes + new_outputs
+
+
+def _check_tokenizer(config: TrainConfig) -> list[str]:
+    """Check the vocabulary against the tokenizer's, unless that is not here."""
+    name = config.data.tokenizer
+    path = name.partition(":")[2]
+    if path and not Path(path).expanduser().exists():
+        return [f"The tokenizer {name} is not here: whether model.vocab_size holds its tokens was not checked."]
+    config.check_tokenizer(load_tokenizer(name, config.data.end_of_document).vocab_size)
+    return []
+
+
+def _refused(error: Exception, config: TrainConfig, shape: Any, found: dict[str, int], memory: int | None) -> Exception:
+    """A compiler's refusal in short, and what helps if it is for lack of memory."""
+    text = str(error)
+    if "RESOURCE_EXHAUSTED" not in text:
+        return ForecastError(f"The compiler refuses the step on mesh {shape}: {text.partition(chr(10))[0]}")
+    said = text.partition(chr(10))[0].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")
+    helps = "".join(f"\n  {line}" for line in advice(config, shape, found, memory))
+    return ForecastError(f"The step does not fit: {said}. What helps:{helps}")
+
+
+def _shardings(params: Any) -> list[dict[str, Any]]:
+    """Every parameter: name, shape, dtype, the mesh axes that split it, and the bytes that one device holds."""
+    return [
+        {
+            "name": ".".join(key.key for key in path),
+            "shape": list(leaf.shape),
+            "dtype": str(leaf.dtype),
+            "spec": [list(axis) if isinstance(axis, tuple) else axis for axis in leaf.sharding.spec],
+            "bytes": tree_bytes(leaf),
+        }
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    ]
