@@ -124,6 +124,10 @@ def overhead(steps: int, rounds: int = 5) -> dict[str, float]:
     return {"state_bytes": size, "step_seconds": step, "save_seconds": extra, "fraction": extra / (steps * step)}
 
 
+def _row(name: str, found: dict[str, float], megabytes: int) -> str:
+    return f"{name:14}{found['seconds']:9.2f}{megabytes / found['seconds']:8.0f}{found['processor_seconds']:8.1f}"
+
+
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -146,18 +150,12 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
             saved = in_process("save", folder, options.megabytes, source)
             result["save"].append({"devices": source, **saved})
-            rate = options.megabytes / saved["seconds"]
-            print(
-                f"{f'save {source}':14}{saved['seconds']:9.2f}{rate:8.0f}{saved['processor_seconds']:8.1f}{'':10} blocks {saved['blocked']:.2f} s"
-            )
+            print(_row(f"save {source}", saved, options.megabytes), f"blocks {saved['blocked']:.2f} s")
             for target in (8, 1):
                 row = in_process("restore", folder, options.megabytes, target)
                 result["restore"].append({"from": source, "to": target, **row})
-                rate, share = row["bytes"] / 1e6 / row["seconds"], row["memory"] / row["bytes"]
-                print(
-                    f"{f'restore {source} -> {target}':14}{row['seconds']:9.2f}{rate:8.0f}{row['processor_seconds']:8.1f}{share:22.2f}",
-                    flush=True,
-                )
+                share = f"{row['memory'] / row['bytes']:22.2f}"
+                print(_row(f"restore {source} -> {target}", row, options.megabytes) + share, flush=True)
     print(json.dumps(result))
 
 
