@@ -63,7 +63,7 @@ class Checkpoints:
         self._failed = ""
         self._checkpointer = self._thread = None
         if keep is not None:
-            self._checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
+            self._checkpointer = ocp.AsyncCheckpointer(_handler())
             self._thread = ThreadPoolExecutor(1, "seal")
             if jax.process_index() == 0:
                 self._root.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ class Checkpoints:
         }
         arrays = {"params": state.params, "opt_state": state.opt_state}
         arrays |= {} if state.ema is None else {"ema": state.ema}
-        items = {name: ocp.args.StandardSave(tree) for name, tree in arrays.items()}
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in arrays.items()}
         begun: Future[None] = Future()
         try:
             if jax.process_index() == 0:
@@ -230,8 +230,10 @@ class Checkpoints:
         for name, tree in trees.items():
             target = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
             self._check_arrays(step, name, target)
-            args[name] = ocp.args.StandardRestore(target)
-        with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as reader:
+            placed = ocp.checkpoint_utils.construct_restore_args(target)
+            args[name] = ocp.args.PyTreeRestore(target, restore_args=placed)
+        largest = max((math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(trees)), default=0)
+        with ocp.Checkpointer(_handler(largest)) as reader:
             found = reader.restore(self._dir(step), args=ocp.args.Composite(**args))
         return step, {name: found[name] for name in trees}
 
@@ -267,17 +269,17 @@ class Checkpoints:
         if step == "latest":
             step = max(steps)
         if step not in steps:
-            raise CheckpointError(f"{self.run_dir} has no step {step}; it has {steps}.")
+            raise CheckpointError(f"{self.run_dir} has no step {step}; it has {steps}.{self._unsealed()}")
         return step
 
     def _unsealed(self) -> str:
-        found = sorted(int(path.name) for path in self._paths())
+        found = sorted(int(path.name) for path in self._paths() if not manifest.is_sealed(path))
         if not found:
             return ""
         return (
-            f" (Steps {found} have no manifest. If an older version of this program saved them, and nothing happened "
-            f"to them since, `from mtp_jax.manifest import seal` and `seal(epath.Path({str(self._dir(found[-1]))!r}))` "
-            "make the last one complete.)"
+            f" Steps {found} have no {manifest.MANIFEST}: they were not finished, or were saved by a version without. "
+            f"`mtp_jax.manifest.seal(etils.epath.Path({str(self._dir(found[-1]))!r}))` makes the last one complete as "
+            "it is."
         )
 
     def _undamaged(self, step: int, verify: Callable[[], T]) -> T:
@@ -308,6 +310,7 @@ class Checkpoints:
         return True
 
     def _read_meta(self, step: int) -> dict[str, Any]:
+        manifest.check(self._dir(step), ["meta"])
         return json.loads(manifest.read(self._dir(step), META_FILE))
 
     def _dir(self, step: int) -> epath.Path:
@@ -328,6 +331,16 @@ def on_mesh(shapes: Any, mesh: Mesh) -> Any:
         return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, spec))
 
     return jax.tree.map(place, shapes)
+
+
+def _handler(largest: int = 0) -> ocp.CompositeCheckpointHandler:
+    """For arrays of at most `largest` bytes, of which some at a time are read: not the whole state once more."""
+    # Floats hardly get smaller, and compressing them takes six times the processor time that saving them does.
+    arrays: dict[str, Any] = {
+        name: ocp.PyTreeCheckpointHandler(use_compression=False, restore_concurrent_gb=1 + 2 * largest // 10**9)
+        for name in ("params", "opt_state", "ema")
+    }
+    return ocp.CompositeCheckpointHandler(**arrays, meta=ocp.JsonCheckpointHandler())
 
 
 def _loss(meta: dict[str, Any]) -> float:

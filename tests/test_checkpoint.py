@@ -1,5 +1,6 @@
 """Checkpoints: what was saved comes back, bit for bit and anywhere; and a directory says what it is."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -7,6 +8,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny
+from etils import epath
 
 import mtp_jax
 from mtp_jax import run_dir as run_dir_module
@@ -24,10 +27,11 @@ from mtp_jax.checkpoint import CheckpointError, Checkpoints
 from mtp_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, from_dict
 from mtp_jax.data import prepare
 from mtp_jax.data.tokenizers import ByteTokenizer
+from mtp_jax.manifest import seal
 from mtp_jax.run_dir import read_config, versions, write_config
 from mtp_jax.sharding import RULES
 from mtp_jax.train import loop
-from mtp_jax.train.evaluate import place
+from mtp_jax.train.evaluate import evaluate_run, place
 from mtp_jax.train.loggers import read_metrics
 from mtp_jax.train.step import TrainState, split
 
@@ -96,6 +100,7 @@ def train(tmp_path_factory):
             eval_batches=2,
             checkpoint_every=4,
             log_every=1,
+            ema_decay=0.75 if name == "muon" else 0,
         )
         return Trained(root / name, config, fit(config, root / name))
 
@@ -199,6 +204,27 @@ def test_an_earlier_step_can_be_loaded(trained):
     run = mtp_jax.load(trained.path, step=4)
     assert run.step == run.meta["step"] == 4
     assert_equal(jax.device_get(split(run.model)[1]), trained.states[4].params)
+
+
+def test_the_best_step_can_be_loaded(trained):
+    with Checkpoints(trained.path) as checkpoints:
+        losses = {step: checkpoints.meta(step)["metrics"]["loss"] for step in (4, 8)}
+    assert losses[4] != losses[8] and mtp_jax.load(trained.path, "best").step == min(losses, key=losses.get)
+
+
+def test_the_averaged_weights_can_be_loaded(train):
+    averaged = train("muon")
+    run = mtp_jax.load(averaged.path, weights="ema")
+    assert_equal(jax.device_get(split(run.model)[1]), averaged.states[8].ema)
+    apart = jax.tree.map(lambda a, b: float(np.abs(a - b).max()), averaged.states[8].ema, averaged.states[8].params)
+    assert min(jax.tree.leaves(apart)) > 1e-5
+    assert run.meta["metrics"]["ema_loss"] == pytest.approx(evaluate_run(run, 2)["loss"], abs=1e-4)
+    assert abs(run.meta["metrics"]["ema_loss"] - run.meta["metrics"]["loss"]) > 1e-3
+
+
+def test_averaged_weights_that_were_not_kept_are_refused(trained):
+    with pytest.raises(CheckpointError, match=re.escape(f"{trained.path} has no ema in step 8: the run kept no aver")):
+        mtp_jax.load(trained.path, weights="ema")
 
 
 def test_a_run_in_the_home_directory_loads(trained, monkeypatch):
@@ -405,11 +431,39 @@ def test_a_package_that_lies_in_somebody_elses_repository_has_no_commit(tmp_path
     assert "commit" not in versions(), "there is no git"
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "{", "null", '{"steps": 3}'])
+@pytest.mark.parametrize("text", ["{}", "[]", "{", "null", '{"steps": 3}', "[" * 100_000])
 def test_a_config_that_is_none_is_refused(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / 'config.json'}")):
         read_config(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [("steps", "__import__('os')"), ("steps", None), ("steps", {"a": 1}), ("model", []), ("head", {"rank": "4"})],
+)
+def test_a_config_with_odd_values_is_refused_by_name(trained, tmp_path, field, value):
+    values = {**json.loads((trained.path / "config.json").read_text()), field: value}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match=re.escape(f"{tmp_path / 'config.json'} has a value of a wrong type")):
+        read_config(tmp_path)
+
+
+def test_a_strangers_metadata_names_nothing_that_is_imported(trained, tmp_path, monkeypatch):
+    """Sealed anew, so that the hashes agree with it."""
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained.path, run_dir)
+    (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Handler: pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = run_dir / "checkpoints/8/_CHECKPOINT_METADATA"
+    path.write_text(json.dumps({"item_handlers": {name: "evil.Handler" for name in ("params", "opt_state", "meta")}}))
+    path = run_dir / "checkpoints/8/params/_METADATA"
+    path.write_text(path.read_text().replace("jax.Array", "evil.Handler"))
+    assert "evil" in path.read_text()
+    seal(epath.Path(run_dir / "checkpoints/8"))
+    with contextlib.suppress(Exception):
+        mtp_jax.load(run_dir)
+    assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
 
 
 def test_nothing_is_a_pickle(trained, monkeypatch):
@@ -425,6 +479,7 @@ def test_nothing_is_a_pickle(trained, monkeypatch):
 
     for name in ("load", "loads", "Unpickler"):
         monkeypatch.setattr(pickle, name, refuse)
+    monkeypatch.setattr(np, "load", refuse)
     here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=here), trained.states[8])
     with Checkpoints(trained.path) as checkpoints:
