@@ -11,10 +11,10 @@ import pytest
 import tiny
 
 from mtp_jax import look
-from mtp_jax.checkpoint import LoadedRun
 from mtp_jax.config import ConfigError
 from mtp_jax.data import ByteTokenizer
 from mtp_jax.decode.spans import Completion, Span, Spans, visible
+from mtp_jax.loading import LoadedRun
 
 TEXT = "def f(x):\n    return $x$ + 1"
 HEADS = {

@@ -28,7 +28,7 @@ from etils import epath
 
 import mtp_jax
 from mtp_jax.checkpoint import CheckpointError, Checkpoints
-from mtp_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mtp_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, ProfileConfig, TrainConfig
 from mtp_jax.data import ByteTokenizer, batches, held_out_batches
 from mtp_jax.data.sources import is_held_out
 from mtp_jax.mesh import make_mesh
@@ -499,6 +499,60 @@ def test_an_interrupted_step_is_not_saved_if_its_loss_is_not_finite(config, fake
     with pytest.raises(loop.NonFiniteLossError, match="Step 3"):
         loop.train(config, tmp_path / "run")
     assert on_disk(tmp_path / "run") == []
+
+
+# Skipping, and looking
+
+
+@pytest.mark.parametrize("limit, ends", [(1, True), (2, False)])
+def test_steps_that_are_not_finite_are_skipped_up_to_the_limit(config, fake, tmp_path, limit, ends):
+    config = change(config, "optimizer", skip_limit=limit)
+    bad = {"loss": math.nan, "grad_norm": math.nan}
+    metrics = {n: {"skipped": 0} for n in range(1, 9)} | {6: {**bad, "skipped": 1}, 7: {**bad, "skipped": 2}}
+    fake(metrics=metrics)
+    if ends:
+        with pytest.raises(loop.NonFiniteLossError, match=r"Step 7: loss nan.* 2 steps were skipped.* step 4"):
+            loop.train(config, tmp_path / "run")
+    else:
+        loop.train(config, tmp_path / "run")
+        found = {r["step"]: r["skipped"] for r in read_metrics(tmp_path / "run") if r["kind"] == "train"}
+        assert found == {**dict.fromkeys(range(1, 9), 0), 6: 1, 7: 2}
+
+
+def test_a_run_with_a_limit_counts_what_it_skips(config, tmp_path):
+    """A real one, whose every step is a spike once the norm is known."""
+    config = change(config, "optimizer", skip_limit=99, skip_above=1 + 1e-6)
+    config = dataclasses.replace(config, steps=30, checkpoint_every=30, eval_every=30)
+    loop.train(config, tmp_path / "run")
+    skipped = [r["skipped"] for r in read_metrics(tmp_path / "run") if r["kind"] == "train"]
+    assert set(skipped[:20]) == {0} and max(skipped[20:]) >= 1
+
+
+def test_steps_are_profiled(config, fake, tmp_path, monkeypatch, capsys):
+    trainer = fake()
+    for name in ("start_trace", "stop_trace"):
+        monkeypatch.setattr(jax.profiler, name, lambda *args, name=name: trainer.events.append((name, *args)))
+    config = dataclasses.replace(config, profile=ProfileConfig("2:4"))
+    loop.train(config, tmp_path / "run")
+    events = [event for event in trainer.events if event != "eval"]
+    assert events[:6] == [
+        *("step 1", "step 2"),
+        ("start_trace", str(tmp_path / "run" / "profile")),
+        *("step 3", "step 4"),
+        ("stop_trace",),
+    ]
+    assert f"profile of steps 2:4 in {tmp_path / 'run' / 'profile'}" in capsys.readouterr().out
+    # One that goes beyond the end is stopped there.
+    trainer.events.clear()
+    loop.train(dataclasses.replace(config, profile=ProfileConfig("7:99")), tmp_path / "other")
+    assert trainer.events[-3:] == ["eval", "eval", ("stop_trace",)]
+
+
+def test_a_profile_is_one_that_tensorboard_reads(config, tmp_path):
+    config = dataclasses.replace(config, steps=4, profile=ProfileConfig("2:3"))
+    loop.train(config, tmp_path / "run")
+    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    assert trace.stat().st_size > 1000
 
 
 # Ctrl-C

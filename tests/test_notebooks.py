@@ -11,8 +11,8 @@ import nbformat
 import pytest
 import tiny
 
-from mtp_jax.checkpoint import read_config
 from mtp_jax.config import DataConfig
+from mtp_jax.run_dir import read_config
 from mtp_jax.train.loop import train
 
 REPOSITORY = Path(__file__).parents[1]

@@ -288,3 +288,37 @@ def test_schedules_by_value(schedule, changes, expected):
 def test_short_runs_have_finite_positive_rates(schedule, warmup):
     values = rates(3, schedule=schedule, warmup_steps=warmup)
     assert np.all(np.isfinite(values)) and np.all(values[:3] > 0) and values.max() <= 2.0 + 1e-6
+
+
+# Steps that are skipped
+
+
+def skip(norms, above=0.0):
+    """The parameter after each of the gradients of such norms, and how many in a row were skipped."""
+    tx = optimizer_module.skipping(optax.sgd(1.0, momentum=0.9), above)
+    params = {"w": jnp.zeros(4)}
+    state, seen = tx.init(params), []
+    for norm in norms:
+        updates, state = tx.update({"w": jnp.full(4, norm / 2)}, state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append((np.asarray(params["w"]), int(state.skipped)))
+    return seen
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+    """The steps after it are those of a run that never saw it, momentum included."""
+    seen, clean = skip([1, 2, bad, bad, 3, 1]), skip([1, 2, 3, 1])
+    assert [count for _, count in seen] == [0, 0, 1, 2, 0, 0]
+    for i, j in ((2, 1), (3, 1), (4, 2), (5, 3)):
+        np.testing.assert_array_equal(seen[i][0], clean[j][0])
+
+
+def test_a_spike_is_skipped_once_the_usual_norm_is_known():
+    usual = [1.0] * optimizer_module.SETTLED
+    counts = [count for _, count in skip([50.0, *usual, 1.9, 2.5, 2.5, 1.0], above=2.0)]
+    # The first is no spike: nothing is known yet. The mean is 1 + 49 / 20 after it, and falls from there.
+    assert counts == [0] * len(counts)
+    counts = [count for _, count in skip([*usual, 1.9, 2.5, 2.5, 1.0], above=2.0)]
+    assert counts == [0] * len(usual) + [0, 1, 2, 0]
+    assert [count for _, count in skip([*usual, 1e6])][-1] == 0, "without a limit nothing finite is skipped"

@@ -222,7 +222,7 @@ class Run:
         limit = self.config.optimizer.skip_limit
         finite = math.isfinite(metrics["loss"]) and math.isfinite(metrics["grad_norm"])
         if metrics["skipped"] > limit if limit else not finite:
-            row = f", the {metrics['skipped']}th skipped in a row" if limit else ""
+            row = f"; {int(metrics['skipped'])} steps were skipped in a row" if limit else ""
             raise self._not_finite(f"Step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}{row}.")
         if step % self.config.log_every == 0 or step == 1 or step == self.config.steps:
             loggers.log("train", step, {**named(metrics), **self.clock.speed(step)})
