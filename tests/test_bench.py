@@ -466,7 +466,7 @@ def test_the_default_is_the_benchmark_that_is_published():
         },
     }
     asked = parse(Decode, ["run"], "bench decode")
-    assert asked == Decode("run", BenchConfig(), step=None, report=False)
+    assert asked == Decode("run", BenchConfig(), step="latest", report=False)
 
 
 # Data

@@ -112,49 +112,63 @@ def alone(root):
     return losses(root / "alone")
 
 
+@pytest.fixture(scope="module")
+def together(root):
+    """What two processes learn, undisturbed; and what they said."""
+    with Processes(experiment(root, "together"), root / "together") as two:
+        assert two.wait() == [0, 0], two.said()
+        return losses(root / "together"), [two.said(0), two.said(1)]
+
+
+def assert_close(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
+def test_two_processes_learn_what_one_learns(root, alone, together):
+    found, (first, second) = together
+    assert_close(found, alone)
+    assert "step 20/20" in first and ", 2 processes)" in first
+    noise = re.compile(r"connecting to|Gloo|^Prepared|^\d*$")
+    assert not [line for line in second.splitlines() if not noise.search(line)], "process 0 alone logs"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "count, devices, mesh",
     [
-        (2, 1, MeshConfig()),
-        pytest.param(2, 2, MeshConfig(1, 2, 2), marks=pytest.mark.slow),
-        pytest.param(2, 1, MeshConfig(1, 1, 2), marks=pytest.mark.slow),  # both read the whole batch
-        pytest.param(4, 1, MeshConfig(2, 2, 1), marks=pytest.mark.slow),
+        (2, 2, MeshConfig(1, 2, 2)),
+        (2, 1, MeshConfig(1, 1, 2)),  # both read the whole batch
+        (4, 1, MeshConfig(2, 2, 1)),
     ],
 )
-def test_several_processes_learn_what_one_learns(root, alone, count, devices, mesh):
+def test_any_processes_learn_what_one_learns_and_others_go_on(root, alone, count, devices, mesh):
+    """Saved by these, gone on with by one, and then by two."""
     name = f"{count}x{devices}-{mesh.data}-{mesh.fsdp}-{mesh.tensor}"
-    with Processes(experiment(root, name, mesh), root / name, count=count, devices=devices) as some:
-        assert some.wait() == [0] * count, some.said()
-        assert "step 20/20" in some.said(0) and f", {count} processes)" in some.said(0)
-        for i in range(1, count):
-            noise = re.compile(r"connecting to|Gloo|^Prepared|^\d*$")
-            own = [line for line in some.said(i).splitlines() if not noise.search(line)]
-            assert not own, "process 0 alone logs"
-    for found, expected in zip(losses(root / name), alone, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
-    # Saved by these, gone on with by one.
-    one_device = ["--mesh.data", "1", "--mesh.fsdp", "1", "--mesh.tensor", "1"]
-    with Processes(experiment(root, name), root / name, "--resume", "--steps", "22", *one_device, count=1) as one:
-        assert one.wait() == [0] and "resuming at step 20" in one.said(), one.said()
+    file = experiment(root, name, mesh)
+    with Processes(file, root / name, count=count, devices=devices) as some:
+        assert some.wait() == [0] * count and f", {count} processes)" in some.said(0), some.said()
+    assert_close(losses(root / name), alone)
+    for others, steps in ((1, 22), (2, 24)):
+        options = ["--resume", "--steps", str(steps), "--mesh.data", "-1", "--mesh.fsdp", "1", "--mesh.tensor", "1"]
+        with Processes(file, root / name, *options, count=others) as some:
+            assert some.wait() == [0] * others and f"resuming at step {steps - 2}" in some.said(0), some.said()
 
 
-def test_a_notice_to_one_stops_all_at_one_step_and_the_same_command_goes_on(root, alone):
-    run_dir = root / "preempted"
-    file = experiment(root, "preempted")
-    options = ["--auto-resume"]
-    with Processes(file, run_dir, *options) as two:
+def test_a_notice_to_one_stops_all_at_one_step_and_the_same_command_goes_on(root, together):
+    run_dir, file = root / "preempted", experiment(root, "preempted")
+    with Processes(file, run_dir, "--auto-resume") as two:
         two.wait_for_step(6)
         two.processes[1].send_signal(signal.SIGTERM)
         statuses = two.wait()
-        assert statuses in ([75, 75], [0, 0]), two.said()
+        assert statuses in ([75, 75], [0, 0]), two.said()  # the last steps may be over before they have agreed
         if statuses == [75, 75]:
             (step,) = {int(n) for i in range(2) for n in re.findall(r"Preempted\. Step (\d+) is saved", two.said(i))}
             assert step == max(sealed_steps(run_dir / "checkpoints"))
     if statuses == [75, 75]:
-        with Processes(file, run_dir, *options) as two:
+        with Processes(file, run_dir, "--auto-resume") as two:
             assert two.wait() == [0, 0] and f"resuming at step {step}" in two.said(0), two.said()
-    for found, expected in zip(losses(run_dir), alone, strict=True):
-        np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert losses(run_dir) == together[0], "the same bits"
 
 
 @pytest.mark.slow

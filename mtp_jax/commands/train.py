@@ -72,12 +72,12 @@ def main(args: list[str]) -> None:
     options = parse(
         Train, rest, f"train {file}", Train(run_dir=default.run_dir, distributed=default.distributed, config=config)
     )
+    from mtp_jax.train.loop import say, train
+
     if there["resume"]:
         head = experiment.head.adopt_shortlist(options.config.head)
         for name, here, theirs in differences(dataclasses.replace(experiment, head=head), options.config):
-            print(f"--resume: {name} is {shown(theirs)} in this run ({shown(here)} in {file})")
-
-    from mtp_jax.train.loop import train
+            say(f"--resume: {name} is {shown(theirs)} in this run ({shown(here)} in {file})")
 
     use_compilation_cache()
     train(options.config, options.run_dir, **there, resume_step=options.from_step, distributed=options.distributed)
