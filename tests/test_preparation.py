@@ -282,8 +282,9 @@ def test_a_large_source_is_prepared_in_little_memory(tmp_path, tokenizer, size):
     command = [sys.executable, "-m", "mtp_jax", "data", "prepare", "--source", str(stories), "--separator"]
     command += ["<|endoftext|>", "--out", str(tmp_path / "store"), "--processes", "1"]
     if tokenizer == "bpe":
-        sample = (text for text in stories.open().read(10**6).split("<|endoftext|>"))
-        (tmp_path / "bpe.json").write_bytes(train_bpe(sample, 1024))
+        with stories.open() as file:
+            sample = file.read(10**6).split("<|endoftext|>")
+        (tmp_path / "bpe.json").write_bytes(train_bpe(iter(sample), 1024))
         command += ["--tokenizer", f"hf:{tmp_path}/bpe.json"]
     process = subprocess.Popen(command)
     _, status, usage = os.wait4(process.pid, 0)
