@@ -27,6 +27,7 @@ import tiny
 from etils import epath
 
 import mtp_jax
+from mtp_jax import manifest
 from mtp_jax.checkpoint import CheckpointError, Checkpoints
 from mtp_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, ProfileConfig, TrainConfig
 from mtp_jax.data import ByteTokenizer, batches, held_out_batches
@@ -865,6 +866,62 @@ def test_a_finished_run_can_be_made_longer(config, fake, tmp_path):
     loop.train(longer, tmp_path / "run", resume=True)
     assert trainer.events[:2] == ["step 9", "step 10"]
     assert on_disk(tmp_path / "run") == [4, 8, 10] and read_config(tmp_path / "run") == longer
+
+
+def test_a_run_goes_on_from_an_earlier_step(config, fake, tmp_path, capsys):
+    fake()
+    config = dataclasses.replace(config, checkpoint_every=2, keep_checkpoints=9)
+    loop.train(config, tmp_path / "run")
+    assert on_disk(tmp_path / "run") == [2, 4, 6, 8]
+    capsys.readouterr()
+    here, seen = tmp_path / "run", []
+
+    def look():
+        seen.append(sorted(int(path.name) for path in (here / "checkpoints").iterdir() if path.name.isdigit()))
+
+    trainer = fake(during={6: look, 7: look})
+    loop.train(config, here, resume=True, resume_step=4)
+    assert "Steps [6, 8] come after step 4: they are deleted when the next one is saved." in capsys.readouterr().out
+    assert [event for event in trainer.events if event != "eval"] == [f"step {n}" for n in range(5, 9)]
+    # Until step 6 is there again nothing has gone.
+    assert seen[0] == [2, 4, 6, 8] and 8 not in seen[1] and on_disk(here) == [2, 4, 6, 8]
+    assert logged(here, "train") == list(range(1, 9))
+
+
+def test_an_earlier_step_is_for_a_run_that_goes_on(config, fake, tmp_path):
+    trainer = fake()
+    with pytest.raises(ConfigError, match="--from-step is 4 and --resume is not given; give both"):
+        loop.train(config, tmp_path / "run", resume_step=4)
+    loop.train(config, tmp_path / "run")
+    done = len(trainer.events)
+    with pytest.raises(CheckpointError, match=r"has no step 5; it has \[4, 8\]"):
+        loop.train(config, tmp_path / "run", resume=True, resume_step=5)
+    assert len(trainer.events) == done and on_disk(tmp_path / "run") == [4, 8]
+
+
+@pytest.mark.parametrize("before, after", [(0.0, 0.9), (0.9, 0.0)])
+def test_an_average_begins_with_the_run(config, fake, tmp_path, before, after):
+    fake()
+    write_config(tmp_path / "run", dataclasses.replace(config, ema_decay=before))
+    with pytest.raises(ConfigError, match=f"--resume: ema_decay is {after} and the run in .* has {before}; it keeps"):
+        loop.train(dataclasses.replace(config, ema_decay=after), tmp_path / "run", resume=True)
+
+
+def test_a_run_whose_last_save_fails_fails(config, fake, tmp_path, monkeypatch, capsys):
+    """A disk that is full at the last step; the saves before it are kept, and training went to its end."""
+
+    def full(directory):
+        if directory.name != "2":
+            raise OSError(28, "No space left on device")
+        seal(directory)
+
+    trainer, seal = fake(), manifest.seal
+    monkeypatch.setattr(manifest, "seal", full)
+    with pytest.raises(CheckpointError, match=r"Step 8 was not saved in .*No space left on device\. Make room"):
+        loop.train(dataclasses.replace(config, checkpoint_every=2), tmp_path / "run")
+    assert "step 8" in trainer.events and on_disk(tmp_path / "run") == [2]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: Step ")]
+    assert [line.split()[2] for line in warnings] == ["4", "6", "8"]
 
 
 def test_a_run_that_was_never_saved_cannot_be_resumed(config, fake, tmp_path):

@@ -3,6 +3,7 @@
 import os
 import re
 import resource
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -197,6 +198,9 @@ def test_later_steps_go_when_the_run_that_went_on_from_an_earlier_one_is_saved(t
 
 # Kills and a full disk
 
+# When one array fails, Orbax closes the loop that waits for the others, and TensorStore, being done with them, says so.
+write_fails = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.mark.parametrize("where", ["seal", "unseal", "replace_file"])
 @pytest.mark.parametrize("keep", [1, 2])
@@ -233,6 +237,7 @@ def small_files():
     allow()
 
 
+@write_fails
 def test_a_full_disk_is_said_and_the_next_save_tries_again(tmp_path, small_files, capsys):
     limit, allow = small_files
     with Checkpoints(tmp_path, keep=1) as checkpoints:
@@ -250,6 +255,7 @@ def test_a_full_disk_is_said_and_the_next_save_tries_again(tmp_path, small_files
         assert_is(checkpoints.restore(make_state(0, LARGE)), 4, LARGE)
 
 
+@write_fails
 def test_a_last_save_that_fails_is_an_error(tmp_path, small_files):
     limit, allow = small_files
     words = r"Step 2 was not saved in .*File too large.* go on with --resume"
@@ -335,6 +341,80 @@ def test_a_state_is_restored_on_any_mesh_whole_or_its_parameters(tmp_path, there
             assert {leaf.sharding.mesh for leaf in jax.tree.leaves(tree)} == {mesh}
             assert {len(leaf.addressable_shards[0].data) for leaf in jax.tree.leaves(tree)} == {16 // np.prod(here)}
         np.testing.assert_array_equal(params["w"], made.params["w"])
+
+
+# One of several processes that share eight devices, or one device each where there are more than two.
+PROCESS = """
+import sys
+import jax
+count, index, port, run_dir, what = int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]
+jax.config.update("jax_num_cpu_devices", 8 if count == 1 else 4 if count == 2 else 1)
+if count > 1:
+    jax.distributed.initialize(f"127.0.0.1:{{port}}", num_processes=count, process_id=index)
+sys.path.insert(0, {tests!r})
+import numpy as np
+import test_saving as t
+from mtp_jax.config import MeshConfig
+from mtp_jax.mesh import make_mesh
+
+mesh = make_mesh(MeshConfig(1, -1, 1))
+
+def place(state):
+    def whole(a, spec):
+        a = np.asarray(a)
+        return jax.make_array_from_callback(a.shape, jax.NamedSharding(mesh, spec), lambda part: a[part])
+
+    arrays = jax.tree.map(lambda a: whole(a, jax.P("fsdp")), (state.params, state.opt_state, state.ema))
+    return t.TrainState(whole(state.step, jax.P()), *arrays)
+
+with jax.set_mesh(mesh), t.Checkpoints(run_dir, keep=1 if what == "save" else None) as checkpoints:
+    if what == "save":
+        for step in (1, 2, 3):
+            checkpoints.save(place(t.make_state(step)), t.CONFIG, {{"loss": 1 / step}}, "")
+        assert checkpoints.wait() == 3
+    assert checkpoints.steps() == [3] and checkpoints.best_step() == 3
+    try:
+        found = checkpoints.restore(place(t.make_state(0)))
+    except t.CheckpointError as error:
+        sys.exit(f"{{error}}")
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(place(t.make_state(3))), strict=True):
+        for here, there in zip(a.addressable_shards, b.addressable_shards, strict=True):
+            np.testing.assert_array_equal(here.data, there.data)
+"""
+
+
+def processes(count, run_dir, what):
+    """What each of `count` processes returned and wrote to stderr."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    script = PROCESS.format(tests=str(Path(__file__).parent))
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-c", script, str(count), str(index), str(port), str(run_dir), what],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+    return [(child.communicate(timeout=300)[1], child.returncode) for child in children]
+
+
+@pytest.mark.slow
+def test_a_state_is_restored_by_any_number_of_processes(tmp_path):
+    for there, others in ((2, (1, 2, 4)), (4, (1,)), (1, (2,))):
+        for count, what in ((there, "save"), *((count, "load") for count in others)):
+            for error, status in processes(count, tmp_path / str(there), what):
+                assert status == 0, error
+
+
+@pytest.mark.slow
+def test_damage_that_one_process_finds_stops_all(tmp_path):
+    assert [status for _, status in processes(2, tmp_path, "save")] == [0, 0]
+    flip(max((tmp_path / "checkpoints/3/params").rglob("ocdbt.process_1/d/*"), key=lambda path: path.stat().st_size))
+    for error, status in processes(2, tmp_path, "load"):
+        assert status == 1 and f"Step 3 of {tmp_path} is damaged: " in error and "No other step" in error
 
 
 def test_what_one_process_finds_is_said_by_all(tmp_path, monkeypatch):

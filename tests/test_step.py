@@ -67,6 +67,25 @@ def fresh(initial):
     return jax.tree.map(lambda a: jax.device_put(np.array(a), a.sharding), initial)
 
 
+def test_the_average_is_the_mean_of_all_steps_and_then_exponential(initial):
+    """The initial parameters have no weight, and the parameters do not depend on the average."""
+    decay, trainer = 0.75, make_trainer(make_config(ema_decay=0.75))
+    state, plain = trainer.init(), make_trainer(make_config())
+    other, seen = plain.init(), []
+    for _ in range(7):
+        state, _ = trainer.step(state, tiny.make_batch(make_config()))
+        other, _ = plain.step(other, tiny.make_batch(make_config()))
+        seen.append(np.asarray(state.params["norm"]["scale"], np.float64))
+        np.testing.assert_array_equal(other.params["norm"]["scale"], state.params["norm"]["scale"])
+        expected = np.mean(seen[:4], axis=0)
+        for later in seen[4:]:
+            expected = decay * expected + (1 - decay) * later
+        np.testing.assert_allclose(state.ema["norm"]["scale"], expected, rtol=1e-6)
+    assert other.ema is None and np.ptp(seen, axis=0).min() > 1e-4
+    for ema, params in zip(jax.tree.leaves(state.ema), jax.tree.leaves(state.params), strict=True):
+        assert (ema.dtype, ema.shape, ema.sharding) == (jnp.float32, params.shape, params.sharding)
+
+
 def uneven_batch(seed=0):
     """A batch whose rows, and so whose parts, have very different numbers of valid targets at every offset."""
     batch = tiny.make_batch(make_config(), seed)
