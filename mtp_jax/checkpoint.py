@@ -95,7 +95,8 @@ class Checkpoints:
                 f"Step {step} was not saved in {self.run_dir}: it holds steps {steps}. "
                 "Resume from the latest, or start with --overwrite."
             )
-        self._resumed_from = None
+        if not given_up:
+            self._resumed_from = None
         if step in steps and step not in given_up:
             return step
         # Once: reading a large vocabulary takes a second.
@@ -113,16 +114,30 @@ class Checkpoints:
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in arrays.items()}
         begun: Future[None] = Future()
         try:
-            if jax.process_index() == 0:
-                for old in given_up:
-                    manifest.unseal(self._dir(old))
+            if given_up:
+                self._give_up(given_up)
             checkpointer.save(self._dir(step), args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
         except OSError as error:
+            if jax.process_count() > 1:  # the others wait for this one
+                raise
             begun.set_exception(error)
         else:
             begun = thread.submit(self._seal, step, _loss(meta))
         self._saving = step, begun
         return step
+
+    def _give_up(self, steps: list[int]) -> None:
+        """Delete later steps than the one that the run went on from, the newest first; all processes fail or none."""
+        problem = ""
+        if jax.process_index() == 0:
+            try:
+                for step in reversed(steps):
+                    manifest.unseal(self._dir(step))
+            except OSError as error:
+                problem = _reason(error)
+        if problem := next(filter(None, _from_all(problem)), ""):
+            raise CheckpointError(f"Steps {steps} of {self.run_dir} were given up and cannot be deleted: {problem}.")
+        self._resumed_from = None
 
     def wait(self) -> int | None:
         """Wait until the last save is complete or has failed. Returns the newest complete step, or None."""
@@ -320,7 +335,7 @@ class Checkpoints:
         return [path for path in self._root.iterdir() if path.name.isdigit()] if self._root.exists() else []
 
     def _list(self) -> list[int]:
-        return sorted(int(path.name) for path in self._paths() if manifest.is_sealed(path))
+        return manifest.sealed_steps(self._root)
 
 
 def on_mesh(shapes: Any, mesh: Mesh) -> Any:

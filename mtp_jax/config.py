@@ -277,7 +277,7 @@ class SourceConfig:
         kind = _kind(self.source)
         if kind:
             require(
-                not self.files,
+                self.files in ("", self.source),
                 f"DataConfig.source is {self.source!r}, which says what is read, and files is {self.files!r}; "
                 "leave one of them out.",
             )
@@ -326,10 +326,10 @@ def _kind(source: str) -> str | None:
     """What kind of source a file, a glob, a directory or a mixture is; None if `source` is a name."""
     if re.match(r"[\d.]+:", source):
         return "mixture"
-    if not re.search(r"[./*?\[]", source):
-        return None
     if os.path.exists(os.path.join(os.path.expanduser(source), "manifest.json")):
         return "store"
+    if not re.search(r"[./*?\[]", source):
+        return None
     return next((kind for ending, kind in _ENDINGS.items() if source.endswith(ending)), "text")
 
 

@@ -113,7 +113,7 @@ _numbers = itertools.count()
 
 
 def on_first(decide: Callable[[], T]) -> T:
-    """What `decide` returns on process 0 (JSON values), on every process; a `ConfigError` is raised on all of them."""
+    """What `decide` returns on process 0 (JSON values), on every process; if it raises, so do all."""
     import jax
 
     if jax.process_count() == 1:
@@ -124,6 +124,9 @@ def on_first(decide: Callable[[], T]) -> T:
             said: dict[str, Any] = {"value": decide()}
         except ConfigError as error:
             said = {"error": str(error)}
+        except Exception as error:
+            _client().key_value_set(key, json.dumps({"error": f"Process 0 failed: {error!r}"}))
+            raise
         _client().key_value_set(key, json.dumps(said))
     else:
         said = json.loads(_client().blocking_key_value_get(key, 3_600_000))
@@ -148,7 +151,8 @@ class Watchdog:
         self._since = time.monotonic()
         self._stopping = threading.Event()
         self._heard = self._since  # when process 0, which keeps what all say, last answered
-        self._peers: dict[int, tuple[str, float]] = {}  # what each last said, and when that was new
+        # What each last said, and when that was new.
+        self._peers: dict[int, tuple[str, float]] = dict.fromkeys(range(self._count), ("", self._since))
         self._patient = True
 
     def at(self, what: str, step: int, *, patient: bool = False) -> None:
@@ -162,6 +166,7 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self._count > 1:
+            self._beat()
             interval = self._options.lost_seconds / BEATS_KEPT
             for work in (self._beat, self._judge):
                 threading.Thread(target=self._repeat, args=(work, interval), daemon=True, name=work.__name__).start()
@@ -199,7 +204,7 @@ class Watchdog:
             names = ", ".join(f"{self._name(peer)} for {silent:.0f} s" for peer, silent in sorted(lost.items()))
             self._end(f"nothing was heard of {names}")
         elif not self._patient and now - self._since > self._options.stalled_seconds:
-            places = {peer: json.loads(text) for peer, (text, _) in self._peers.items()}
+            places = {peer: json.loads(text) for peer, (text, _) in self._peers.items() if text}
             first = min((place["at"][1] for place in places.values()), default=0)
             behind = [peer for peer, place in places.items() if place["at"][1] == first]
             each = "; ".join(
@@ -210,8 +215,8 @@ class Watchdog:
             self._end(f"no step was made for {now - self._since:.0f} s ({each}{blame})")
 
     def _name(self, peer: int) -> str:
-        host = json.loads(self._peers[peer][0])["host"] if peer in self._peers else "?"
-        return f"process {peer} of {self._count} (host {host})"
+        said = self._peers[peer][0]
+        return f"process {peer} of {self._count} (host {json.loads(said)['host'] if said else 'not known'})"
 
 
 def _end(reason: str) -> None:

@@ -1,6 +1,7 @@
 """The loggers: strict JSON that survives kills and resumes, event files that can be read, and a quiet plain log."""
 
 import datetime
+import errno
 import io
 import json
 import math
@@ -44,6 +45,41 @@ def test_every_line_is_strict_json_and_keeps_all_digits(tmp_path):
     assert evaluation["kind"] == "eval"
     np.testing.assert_array_equal([train[name] for name in values], list(values.values()))
     logger.close()
+
+
+class FullDisk:
+    """A file that takes ten more bytes while the disk is full."""
+
+    def __init__(self, file):
+        self.file, self.full = file, True
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data):
+        if not self.full:
+            return self.file.write(data)
+        if len(data) <= 10:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return self.file.write(data[:10])
+
+
+def test_a_full_disk_loses_no_line_and_ends_no_run(tmp_path, capsys):
+    run = loggers.Loggers(tmp_path, 10)
+    events, lines, _ = run._loggers
+    run.log("train", 1, {"loss": 1.0})
+    lines._file = FullDisk(lines._file)
+    # What tensorboardX does on an error: its thread is gone, and its queue would fill up.
+    events._writer._get_file_writer().event_writer._worker.stop()
+    for step in range(2, 40):
+        run.log("train", step, {"loss": 1 / step})
+    said = capsys.readouterr().err
+    assert said.count("JsonlLogger cannot write ([Errno 28]") == 1, "it is said once"
+    assert said.count("TensorBoardLogger cannot write (the thread that writes events has died)") == 1
+    lines._file.full = False
+    run.log("train", 40, {"loss": 0.1})
+    run.close()
+    assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 41))
 
 
 def test_resume_drops_what_a_killed_run_left_behind(tmp_path):

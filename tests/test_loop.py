@@ -3,7 +3,6 @@
 Most tests give the loop a trainer that takes no time, so that they see the loop and nothing else.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -29,7 +28,15 @@ from etils import epath
 import mtp_jax
 from mtp_jax import manifest
 from mtp_jax.checkpoint import CheckpointError, Checkpoints
-from mtp_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, ProfileConfig, TrainConfig
+from mtp_jax.config import (
+    ConfigError,
+    DataConfig,
+    MeshConfig,
+    OptimizerConfig,
+    PreemptedError,
+    ProfileConfig,
+    TrainConfig,
+)
 from mtp_jax.data import ByteTokenizer, batches, held_out_batches
 from mtp_jax.data.sources import is_held_out
 from mtp_jax.mesh import make_mesh
@@ -543,9 +550,10 @@ def test_steps_are_profiled(config, fake, tmp_path, monkeypatch, capsys):
         ("stop_trace",),
     ]
     assert f"profile of steps 2:4 in {tmp_path / 'run' / 'profile'}" in capsys.readouterr().out
-    # One that goes beyond the end is stopped there.
+    # One that goes beyond the end is stopped there, and a run that goes on in the middle begins there.
     trainer.events.clear()
-    loop.train(dataclasses.replace(config, profile=ProfileConfig("7:99")), tmp_path / "other")
+    loop.train(dataclasses.replace(config, steps=10, profile=ProfileConfig("7:99")), tmp_path / "run", resume=True)
+    assert trainer.events[0][0] == "start_trace"
     assert trainer.events[-3:] == ["eval", "eval", ("stop_trace",)]
 
 
@@ -584,11 +592,32 @@ def test_an_interrupted_run_is_saved_and_goes_on(config, fake, tmp_path, capsys)
 @pytest.mark.parametrize("step, saved", [(4, [4]), (8, [4, 8])])
 def test_a_step_that_is_saved_anyway_may_be_interrupted(config, fake, tmp_path, capsys, step, saved):
     trainer = fake(during={step: interrupt})
-    with pytest.raises(KeyboardInterrupt) if step < config.steps else contextlib.nullcontext():
+    with pytest.raises(KeyboardInterrupt):
         loop.train(config, tmp_path / "run")
     assert on_disk(tmp_path / "run") == saved and trainer.events[-2:] == [f"step {step}", "eval"]
-    assert ("Interrupted. Step" in capsys.readouterr().out) == (step < config.steps)
+    assert f"Interrupted. Step {step} is saved" in capsys.readouterr().out
     # The evaluation that was due is made up for.
+    trainer = fake()
+    loop.train(config, tmp_path / "run", resume=True)
+    assert trainer.events[:2] == ["eval", "eval"] and logged(tmp_path / "run", "eval") == [4, 8]
+
+
+@pytest.mark.parametrize("step", [4, 8])
+def test_a_notice_in_an_evaluation_is_heard_at_the_next_batch(config, fake, tmp_path, monkeypatch, step):
+    """In the last one too: the run is not done before it is made up for."""
+    trainer = fake()
+    evaluate = trainer.evaluate
+
+    def preempted(params, *args):
+        if int(params["head"][0]) == step:
+            signal.raise_signal(signal.SIGTERM)
+        return evaluate(params, *args)
+
+    monkeypatch.setattr(trainer, "evaluate", preempted)
+    with pytest.raises(PreemptedError, match=rf"Step {step} is saved in {tmp_path / 'run'}; go on with --resume"):
+        loop.train(config, tmp_path / "run")
+    assert trainer.events[-2:] == [f"step {step}", "eval"] and max(on_disk(tmp_path / "run")) == step
+    assert step not in logged(tmp_path / "run", "eval")
     trainer = fake()
     loop.train(config, tmp_path / "run", resume=True)
     assert trainer.events[:2] == ["eval", "eval"] and logged(tmp_path / "run", "eval") == [4, 8]

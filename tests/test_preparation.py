@@ -1,5 +1,6 @@
 """Making a token store: never short, whoever makes it and however often it was interrupted."""
 
+import dataclasses
 import errno
 import json
 import os
@@ -162,6 +163,32 @@ def test_a_damaged_part_is_noticed_and_made_again(corpus, expected, tmp_path, mo
     assert contents(data.prepare(corpus)) == expected
 
 
+@pytest.mark.parametrize("ending", ["jsonl", "parquet", "txt"])
+def test_bytes_that_are_not_utf8_are_kept_by_bytes_and_counted_by_others(tmp_path, ending):
+    texts = [b"good", b"b\xffd", b"\xc3\xa9\xc3", b"other"]
+    if ending == "jsonl":
+        (tmp_path / "d.jsonl").write_bytes(b"".join(b'{"text": "' + text + b'"}\n' for text in texts))
+    elif ending == "parquet":
+        pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        column = pa.Array.from_buffers(pa.string(), 4, pa.array(texts, pa.binary()).buffers())
+        pq.write_table(pa.table({"text": column}), tmp_path / "d.parquet")
+    else:
+        (tmp_path / "d.txt").write_bytes(b"|".join(texts))
+    separator = "|" if ending == "txt" else ""
+    config = DataConfig(f"{tmp_path}/d.{ending}", separator=separator, valid_fraction=0.5, cache_dir=f"{tmp_path}/c")
+    (tmp_path / "bpe.json").write_bytes(train_bpe(iter(["good other"]), 257))
+    for tokenizer, expected, replaced in (
+        ("bytes", texts, 0),
+        (f"hf:{tmp_path}/bpe.json", [text.decode("utf-8", "replace").encode() for text in texts], 2),
+    ):
+        store = data.prepare(dataclasses.replace(config, tokenizer=tokenizer))
+        decode = store.tokenizer().decode_bytes
+        assert sorted(decode(part[i]) for part in (store.train, store.valid) for i in range(len(part))) == sorted(
+            expected
+        )
+        assert store.manifest["replaced_characters"] == replaced
+
+
 def test_empty_documents_and_bad_characters_are_counted(tmp_path):
     lines = [json.dumps({"text": text}) for text in ("", "a", "b", "", "c", "d", "e", "f", "g", "h")]
     (tmp_path / "d.jsonl").write_text("\n".join(lines))
@@ -173,6 +200,32 @@ def test_empty_documents_and_bad_characters_are_counted(tmp_path):
 
 
 # A store of the user's own
+
+
+def test_what_data_prepare_prints_trains_twice(corpus, tmp_path, monkeypatch):
+    """By the directory's plain name, and again with the run's own config, which has it split up."""
+    monkeypatch.chdir(tmp_path)
+    store = data.prepare(corpus, out="mine")
+    config = DataConfig("mine", valid_fraction=0.2)
+    assert (config.source, config.files) == ("store", "mine") and data.prepare(config).sha256 == store.sha256
+    assert dataclasses.replace(config, source="mine") == config
+    glob = DataConfig("*.txt")
+    assert dataclasses.replace(glob, source="*.txt") == glob
+
+
+@pytest.mark.parametrize("manifest", ["{}", "[]", '{"splits": {"train": 1}}', '{"format": 1, "splits": {}}'])
+def test_another_programs_manifest_is_no_store(corpus, tmp_path, manifest):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "manifest.json").write_text(manifest)
+    with pytest.raises(ConfigError, match="other is damaged, or is none"):
+        data.prepare(DataConfig(f"{tmp_path}/other"))
+
+
+def test_a_store_of_another_format_is_refused(corpus, tmp_path):
+    file = data.prepare(corpus, out=tmp_path / "old").path / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 1}))
+    with pytest.raises(ConfigError, match=r"made with format 1, and asked for is \d\. Prepare it again"):
+        data.prepare(DataConfig(f"{tmp_path}/old", valid_fraction=0.2))
 
 
 def test_a_store_is_trained_on_by_its_directory(corpus, expected, tmp_path):
@@ -187,7 +240,7 @@ def test_a_store_is_trained_on_by_its_directory(corpus, expected, tmp_path):
             dict(valid_fraction=0.3),
             r"made with valid_fraction 0\.2, and asked for is 0\.3\. Change DataConfig\.valid",
         ),
-        (dict(files="nowhere"), r"The token store .*nowhere is damaged: .*manifest\.json"),
+        (dict(files="nowhere"), r"The token store .*nowhere is damaged, or is none .*manifest\.json"),
     ],
 )
 def test_a_store_that_does_not_fit_its_config_is_refused(corpus, expected, tmp_path, changes, words):

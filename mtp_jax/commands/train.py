@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
+import signal
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +16,7 @@ import tyro
 
 from mtp_jax.commands import parse, use_compilation_cache
 from mtp_jax.commands.experiment import load_experiment, split_file
-from mtp_jax.config import TrainConfig, differences, require, shown
+from mtp_jax.config import PREEMPTED, TrainConfig, differences, require, shown
 from mtp_jax.distributed import Distributed, connect, on_first
 
 
@@ -44,6 +49,24 @@ class Train(Where):
 
 def main(args: list[str]) -> None:
     """See the module."""
+    with preempted_early():
+        _main(args)
+
+
+@contextlib.contextmanager
+def preempted_early() -> Iterator[None]:
+    """A context in which SIGTERM ends the process with the status of a preemption: before training hears it itself."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _main(args: list[str]) -> None:
     if args in (["-h"], ["--help"]):
         print("usage: mtp-jax train EXPERIMENT.py [options]\n\nmtp-jax train EXPERIMENT.py --help lists the options.")
         return
@@ -55,8 +78,9 @@ def main(args: list[str]) -> None:
         Where, prog=f"mtp-jax train {file}", args=rest, default=default, return_unknown_args=True, add_help=False
     )
     require(
-        not where.auto_resume or not (where.resume or where.overwrite),
-        "--auto-resume is given together with --resume or --overwrite; choose one.",
+        not where.auto_resume or not (where.resume or where.overwrite or where.from_step is not None),
+        "--auto-resume is given together with --resume, --from-step or --overwrite. To go back to an earlier step, "
+        "give --resume --from-step N once.",
     )
     helping = {"-h", "--help"} & set(rest)
     if not helping:
@@ -74,10 +98,11 @@ def main(args: list[str]) -> None:
     )
     from mtp_jax.train.loop import say, train
 
-    if there["resume"]:
+    if config is not experiment:
         head = experiment.head.adopt_shortlist(options.config.head)
+        flag = "--resume" if where.resume else "--auto-resume"
         for name, here, theirs in differences(dataclasses.replace(experiment, head=head), options.config):
-            say(f"--resume: {name} is {shown(theirs)} in this run ({shown(here)} in {file})")
+            say(f"{flag}: {name} is {shown(theirs)} in this run ({shown(here)} in {file})")
 
     use_compilation_cache()
     train(options.config, options.run_dir, **there, resume_step=options.from_step, distributed=options.distributed)

@@ -149,7 +149,7 @@ def held_out_batches(
     limit: int | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> list[Batch]:
-    """The batches of an evaluation: the documents in the store's order, each token once, at most `limit` batches.
+    """The batches of an evaluation: the documents in the store's order, each token once; the first `limit` batches.
 
     Of a mixture the batches of each store in turn: all of them, or of `limit` a number in proportion to its weight, and
     at least one. Arrays, `shard` and errors are those of `batches`. There is always a batch, and all have the same

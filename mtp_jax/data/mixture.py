@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -89,11 +88,6 @@ class Mixture:
         """The hash of what is mixed, and how: where it is the same, the batches are."""
         text = "".join(f"{store.sha256}{count}" for store, count in zip(self.stores, shares(self.weights), strict=True))
         return hashlib.sha256(text.encode()).hexdigest()
-
-    @property
-    def manifests(self) -> tuple[dict[str, Any], ...]:
-        """What each store is and was made from."""
-        return tuple(store.manifest for store in self.stores)
 
     @classmethod
     def open(cls, files: str) -> Mixture:

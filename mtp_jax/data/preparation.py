@@ -73,21 +73,20 @@ def prepare(
         next call goes on from there.
     """
     tokenizer = tokenizer or load_tokenizer(config.tokenizer, config.end_of_document)
+    made = {"format": FORMAT, "tokenizer": tokenizer.to_json(), "valid_fraction": config.valid_fraction}
     if config.source == "store":
         store = Store.open(Path(config.files).expanduser())
-        _check_same(store, {"tokenizer": tokenizer.to_json(), "valid_fraction": config.valid_fraction})
+        _check_same(store, made)
     elif config.source == "mixture":
         store = Mixture.open(config.files)
         for part in store.stores:
-            _check_same(part, {"tokenizer": tokenizer.to_json(), "valid_fraction": config.valid_fraction})
+            _check_same(part, made)
     else:
         source = load_source(config)
         identity = {
-            "format": FORMAT,
             "source": config.source,
             "fingerprint": source.fingerprint(),
-            "tokenizer": tokenizer.to_json(),
-            "valid_fraction": config.valid_fraction,
+            **made,
         }
         cache = cache_dir(config)
         path = Path(out).expanduser().absolute() if out else cache / "tokens" / _name(config, identity)
@@ -123,10 +122,11 @@ def _check_same(store: Store, identity: dict[str, Any]) -> None:
     for name, value in identity.items():
         made = store.manifest.get(name)
         field = "files, or the documents themselves" if name == "fingerprint" else name
+        change = "Prepare it again" if name == "format" else f"Change DataConfig.{field}"
         require(
             made == value,
             f"The token store {store.path} was made with {name} {json.dumps(made)}, and asked for is "
-            f"{json.dumps(value)}. Change DataConfig.{field}, or name another directory.",
+            f"{json.dumps(value)}. {change}, or name another directory.",
         )
 
 
@@ -245,9 +245,7 @@ class _Task:
                 yield self.tokenise(index, parts[index])
             return
         context = multiprocessing.get_context("spawn")  # a fork of a process with JAX in it may hang
-        with concurrent.futures.ProcessPoolExecutor(
-            min(processes, len(todo)), context, signal.signal, (signal.SIGINT, signal.SIG_IGN)
-        ) as pool:
+        with concurrent.futures.ProcessPoolExecutor(min(processes, len(todo)), context, _start_worker) as pool:
             futures = [pool.submit(self.tokenise, index, parts[index]) for index in todo]
             try:
                 for future in concurrent.futures.as_completed(futures):
@@ -314,6 +312,12 @@ class _Task:
 
     def _counts(self, index: int) -> dict[str, int]:
         return json.loads((self._part(index) / "counts.json").read_text())
+
+
+def _start_worker() -> None:
+    """A process that tokenises: it leaves Ctrl-C to its parent, and is one of as many as there are to be threads."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["RAYON_NUM_THREADS"] = "1"
 
 
 class _Writer:

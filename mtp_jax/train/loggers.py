@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
 import itertools
 import json
 import math
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from etils import epath
@@ -53,6 +55,7 @@ class Loggers:
     ):
         self._loggers: list[Logger] = []
         self._progress: Progress | None = None
+        self._failed: list[Logger] = []
         if enabled:
             self._loggers = [TensorBoardLogger(run_dir, resume_from), JsonlLogger(run_dir, resume_from)]
             self._progress = Progress(total_steps, resume_from or 0, console)
@@ -63,7 +66,7 @@ class Loggers:
         if self._loggers:
             values = {name: float(value) for name, value in metrics.items() if value is not None}
             for logger in self._loggers:
-                logger.log(kind, step, values)
+                self._try(logger, lambda logger=logger: logger.log(kind, step, values))
 
     def advance(self, step: int) -> None:
         """`step` has begun: move the bar, whose numbers come later."""
@@ -74,7 +77,18 @@ class Loggers:
         """Close every logger, even if one of them fails to."""
         with contextlib.ExitStack() as stack:
             for logger in self._loggers:
-                stack.callback(logger.close)
+                stack.callback(self._try, logger, logger.close)
+
+    def _try(self, logger: Logger, write: Callable[[], None]) -> None:
+        """A run goes on where its numbers cannot be written, on a full disk say; that is said once."""
+        try:
+            write()
+        except OSError as error:
+            if logger is self._progress:
+                raise
+            if logger not in self._failed:
+                self._failed.append(logger)
+                print(f"warning: {type(logger).__name__} cannot write ({error}).", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Loggers:
         return self
@@ -89,8 +103,8 @@ class JsonlLogger:
     Floats keep all their digits; JSON has no NaN and no infinities, so those are the strings "nan", "inf" and "-inf",
     which `float` (and `read_metrics`) turns back.
 
-    On a local disk each line is appended and flushed. Object stores cannot append: there the lines stay in memory and
-    the whole file is written again every `flush_seconds`, and at the end.
+    On a local disk each line is appended at once; what cannot be written is kept, and tried again. Object stores cannot
+    append: there the lines stay in memory and the whole file is written again every `flush_seconds`, and at the end.
     """
 
     def __init__(self, run_dir: epath.PathLike, resume_from: int | None = None, flush_seconds: float = 30.0):
@@ -99,34 +113,42 @@ class JsonlLogger:
         earlier = [] if resume_from is None or not self._path.exists() else read_metrics(run_dir)
         self._lines = [_to_json(record) for record in earlier if record["step"] <= (resume_from or 0)]
         self._flush_seconds = flush_seconds
-        self._file = None
+        self._file: io.FileIO | None = None
         if _is_local(self._path):
             # The old file is replaced in one go, so that a kill right here cannot lose the history.
             partial = self._path.with_suffix(".partial")
-            self._file = partial.open("w")
-            self._file.writelines(self._lines)
-            self._file.flush()
+            self._file, self._size = io.FileIO(partial, "w"), 0
+            self._append()
             partial.replace(self._path)
         else:
             self._write_all()
 
     def log(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line."""
-        line = _to_json({"kind": kind, "step": step, "time": time.time(), **metrics})
+        self._lines.append(_to_json({"kind": kind, "step": step, "time": time.time(), **metrics}))
         if self._file:
-            self._file.write(line)
-            self._file.flush()
-            return
-        self._lines.append(line)
-        if time.monotonic() - self._flushed >= self._flush_seconds:
+            self._append()
+        elif time.monotonic() - self._flushed >= self._flush_seconds:
             self._write_all()
 
     def close(self) -> None:
         """Flush and close."""
         if self._file:
-            self._file.close()
+            with contextlib.closing(self._file):
+                self._append()
         else:
             self._write_all()
+
+    def _append(self) -> None:
+        """Write the lines that are not in the file yet, in place of what an earlier try left of them."""
+        assert self._file is not None
+        data = "".join(self._lines).encode()
+        self._file.seek(self._size)
+        self._file.truncate()
+        while data:
+            data = data[self._file.write(data) :]
+        self._size = self._file.tell()
+        self._lines.clear()
 
     def _write_all(self) -> None:
         self._path.write_text("".join(self._lines))
@@ -158,12 +180,20 @@ class TensorBoardLogger:
 
     def log(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
         """Write one scalar per metric."""
+        # tensorboardX writes in a thread; where that has died of an error, its queue fills up and blocks for good.
+        if not self._alive():
+            raise OSError("the thread that writes events has died")
         for name, value in metrics.items():
             self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         """Flush and close the event file."""
-        self._writer.close()
+        if self._alive():
+            self._writer.close()
+
+    def _alive(self) -> bool:
+        writer: Any = self._writer._get_file_writer()
+        return writer.event_writer._worker.is_alive()
 
 
 class Progress:

@@ -94,8 +94,8 @@ def train(
                 with Checkpoints(path, config.keep_checkpoints, run.last_good) as checkpoints:
                     return run.fit(checkpoints)
         except Exception as error:
-            # An exchange that fails, for want of a process, raises what it likes.
-            if type(error).__module__.partition(".")[0] != "mtp_jax":
+            # An exchange that fails for want of a process may raise either.
+            if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
                 watchdog.blame()
             raise
 
@@ -171,38 +171,39 @@ class Run:
         last_eval: dict[str, float] = {}
         pending: tuple[int, Metrics] | None = None
         clock.start(step, config, self.cost, self.mesh)
-        with signals.held():
-            if self.resume and not self.evaluated and step % config.eval_every == 0:
-                # It was due when the run was stopped.
+        signals.hold()
+        if self.resume and not self.evaluated and (step % config.eval_every == 0 or step == config.steps):
+            # It was due when the run was stopped.
+            last_eval = self._evaluate(loggers, step, state)
+        while step < config.steps and not signals.stop():
+            self.watchdog.at("training", step)
+            profile.before(step, state)
+            state, metrics = self.trainer.step(state, self.batch)
+            step += 1
+            loggers.advance(step)
+            # The metrics of the step before are fetched while this one runs: the device never waits for the host.
+            self._log(loggers, pending)
+            pending = (step, metrics)
+            evaluating = step % config.eval_every == 0 or step == config.steps
+            saving = step % config.checkpoint_every == 0 or step == config.steps
+            if step < config.steps:
+                with clock.losing("waiting for data", stops=False):
+                    self.batch = next(self.batches)
+            if evaluating or saving:
+                self._log(loggers, pending)
+                pending = None
+                # What is saved is evaluated first: its own loss has been seen to be finite.
                 last_eval = self._evaluate(loggers, step, state)
-            while step < config.steps and not signals.stop():
-                self.watchdog.at("training", step)
-                profile.before(step, state)
-                state, metrics = self.trainer.step(state, self.batch)
-                step += 1
-                loggers.advance(step)
-                # The metrics of the step before are fetched while this one runs: the device never waits for the host.
-                self._log(loggers, pending)
-                pending = (step, metrics)
-                evaluating = step % config.eval_every == 0 or step == config.steps
-                saving = step % config.checkpoint_every == 0 or step == config.steps
-                if step < config.steps:
-                    with clock.losing("waiting for data", stops=False):
-                        self.batch = next(self.batches)
-                if evaluating or saving:
-                    self._log(loggers, pending)
-                    pending = None
-                    # What is saved is evaluated first: its own loss has been seen to be finite.
-                    last_eval = self._evaluate(loggers, step, state)
-                    if saving:
-                        self._save(state, last_eval)
-            profile.stop(state)
-            if signals.seen is not None and step > self.first and self.last_good != step:
-                self._log(loggers, pending)
-                self._save(state, self._evaluate(loggers, step, state))
-            with clock.losing("saving"):
-                self.last_good = self.checkpoints.wait()
-        if step < config.steps:
+                if saving:
+                    self._save(state, last_eval)
+        profile.stop(state)
+        self.watchdog.at("saving", step, patient=True)
+        if signals.seen is not None and step > self.first and self.last_good != step:
+            self._log(loggers, pending)
+            self._save(state, self._evaluate(loggers, step, state))
+        with clock.losing("saving"):
+            self.last_good = self.checkpoints.wait()
+        if step < config.steps or (signals.seen is not None and not last_eval):
             kept = "Nothing was saved yet; start again with --overwrite or --auto-resume."
             if self.last_good is not None:
                 kept = f"Step {self.last_good} is saved in {self.path}; go on with --resume."
@@ -211,7 +212,7 @@ class Run:
         return last_eval
 
     def _save(self, state: TrainState, metrics: dict[str, float]) -> None:
-        self.watchdog.at("saving", int(state.step))
+        self.watchdog.at("saving", int(state.step), patient=True)  # a large one is hashed for long
         with self.clock.losing("saving"):
             self.last_good = self.checkpoints.save(state, self.config, metrics, self.store.sha256)
 

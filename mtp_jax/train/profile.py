@@ -13,18 +13,21 @@ PROFILE_DIR = "profile"
 
 
 class Profile:
-    """Records the steps of `config` into `profile/` of a run directory. Each process records its own devices."""
+    """Records the steps of `config` into `profile/` of a run directory; of several processes each into a folder of its
+    own, `process_I`."""
 
     def __init__(self, config: ProfileConfig, run_dir: epath.PathLike):
         self._begin, self._end = config.range
         self._dir = epath.Path(run_dir) / PROFILE_DIR
+        if jax.process_count() > 1:
+            self._dir /= f"process_{jax.process_index()}"
         self._running = False
 
     def before(self, step: int, state: Any) -> None:
         """Step number `step` (from 0) is about to begin, from `state`."""
         if self._running and step >= self._end:
             self.stop(state)
-        elif step == self._begin:
+        elif self._begin <= step < self._end and not self._running:
             jax.block_until_ready(state)  # what was begun before is not recorded
             jax.profiler.start_trace(str(self._dir))
             self._running = True
@@ -35,4 +38,5 @@ class Profile:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
             self._running = False
-            print(f"profile of steps {self._begin}:{self._end} in {self._dir}", flush=True)
+            if jax.process_index() == 0:
+                print(f"profile of steps {self._begin}:{self._end} in {self._dir}", flush=True)

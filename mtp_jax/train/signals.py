@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -19,8 +17,8 @@ from mtp_jax.config import PREEMPTED, PreemptedError
 class StopSignals:
     """Signals as a flag that is looked at between steps, so that none is cut in half.
 
-    Outside `held()`, where nothing is to be saved, they end what is being done at once: Ctrl-C with
-    `KeyboardInterrupt`, SIGTERM with the process, whose status is 75. Inside, a second Ctrl-C interrupts at once.
+    Before `hold()`, where nothing is to be saved, they end what is being done at once: Ctrl-C with
+    `KeyboardInterrupt`, SIGTERM with the process, whose status is 75. After it a second Ctrl-C interrupts at once.
 
     With several processes JAX hears SIGTERM and the notices of Cloud TPU, tells all processes, and lets them stop at
     one step; Ctrl-C is passed on as SIGTERM.
@@ -40,14 +38,9 @@ class StopSignals:
                 self.seen = signal.SIGTERM
         return self.seen is not None
 
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """A context in which signals wait to be looked at."""
+    def hold(self) -> None:
+        """From here on signals wait to be looked at, and to the end: what is being closed is not cut off either."""
         self._held = True
-        try:
-            yield
-        finally:
-            self._held = False
 
     def end(self, kept: str) -> BaseException:
         """What a run that stopped for a signal ends with; `kept` says what is saved."""

@@ -142,7 +142,10 @@ def train_step(
         "loss": loss,
         **aux,
         "grad_norm": optax.tree.norm(grads),
-        "learning_rate": make_schedule(config.optimizer, config.steps)(state.step),
+        # Steps that are skipped do not count for the schedule.
+        "learning_rate": make_schedule(config.optimizer, config.steps)(
+            state.opt_state.steps if config.optimizer.skip_limit else state.step
+        ),
     }
     if config.optimizer.skip_limit:
         metrics["skipped"] = opt_state.skipped

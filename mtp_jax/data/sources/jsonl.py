@@ -38,10 +38,18 @@ class JsonLines:
             if not line.strip():
                 continue
             try:
-                text = _string(json.loads(line), path)
+                text = _string(json.loads(line.decode("utf-8", "surrogateescape")), path)
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{self.files.root / name}, line at byte {offset}: {error}.") from error
-            yield f"{name}:{offset}", text.encode("utf-8", "replace")
+            yield f"{name}:{offset}", _bytes(text)
+
+
+def _bytes(text: str) -> bytes:
+    """The bytes that the line had, UTF-8 or not; half a surrogate pair, which JSON can write, is not UTF-8 either."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
 
 
 def _string(value: Any, path: list[str]) -> str:

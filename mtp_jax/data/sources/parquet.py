@@ -56,6 +56,7 @@ class Parquet:
 
     def read(self, part: Part, data_dir: Path) -> Iterator[tuple[str, bytes]]:
         """The rows of a part. Nothing is kept in `data_dir`."""
+        import pyarrow as pa
         import pyarrow.compute as pc
 
         with self._opened(part.name) as file:
@@ -65,8 +66,9 @@ class Parquet:
             for batch in file.iter_batches(BATCH, row_groups=groups, columns=[self.field], use_threads=False):
                 values: Any = batch.column(0)
                 inner = self.field.split(".")[1:] if batch.schema.names[0] != self.field else []
-                for value in (pc.struct_field(values, inner) if inner else values).to_pylist():  # type: ignore
-                    yield f"{part.name}:{row}", value.encode() if isinstance(value, str) else value or b""
+                texts = pc.struct_field(values, inner) if inner else values  # type: ignore
+                for value in texts.cast(pa.large_binary()).to_pylist():  # strings need not be UTF-8
+                    yield f"{part.name}:{row}", value or b""
                     row += 1
 
     def _column(self, name: str, file: Any) -> int:
