@@ -26,3 +26,13 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
     devices = list(jax.devices() if devices is None else devices)
     shape = (config or MeshConfig()).shape(len(devices))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3, devices=devices)
+
+
+def on_mesh(shapes: Any, mesh: Mesh) -> Any:
+    """Abstract arrays of a traced function, as shapes that lie on a mesh of devices."""
+
+    def place(a: Any) -> jax.ShapeDtypeStruct:
+        spec = jax.P() if a.sharding is None else a.sharding.spec
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, shapes)

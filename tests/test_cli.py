@@ -641,7 +641,7 @@ OTHER = TrainConfig(
     OptimizerConfig("muon", 3e-3, "wsd", 3, 0.3, 0.2, 0.05, 0.8, 0.9, 1e-6, 0.9, 0.5),
     MeshConfig(2, 2, 2),
     **dict(steps=20, grad_accumulation=2, eval_every=7, eval_batches=3, checkpoint_every=9, keep_checkpoints=4),
-    **dict(log_every=6, seed=11),
+    **dict(log_every=6, ema_decay=0.5, seed=11),
 )
 
 
@@ -669,7 +669,9 @@ def test_every_field_can_be_set(experiment, tmp_path, monkeypatch):
         options += ["--" + name.replace("_", "-"), *map(str, words)]
     configs = []
     monkeypatch.setattr(
-        loop, "Run", lambda config, *args: configs.append(config) or SimpleNamespace(fit=print, config=config)
+        loop,
+        "Run",
+        lambda config, *args: configs.append(config) or SimpleNamespace(fit=print, config=config, last_good=None),
     )
     monkeypatch.chdir(tmp_path)  # the cache directory is relative
     cli.main(["train", str(experiment), "--run-dir", f"{tmp_path}/run", *options])
@@ -678,12 +680,12 @@ def test_every_field_can_be_set(experiment, tmp_path, monkeypatch):
 
 def test_the_run_directory_has_the_experiments_name_and_flags_are_passed_on(experiment, run, calls):
     cli.main(["train", str(experiment)])
-    cli.main(["train", str(experiment), "--run-dir", str(run.dir), "--resume"])
+    cli.main(["train", str(experiment), "--run-dir", str(run.dir), "--resume", "--from-step", "4"])
     cli.main(["train", str(experiment), "--overwrite"])
     assert [(run_dir, flags) for _, run_dir, flags in calls] == [
-        ("runs/small_cpd", {"resume": False, "overwrite": False}),
-        (str(run.dir), {"resume": True, "overwrite": False}),
-        ("runs/small_cpd", {"resume": False, "overwrite": True}),
+        ("runs/small_cpd", {"resume": False, "overwrite": False, "resume_step": None}),
+        (str(run.dir), {"resume": True, "overwrite": False, "resume_step": 4}),
+        ("runs/small_cpd", {"resume": False, "overwrite": True, "resume_step": None}),
     ]
 
 
@@ -709,7 +711,7 @@ def test_a_run_goes_on_by_its_own_config(experiment, run, calls, capsys):
         optimizer=dataclasses.replace(own.optimizer, warmup_steps=10),
         steps=12,
     )
-    flags = {"resume": True, "overwrite": False}
+    flags = {"resume": True, "overwrite": False, "resume_step": None}
     assert calls == [(own, str(run.dir), flags), (changed, str(run.dir), flags)]
 
 

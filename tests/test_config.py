@@ -382,6 +382,7 @@ def test_every_field_survives_json():
         checkpoint_every=11,
         keep_checkpoints=5,
         log_every=3,
+        ema_decay=0.9,
         seed=8,
     )
     assert_no_default(config)

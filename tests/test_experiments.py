@@ -14,7 +14,7 @@ from mtp_jax.data import load_tokenizer
 from mtp_jax.train.step import make_trainer
 
 REPOSITORY = Path(__file__).parents[1]
-SCRIPTS = {"gpu_check", "iteration_cost", "plain_loop"}  # what is run with Python, and has no CONFIG
+SCRIPTS = {"checkpoint_cost", "gpu_check", "iteration_cost", "plain_loop"}  # what is run with Python, and has no CONFIG
 EXPERIMENTS = sorted(
     path.relative_to(REPOSITORY) for path in (REPOSITORY / "experiments").glob("*.py") if path.stem not in SCRIPTS
 )

@@ -15,12 +15,12 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from mtp_jax.checkpoint import Checkpoints, on_mesh
+from mtp_jax.checkpoint import Checkpoints
 from mtp_jax.config import ConfigError, TrainConfig, require, shown, to_dict
 from mtp_jax.data import Store, Tokenizer, batches, load_tokenizer
 from mtp_jax.data import prepare as prepare_data
 from mtp_jax.heads.shortlist import most_frequent
-from mtp_jax.mesh import make_mesh
+from mtp_jax.mesh import make_mesh, on_mesh
 from mtp_jax.run_dir import clear_run, read_config, run_tokenizer, write_config, write_tokenizer
 from mtp_jax.train.costs import Costs, costs, peak_flops
 from mtp_jax.train.evaluate import evaluate, held_out, named, place
