@@ -6,6 +6,11 @@
 
 Data: the plain text of the plays in data/shakespeare.txt (the "tinyshakespeare" file of 1.1 MB, say; any text with
 blank lines between its parts will do). A speech is a document, so no speech of the held-out ones was seen.
+
+Cost: 12 minutes of training on two cores of an AMD EPYC that other work shared.
+Expect: validation loss by offset 1.48 1.80 2.07 2.37 nats per byte, 3.9 of 4 components in use; at T = 0.7 1.65, 2.02
+and 2.25 tokens per forward with k = 1, 2, 3. That did not pay there: measured beside other work, a forward of two to
+four tokens cost 2.7 to 3.4 times one of a single token, and decoding with drafts ran at 0.6 of plain speed.
 """
 
 from mtp_jax import DataConfig, HeadConfig, ModelConfig, OptimizerConfig, TrainConfig

@@ -22,11 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from mtp_jax import manifest
 from mtp_jax.config import TrainConfig, to_dict
+from mtp_jax.distributed import from_all
 from mtp_jax.manifest import DamagedError
 from mtp_jax.run_dir import CHECKPOINTS_DIR, run_tokenizer, versions
 from mtp_jax.train.step import TrainState
@@ -135,7 +134,7 @@ class Checkpoints:
                     manifest.unseal(self._dir(step))
             except OSError as error:
                 problem = _reason(error)
-        if problem := next(filter(None, _from_all(problem)), ""):
+        if problem := next(filter(None, from_all(problem)), ""):
             raise CheckpointError(f"Steps {steps} of {self.run_dir} were given up and cannot be deleted: {problem}.")
         self._resumed_from = None
 
@@ -180,7 +179,7 @@ class Checkpoints:
             return
         (step, saving), self._saving = self._saving, None
         error = saving.exception()
-        reason = next(filter(None, _from_all("" if error is None else _reason(error))), "")
+        reason = next(filter(None, from_all("" if error is None else _reason(error))), "")
         if step in self.steps():
             self._failed = ""
             problem = reason and f"Older checkpoints than step {step} were not deleted in {self.run_dir}: {reason}."
@@ -202,7 +201,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The complete steps, in order."""
-        return json.loads(_from_all(json.dumps(self._list() if jax.process_index() == 0 else []))[0])
+        return json.loads(from_all(json.dumps(self._list() if jax.process_index() == 0 else []))[0])
 
     def latest_step(self) -> int | None:
         """The newest complete step, or None."""
@@ -304,7 +303,7 @@ class Checkpoints:
             found = verify()
         except DamagedError as damage:
             error = str(damage)
-        error = next(filter(None, _from_all(error)), "")
+        error = next(filter(None, from_all(error)), "")
         if not error:
             return found  # type: ignore[return-value]
         good = next((s for s in reversed(self.steps()) if s != step and self._is_good(s)), None)
@@ -338,16 +337,6 @@ class Checkpoints:
         return manifest.sealed_steps(self._root)
 
 
-def on_mesh(shapes: Any, mesh: Mesh) -> Any:
-    """Abstract arrays of a traced function, as shapes that lie on a mesh of devices."""
-
-    def place(a: Any) -> jax.ShapeDtypeStruct:
-        spec = jax.P() if a.sharding is None else a.sharding.spec
-        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, spec))
-
-    return jax.tree.map(place, shapes)
-
-
 def _handler(largest: int = 0) -> ocp.CompositeCheckpointHandler:
     """For arrays of at most `largest` bytes, of which some at a time are read: not the whole state once more."""
     # Floats hardly get smaller, and compressing them takes six times the processor time that saving them does.
@@ -374,15 +363,3 @@ def _described(array: Any) -> str:
 def _reason(error: BaseException) -> str:
     """The first line of an error, without its full stop."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-
-
-def _from_all(text: str) -> list[str]:
-    """What each process has to say, in their order, on all of them."""
-    if jax.process_count() == 1:
-        return [text]
-    data = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(data.size))
-    padded = np.zeros(max(1, sizes.max()), np.uint8)
-    padded[: data.size] = data
-    rows = multihost_utils.process_allgather(padded)
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]

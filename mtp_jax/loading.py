@@ -12,12 +12,12 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from mtp_jax.checkpoint import Checkpoints, Step, on_mesh
+from mtp_jax.checkpoint import Checkpoints, Step
 from mtp_jax.config import ConfigError, MeshConfig, TrainConfig
 from mtp_jax.data import Tokenizer
 from mtp_jax.decode.generate import Generation, for_decoding, generate
 from mtp_jax.decode.text import continue_text
-from mtp_jax.mesh import make_mesh
+from mtp_jax.mesh import make_mesh, on_mesh
 from mtp_jax.model.transformer import LanguageModel
 from mtp_jax.run_dir import read_config, run_tokenizer, to_config
 from mtp_jax.train.step import build_model, split

@@ -38,3 +38,13 @@ def platform() -> str:
     """`cpu`, `gpu` or `tpu`: that of the mesh in scope, which may be a machine that is not here; else JAX's default."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     return jax.default_backend() if device is None else device.platform
+
+
+def on_mesh(shapes: Any, mesh: Mesh) -> Any:
+    """Abstract arrays of a traced function, as shapes that lie on a mesh of devices."""
+
+    def place(a: Any) -> jax.ShapeDtypeStruct:
+        spec = jax.P() if a.sharding is None else a.sharding.spec
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    return jax.tree.map(place, shapes)

@@ -691,11 +691,11 @@ FLAGS = {"resume": False, "overwrite": False, "resume_step": None, "distributed"
 
 def test_the_run_directory_has_the_experiments_name_and_flags_are_passed_on(experiment, run, calls):
     cli.main(["train", str(experiment)])
-    cli.main(["train", str(experiment), "--run-dir", str(run.dir), "--resume"])
+    cli.main(["train", str(experiment), "--run-dir", str(run.dir), "--resume", "--from-step", "4"])
     cli.main(["train", str(experiment), "--overwrite"])
     assert [(run_dir, flags) for _, run_dir, flags in calls] == [
         ("runs/small_cpd", FLAGS),
-        (str(run.dir), {**FLAGS, "resume": True}),
+        (str(run.dir), {**FLAGS, "resume": True, "resume_step": 4}),
         ("runs/small_cpd", {**FLAGS, "overwrite": True}),
     ]
 

@@ -420,6 +420,6 @@ def test_damage_that_one_process_finds_stops_all(tmp_path):
 def test_what_one_process_finds_is_said_by_all(tmp_path, monkeypatch):
     """Else the others would wait for it in Orbax."""
     save(tmp_path, {4: None, 8: None})
-    monkeypatch.setattr(checkpoint, "_from_all", lambda text: [text, "" if text.startswith("[") else "theirs is bad."])
+    monkeypatch.setattr(checkpoint, "from_all", lambda text: [text, "" if text.startswith("[") else "theirs is bad."])
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=r"theirs is bad\. The last good"):
         checkpoints.restore(make_state(0))

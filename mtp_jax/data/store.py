@@ -114,8 +114,8 @@ class Store:
             train, valid = (_open_split(path, manifest, split) for split in SPLITS)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
-                f"The token store {path} is damaged, or is none ({type(error).__name__}: {error}). If it is one, delete "
-                "it, to have it made again."
+                f"The token store {path} is damaged, or is none ({type(error).__name__}: {error}). If it is one, "
+                "delete it, to have it made again."
             ) from error
         return cls(path, manifest, train, valid)
 

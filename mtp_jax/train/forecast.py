@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mtp_jax.checkpoint import on_mesh
 from mtp_jax.config import ConfigError, TrainConfig, at_least, require
 from mtp_jax.data import load_tokenizer
-from mtp_jax.mesh import make_mesh
+from mtp_jax.mesh import make_mesh, on_mesh
 from mtp_jax.run_dir import versions
 from mtp_jax.sharding import RULES
 from mtp_jax.train.advice import advice

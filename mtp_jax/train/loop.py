@@ -12,12 +12,13 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from mtp_jax.checkpoint import Checkpoints, on_mesh
+from mtp_jax.checkpoint import Checkpoints
 from mtp_jax.config import TrainConfig, require
 from mtp_jax.data import Mixture, Store, Tokenizer, batches, load_tokenizer
 from mtp_jax.data import prepare as prepare_data
 from mtp_jax.distributed import Distributed, Watchdog, on_first
 from mtp_jax.heads.shortlist import most_frequent
+from mtp_jax.mesh import on_mesh
 from mtp_jax.run_dir import clear_run, read_config, run_tokenizer, write_config, write_tokenizer
 from mtp_jax.train.checks import check_machine, check_run_dir, check_same_data, check_same_run
 from mtp_jax.train.clock import Clock
