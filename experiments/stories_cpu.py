@@ -11,8 +11,9 @@ Data: stories in data/stories.txt with <|endoftext|> between them (TinyStories, 
 
 Cost: 14 minutes of training on two cores of an AMD EPYC that other work shared.
 Expect: validation loss by offset 2.74 3.61 4.06 4.57 nats per token (3.1 bytes), 3.8 of 4 components in use; at T = 0.7
-1.49, 1.68 and 1.77 tokens per forward with k = 1, 2, 3. That did not pay there: beside other work, a forward of two to four
-tokens cost 2.0 to 2.5 times one of a single token, and decoding with drafts ran at 0.7 of plain speed (0.9 at T = 0).
+1.49, 1.68 and 1.77 tokens per forward with k = 1, 2, 3. That did not pay there: beside other work, a forward of two to
+four tokens cost 2.0 to 2.5 times one of a single token, and decoding with drafts ran at 0.7 of plain speed (0.9 at
+T = 0).
 """
 
 from mtp_jax import DataConfig, HeadConfig, ModelConfig, OptimizerConfig, TrainConfig

@@ -282,12 +282,23 @@ class Checkpoints:
             step = self.best_step() or max(steps)
         if step == "latest":
             step = max(steps)
+            lost = [s for s in self._unsealed_steps() if s > step]
+            if lost and jax.process_index() == 0:
+                print(
+                    f"warning: Step {lost[-1]} of {self.run_dir} has no manifest: its save was not finished, or the "
+                    f"manifest is lost. The last good step is {step}.",
+                    file=sys.stderr,
+                    flush=True,
+                )
         if step not in steps:
             raise CheckpointError(f"{self.run_dir} has no step {step}; it has {steps}.{self._unsealed()}")
         return step
 
+    def _unsealed_steps(self) -> list[int]:
+        return sorted(int(path.name) for path in self._paths() if not manifest.is_sealed(path))
+
     def _unsealed(self) -> str:
-        found = sorted(int(path.name) for path in self._paths() if not manifest.is_sealed(path))
+        found = self._unsealed_steps()
         if not found:
             return ""
         return (

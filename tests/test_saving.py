@@ -107,13 +107,15 @@ def test_only_what_is_read_is_checked(tmp_path):
         np.testing.assert_array_equal(found["w"], make_state(4).params["w"])
 
 
-def test_a_step_without_its_manifest_is_not_complete(tmp_path):
+def test_a_step_without_its_manifest_is_not_complete(tmp_path, capsys):
     save(tmp_path, {4: None, 8: None})
     (tmp_path / "checkpoints/8" / MANIFEST).unlink()
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [4] and checkpoints.latest_step() == 4
         with pytest.raises(CheckpointError, match=r"has no step 8; it has \[4\]\. Steps \[8\] have no manifest.json"):
             checkpoints.restore(make_state(0), 8)
+        assert int(checkpoints.restore(make_state(0)).step) == 4
+    assert "Step 8 of" in (said := capsys.readouterr().err) and "has no manifest" in said and "good step is 4" in said
     assert on_disk(tmp_path) == ["4", "8"], "who only reads deletes nothing"
     save(tmp_path, {12: None})
     assert on_disk(tmp_path) == ["12", "4"]
