@@ -265,7 +265,7 @@ ADVISED = tiny.train_config(
 )
 
 
-@pytest.mark.parametrize("mesh, least", [((4, 2, 1), 4), ((1, 8, 1), 3)])
+@pytest.mark.parametrize("mesh, least", [pytest.param((4, 2, 1), 4, marks=pytest.mark.slow), ((1, 8, 1), 3)])
 def test_what_is_advised_helps(mesh, least, tmp_path):
     config = dataclasses.replace(ADVISED, mesh=MeshConfig(*mesh))
     before = forecast(config, Target(), memory=1000)

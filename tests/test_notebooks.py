@@ -132,6 +132,7 @@ def test_without_a_run_the_notebook_says_how_to_get_one(tmp_path):
     assert f"There is no run in {tmp_path}/nothing. Make one with `make demo`, or set RUN" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_in_a_notebook_and_one_that_is_there_is_left_alone(tmp_path):
     notebook = executed("train_in_a_notebook", tmp_path / "out.ipynb", RUN=tmp_path / "run", STEPS=4)
     check(notebook, "train_in_a_notebook")

@@ -57,9 +57,11 @@ def test_a_run_that_is_killed_ends_as_one_that_was_not(root, kills, steps):  # n
     assert_same_run(root / f"killed{kills}", root / f"straight{kills}")
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(root, number, status):  # noqa: F811
-    """Once while it trains, and once while it evaluates: with batches without end that is all it does at step 8."""
+    """Twice: at some step, and at a later one. (A signal in an evaluation: `test_loop`.)"""
     name = f"signal{status}"
     file = experiment(root, name)
     straight, run_dir = root / f"{name}-straight", root / name
