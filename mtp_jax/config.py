@@ -455,6 +455,10 @@ class TrainConfig:
     saved, and the newest `keep_checkpoints` stay, and that of the lowest held-out loss.
     With an `ema_decay` above 0, such as 0.999, the run keeps the average of its parameters too: the plain mean over
     its steps up to 1 / (1 - ema_decay), exponential from there on, so that the initial ones have no weight.
+    `init_from` is the directory of a run whose trunk and unembedding, as last saved, this one begins with; factors and
+    gate are fresh. With `freeze` trunk all that is taken stays as it is, without gradient or optimizer state, and the
+    head alone is trained: of it the unembedding stays too if it is the target (`ntp`), so that all heads that are
+    trained so preserve one law.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -471,10 +475,18 @@ class TrainConfig:
     keep_checkpoints: int = 2
     log_every: int = 10
     ema_decay: float = 0.0
+    init_from: str = ""
+    freeze: Literal["none", "trunk"] = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
+        choices(self)
         fraction(self, "ema_decay", closed=False)
+        require(
+            self.freeze == "none" or bool(self.init_from),
+            f"freeze is {self.freeze} and init_from is empty: a trunk that nothing has trained would be frozen. Set "
+            "init_from to the directory of a run.",
+        )
         at_least(self, 1, "steps", "grad_accumulation", "eval_every", "eval_batches", "checkpoint_every")
         at_least(self, 1, "keep_checkpoints", "log_every")
         batch, parts = self.data.batch_size, self.grad_accumulation

@@ -59,6 +59,11 @@ class Factors(nnx.Module):
         """FLOPs of the logits of one position, all R and W."""
         raise TypeError("Factors is the interface; use one of FACTORS.")
 
+    @staticmethod
+    def frozen_flops(head: HeadConfig, model: ModelConfig, table: bool) -> int:
+        """FLOPs per position that backward saves where hidden states need no gradient, nor, with `table`, U."""
+        raise TypeError("Factors is the interface; use one of FACTORS.")
+
     def params(self) -> Tables:
         """The parameters by name; those of which each offset has its own, if `unstack` made it so, in lists."""
         found: Tables = {}
@@ -125,6 +130,11 @@ class FullFactors(Factors):
         """See `Factors.forward_flops`."""
         return 2 * head.rank * head.window * model.vocab_size * model.d_model
 
+    @staticmethod
+    def frozen_flops(head: HeadConfig, model: ModelConfig, table: bool) -> int:
+        """See `Factors.frozen_flops`."""
+        return 2 * head.rank * head.window * model.vocab_size * model.d_model
+
 
 class SharedFactors(Factors):
     """A D x D map for each (rank, offset) under one unembedding: the paper's form for large vocabularies."""
@@ -155,6 +165,11 @@ class SharedFactors(Factors):
     def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
         """See `Factors.forward_flops`."""
         return 2 * head.rank * head.window * model.d_model * (model.vocab_size + model.d_model)
+
+    @staticmethod
+    def frozen_flops(head: HeadConfig, model: ModelConfig, table: bool) -> int:
+        """See `Factors.frozen_flops`."""
+        return 2 * head.rank * head.window * model.d_model * (model.d_model + table * model.vocab_size)
 
 
 class LowRankFactors(Factors):
@@ -214,6 +229,12 @@ class LowRankFactors(Factors):
         """See `Factors.forward_flops`."""
         widths = model.d_model + head.rank * head.factor_width
         return 2 * head.window * widths * (model.vocab_size + model.d_model)
+
+    @staticmethod
+    def frozen_flops(head: HeadConfig, model: ModelConfig, table: bool) -> int:
+        """See `Factors.frozen_flops`."""
+        d, own = model.d_model, head.rank * head.factor_width
+        return 2 * head.window * d * (d + own + table * model.vocab_size)
 
 
 class NextToken(Factors):

@@ -75,6 +75,13 @@ def check_same_run(config: TrainConfig, saved: TrainConfig, path: epath.Path) ->
         f"--resume: ema_decay is {config.ema_decay} and the run in {path} has {saved.ema_decay}; it keeps an average "
         "of its weights from its first step, or none. Give the run's own value, or start another run with --run-dir.",
     )
+    for name in ("init_from", "freeze"):
+        new, old = getattr(config, name), getattr(saved, name)
+        require(
+            new == old,
+            f"--resume: {name} is {new!r} and the run in {path} has {old!r}; a run begins once. Give the run's own "
+            "value, or start another run with --run-dir.",
+        )
     for part in ("model", "head", "data"):
         new, old = to_dict(getattr(config, part)), to_dict(getattr(saved, part))
         for name in old:

@@ -1,12 +1,14 @@
 """What a run will cost, from its config alone: parameters, FLOPs of trunk and head, bytes per device, known peaks.
 
-A matrix product of m x n by n x p is 2 m n p FLOPs; training is three times the forward pass.
+A matrix product of m x n by n x p is 2 m n p FLOPs; training is three times the forward pass, less the gradients that a
+frozen trunk does without.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +49,11 @@ ACCELERATORS = {
 
 @dataclass(frozen=True)
 class Costs:
-    """Parameters, and training FLOPs per token (forward and backward, without recomputation)."""
+    """Parameters, and training FLOPs per token (forward and backward, without recomputation).
+
+    `next_token_flops` are those of a plain next-token head, and `plain_trunk_flops` the trunk's below it: all of it is
+    trained, whatever a run freezes.
+    """
 
     trunk_params: int
     head_params: int
@@ -55,11 +61,13 @@ class Costs:
     trunk_flops: float
     head_flops: float
     next_token_flops: float
+    plain_trunk_flops: float | None = None
 
     @property
     def step_ratio(self) -> float:
-        """FLOPs of a step relative to the same trunk with one plain next-token head."""
-        return (self.trunk_flops + self.head_flops) / (self.trunk_flops + self.next_token_flops)
+        """FLOPs of a step relative to the same trunk with one plain next-token head, all of it trained."""
+        plain = self.trunk_flops if self.plain_trunk_flops is None else self.plain_trunk_flops
+        return (self.trunk_flops + self.head_flops) / (plain + self.next_token_flops)
 
 
 def trunk_forward_flops(model: ModelConfig, seq_len: int) -> float:
@@ -70,11 +78,19 @@ def trunk_forward_flops(model: ModelConfig, seq_len: int) -> float:
     return 2 * model.num_layers * (projections + attention)
 
 
-def head_training_flops(head: HeadConfig, model: ModelConfig) -> float:
-    """Training FLOPs per token of the head: three times forward, less what is drawn instead of done."""
-    all_of_it, factors = head_forward_flops(head, model), factors_forward_flops(head, model)
-    backward = 2 * min(1.0, head.backward_draws / head.rank if head.backward_draws else 1.0)
-    return 3 * (all_of_it - factors) + head.loss_fraction * (1 + backward) * factors
+def head_training_flops(head: HeadConfig, model: ModelConfig, freeze: bool = False) -> float:
+    """Training FLOPs per token of the head: three times forward, less what is drawn instead of done.
+
+    With `freeze`, that of the trunk, no gradient goes to the hidden states, nor to a table that is the target or tied.
+    """
+    factors, gate = factors_forward_flops(head, model), HEADS[head.kind].gate_flops(head, model)
+    own = NextToken.forward_flops(head, model) if head.target == "ntp" else 0
+    table = head.target == "ntp" or model.tie_embeddings
+    backward = 2 * factors
+    if freeze:
+        backward -= _by_offsets(lambda *config: FACTORS[head.factors].frozen_flops(*config, table), head, model)
+    backward *= min(1.0, head.backward_draws / head.rank) if head.backward_draws else 1.0
+    return head.loss_fraction * (factors + backward) + (2 * gate + own if freeze else 3 * (gate + own))
 
 
 def head_forward_flops(head: HeadConfig, model: ModelConfig) -> float:
@@ -85,7 +101,11 @@ def head_forward_flops(head: HeadConfig, model: ModelConfig) -> float:
 
 def factors_forward_flops(head: HeadConfig, model: ModelConfig) -> int:
     """Forward FLOPs per token of all factors."""
-    flops = FACTORS[head.factors].forward_flops
+    return _by_offsets(FACTORS[head.factors].forward_flops, head, model)
+
+
+def _by_offsets(flops: Callable[[HeadConfig, ModelConfig], int], head: HeadConfig, model: ModelConfig) -> int:
+    """`flops` of all offsets; with a shortlist, those after the first have another vocabulary."""
     if not head.shortlist:
         return flops(head, model)
     first, later = (dataclasses.replace(head, window=w, shortlist=0) for w in (1, head.window - 1))
@@ -98,14 +118,16 @@ def costs(config: TrainConfig, params: Any) -> Costs:
     def count(tree: Any) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
-    model = config.model
+    model, freeze = config.model, config.freeze == "trunk"
+    trunk = trunk_forward_flops(model, config.data.seq_len)
     return Costs(
         trunk_params=count(params["blocks"]) + count(params["norm"]),
         head_params=count(params["head"]),
         embedding_params=count(params.get("embed_VD", {})),
-        trunk_flops=3 * trunk_forward_flops(model, config.data.seq_len),
-        head_flops=head_training_flops(config.head, model),
+        trunk_flops=trunk if freeze else 3 * trunk,
+        head_flops=head_training_flops(config.head, model, freeze),
         next_token_flops=6 * model.vocab_size * model.d_model,
+        plain_trunk_flops=3 * trunk,
     )
 
 

@@ -24,6 +24,7 @@ from mtp_jax.train.checks import check_machine, check_run_dir, check_same_data, 
 from mtp_jax.train.clock import Clock
 from mtp_jax.train.costs import Costs, costs
 from mtp_jax.train.evaluate import evaluate, held_out, named, place, shard_of
+from mtp_jax.train.initial import begin_from
 from mtp_jax.train.loggers import Loggers
 from mtp_jax.train.profile import Profile
 from mtp_jax.train.signals import StopSignals
@@ -131,7 +132,7 @@ class Run:
         self.trainer = make_trainer(config)
         self.held_out = held_out(config, self.store, mesh, config.eval_batches)
         with clock.losing("restoring" if resume else "initialising"):
-            self.state = self._restore(resume_step) if resume else self.trainer.init()
+            self.state = self._restore(resume_step) if resume else self._begin()
             self.first = int(self.state.step)
         self.last_good = self.first if resume else None
         self.cost = costs(config, self.state.params)
@@ -143,6 +144,13 @@ class Run:
             with clock.losing("compiling"):
                 self.trainer = self.trainer.compile(self.state, self.batch)
             say(f"compiled in {clock.lost['compiling']:.1f} s")
+
+    def _begin(self) -> TrainState:
+        state = self.trainer.init()
+        if self.config.init_from:
+            state, taken = begin_from(self.config, state, self.tokenizer, self.mesh)
+            say(taken)
+        return state
 
     def _restore(self, wanted: int | None) -> TrainState:
         with Checkpoints(self.path) as checkpoints:

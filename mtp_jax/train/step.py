@@ -17,6 +17,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtp_jax.config import TrainConfig
 from mtp_jax.model.transformer import LanguageModel
+from mtp_jax.train.freeze import merge, partition
 from mtp_jax.train.optimizer import make_optimizer, make_schedule
 
 Batch = dict[str, Array]
@@ -26,8 +27,8 @@ Metrics = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
-    """All that changes in training: steps taken, parameters by name, optimizer state, and the average of the parameters
-    if the run keeps one. Donated whole to the step."""
+    """All that changes in training: steps taken, parameters by name, optimizer state of those that are trained, and the
+    average of the parameters if the run keeps one. Donated whole to the step."""
 
     step: Array
     params: dict[str, Any]
@@ -68,12 +69,13 @@ def make_trainer(config: TrainConfig) -> Trainer:
     graph = nnx.graphdef(jax.eval_shape(lambda: build(jax.random.key(0))))
     init_params = jax.jit(lambda: split(build(jax.random.key(config.seed)))[1])
     shapes = jax.eval_shape(init_params)
-    optimizer = make_optimizer(config.optimizer, config.steps, shapes)
+    optimizer = make_optimizer(config.optimizer, config.steps, partition(config, shapes)[0])
 
     def init() -> TrainState:
         params = init_params()
         ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
-        return TrainState(jnp.zeros((), jnp.int32), params, jax.jit(optimizer.init)(params), ema)
+        opt_state = jax.jit(optimizer.init)(partition(config, params)[0])
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
     return Trainer(
         graph,
@@ -111,17 +113,20 @@ def train_step(
     """
     # Every target weighs the same, whichever part it is in: the counts are of the whole batch.
     count_W = target_counts([batch])
-    gradient = jax.value_and_grad(functools.partial(batch_loss, graph), has_aux=True)
+    trained, frozen = partition(config, state.params)
+    # What is frozen is a constant of the function: nothing goes back through a frozen trunk.
+    loss_of = lambda trained, *rest: batch_loss(graph, merge(trained, frozen), *rest)  # noqa: E731
+    gradient = jax.value_and_grad(loss_of, has_aux=True)
     parts = config.grad_accumulation
     key = jax.random.fold_in(jax.random.key(config.seed), state.step)
 
     if parts == 1:
-        (loss, aux), grads = gradient(state.params, batch, count_W, key)
+        (loss, aux), grads = gradient(trained, batch, count_W, key)
     else:
 
         def part(total: Any, numbered: tuple[Array, Batch]) -> tuple[Any, None]:
             number, batch = numbered
-            new = gradient(state.params, batch, count_W, jax.random.fold_in(key, number))
+            new = gradient(trained, batch, count_W, jax.random.fold_in(key, number))
             return jax.tree.map(jnp.add, total, new), None
 
         def deal(array: Array) -> Array:
@@ -133,11 +138,11 @@ def train_step(
 
         dealt = jax.tree.map(deal, batch)
         first = jax.tree.map(lambda a: a[0], dealt)
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, state.params, first, count_W, key))
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, trained, first, count_W, key))
         ((loss, aux), grads), _ = lax.scan(part, zeros, (jnp.arange(parts), dealt))
 
-    updates, opt_state = _update(optimizer, grads, state)
-    params: Any = optax.apply_updates(state.params, updates)
+    updates, opt_state = _update(optimizer, grads, state.opt_state, trained)
+    params = merge(optax.apply_updates(trained, updates), frozen)  # type: ignore[arg-type]
     metrics = {
         "loss": loss,
         **aux,
@@ -164,8 +169,8 @@ def average(decay: float, ema: Any, params: Any, step: Array) -> Any:
     return jax.tree.map(lambda old, new: old + weight * (new.astype(jnp.float32) - old), ema, params)
 
 
-def _update(optimizer: optax.GradientTransformation, grads: Any, state: TrainState) -> tuple[Any, Any]:
+def _update(optimizer: optax.GradientTransformation, grads: Any, opt_state: Any, params: Any) -> tuple[Any, Any]:
     """`optimizer.update`. Muon multiplies matrices with themselves, both sides sharded: the compiler places those."""
-    specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (state.params, state.opt_state))
+    specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (params, opt_state))
     update: Any = jax.sharding.auto_axes(optimizer.update, out_sharding=specs)
-    return update(grads, state.opt_state, state.params)
+    return update(grads, opt_state, params)
