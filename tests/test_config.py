@@ -108,6 +108,7 @@ REFUSED = {
     "skip_above_without_limit": (lambda: OptimizerConfig(skip_above=2.0), ["skip_above is 2.0", "skip_limit is 0"]),
     "profile_backwards": (lambda: ProfileConfig("13:10"), ["ProfileConfig.steps is '13:10'", "BEGIN:END"]),
     "profile_of_one": (lambda: ProfileConfig("13"), ["ProfileConfig.steps is '13'", "BEGIN:END"]),
+    "frozen_from_nothing": (lambda: TrainConfig(freeze="trunk"), ["freeze is trunk", "init_from is empty", "a run"]),
     "tfds_without_data_set": (lambda: DataConfig(source="tfds"), ["dataset is empty", "--data.dataset"]),
     "field_empty": (lambda: DataConfig(source="jsonl", files="*", field="meta."), ["field is 'meta.'", "dots"]),
     "separator_of_stdlib": (lambda: DataConfig(separator="--"), ["separator is '--'", "source is stdlib", "text"]),
@@ -394,6 +395,8 @@ def test_every_field_survives_json():
         keep_checkpoints=5,
         log_every=3,
         ema_decay=0.9,
+        init_from="runs/trunk",
+        freeze="trunk",
         seed=8,
     )
     assert_no_default(config)

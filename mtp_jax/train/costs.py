@@ -88,7 +88,7 @@ def head_training_flops(head: HeadConfig, model: ModelConfig, freeze: bool = Fal
     table = head.target == "ntp" or model.tie_embeddings
     backward = 2 * factors
     if freeze:
-        backward -= _by_offsets(lambda *config: FACTORS[head.factors].frozen_flops(*config, table), head, model)
+        backward -= _by_offsets(lambda h, m: FACTORS[head.factors].frozen_flops(h, m, table), head, model)
     backward *= min(1.0, head.backward_draws / head.rank) if head.backward_draws else 1.0
     return head.loss_fraction * (factors + backward) + (2 * gate + own if freeze else 3 * (gate + own))
 

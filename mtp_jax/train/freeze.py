@@ -31,7 +31,7 @@ def partition(config: TrainConfig, params: Params) -> tuple[Params, Params]:
     """(what is trained, what is frozen), which `merge` puts together. Leaves may be anything."""
     if config.freeze == "none":
         return params, {}
-    flat = flatten_dict(params)
+    flat: dict[tuple[str, ...], Any] = flatten_dict(params)  # type: ignore[assignment]
     frozen = {path: leaf for path, leaf in flat.items() if is_frozen(config, path)}
     return unflatten_dict({path: flat[path] for path in flat.keys() - frozen.keys()}), unflatten_dict(frozen)
 

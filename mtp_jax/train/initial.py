@@ -44,7 +44,8 @@ def begin_from(config: TrainConfig, state: TrainState, tokenizer: Tokenizer, mes
             f"init_from: model.{name} is {shown(here)} and the run in {config.init_from} has {shown(there)}; a trunk "
             "is taken as it is. Give the run's own value.",
         )
-    flat, there = flatten_dict(state.params), _parameters(run)
+    flat: dict[tuple[str, ...], Any] = flatten_dict(state.params)  # type: ignore[assignment]
+    there = _parameters(run)
     taken = {path: there[path] for path in flat if (path[0] != "head" or path == TABLE) and path in there}
     for path, leaf in flat.items():
         needed = path[0] != "head" or is_frozen(config, path)
@@ -63,7 +64,8 @@ def begin_from(config: TrainConfig, state: TrainState, tokenizer: Tokenizer, mes
 
 def _parameters(run: LoadedRun) -> dict[tuple[str, ...], Array]:
     """A run's parameters by path, with both tables: tied ones twice, and the unembedding that rank 1 stands for."""
-    found, head = flatten_dict(split(run.model)[1]), run.config.head
+    found: Any = flatten_dict(split(run.model)[1])
+    head = run.config.head
     if run.config.model.tie_embeddings:
         found[("embed_VD",)] = found[TABLE]
     elif head.factors == "full" and head.target == "marginal" and head.rank == 1:
