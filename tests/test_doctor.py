@@ -227,6 +227,7 @@ def test_only_a_devices_own_compiler_rules_a_step_out(backend, memory, verdict):
     assert said == [verdict]
 
 
+@pytest.mark.slow
 def test_layers_add_the_same_collectives_each():
     """A scan runs its body once for each layer: what is counted of it grows by the same with every layer."""
 
@@ -251,6 +252,7 @@ def test_simulated_devices_say_what_as_many_real_ones_do():
     assert here == there
 
 
+@pytest.mark.slow
 def test_more_devices_than_this_machine_has():
     config = tiny.train_config(tiny.model_config(vocab_size=264, d_model=64), batch=64, mesh=MeshConfig(4, 8, 2))
     found = forecast(config, Target(devices=64))
@@ -308,7 +310,7 @@ BIG = {
 }
 
 
-@pytest.mark.parametrize("name", BIG)
+@pytest.mark.parametrize("name", ["8B", pytest.param("70B", marks=pytest.mark.slow)])
 def test_a_large_model_is_compiled_for_256_devices_here(name):
     config, least = BIG[name]
     found = forecast(config, Target(devices=256))

@@ -506,6 +506,7 @@ def test_memory_of_one_large_tile_is_seen(monkeypatch):
     assert scratch_bytes(2, 256) > 2**31
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_trains():
     """A real step at V = 32,768, R = 8, W = 4: the loss falls."""
     with jax.enable_x64(False):

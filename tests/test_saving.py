@@ -301,7 +301,7 @@ for trial in range({trials}):
 """
 
 
-@pytest.mark.parametrize("trials", [12, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("trials", [5, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_at_any_instant_has_its_last_complete_step(tmp_path, trials):
     script = KILLED.format(tests=str(Path(__file__).parent), root=str(tmp_path), trials=trials, seed=0)
     subprocess.run([sys.executable, "-c", script], check=True, timeout=600, capture_output=True)
