@@ -21,6 +21,7 @@ from mtp_jax import __version__
 from mtp_jax.config import ConfigError, TrainConfig, from_dict, require, to_dict
 from mtp_jax.data import Tokenizer
 from mtp_jax.data.tokenizers import kept_tokenizer
+from mtp_jax.paths import is_local
 
 CONFIG_FILE, TOKENIZER_DIR, CHECKPOINTS_DIR = "config.json", "tokenizer", "checkpoints"
 # What training, `generate --held-out` and `bench --report` leave in a run directory.
@@ -76,7 +77,7 @@ def run_tokenizer(run_dir: epath.PathLike, config: TrainConfig) -> Tokenizer:
 
 def replace_file(path: epath.Path, data: str | bytes) -> None:
     """Write a file in one go, so that a kill right here leaves the old one; object stores do nothing else."""
-    aside = path if "://" in str(path) else path.with_name(f"{path.name}.partial")
+    aside = path.with_name(f"{path.name}.partial") if is_local(path) else path
     aside.write_bytes(data.encode() if isinstance(data, str) else data)
     if aside != path:
         aside.replace(path)

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from etils import epath
 
+from mtp_jax.paths import is_local
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -114,7 +116,7 @@ class JsonlLogger:
         self._lines = [_to_json(record) for record in earlier if record["step"] <= (resume_from or 0)]
         self._flush_seconds = flush_seconds
         self._file: io.FileIO | None = None
-        if _is_local(self._path):
+        if is_local(self._path):
             # The old file is replaced in one go, so that a kill right here cannot lose the history.
             partial = self._path.with_suffix(".partial")
             self._file, self._size = io.FileIO(partial, "w"), 0
@@ -282,7 +284,3 @@ def _eval_text(metrics: Mapping[str, float]) -> str:
 def _to_json(record: dict[str, Any]) -> str:
     finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
-
-
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in str(path)
