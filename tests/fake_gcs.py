@@ -21,7 +21,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 PAGE = 7
 OBJECT = re.compile(r"(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)")
 COPY = re.compile(r"/storage/v1/b/([^/]+)/o/([^/]+)/(?:rewriteTo|copyTo)/b/([^/]+)/o/([^/]+)")
-LIST, UPLOAD, BUCKET = (re.compile(p + r"/storage/v1/b/([^/]+)" + s) for p, s in (("", "/o"), ("/upload", "/o"), ("", "")))
+BUCKET = re.compile(r"/storage/v1/b/([^/]+)")
+LIST = re.compile(r"/storage/v1/b/([^/]+)/o")
+UPLOAD = re.compile(r"/upload/storage/v1/b/([^/]+)/o")
 
 
 class Refused(Exception):
@@ -87,6 +89,11 @@ class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     bucket: Bucket
     name: str
+
+    def handle(self) -> None:
+        """Serve a connection until who asks is gone, killed perhaps."""
+        with contextlib.suppress(ConnectionError):
+            super().handle()
 
     def _serve(self) -> None:
         url = urlsplit(self.path)

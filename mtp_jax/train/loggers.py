@@ -171,7 +171,7 @@ class TensorBoardLogger:
     """Event files under `<run_dir>/tensorboard`, with tags `train/<name>` and `eval/<name>`.
 
     TensorBoard hides the steps after `resume_from` that an earlier process wrote. A `gs://` run directory needs the
-    package google-cloud-storage, and an `s3://` one boto3.
+    package google-cloud-storage, which gcsfs brings.
     """
 
     def __init__(self, run_dir: epath.PathLike, resume_from: int | None = None):
