@@ -106,7 +106,8 @@ class JsonlLogger:
     which `float` (and `read_metrics`) turns back.
 
     On a local disk each line is appended at once; what cannot be written is kept, and tried again. Object stores cannot
-    append: there the lines stay in memory and the whole file is written again every `flush_seconds`, and at the end.
+    append: there the lines stay in memory and the whole file is written again every `flush_seconds`, at the end, and
+    with each evaluation: one comes before every save, so that a saved step has its past.
     """
 
     def __init__(self, run_dir: epath.PathLike, resume_from: int | None = None, flush_seconds: float = 30.0):
@@ -130,7 +131,7 @@ class JsonlLogger:
         self._lines.append(_to_json({"kind": kind, "step": step, "time": time.time(), **metrics}))
         if self._file:
             self._append()
-        elif time.monotonic() - self._flushed >= self._flush_seconds:
+        elif kind == "eval" or time.monotonic() - self._flushed >= self._flush_seconds:
             self._write_all()
 
     def close(self) -> None:
@@ -153,7 +154,10 @@ class JsonlLogger:
         self._lines.clear()
 
     def _write_all(self) -> None:
-        self._path.write_text("".join(self._lines))
+        try:
+            self._path.write_text("".join(self._lines))
+        except Exception as error:  # gcsfs has its own, which are no OSError
+            raise error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}") from error
         self._flushed = time.monotonic()
 
 
