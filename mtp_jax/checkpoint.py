@@ -27,6 +27,7 @@ from mtp_jax import manifest
 from mtp_jax.config import TrainConfig, to_dict
 from mtp_jax.distributed import from_all
 from mtp_jax.manifest import DamagedError
+from mtp_jax.paths import children, full_path
 from mtp_jax.run_dir import CHECKPOINTS_DIR, run_tokenizer, versions
 from mtp_jax.train.step import TrainState
 
@@ -53,7 +54,7 @@ class Checkpoints:
     """
 
     def __init__(self, run_dir: epath.PathLike, keep: int | None = None, resumed_from: int | None = None):
-        self.run_dir = epath.Path(run_dir).expanduser().resolve()
+        self.run_dir = full_path(run_dir)
         self._root = self.run_dir / CHECKPOINTS_DIR
         self._keep, self._resumed_from = keep, resumed_from
         self._tokenizer: dict[str, Any] = {}
@@ -193,7 +194,7 @@ class Checkpoints:
 
     def _clean(self) -> None:
         """Delete what was not finished."""
-        for path in self._root.iterdir():
+        for path in children(self._root):
             if path.name.partition(".")[0].isdigit() and not (path.name.isdigit() and manifest.is_sealed(path)):
                 path.rmtree()
 
@@ -342,7 +343,7 @@ class Checkpoints:
         return self._root / str(step)
 
     def _paths(self) -> list[epath.Path]:
-        return [path for path in self._root.iterdir() if path.name.isdigit()] if self._root.exists() else []
+        return [path for path in children(self._root) if path.name.isdigit()]
 
     def _list(self) -> list[int]:
         return manifest.sealed_steps(self._root)

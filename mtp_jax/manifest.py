@@ -14,6 +14,7 @@ from typing import Any
 
 from etils import epath
 
+from mtp_jax.paths import children, is_local
 from mtp_jax.run_dir import replace_file
 
 MANIFEST = "manifest.json"
@@ -33,12 +34,12 @@ class DamagedError(RuntimeError):
 def seal(directory: epath.Path) -> None:
     """Write the manifest of all files under `directory`. On a local disk they have reached it before the manifest."""
     files = sorted(_files(directory))
-    entries = _parallel(lambda file: _measure(directory / file, sync=_is_local(directory)), files)
-    if _is_local(directory):
+    entries = _parallel(lambda file: _measure(directory / file, sync=is_local(directory)), files)
+    if is_local(directory):
         for folder in {directory, *((directory / file).parent for file in files)}:
             _sync_folder(folder)
     replace_file(directory / MANIFEST, _to_json(dict(zip(files, entries, strict=True))))
-    if _is_local(directory):
+    if is_local(directory):
         _sync_folder(directory)
 
 
@@ -142,10 +143,6 @@ def _to_json(entries: dict[str, Entry]) -> str:
     return json.dumps({"files": entries, "sha256": sha}, indent=1, sort_keys=True) + "\n"
 
 
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in str(path)
-
-
 def _sync_folder(folder: epath.Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -156,6 +153,4 @@ def _sync_folder(folder: epath.Path) -> None:
 
 def sealed_steps(root: epath.Path) -> list[int]:
     """The steps below `root` that have their manifest, in order."""
-    if not root.exists():
-        return []
-    return sorted(int(path.name) for path in root.iterdir() if path.name.isdigit() and is_sealed(path))
+    return sorted(int(path.name) for path in children(root) if path.name.isdigit() and is_sealed(path))

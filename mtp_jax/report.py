@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from mtp_jax.config import require
+from mtp_jax.paths import full_path
 from mtp_jax.train.loggers import METRICS_FILE, read_metrics, series
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ MARKERS = "osD^vX"
 
 def check_reportable(run_dir: epath.PathLike) -> None:
     """Raise `ConfigError` if the run has no metrics to report."""
-    path = epath.Path(run_dir).expanduser() / METRICS_FILE
+    path = full_path(run_dir) / METRICS_FILE
     require(path.exists(), f"A report shows the run's metrics, and there is no {path}. Leave --report out.")
 
 
@@ -56,7 +57,7 @@ def write_report(run_dir: epath.PathLike, bench: dict[str, Any], config: dict[st
 
     `config` is the run's `TrainConfig` as a dictionary. Raises `FileNotFoundError` if `run_dir` has no metrics.jsonl.
     """
-    run_dir = epath.Path(run_dir).expanduser()
+    run_dir = full_path(run_dir)
     records = read_metrics(run_dir)
     train, evals = ([record for record in records if record["kind"] == kind] for kind in ("train", "eval"))
     rows = [row for row in bench["rows"] if row["k"] != "adaptive"]

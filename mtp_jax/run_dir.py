@@ -21,6 +21,7 @@ from mtp_jax import __version__
 from mtp_jax.config import ConfigError, TrainConfig, from_dict, require, to_dict
 from mtp_jax.data import Tokenizer
 from mtp_jax.data.tokenizers import kept_tokenizer
+from mtp_jax.paths import full_path, is_local
 
 CONFIG_FILE, TOKENIZER_DIR, CHECKPOINTS_DIR = "config.json", "tokenizer", "checkpoints"
 # What training, `generate --held-out` and `bench --report` leave in a run directory.
@@ -70,13 +71,13 @@ def write_tokenizer(run_dir: epath.PathLike, tokenizer: Tokenizer) -> None:
 
 def run_tokenizer(run_dir: epath.PathLike, config: TrainConfig) -> Tokenizer:
     """The tokenizer of a run: its own copy, or what the config names where it has none (`bytes`, or no run yet)."""
-    own = epath.Path(run_dir).expanduser() / TOKENIZER_DIR
+    own = full_path(run_dir) / TOKENIZER_DIR
     return kept_tokenizer(own, config.data.tokenizer, config.data.end_of_document)
 
 
 def replace_file(path: epath.Path, data: str | bytes) -> None:
     """Write a file in one go, so that a kill right here leaves the old one; object stores do nothing else."""
-    aside = path if "://" in str(path) else path.with_name(f"{path.name}.partial")
+    aside = path.with_name(f"{path.name}.partial") if is_local(path) else path
     aside.write_bytes(data.encode() if isinstance(data, str) else data)
     if aside != path:
         aside.replace(path)
@@ -91,7 +92,7 @@ def clear_run(run_dir: epath.PathLike) -> None:
 
 def read_config(run_dir: epath.PathLike) -> TrainConfig:
     """The config of a run directory. Raises `ConfigError` if there is none."""
-    path = epath.Path(run_dir).expanduser() / CONFIG_FILE
+    path = full_path(run_dir) / CONFIG_FILE
     require(path.exists(), f"{run_dir} is not a run directory: it has no {CONFIG_FILE}. Give what --run-dir was.")
     try:
         values = json.loads(path.read_text())

@@ -107,18 +107,38 @@ def test_a_run_without_history_starts_an_empty_file(tmp_path, resume_from):
 
 
 def test_object_stores_are_rewritten_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(loggers, "_is_local", lambda path: False)
+    monkeypatch.setattr(loggers, "is_local", lambda path: False)
     patient = JsonlLogger(tmp_path, flush_seconds=1e6)
     patient.log("train", 1, TRAIN)
     patient.log("train", 2, TRAIN)
     assert read_metrics(tmp_path) == []
+    patient.log("eval", 2, {"loss": 1.25})
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 2], "a save may follow, and a kill"
+    patient.log("train", 3, TRAIN)
     patient.close()
-    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 2, 3]
 
     eager = JsonlLogger(tmp_path, resume_from=1, flush_seconds=0)
     eager.log("train", 3, TRAIN)
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 3]
     eager.close()
+
+
+def test_an_object_store_that_refuses_does_not_end_a_run(tmp_path, monkeypatch, capsys):
+    """Its packages have errors that are no OSError."""
+
+    class HttpError(Exception): ...
+
+    def refuse(*_):
+        raise HttpError("quota, 429")
+
+    monkeypatch.setattr(loggers, "is_local", lambda path: False)
+    with Loggers(tmp_path, 2, console=Console(file=io.StringIO())) as some, monkeypatch.context() as patch:
+        patch.setattr(type(loggers.epath.Path("/")), "write_text", refuse)
+        some.log("eval", 1, {"loss": 1.0})
+        some.log("eval", 2, {"loss": 2.0})
+    assert capsys.readouterr().err == "warning: JsonlLogger cannot write (HttpError: quota, 429).\n"
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2], "kept, and written when it can be"
 
 
 def events(folder):

@@ -61,13 +61,13 @@ def main(args: list[str]) -> None:
         "such as --prompt 'def main():' or --held-out 3.",
     )
     use_compilation_cache()
-    from etils import epath
     from rich.console import Console
 
     from mtp_jax.bench.decode import held_out_prompts
     from mtp_jax.data import prepare
     from mtp_jax.decode.text import stop_bytes
     from mtp_jax.loading import load
+    from mtp_jax.paths import full_path
     from mtp_jax.run_dir import read_config, run_tokenizer
 
     stops = stop_bytes(options.stop)
@@ -95,7 +95,7 @@ def main(args: list[str]) -> None:
             console.rule(f"{name}, continued at temperature {options.temperature:g}", characters="-")
         _complete(run, tokens, dataclasses.replace(decode, seed=options.seed + index), stops, console)
     if options.held_out:
-        page = epath.Path(options.run).expanduser() / "completions.html"
+        page = full_path(options.run) / "completions.html"
         page.write_text(console.export_html())
         console.print(f"The same in colour: {page}", style="dim")
 

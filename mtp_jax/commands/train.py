@@ -110,12 +110,11 @@ def _main(args: list[str]) -> None:
 
 def _what_is_there(run_dir: str) -> dict[str, bool]:
     """What `--auto-resume` means. A run that ended before its first save is started again, with its own config."""
-    from etils import epath
-
     from mtp_jax.manifest import sealed_steps
+    from mtp_jax.paths import children, full_path
     from mtp_jax.run_dir import CHECKPOINTS_DIR
 
-    path = epath.Path(run_dir).expanduser()
-    there = path.exists() and any(path.iterdir())
+    path = full_path(run_dir)
+    there = bool(children(path))
     resume = there and bool(sealed_steps(path / CHECKPOINTS_DIR))
     return {"resume": resume, "overwrite": there and not resume}

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from mtp_jax.config import ConfigError, TrainConfig, require, shown, to_dict
 from mtp_jax.data import Mixture, Store, Tokenizer, load_tokenizer
 from mtp_jax.mesh import make_mesh
+from mtp_jax.paths import children, full_path
 from mtp_jax.run_dir import read_config
 
 # Fields of model, head and data that a resumed run may change: they change no parameter's shape and no batch.
@@ -37,11 +38,11 @@ def check_run_dir(run_dir: epath.PathLike, *, resume: bool = False, overwrite: b
       ConfigError: it exists and is not empty, and neither `resume` nor `overwrite` says what to do; or both do; or
         there is nothing to resume; or `overwrite` would delete something that is not a run directory.
     """
-    path = epath.Path(run_dir).expanduser().resolve()
+    path = full_path(run_dir)
     if resume and overwrite:
         raise ConfigError("Both --resume and --overwrite are given; choose one.")
     require(not path.exists() or path.is_dir(), f"The run directory {path} is a file; give another --run-dir.")
-    exists = path.exists() and any(path.iterdir())
+    exists = bool(children(path))
     if resume and not exists:
         raise ConfigError(f"--resume was given and {path} has no run in it. Leave --resume out to start one.")
     if exists and not (resume or overwrite):

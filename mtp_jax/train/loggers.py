@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from etils import epath
 
+from mtp_jax.paths import is_local
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -104,7 +106,8 @@ class JsonlLogger:
     which `float` (and `read_metrics`) turns back.
 
     On a local disk each line is appended at once; what cannot be written is kept, and tried again. Object stores cannot
-    append: there the lines stay in memory and the whole file is written again every `flush_seconds`, and at the end.
+    append: there the lines stay in memory and the whole file is written again every `flush_seconds`, at the end, and
+    with each evaluation: one comes before every save, so that a saved step has its past.
     """
 
     def __init__(self, run_dir: epath.PathLike, resume_from: int | None = None, flush_seconds: float = 30.0):
@@ -114,7 +117,7 @@ class JsonlLogger:
         self._lines = [_to_json(record) for record in earlier if record["step"] <= (resume_from or 0)]
         self._flush_seconds = flush_seconds
         self._file: io.FileIO | None = None
-        if _is_local(self._path):
+        if is_local(self._path):
             # The old file is replaced in one go, so that a kill right here cannot lose the history.
             partial = self._path.with_suffix(".partial")
             self._file, self._size = io.FileIO(partial, "w"), 0
@@ -128,7 +131,7 @@ class JsonlLogger:
         self._lines.append(_to_json({"kind": kind, "step": step, "time": time.time(), **metrics}))
         if self._file:
             self._append()
-        elif time.monotonic() - self._flushed >= self._flush_seconds:
+        elif kind == "eval" or time.monotonic() - self._flushed >= self._flush_seconds:
             self._write_all()
 
     def close(self) -> None:
@@ -151,7 +154,10 @@ class JsonlLogger:
         self._lines.clear()
 
     def _write_all(self) -> None:
-        self._path.write_text("".join(self._lines))
+        try:
+            self._path.write_text("".join(self._lines))
+        except Exception as error:  # gcsfs has its own, which are no OSError
+            raise error if isinstance(error, OSError) else OSError(f"{type(error).__name__}: {error}") from error
         self._flushed = time.monotonic()
 
 
@@ -169,7 +175,7 @@ class TensorBoardLogger:
     """Event files under `<run_dir>/tensorboard`, with tags `train/<name>` and `eval/<name>`.
 
     TensorBoard hides the steps after `resume_from` that an earlier process wrote. A `gs://` run directory needs the
-    package google-cloud-storage, and an `s3://` one boto3.
+    package google-cloud-storage, which gcsfs brings.
     """
 
     def __init__(self, run_dir: epath.PathLike, resume_from: int | None = None):
@@ -282,7 +288,3 @@ def _eval_text(metrics: Mapping[str, float]) -> str:
 def _to_json(record: dict[str, Any]) -> str:
     finite = {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     return json.dumps(finite, allow_nan=False) + "\n"
-
-
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in str(path)

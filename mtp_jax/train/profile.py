@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import jax
 from etils import epath
 
 from mtp_jax.config import ProfileConfig
+from mtp_jax.paths import is_local
 
 PROFILE_DIR = "profile"
 
@@ -21,6 +24,7 @@ class Profile:
         self._dir = epath.Path(run_dir) / PROFILE_DIR
         if jax.process_count() > 1:
             self._dir /= f"process_{jax.process_index()}"
+        self._aside: tempfile.TemporaryDirectory[str] | None = None
         self._running = False
 
     def before(self, step: int, state: Any) -> None:
@@ -29,7 +33,9 @@ class Profile:
             self.stop(state)
         elif self._begin <= step < self._end and not self._running:
             jax.block_until_ready(state)  # what was begun before is not recorded
-            jax.profiler.start_trace(str(self._dir))
+            if not is_local(self._dir):  # JAX writes to a disk alone
+                self._aside = tempfile.TemporaryDirectory()
+            jax.profiler.start_trace(self._aside.name if self._aside else str(self._dir))
             self._running = True
 
     def stop(self, state: Any) -> None:
@@ -38,5 +44,17 @@ class Profile:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
             self._running = False
+            if self._aside:
+                with self._aside as folder:
+                    _copy(Path(folder), self._dir)
+                self._aside = None
             if jax.process_index() == 0:
                 print(f"profile of steps {self._begin}:{self._end} in {self._dir}", flush=True)
+
+
+def _copy(folder: Path, to: epath.Path) -> None:
+    for file in folder.rglob("*"):
+        if file.is_file():
+            target = to / str(file.relative_to(folder))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(file.read_bytes())

@@ -1,0 +1,46 @@
+"""Paths of runs, on a local disk or in a bucket (`gs://bucket/run`), where `etils.epath` leaves a choice."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import fsspec.config
+from etils import epath
+
+from mtp_jax.config import require
+
+# TensorStore writes the arrays past gcsfs: what that remembers of a folder is soon wrong, and a manifest made from it
+# would lack them.
+fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+
+
+def is_local(path: epath.PathLike) -> bool:
+    """Whether a path is on a disk, which has folders, appends and renames."""
+    return "://" not in str(path)
+
+
+def full_path(path: epath.PathLike) -> epath.Path:
+    """The path of a run from the root, or its URL.
+
+    Raises `ConfigError` for another URL than `gs://BUCKET/...`, or if the package that opens those is missing.
+    """
+    given = str(path)
+    if is_local(given):
+        return epath.Path(path).expanduser().resolve()
+    require(
+        given.startswith("gs://"),
+        f"The run directory is {given}; it must be a local path or gs://BUCKET/..., which are all that Orbax writes.",
+    )
+    require(
+        any(importlib.util.find_spec(name) for name in ("gcsfs", "tensorflow")),
+        f"The run directory is {given}, and gcsfs, which opens gs://, is not installed: pip install 'mtp_jax[gcs]'.",
+    )
+    return epath.Path(given)  # `resolve` would make it a folder below the working directory
+
+
+def children(folder: epath.Path) -> list[epath.Path]:
+    """What lies in a folder; nothing if it does not exist, as an empty one never does in a bucket."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []

@@ -1,0 +1,199 @@
+"""Run directories in a bucket, on a server of this machine: trained, killed, gone on with and loaded.
+
+What is real: gcsfs, TensorStore and google-cloud-storage, each over HTTP, and Orbax's way of writing to a bucket. What
+is not: the server (`fake_gcs`), which wants no credentials, knows no hierarchical namespace and is never overloaded.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import fake_gcs
+import pytest
+from test_distributed import Processes, experiment, root  # noqa: F401
+
+from mtp_jax import paths
+from mtp_jax.config import ConfigError
+
+REPOSITORY = Path(__file__).parents[1]
+RUN = "gs://bucket/runs/mine"
+STEPS = [
+    "--steps",
+    "60",
+    "--eval-every",
+    "10",
+    "--checkpoint-every",
+    "10",
+    "--log-every",
+    "10",
+    "--keep-checkpoints",
+    "9",
+]
+
+LOAD = """
+import sys
+import jax, numpy as np
+import mtp_jax
+from mtp_jax.train.loggers import read_metrics
+from mtp_jax.train.step import split
+
+bucket, disk = sys.argv[1:]
+ours, theirs = (mtp_jax.load(run_dir) for run_dir in (bucket, disk))
+assert ours.step == theirs.step == 60, (ours.step, theirs.step)
+parameters = [jax.device_get(split(run.model)[1]) for run in (ours, theirs)]
+jax.tree.map(np.testing.assert_array_equal, *parameters)
+losses = [[(r["kind"], r["step"], r["loss"]) for r in read_metrics(run_dir)] for run_dir in (bucket, disk)]
+assert losses[0] == losses[1] and len(losses[0]) > 10, losses
+assert ours.generate("abc", max_new_tokens=8) == theirs.generate("abc", max_new_tokens=8)
+mtp_jax.load(bucket, step=20)
+"""
+
+
+def environment(url):
+    """That of a process which takes the server at `url` for the real one."""
+    names = {
+        "STORAGE_EMULATOR_HOST": url,  # gcsfs and google-cloud-storage
+        "TENSORSTORE_GCS_HTTP_URL": url,
+        "GOOGLE_AUTH_TOKEN_FOR_TESTING": "any",  # TensorStore's
+        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",  # asks for the bucket's kind by gRPC, which is not served
+        "PYTHONPATH": os.pathsep.join([str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
+    return {**os.environ, **names}
+
+
+class Here:
+    """Commands of processes that work on the bucket, in a folder of their own."""
+
+    def __init__(self, bucket, url, folder):
+        self.bucket, self.folder, self.env = bucket, folder, environment(url)
+
+    def start(self, *args):
+        with (self.folder / "log").open("w") as log:
+            command = [sys.executable, *map(str, args)]
+            return subprocess.Popen(command, cwd=self.folder, env=self.env, stdout=log, stderr=log)
+
+    def run(self, *args):
+        """The exit status, and what was said."""
+        process = self.start(*args)
+        try:
+            process.wait(timeout=120)
+        finally:
+            process.kill()
+            process.wait()
+        return process.returncode, (self.folder / "log").read_text()
+
+    def names(self, prefix=""):
+        return sorted(name for name in list(self.bucket.objects) if name.startswith(f"runs/mine/{prefix}"))
+
+    def sealed(self):
+        return [name.split("/")[-2] for name in self.names("checkpoints/") if name.endswith("/manifest.json")]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    pytest.importorskip("gcsfs", reason="gs:// is opened by gcsfs: pip install 'mtp_jax[gcs]'")
+    pytest.importorskip("google.cloud.storage", reason="TensorBoard's events are written to gs:// by it")
+    with fake_gcs.serve("bucket") as (bucket, url):
+        yield Here(bucket, url, tmp_path_factory.mktemp("here"))
+
+
+@pytest.fixture(scope="module")
+def trained(here, root):  # noqa: F811
+    """A run in the bucket that was killed and went on, beside one on the disk that was left alone."""
+    with Processes(experiment(root, "straight"), root / "straight", *STEPS, count=1) as one:
+        command = "-m", "mtp_jax", "train", experiment(root, "mine"), "--run-dir", RUN, "--auto-resume", *STEPS
+        killed = here.start(*command)
+        try:
+            end = time.monotonic() + 120
+            while len(here.sealed()) < 2:
+                assert killed.poll() is None and time.monotonic() < end, (here.folder / "log").read_text()
+                time.sleep(0.005)
+            killed.send_signal(signal.SIGKILL)
+        finally:
+            killed.kill()
+            killed.wait()
+        sealed = here.sealed()
+        assert "60" not in sealed, "it was killed too late"
+        status, said = here.run(*command, "--profile.steps", "50:52")
+        assert status == 0 and f"resuming at step {max(map(int, sealed))}" in said, said
+        assert one.wait() == [0], one.said()
+    return root / "straight"
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_killed_goes_on_and_loads_as_one_on_a_disk(here, trained):
+    """Bit for bit: the parameters, every loss on the way, and what is generated."""
+    status, said = here.run("-c", LOAD, RUN, trained)
+    assert status == 0, said
+    assert not here.bucket.unknown
+    assert [path.name for path in here.folder.iterdir()] == ["log"], "nothing of it lies on the disk"
+
+
+@pytest.mark.slow
+def test_what_lies_in_the_bucket_is_what_lies_on_a_disk(here, trained):
+    def kinds(names):
+        return {name.split("/")[0] for name in names}
+
+    prefix = len("runs/mine/")
+    names = [name[prefix:] for name in here.names()]
+    assert kinds(names) == {path.name for path in trained.iterdir()} | {"profile"}
+    assert here.sealed() == sorted(path.name for path in (trained / "checkpoints").iterdir())
+    assert any(name.endswith(".xplane.pb") for name in names)
+    assert any(name.startswith("tensorboard/events") for name in names)
+
+
+@pytest.mark.slow
+def test_every_object_of_a_step_is_in_its_manifest(here, trained):
+    """Those of TensorStore too, which writes past gcsfs."""
+    for step in here.sealed():
+        prefix = f"runs/mine/checkpoints/{step}/"
+        objects = {
+            name.removeprefix(prefix): here.bucket.objects[name][0] for name in here.names(f"checkpoints/{step}/")
+        }
+        files = json.loads(objects.pop("manifest.json"))["files"]
+        assert files == {name: [len(data), hashlib.sha256(data).hexdigest()] for name, data in objects.items()}
+        assert any(name.startswith("params/d/") or "/d/" in name for name in files), "arrays"
+
+
+@pytest.mark.slow
+def test_damage_in_a_bucket_is_refused_with_the_way_out(here, trained):
+    name = max(here.names("checkpoints/60/params/"), key=lambda name: len(here.bucket.objects[name][0]))
+    data, generation = here.bucket.objects[name]
+    here.bucket.objects[name] = bytes([data[0] ^ 1]) + data[1:], generation
+    try:
+        status, said = here.run("-c", f"import mtp_jax; mtp_jax.load({RUN!r})")
+    finally:
+        here.bucket.objects[name] = data, generation
+    assert status == 1 and f"gs://bucket/{name} has other bytes" in said and "The last good step is 50." in said, said
+
+
+@pytest.mark.slow
+def test_a_run_in_a_bucket_is_not_overwritten_unasked_and_nothing_else_is_ever_deleted(here, trained, root):  # noqa: F811
+    here.bucket.put("runs/mine/notes.txt", b"keep", {})
+    here.bucket.put("runs/other/config.json", b"keep", {})
+    before = here.names()
+    command = "-m", "mtp_jax", "train", root / "mine.py", "--run-dir", RUN, "--steps", "2"
+    status, said = here.run(*command)
+    assert status == 2 and f"The run directory {RUN} exists" in said and here.names() == before, said
+    status, said = here.run(*command, "--overwrite")
+    assert status == 0 and here.sealed() == ["2"], said
+    assert not [name for name in here.names() if "profile" in name]
+    assert here.bucket.objects["runs/mine/notes.txt"][0] == here.bucket.objects["runs/other/config.json"][0] == b"keep"
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "gcs://bucket/run", "file:///tmp/run"])
+def test_other_urls_are_refused(url):
+    with pytest.raises(ConfigError, match="must be a local path or gs://BUCKET/"):
+        paths.full_path(url)
+
+
+def test_a_bucket_without_the_package_that_opens_it_is_refused(monkeypatch):
+    monkeypatch.setattr(paths.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"gcsfs, which opens gs://, is not installed: pip install 'mtp_jax\[gcs\]'"):
+        paths.full_path(RUN)
