@@ -10,7 +10,7 @@ the time goes into reading large matrices. Sequences of 384 tokens cover the pos
 (96 + 256).
 
 Cost: about 5 minutes of training on two cores; the three commands take about 8 minutes.
-Expect: validation loss by offset 1.6 1.9 2.0 2.3 nats per byte, all 4 components in use, about 2.2 tokens per forward
+Expect: validation loss by offset 1.85 2.1 2.2 2.4 nats per byte, all 4 components in use, about 2.3 tokens per forward
 at T = 0.7 with k = 3, and decoding about 1.4 times as fast as without drafts. A change in the last digit of any sum, or
 another interpreter's library, leads to another model, so the figures differ a little; at T = 0, where a model this
 small repeats itself, they differ a lot.
