@@ -53,6 +53,31 @@ assert ours.generate("abc", max_new_tokens=8) == theirs.generate("abc", max_new_
 mtp_jax.load(bucket, step=20)
 """
 
+WATCH = """
+import tensorstore as ts
+from etils import epath
+from mtp_jax.checkpoint import Checkpoints
+from mtp_jax.manifest import check, seal
+
+def write(name, data):
+    where = {"driver": "gcs", "bucket": "bucket", "path": "runs/watched/checkpoints/"}
+    ts.KvStore.open(where).result().write(name, data).result()
+
+with Checkpoints("gs://bucket/runs/watched") as checkpoints:
+    assert checkpoints.steps() == []
+    for step in range(1, 11):
+        folder = epath.Path(f"gs://bucket/runs/watched/checkpoints/{step}")
+        write(f"{step}/params/a", b"old")
+        assert [path.name for path in (folder / "params").iterdir()] == ["a"]
+        write(f"{step}/params/b", b"new")
+        seal(folder)
+        assert '"params/b"' in (folder / "manifest.json").read_text()
+        check(folder)
+        assert checkpoints.steps() == list(range(1, step + 1))
+    write("5/manifest.json", None)
+    assert checkpoints.steps() == [1, 2, 3, 4, 6, 7, 8, 9, 10]
+"""
+
 
 def environment(url):
     """That of a process which takes the server at `url` for the real one."""
@@ -124,6 +149,12 @@ def trained(here, root):  # noqa: F811
         assert status == 0 and f"resuming at step {max(map(int, sealed))}" in said, said
         assert one.wait() == [0], one.said()
     return root / "straight"
+
+
+def test_what_others_write_is_seen_at_once_and_sealed(here):
+    """TensorStore is another to gcsfs, as another process is."""
+    status, said = here.run("-c", WATCH)
+    assert status == 0, said
 
 
 @pytest.mark.slow
