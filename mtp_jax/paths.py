@@ -9,8 +9,8 @@ from etils import epath
 
 from mtp_jax.config import require
 
-# TensorStore writes the arrays past gcsfs: what that remembers of a folder is soon wrong, and a manifest made from it
-# would lack them.
+# TensorStore and other processes write past this one's gcsfs: what that remembers of a folder is soon wrong, and a step
+# or a file of it would not be seen.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
 

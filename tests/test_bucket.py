@@ -53,6 +53,31 @@ assert ours.generate("abc", max_new_tokens=8) == theirs.generate("abc", max_new_
 mtp_jax.load(bucket, step=20)
 """
 
+WATCH = """
+import tensorstore as ts
+from etils import epath
+from mtp_jax.checkpoint import Checkpoints
+from mtp_jax.manifest import check, seal
+
+def write(name, data):
+    where = {"driver": "gcs", "bucket": "bucket", "path": "runs/watched/checkpoints/"}
+    ts.KvStore.open(where).result().write(name, data).result()
+
+with Checkpoints("gs://bucket/runs/watched") as checkpoints:
+    assert checkpoints.steps() == []
+    for step in range(1, 11):
+        folder = epath.Path(f"gs://bucket/runs/watched/checkpoints/{step}")
+        write(f"{step}/params/a", b"old")
+        assert [path.name for path in (folder / "params").iterdir()] == ["a"]
+        write(f"{step}/params/b", b"new")
+        seal(folder)
+        assert '"params/b"' in (folder / "manifest.json").read_text()
+        check(folder)
+        assert checkpoints.steps() == list(range(1, step + 1))
+    write("5/manifest.json", None)
+    assert checkpoints.steps() == [1, 2, 3, 4, 6, 7, 8, 9, 10]
+"""
+
 
 def environment(url):
     """That of a process which takes the server at `url` for the real one."""
@@ -126,7 +151,12 @@ def trained(here, root):  # noqa: F811
     return root / "straight"
 
 
-@pytest.mark.slow
+def test_what_others_write_is_seen_at_once_and_sealed(here):
+    """TensorStore is another to gcsfs, as another process is."""
+    status, said = here.run("-c", WATCH)
+    assert status == 0, said
+
+
 def test_a_run_in_a_bucket_is_killed_goes_on_and_loads_as_one_on_a_disk(here, trained):
     """Bit for bit: the parameters, every loss on the way, and what is generated."""
     status, said = here.run("-c", LOAD, RUN, trained)
@@ -135,7 +165,6 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_loads_as_one_on_a_disk(here, tr
     assert [path.name for path in here.folder.iterdir()] == ["log"], "nothing of it lies on the disk"
 
 
-@pytest.mark.slow
 def test_what_lies_in_the_bucket_is_what_lies_on_a_disk(here, trained):
     def kinds(names):
         return {name.split("/")[0] for name in names}
@@ -148,7 +177,6 @@ def test_what_lies_in_the_bucket_is_what_lies_on_a_disk(here, trained):
     assert any(name.startswith("tensorboard/events") for name in names)
 
 
-@pytest.mark.slow
 def test_every_object_of_a_step_is_in_its_manifest(here, trained):
     """Those of TensorStore too, which writes past gcsfs."""
     for step in here.sealed():
@@ -161,7 +189,6 @@ def test_every_object_of_a_step_is_in_its_manifest(here, trained):
         assert any(name.startswith("params/d/") or "/d/" in name for name in files), "arrays"
 
 
-@pytest.mark.slow
 def test_damage_in_a_bucket_is_refused_with_the_way_out(here, trained):
     name = max(here.names("checkpoints/60/params/"), key=lambda name: len(here.bucket.objects[name][0]))
     data, generation = here.bucket.objects[name]
@@ -173,7 +200,6 @@ def test_damage_in_a_bucket_is_refused_with_the_way_out(here, trained):
     assert status == 1 and f"gs://bucket/{name} has other bytes" in said and "The last good step is 50." in said, said
 
 
-@pytest.mark.slow
 def test_a_run_in_a_bucket_is_not_overwritten_unasked_and_nothing_else_is_ever_deleted(here, trained, root):  # noqa: F811
     here.bucket.put("runs/mine/notes.txt", b"keep", {})
     here.bucket.put("runs/other/config.json", b"keep", {})

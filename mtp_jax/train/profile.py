@@ -33,7 +33,7 @@ class Profile:
             self.stop(state)
         elif self._begin <= step < self._end and not self._running:
             jax.block_until_ready(state)  # what was begun before is not recorded
-            if not is_local(self._dir):  # JAX writes to a disk alone
+            if not is_local(self._dir):  # JAX would write with a client of its own, which is not that of the rest
                 self._aside = tempfile.TemporaryDirectory()
             jax.profiler.start_trace(self._aside.name if self._aside else str(self._dir))
             self._running = True
