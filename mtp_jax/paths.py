@@ -39,8 +39,8 @@ def full_path(path: epath.PathLike) -> epath.Path:
 
 
 def children(folder: epath.Path) -> list[epath.Path]:
-    """What lies in a folder; nothing if it does not exist, as an empty one never does in a bucket."""
+    """What lies in a folder; nothing if it is none, or does not exist, as an empty one never does in a bucket."""
     try:
         return list(folder.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []

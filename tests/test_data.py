@@ -203,10 +203,10 @@ def test_a_damaged_store_is_refused(corpus):
     path = data.prepare(corpus).path
     with (path / "train.tokens.bin").open("ab") as file:
         file.write(b"x")
-    with pytest.raises(ValueError, match=r"train\.tokens\.bin has \d+ bytes and should have \d+\. Delete it"):
+    with pytest.raises(ValueError, match=r"train\.tokens\.bin has \d+ bytes and should have \d+.*delete it"):
         data.prepare(corpus)
     (path / "manifest.json").unlink()
-    with pytest.raises(ValueError, match=r"damaged.*manifest\.json.*Delete it"):
+    with pytest.raises(ValueError, match=r"damaged.*manifest\.json.*delete it"):
         data.prepare(corpus)
 
 
