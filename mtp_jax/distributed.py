@@ -39,7 +39,7 @@ class Distributed:
     lost_seconds: float = 30.0
     """A process that was not heard of for so long is lost: the others end with status 1."""
     stalled_seconds: float = 600.0
-    """As long may a step take, or a batch of an evaluation, or a save. Then all end, and say where each one was."""
+    """As long may a step take, or a batch of an evaluation. Then all end, and say where each one was."""
 
     def __post_init__(self) -> None:
         positive(self, "lost_seconds", "stalled_seconds")

@@ -124,7 +124,7 @@ def _show(args: list[str]) -> None:
     for split, counts in manifest["splits"].items():
         say(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
     say(f"\nLength of the {options.split} documents in tokens", style="bold")
-    say(histogram(np.diff(documents.offsets)))
+    say(histogram(documents.lengths))
     for index in range(min(options.documents, len(documents))):
         say(f"\nDocument {index}: {documents.names[index]}, {len(documents[index]):,} tokens", style="bold")
         text = tokenizer.decode(documents[index])

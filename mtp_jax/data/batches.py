@@ -80,7 +80,7 @@ class Sequences:
     def _permute(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents of `epoch` in their order, and where each ends."""
         order = permutation(len(self.documents), self.seed, 2 * epoch, self.store)
-        return order, np.cumsum(np.diff(self.documents.offsets)[order])
+        return order, np.cumsum(self.documents.lengths[order])
 
 
 class MixedSequences:
