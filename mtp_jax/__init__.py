@@ -26,6 +26,8 @@ _PUBLIC = {
     "LossBenchConfig": "mtp_jax.bench.config",
     "TrainBenchConfig": "mtp_jax.bench.config",
     "MeshConfig": "mtp_jax.config",
+    "MeasureConfig": "mtp_jax.sweep.config",
+    "Sweep": "mtp_jax.sweep.config",
     "ConfigError": "mtp_jax.config",
     "LanguageModel": "mtp_jax.model.transformer",
     "generate": "mtp_jax.decode.generate",
@@ -50,6 +52,8 @@ if TYPE_CHECKING:
     from mtp_jax.loading import load as load
     from mtp_jax.mesh import make_mesh as make_mesh
     from mtp_jax.model.transformer import LanguageModel as LanguageModel
+    from mtp_jax.sweep.config import MeasureConfig as MeasureConfig
+    from mtp_jax.sweep.config import Sweep as Sweep
 
 __all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 

@@ -24,6 +24,7 @@ COMMANDS = {
         "mtp_jax.commands.tokenizer",
         "train --vocab-size N --out FILE   make a tokenizer from the documents of a source",
     ),
+    "sweep": ("mtp_jax.commands.sweep", "EXPERIMENT.py                     train and measure the runs of a question"),
     "doctor": (
         "mtp_jax.commands.doctor",
         "[EXPERIMENT.py]                   what a run would need, here or elsewhere",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,25 +26,14 @@ def bench_train(
 ) -> dict[str, Any]:
     """Measure whole training steps (forward, backward, optimizer) of `config` with each rank and return rows.
 
-    The baseline is the same trunk with an independent head of one offset, whose loss is that of a next-token model by
-    the same code. A row's `step_ratio` is its step time over the baseline's, `predicted_ratio` the same in FLOPs.
+    A row's `step_ratio` is its step time over that of `next_token`, `predicted_ratio` the same in FLOPs.
     """
-    heads = {NEXT_TOKEN: HeadConfig(kind="independent", window=1, rank=1, factors="full", balance="none")}
-    heads |= {f"R = {rank}": dataclasses.replace(config.head, kind="cpd", rank=rank) for rank in bench.ranks}
-    mesh, rows, steps = check_machine(config), {}, {}
-    with jax.set_mesh(mesh):
-        for name, head in heads.items():
-            progress(f"compiling {name}")
-            tied = config.model.tie_embeddings and head.has_unembedding
-            model = dataclasses.replace(config.model, tie_embeddings=tied)
-            run = dataclasses.replace(config, head=head, model=model)
-            if name == NEXT_TOKEN:  # that is a whole training run, whatever this one freezes
-                run = dataclasses.replace(run, init_from="", freeze="none")
-            rows[name], steps[name] = _prepare(run, mesh)
-        progress("measuring")
-        seconds = interleave(steps, bench.repetitions)
+    configs = {NEXT_TOKEN: next_token(config)}
+    configs |= {f"R = {rank}": _with_head(config, dataclasses.replace(config.head, kind="cpd", rank=rank))
+                for rank in bench.ranks}  # fmt: skip
+    rows, mesh = measure_steps(configs, bench.repetitions, progress), check_machine(config)
     for name, row in rows.items():
-        row |= {"head": name, "seconds": summary(seconds[name]), "step_ratio": ratio(seconds, name, NEXT_TOKEN)}
+        row |= {"head": name, "step_ratio": ratio({n: r["rounds"] for n, r in rows.items()}, name, NEXT_TOKEN)}
         row["tokens_per_second"] = row["tokens"] / row["seconds"]["median"]
         peak = peak_flops(mesh.devices.flat[0])
         rate = row["flops"] / row["seconds"]["median"]
@@ -52,12 +41,41 @@ def bench_train(
         row["flops_per_second"] = rate
         row["predicted_ratio"] = row["flops"] / rows[NEXT_TOKEN]["flops"]
     return {
-        "rows": list(rows.values()),
+        "rows": [{name: value for name, value in row.items() if name != "rounds"} for row in rows.values()],
         "repetitions": bench.repetitions,
         "mesh": dict(mesh.shape),
         "device": mesh.devices.flat[0].device_kind,
         "versions": versions(),
     }
+
+
+def next_token(config: TrainConfig) -> TrainConfig:
+    """The same trunk with an independent head of one offset, all of it trained: a next-token model by the same code."""
+    head = HeadConfig(kind="independent", window=1, rank=1, factors="full", balance="none")
+    return dataclasses.replace(_with_head(config, head), init_from="", freeze="none")
+
+
+def _with_head(config: TrainConfig, head: HeadConfig) -> TrainConfig:
+    tied = config.model.tie_embeddings and head.has_unembedding
+    return dataclasses.replace(config, head=head, model=dataclasses.replace(config.model, tie_embeddings=tied))
+
+
+def measure_steps(
+    configs: Mapping[str, TrainConfig], repetitions: int, progress: Callable[[str], None] = lambda _: None
+) -> dict[str, dict[str, Any]]:
+    """Steps of several runs on random tokens, interleaved in one process: what is known of each beforehand (`tokens`,
+    `flops`, bytes), its times by `rounds`, and their median and quartiles, `seconds`."""
+    rows, steps = {}, {}
+    for name, config in configs.items():
+        mesh = check_machine(config)
+        with jax.set_mesh(mesh):
+            progress(f"compiling {name}")
+            rows[name], steps[name] = _prepare(config, mesh)
+    progress("measuring")
+    rounds = interleave(steps, repetitions)
+    for name, row in rows.items():
+        row |= {"rounds": rounds[name], "seconds": summary(rounds[name])}
+    return rows
 
 
 def _prepare(config: TrainConfig, mesh: Any) -> tuple[dict[str, Any], Callable[[], Any]]:

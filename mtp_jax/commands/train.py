@@ -9,13 +9,12 @@ import signal
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from mtp_jax.commands import parse, use_compilation_cache
-from mtp_jax.commands.experiment import load_experiment, split_file
+from mtp_jax.commands.experiment import default_run_dir, load_experiment, split_file
 from mtp_jax.config import PREEMPTED, TrainConfig, differences, require, shown
 from mtp_jax.distributed import Distributed, connect, on_first
 
@@ -72,7 +71,7 @@ def _main(args: list[str]) -> None:
         return
     file, rest = split_file(args, "train")
     config = experiment = load_experiment(file)
-    default = Where(run_dir=str(Path("runs") / Path(file).stem), distributed=Distributed.from_environment())
+    default = Where(run_dir=default_run_dir(file), distributed=Distributed.from_environment())
     # The options need to fit the run alone, so where that is must be known before they are read.
     where, _ = tyro.cli(
         Where, prog=f"mtp-jax train {file}", args=rest, default=default, return_unknown_args=True, add_help=False

@@ -22,7 +22,8 @@ class DecodeConfig:
     largest of them. A row stops drafting before a token whose law (the head's, given the drafts before it) has no
     probability of `min_confidence` or more. `verifier` names an entry of `mtp_jax.decode.verify.VERIFIERS`.
     Drafts are of the `joint` law, or `ancestral`: of one component, drawn from its posterior, with an R-th of the
-    draft's products with the unembedding (factors `shared` and `lowrank`) and somewhat lower acceptance.
+    draft's products with the unembedding (factors `shared` and `lowrank`) and somewhat lower acceptance; or
+    `unconditioned`: of the joint law that knows not which token the target chose, to measure what knowing it is worth.
     """
 
     max_new_tokens: Rows[int]
@@ -33,7 +34,7 @@ class DecodeConfig:
     k: Rows[int] | None = None
     min_confidence: Rows[float] = 0.0
     verifier: str | None = None
-    draft: Literal["joint", "ancestral"] = "joint"
+    draft: Literal["joint", "ancestral", "unconditioned"] = "joint"
     stop_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:

@@ -95,7 +95,7 @@ def make_request(model: LanguageModel, prompts: Sequence[Prompt], config: Decode
     # Every forward writes k + 1 positions, the last of them up to k behind the limit.
     slots = width + bucket(int(new.max())) + window
     filtered = bool((top_k > 0).any() or (top_p < 1).any())
-    plan = Plan(int(most.max()), config.rule, slots, filtered, ancestral=config.draft == "ancestral")
+    plan = Plan(int(most.max()), config.rule, slots, filtered, config.draft)
     seeds = np.asarray(config.seed, np.uint32)
     seeds = seeds if seeds.ndim else seeds + np.arange(batch, dtype=np.uint32)
     temperature = rows(config.temperature, np.float32)

@@ -24,7 +24,7 @@ from mtp_jax.sharding import RULES
 @dataclass(frozen=True)
 class Plan:
     """What a loop is compiled for: `k` drafts per forward, the verifier, cache `slots`, whether top-k/p are used, and
-    whether drafts are `ancestral`.
+    the kind of drafts (see `DecodeConfig.draft`).
 
     `window`: attention reads the first so many slots only; None: all. The loop stops before a row grows out of it.
     """
@@ -33,7 +33,7 @@ class Plan:
     verifier: str
     slots: int
     filtered: bool = False
-    ancestral: bool = False
+    draft: str = "joint"
     window: int | None = None
 
     def fits(self, length_B: Array, done_B: Array) -> Array:
@@ -202,8 +202,10 @@ def draft(
     if plan.k == 0:
         return dataclasses.replace(state, draft_Bk=token_B[:, None][:, :0])
     verifier, head = get_verifier(plan.verifier), model.head
-    joint = head.condition(head.draft_state(x_BD, 1 if plan.ancestral else plan.k + 1, first_BRV), token_B)
-    if plan.ancestral:
+    ancestral = plan.draft == "ancestral"
+    joint = head.draft_state(x_BD, 1 if ancestral else plan.k + 1, first_BRV)
+    joint = joint.skip() if plan.draft == "unconditioned" else head.condition(joint, token_B)
+    if ancestral:
         component_B = draw_component(joint.log_alpha_BR, sampling, state.length_B)
         joint = head.component_state(joint, x_BD, component_B, plan.k + 1)
     # The last token of a row is the target's own.

@@ -16,7 +16,7 @@ from mtp_jax.config import HeadConfig, ModelConfig
 from mtp_jax.heads.factors import FACTORS, NextToken, Tables
 from mtp_jax.heads.shortlist import SHORT, Shortlist, ShortlistForm, split
 from mtp_jax.losses.balance import balance_loss
-from mtp_jax.losses.mixture import Terms, mixture_log_likelihood, mixture_loss
+from mtp_jax.losses.mixture import Terms, conditionals, factor_scores, mixture_loss
 from mtp_jax.losses.subsample import subsample
 from mtp_jax.model.layers import init_weight
 from mtp_jax.sharding import RULES, gather
@@ -36,6 +36,10 @@ class DraftState:
     log_alpha_BR: Array
     logp_BRV: tuple[Array, ...]
     offset: int = dataclasses.field(metadata={"static": True})
+
+    def skip(self) -> DraftState:
+        """The law of the later offsets where the next token stays unknown: its factors sum to 1."""
+        return dataclasses.replace(self, offset=self.offset + 1)
 
 
 class Head(nnx.Module):
@@ -129,9 +133,16 @@ class Head(nnx.Module):
 
         -inf from the first target on that a shortlist has not.
         """
-        columns_BTW, listed_BTW = self._columns(targets_BTW)
-        found_BTW = mixture_log_likelihood(self.form, self.params(), x_BTD, self.log_weights(x_BTD), columns_BTW)
+        listed_BTW = self._columns(targets_BTW)[1]
+        found_BTW = conditionals(self.factor_log_probs(x_BTD, targets_BTW), self.log_weights(x_BTD))
         return jnp.where(listed_BTW, found_BTW, -jnp.inf)
+
+    def factor_log_probs(self, x_BTD: Array, targets_BTW: Array) -> Array:
+        """log p_rs(x_s | h), `[B, T, R, W]`: what each component alone says of the targets. Forward only, in tiles.
+
+        Of a target that a shortlist has not it is any number.
+        """
+        return factor_scores(self.form, self.params(), x_BTD, self._columns(targets_BTW)[0])[0]
 
     def logits(
         self, x_BTD: Array, start: int = 0, stop: int | None = None, component_B: Array | None = None

@@ -78,6 +78,12 @@ def trunk_forward_flops(model: ModelConfig, seq_len: int) -> float:
     return 2 * model.num_layers * (projections + attention)
 
 
+def training_flops(config: TrainConfig) -> tuple[float, float]:
+    """Training FLOPs per token of trunk and head, forward and backward, without recomputation."""
+    trunk, freeze = trunk_forward_flops(config.model, config.data.seq_len), config.freeze == "trunk"
+    return (1 if freeze else 3) * trunk, head_training_flops(config.head, config.model, freeze)
+
+
 def head_training_flops(head: HeadConfig, model: ModelConfig, freeze: bool = False) -> float:
     """Training FLOPs per token of the head: three times forward, less what is drawn instead of done.
 
@@ -118,16 +124,16 @@ def costs(config: TrainConfig, params: Any) -> Costs:
     def count(tree: Any) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
-    model, freeze = config.model, config.freeze == "trunk"
-    trunk = trunk_forward_flops(model, config.data.seq_len)
+    model = config.model
+    trunk, head = training_flops(config)
     return Costs(
         trunk_params=count(params["blocks"]) + count(params["norm"]),
         head_params=count(params["head"]),
         embedding_params=count(params.get("embed_VD", {})),
-        trunk_flops=trunk if freeze else 3 * trunk,
-        head_flops=head_training_flops(config.head, model, freeze),
+        trunk_flops=trunk,
+        head_flops=head,
         next_token_flops=6 * model.vocab_size * model.d_model,
-        plain_trunk_flops=3 * trunk,
+        plain_trunk_flops=3 * trunk_forward_flops(model, config.data.seq_len),
     )
 
 

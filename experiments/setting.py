@@ -1,0 +1,90 @@
+"""What the recipes have in common: trunks, data and optimizers, in a size for two CPU cores and in one for a GPU.
+
+A trunk is trained with a next-token loss and is frozen; heads of all kinds are then trained on it, at a constant
+learning rate, so that a run that is stopped early is a shorter run. All of them preserve the law of the trunk's own
+next-token head (target `ntp`), so that their acceptance can be compared, and their text is the same.
+"""
+
+from dataclasses import replace
+
+from mtp_jax import DataConfig, HeadConfig, ModelConfig, OptimizerConfig, TrainConfig
+
+NEXT_TOKEN = HeadConfig(kind="independent", window=1, rank=1, factors="full", balance="none")
+
+MODEL_CPU = ModelConfig(
+    vocab_size=264,
+    d_model=512,
+    d_ff=1024,
+    num_layers=3,
+    num_heads=8,
+    num_kv_heads=2,
+    context_length=512,
+    dtype="float32",
+)
+# 56 million parameters in the layers, as the paper's models of short stories have in all.
+MODEL_GPU = ModelConfig(
+    vocab_size=264,
+    d_model=768,
+    d_ff=2048,
+    num_layers=8,
+    num_heads=12,
+    num_kv_heads=12,
+    context_length=1024,
+    dtype="bfloat16",
+    attention="cudnn",
+)
+
+TRUNK_CPU = TrainConfig(
+    model=MODEL_CPU,
+    head=NEXT_TOKEN,
+    data=DataConfig(source="stdlib", seq_len=384, batch_size=3),
+    optimizer=OptimizerConfig(
+        name="muon",
+        learning_rate=3e-3,
+        schedule="wsd",
+        warmup_steps=30,
+        decay_fraction=0.35,
+        final_lr_fraction=0.02,
+        weight_decay=0.05,
+    ),
+    steps=400,
+    eval_every=100,
+    eval_batches=16,
+    checkpoint_every=100,
+)
+TRUNK_GPU = replace(
+    TRUNK_CPU,
+    model=MODEL_GPU,
+    data=DataConfig(source="packages", seq_len=1024, batch_size=64),
+    optimizer=replace(TRUNK_CPU.optimizer, learning_rate=2e-3, warmup_steps=200),
+    steps=8000,
+    eval_every=1000,
+    checkpoint_every=1000,
+)
+
+
+def heads(trunk: TrainConfig, *, steps: int, batch_size: int, learning_rate: float, init_from: str) -> TrainConfig:
+    """Runs of heads on a frozen `trunk`, the run `init_from`. Twelve checkpoints are kept to read a run by."""
+    return replace(
+        trunk,
+        head=HeadConfig(window=4, rank=4, factors="full", target="ntp", ntp_weight=0.0),
+        data=replace(trunk.data, batch_size=batch_size),
+        optimizer=replace(
+            trunk.optimizer,
+            learning_rate=learning_rate,
+            schedule="constant",
+            warmup_steps=steps // 20,
+            weight_decay=0.0,
+        ),
+        steps=steps,
+        eval_every=steps // 12,
+        eval_batches=8,
+        checkpoint_every=steps // 12,
+        keep_checkpoints=12,
+        init_from=init_from,
+        freeze="trunk",
+    )
+
+
+HEADS_CPU = heads(TRUNK_CPU, steps=240, batch_size=2, learning_rate=2e-3, init_from="trunk")
+HEADS_GPU = heads(TRUNK_GPU, steps=2400, batch_size=64, learning_rate=1e-3, init_from="trunk")

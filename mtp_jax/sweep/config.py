@@ -1,0 +1,197 @@
+"""A sweep in an experiment file: runs that differ in a few fields, and what is measured of each.
+
+Importing this module imports neither JAX nor Flax.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import itertools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mtp_jax.config import TrainConfig, at_least, require
+
+CASE, SEED = "case", "seed"
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """What is measured of every run of a sweep, alike.
+
+    The checkpoints are those at the end, at equal training FLOPs and at equal wall-clock of training as the whole run
+    of the reference, and after each of `lengths`, which names fractions of the steps.
+    Losses are over `held_out_sequences` sequences of held-out documents. Acceptance is over `prompts` stretches of
+    them, `prompt_tokens` long, each continued by `new_tokens` in batches of `batch_size`, with W-1 drafts: at the end
+    at every one of `temperatures`, and at the first of them with each kind of `drafts` (see `DecodeConfig.draft`); for
+    the other checkpoints at the first temperature with the first kind.
+    Speed is over `speed_prompts` held-out documents, one at a time, every temperature and k, `repetitions` times, at
+    equal wall-clock. A training step is timed in `repetitions` rounds too. Speed, `lengths` and components are of one
+    run of those that differ in their seed alone.
+    """
+
+    held_out_sequences: int = 48
+    prompts: int = 112
+    prompt_tokens: int = 96
+    new_tokens: int = 256
+    batch_size: int = 56
+    temperatures: tuple[float, ...] = (0.7, 0.0, 1.0)
+    drafts: tuple[str, ...] = ("joint",)
+    speed_prompts: int = 6
+    repetitions: int = 3
+    lengths: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "held_out_sequences", "prompts", "prompt_tokens", "batch_size", "speed_prompts")
+        at_least(self, 1, "repetitions")
+        at_least(self, 2, "new_tokens")
+        require(
+            bool(self.temperatures) and min(self.temperatures) >= 0,
+            f"MeasureConfig.temperatures is {self.temperatures}; give one or more, each at least 0.",
+        )
+        require(
+            self.prompts % self.batch_size == 0,
+            f"MeasureConfig.prompts is {self.prompts} and batch_size is {self.batch_size}, which must divide it.",
+        )
+        for name, fraction in self.lengths.items():
+            require(0 < fraction <= 1, f"MeasureConfig.lengths has {name} at {fraction}; it must lie in (0, 1].")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One run of a sweep: how it differs from the base, its config, and the name of the run that it is compared with.
+
+    `whole`: it is the first of the runs that differ in their seed alone, of which more is measured.
+    """
+
+    name: str
+    changes: Mapping[str, Any]
+    config: TrainConfig
+    reference: str
+    whole: bool
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The runs of one question: `base` with every combination of a case and of a value for each field of the grid.
+
+    `grid`: dotted fields of `TrainConfig` and the values of each, as in {"head.rank": (1, 4), "seed": (0, 1, 2)}. A
+    `seed` is that of the batches too.
+    `cases`: named changes of several fields together, as in {"none": {"head.balance": "none"}, ...}.
+    `reference`: the changes by which a run becomes the one that it is compared with, as in {"head.rank": 1}.
+    `first`: runs that the others begin from, by name: a variant's `init_from` is one of these names, or a directory.
+
+    Raises:
+      ConfigError: a field or a value that there is not, or a reference that is no run of the sweep.
+    """
+
+    base: TrainConfig
+    grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    cases: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    reference: Mapping[str, Any] = field(default_factory=dict)
+    first: Mapping[str, TrainConfig] = field(default_factory=dict)
+    measure: MeasureConfig = MeasureConfig()
+
+    def __post_init__(self) -> None:
+        clash = self.first.keys() & self.variants.keys()
+        require(not clash, f"Sweep.first and the runs share the names {sorted(clash)}; rename those of first.")
+
+    @property
+    def fields(self) -> list[str]:
+        """What varies, in the order of the names."""
+        return [CASE] * bool(self.cases) + list(self.grid)
+
+    @functools.cached_property
+    def variants(self) -> dict[str, Variant]:
+        """The runs by name, in order; those that differ in the seed alone are apart, so that one seed of all ends
+        before the next."""
+        values = [list(self.cases)] * bool(self.cases) + [list(of) for of in self.grid.values()]
+        chosen = [dict(zip(self.fields, combination, strict=True)) for combination in itertools.product(*values)]
+        chosen.sort(key=lambda choice: self.grid[SEED].index(choice[SEED]) if SEED in choice else 0)  # stable
+        names = {self._name(choice): choice for choice in chosen}
+        found = {}
+        for name, choice in names.items():
+            reference = self._name({**choice, **self.reference})
+            require(
+                set(self.reference) <= set(self.fields) and reference in names,
+                f"Sweep.reference is {dict(self.reference)}, which makes {reference!r} of the run {name!r}; it must "
+                f"change some of {', '.join(self.fields)} to values of the sweep.",
+            )
+            changes = {**choice, **(self.cases[choice[CASE]] if self.cases else {})}
+            values = {field: value for field, value in changes.items() if field != CASE}
+            if SEED in choice:
+                values.setdefault("data.seed", choice[SEED])
+            config = with_fields(self.base, values)
+            whole = SEED not in self.grid or choice[SEED] == self.grid[SEED][0]
+            found[name] = Variant(name, changes, config, reference, whole)
+        return found
+
+    def _name(self, choice: Mapping[str, Any]) -> str:
+        short = [name.rpartition(".")[2] for name in choice]
+        labels = [name if short.count(last) > 1 else last for name, last in zip(choice, short, strict=True)]
+        parts = zip(choice, labels, choice.values(), strict=True)
+        return ",".join(str(value) if name == CASE else f"{label}={value}" for name, label, value in parts)
+
+
+@dataclass(frozen=True)
+class NamedSweep:
+    """A sweep of an experiment file: `file`@`size`. `title` is the first line of the file's docstring."""
+
+    file: str
+    size: str
+    title: str
+    sweep: Sweep
+
+    @property
+    def key(self) -> str:
+        """What names it on the command line."""
+        return f"{self.file}@{self.size}"
+
+    @property
+    def name(self) -> str:
+        """The name of its file."""
+        return Path(self.file).stem
+
+    @property
+    def directory(self) -> Path:
+        """Where its runs go by themselves."""
+        return Path("runs", self.name, self.size)
+
+    @property
+    def runs(self) -> list[str]:
+        """The names of all its runs, those that others begin from first."""
+        return [*self.sweep.first, *self.sweep.variants]
+
+    def config(self, run: str, directory: str | os.PathLike[str] | None = None) -> TrainConfig:
+        """The config of a run. What it begins from lies in `directory`, if that is one of the sweep's runs."""
+        found = self.sweep.first.get(run) or self.sweep.variants[run].config
+        if found.init_from in self.sweep.first:
+            found = dataclasses.replace(found, init_from=str(Path(directory or self.directory, found.init_from)))
+        return found
+
+
+def with_fields(config: Any, changes: Mapping[str, Any]) -> Any:
+    """`config` with dotted fields changed, all at once. Raises `ConfigError` on one that there is not."""
+    own: dict[str, Any] = {}
+    nested: dict[str, dict[str, Any]] = {}
+    names = [f.name for f in dataclasses.fields(config)]
+    for name, value in changes.items():
+        head, _, rest = name.partition(".")
+        near = difflib.get_close_matches(head, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(names)}."
+        require(head in names, f"{type(config).__name__} has no field {head!r}; {hint}")
+        if rest:
+            require(
+                dataclasses.is_dataclass(getattr(config, head)),
+                f"{type(config).__name__}.{head} has no fields, and {name!r} names one. Give {head!r}.",
+            )
+            nested.setdefault(head, {})[rest] = value
+        else:
+            own[name] = value
+    own |= {head: with_fields(getattr(config, head), inner) for head, inner in nested.items()}
+    return dataclasses.replace(config, **own)

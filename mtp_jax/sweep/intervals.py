@@ -1,0 +1,21 @@
+"""Intervals around what was measured."""
+
+from __future__ import annotations
+
+import numpy as np
+
+RESAMPLES = 2_000
+
+
+def ratio_interval(numerator_N: np.ndarray, denominator_N: np.ndarray, seed: int = 0) -> dict[str, float]:
+    """sum(numerator) / sum(denominator) as `mean`, and its 95% interval as `low` and `high`.
+
+    The percentile bootstrap over the N units (documents, sequences), which are drawn whole: what one of them holds
+    is not independent. 0 / 0 is NaN.
+    """
+    drawn_BN = np.random.default_rng(seed).integers(0, len(numerator_N), (RESAMPLES, len(numerator_N)))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        ratios_B = numerator_N[drawn_BN].sum(1) / denominator_N[drawn_BN].sum(1)
+        mean = float(numerator_N.sum() / np.float64(denominator_N.sum()))
+    low, high = np.nanpercentile(ratios_B, (2.5, 97.5)) if not np.isnan(mean) else (np.nan, np.nan)
+    return {"mean": mean, "low": float(low), "high": float(high)}

@@ -1,0 +1,307 @@
+"""What is measured of a run of a sweep: losses, acceptance, speed, the cost of a training step, components."""
+
+from __future__ import annotations
+
+import collections
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax import Array
+
+from mtp_jax.bench.config import BenchConfig
+from mtp_jax.bench.decode import bench_decode
+from mtp_jax.bench.train import NEXT_TOKEN, measure_steps, next_token
+from mtp_jax.checkpoint import Checkpoints
+from mtp_jax.config import TrainConfig, require
+from mtp_jax.data import Mixture, Store, held_out_batches, prepare
+from mtp_jax.decode import pick
+from mtp_jax.decode.config import DecodeConfig
+from mtp_jax.decode.generate import Generation, generate
+from mtp_jax.loading import LoadedRun, load
+from mtp_jax.losses.mixture import conditionals
+from mtp_jax.model.transformer import LanguageModel
+from mtp_jax.sweep.config import MeasureConfig, Variant
+from mtp_jax.sweep.intervals import ratio_interval
+from mtp_jax.train.evaluate import place
+
+REFERENCE, RUN = "reference", "run"
+WINDOWS, SEEN = 6, 8  # windows that are shown of each component, and how often one was seen at least
+
+
+def measure(
+    run_dir: epath.PathLike,
+    variant: Variant,
+    reference: TrainConfig,
+    config: MeasureConfig,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """The `cost`, `readings` and `measured` of a finished run, as a results file has them.
+
+    `reference` is the config of the run that it is compared with. Nothing of `run_dir` is changed.
+
+    Raises:
+      ConfigError: the run kept no checkpoint early enough for a reading, or there is too little held-out text.
+      CheckpointError: a checkpoint is damaged.
+    """
+    progress("timing training steps")
+    cost = step_cost(variant.config, reference, config.repetitions)
+    with Checkpoints(run_dir) as checkpoints:
+        kept = checkpoints.steps()
+    readings = {name: _saved(kept, step) for name, step in readings_of(variant, reference, config, cost).items()}
+    main = max(readings.values())
+    measured = {}
+    for step in sorted(set(readings.values()), reverse=True):
+        run = load(run_dir, step)
+        store = prepare(run.config.data, tokenizer=run.tokenizer)
+        progress(f"step {step}: held-out loss")
+        found = held_out_losses(run, store, config.held_out_sequences, variant.whole and step == main)
+        found["decoding"] = []
+        for temperature, draft in _decoded(config, step == main):
+            progress(f"step {step}: acceptance at T = {temperature:g}, {draft} drafts")
+            found["decoding"].append(acceptance(run, store, config, temperature, draft))
+        found["speed"] = []
+        if variant.whole and step == readings["seconds"]:
+            progress(f"step {step}: speed")
+            found["speed"] = speed(run, config)
+        measured[str(step)] = found
+    return {"cost": cost, "readings": readings, "measured": measured}
+
+
+def _decoded(config: MeasureConfig, at_end: bool) -> list[tuple[float, str]]:
+    """The temperatures and kinds of drafts at which acceptance is measured."""
+    first, draft = config.temperatures[0], config.drafts[0]
+    if not at_end:
+        return [(first, draft)]
+    return [(t, draft) for t in config.temperatures] + [(first, other) for other in config.drafts[1:]]
+
+
+def readings_of(
+    variant: Variant, reference: TrainConfig, config: MeasureConfig, cost: Mapping[str, Any]
+) -> dict[str, float]:
+    """How many steps a run is read after, at most, by what is equal: steps, training FLOPs, wall-clock of training."""
+    steps, over = variant.config.steps, cost["over_reference"]
+    budget = reference.steps * (1 + 1e-9)
+    return {
+        "steps": steps,
+        "flops": min(steps, budget / over["predicted"]),
+        "seconds": min(steps, budget / over["measured"]),
+        **{name: fraction * steps for name, fraction in config.lengths.items() if variant.whole},
+    }
+
+
+def _saved(kept: list[int], most: float) -> int:
+    """The last saved step that is not later: a comparison never gives a run more than its share."""
+    found = max((step for step in kept if step <= most), default=None)
+    require(
+        found is not None,
+        f"A reading is due after at most {most:.0f} steps, and the run kept the checkpoints {kept}. Set "
+        "checkpoint_every lower, and keep_checkpoints so high that all stay.",
+    )
+    return found  # type: ignore[return-value]
+
+
+def step_cost(config: TrainConfig, reference: TrainConfig, repetitions: int) -> dict[str, Any]:
+    """The cost of one training step, beside that of a next-token model and of the reference, in one process."""
+    found = measure_steps({NEXT_TOKEN: next_token(config), REFERENCE: reference, RUN: config}, repetitions)
+    own = found[RUN]
+
+    def over(name: str) -> dict[str, float]:
+        return {
+            "predicted": own["flops"] / found[name]["flops"],
+            "measured": float(np.median(np.array(own["rounds"]) / np.array(found[name]["rounds"]))),
+        }
+
+    return {
+        "seconds": own["seconds"]["median"],
+        "flops": own["flops"],
+        "peak_bytes": own["peak_bytes"],
+        "over_next_token": over(NEXT_TOKEN),
+        "over_reference": over(REFERENCE) if config != reference else {"predicted": 1.0, "measured": 1.0},
+    }
+
+
+def held_out_losses(run: LoadedRun, store: Store | Mixture, sequences: int, components: bool) -> dict[str, Any]:
+    """`loss`, `sequences`, `gate` and `components` over the first held-out sequences, those of all runs."""
+    window, data = run.config.head.window, run.config.data
+    batches = held_out_batches(store.valid, seq_len=data.seq_len, window=window, batch_size=1, limit=sequences)
+    rows, seen = [], Components(run, window)
+    with jax.set_mesh(run.mesh):
+        for batch in batches:
+            found = jax.device_get(_held_out(run.model, place(batch, run.mesh)))
+            rows.append(found)
+            if components:
+                seen.add(batch, found["posterior_BTR"])
+    sums_NW, counts_NW = (np.concatenate([row[name] for row in rows]) for name in ("loss_BW", "count_BW"))
+    first_N, first_count_N = (np.concatenate([row[name] for row in rows]) for name in ("first_B", "first_count_B"))
+    shares_R, entropy, positions = (
+        np.sum([row[name] for row in rows], axis=0) for name in ("gate_R", "entropy", "positions")
+    )
+    shares_R, entropy = shares_R / positions, entropy / positions
+    joint_N = np.sum(sums_NW / np.maximum(1, counts_NW), axis=1)
+    return {
+        "loss": {
+            "joint": ratio_interval(joint_N, np.ones_like(joint_N)),
+            "first_token": ratio_interval(first_N, first_count_N),
+            "offsets": [ratio_interval(*columns) for columns in zip(sums_NW.T, counts_NW.T, strict=True)],
+        },
+        "sequences": {"joint": _rounded(joint_N), "first_token": _rounded(first_N / np.maximum(1, first_count_N))},
+        "gate": {
+            "entropy": float(entropy),
+            "effective": float(1 / np.sum(shares_R**2)),
+            "shares": _rounded(shares_R),
+        },
+        "components": seen.found(),
+    }
+
+
+@jax.jit
+def _held_out(model: LanguageModel, batch: dict[str, Array]) -> dict[str, Array]:
+    """Sums over the positions of each sequence: losses by offset and of the target, the gate; and the posterior of
+    the components given the window."""
+    x_BTD, targets_BTW, head = model(batch["tokens_BT"], batch["segments_BT"]), batch["targets_BTW"], model.head
+    log_w_BTR = head.log_weights(x_BTD)
+    logp_BTRW = head.factor_log_probs(x_BTD, targets_BTW)
+    nll_BTW = -head.log_likelihood(x_BTD, targets_BTW) if head.shortlist else -conditionals(logp_BTRW, log_w_BTR)
+    valid_BTW = batch["valid_BTW"] & jnp.isfinite(nll_BTW)
+    first_BT = -pick.log_prob(head.target_log_probs(x_BTD), targets_BTW[..., 0])
+    some_BT = batch["valid_BTW"][..., 0]
+    return {
+        "loss_BW": jnp.sum(jnp.where(valid_BTW, nll_BTW, 0.0), axis=1),
+        "count_BW": jnp.sum(valid_BTW, axis=1),
+        "first_B": jnp.sum(jnp.where(some_BT, first_BT, 0.0), axis=1),
+        "first_count_B": jnp.sum(some_BT, axis=1),
+        "gate_R": jnp.sum(some_BT[..., None] * jnp.exp(log_w_BTR), axis=(0, 1)),
+        "entropy": -jnp.sum(some_BT[..., None] * jnp.exp(log_w_BTR) * log_w_BTR),
+        "positions": jnp.sum(some_BT),
+        "posterior_BTR": jax.nn.softmax(log_w_BTR + jnp.sum(logp_BTRW, axis=-1), axis=-1),
+    }
+
+
+class Components:
+    """What each component is responsible for: the windows of text that its posterior prefers."""
+
+    def __init__(self, run: LoadedRun, window: int):
+        self.run, self.window = run, window
+        self.mass: dict[tuple[int, ...], np.ndarray] = collections.defaultdict(lambda: np.zeros(run.config.head.rank))
+        self.count: collections.Counter[tuple[int, ...]] = collections.Counter()
+
+    def add(self, batch: Mapping[str, np.ndarray], posterior_BTR: np.ndarray) -> None:
+        """Count the whole windows of a batch, each with its posterior."""
+        whole_BT = batch["valid_BTW"].all(-1)
+        windows = map(tuple, batch["targets_BTW"][whole_BT].tolist())
+        for key, weight_R in zip(windows, posterior_BTR[whole_BT], strict=True):
+            self.mass[key] += weight_R
+            self.count[key] += 1
+
+    def found(self) -> list[dict[str, Any]]:
+        """Of each component, the share of all windows and those in which it weighs most beyond it."""
+        if not self.count:
+            return []
+        share_R = np.sum(list(self.mass.values()), axis=0) / self.count.total()
+        common = [key for key, count in self.count.items() if count >= SEEN]
+        if not common:
+            return [{"share": float(share), "windows": []} for share in share_R]
+        mass_NR = np.stack([self.mass[key] for key in common])
+        lift_NR = mass_NR / np.array([self.count[key] for key in common])[:, None] / share_R
+        # Windows that are frequent and its own: mass times log lift, the component's part of the mutual information.
+        score_NR = mass_NR * np.log(np.maximum(lift_NR, 1e-9))
+        decode = self.run.tokenizer.decode
+        return [
+            {
+                "share": float(share_R[r]),
+                "windows": [
+                    [decode(list(common[n])), round(float(lift_NR[n, r]), 2)]
+                    for n in np.argsort(-score_NR[:, r], kind="stable")[:WINDOWS]
+                    if lift_NR[n, r] > 1
+                ],
+            }
+            for r in range(len(share_R))
+        ]
+
+
+def stretches(
+    store: Store | Mixture, count: int, length: int, more: int, seed: int = 0
+) -> list[tuple[int, np.ndarray]]:
+    """`count` prompts of `length` tokens: (document, tokens). No two overlap, nor does what follows them by `more`.
+
+    The first stretch of every held-out document, in an order by `seed`, then the second ones, and so on.
+
+    Raises `ConfigError` if the documents have not that many.
+    """
+    documents, size = store.valid, length + more
+    order = np.random.default_rng(0).permutation(len(documents))
+    turns = [(turn, int(i)) for i in order for turn in range(int(documents.lengths[i]) // size)]
+    turns.sort(key=lambda at: at[0])  # stable: by turn, and in the order within
+    require(
+        len(turns) >= count,
+        f"{count} prompts were asked for, and the held-out documents have {len(turns)} stretches of {length} + {more} "
+        "tokens; ask for fewer or shorter ones, or hold out more (data.valid_fraction).",
+    )
+    return [(i, documents[i][turn * size : turn * size + length]) for turn, i in turns[:count]]
+
+
+def acceptance(
+    run: LoadedRun, store: Store | Mixture, config: MeasureConfig, temperature: float, draft: str
+) -> dict[str, Any]:
+    """An entry of `decoding`: how many tokens a forward gives with W-1 drafts, with intervals over documents.
+
+    Prompt i is sampled with seed i, whatever the run: where the target is the same, so is the text.
+    """
+    prompts = stretches(store, config.prompts, config.prompt_tokens, config.new_tokens)
+    options = {"max_new_tokens": config.new_tokens, "temperature": temperature, "draft": draft}
+    parts: list[Generation] = []
+    with jax.set_mesh(run.mesh):
+        for first in range(0, len(prompts), config.batch_size):
+            tokens = [tokens for _, tokens in prompts[first : first + config.batch_size]]
+            parts.append(generate(run.decoder, tokens, seed=first, **options))
+    of = [document for document, _ in prompts]
+    emitted_P = [len(row) - 1 for part in parts for row in part.tokens]
+    forwards_P, accepted_Pk, drafted_Pk = (
+        np.concatenate([getattr(part, name) for part in parts]) for name in ("forwards", "accepted", "drafted")
+    )
+    by = functools.partial(_by_document, of)
+    emitted_D, forwards_D = by(np.array(emitted_P)), by(forwards_P)
+    columns = zip(by(accepted_Pk).T, by(drafted_Pk).T, strict=True)
+    return {
+        "temperature": temperature,
+        "verifier": DecodeConfig(1, temperature).rule,
+        "draft": draft,
+        "k": run.config.head.window - 1,
+        "verification_steps": int(forwards_P.sum()),
+        "tokens_per_forward": ratio_interval(emitted_D, forwards_D),
+        "acceptance": [ratio_interval(accepted_D, drafted_D) for accepted_D, drafted_D in columns],
+        "documents": {"emitted": emitted_D.tolist(), "forwards": forwards_D.tolist()},
+    }
+
+
+def _by_document(of: list[int], values_P: np.ndarray) -> np.ndarray:
+    """Sums over the prompts of each document, in the order of the documents' first prompts."""
+    places = {document: place for place, document in enumerate(dict.fromkeys(of))}
+    sums = np.zeros((len(places), *values_P.shape[1:]), values_P.dtype)
+    np.add.at(sums, [places[document] for document in of], values_P)
+    return sums
+
+
+def speed(run: LoadedRun, config: MeasureConfig) -> list[dict[str, Any]]:
+    """The entries of `speed`: tokens/s of one prompt at a time by k, against plain decoding, in one process."""
+    bench = bench_decode(
+        run,
+        BenchConfig(
+            prompts=config.speed_prompts,
+            prompt_tokens=config.prompt_tokens,
+            new_tokens=config.new_tokens,
+            temperatures=config.temperatures,
+            repetitions=config.repetitions,
+        ),
+    )
+    names = ("temperature", "k", "dtype", "plain_dtype", "tokens_per_second", "speedup", "verify_cost")
+    return [{name: row[name] for name in (*names, "block_efficiency")} for row in bench["rows"]]
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [round(float(value), 5) for value in values]

@@ -1,0 +1,99 @@
+"""One run of a sweep, in this process: train, measure, leave a record."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from typing import Any
+
+import jax
+
+from mtp_jax.commands import train
+from mtp_jax.config import ConfigError, differences, require, shown
+from mtp_jax.run_dir import CHECKPOINTS_DIR, read_config, versions
+from mtp_jax.sweep.config import NamedSweep
+from mtp_jax.sweep.measure import measure
+from mtp_jax.sweep.records import Place, machine
+from mtp_jax.train.loggers import read_metrics, series
+
+
+def run_one(named: NamedSweep, name: str, place: Place) -> None:
+    """Train the run `name` from where it is to its end, measure it and write its record.
+
+    What it leaves behind a failure is the record of that, and goes on from there when it is called again. Of the
+    checkpoints those stay that were measured.
+
+    Raises:
+      ConfigError: what it begins from is not finished, or its directory has a run with another config.
+    """
+    config = named.config(name, place.directory)
+    seconds: dict[str, float] = {}
+    try:
+        _check(named, name, place)
+        begun = time.perf_counter()
+        options = ["--run-dir", str(place.run(name)), "--init-from", config.init_from, "--auto-resume"]
+        train.main([f"{named.key}/{name}", *options])
+        require(
+            jax.process_count() == 1,
+            f"The run {name} has {jax.process_count()} processes; what is measured of a run of a sweep is measured by "
+            "one, with all its devices. Start one process for each run.",
+        )
+        seconds["training"] = time.perf_counter() - begun
+        found: dict[str, Any] = {"curve": curve(place.run(name))}
+        if name in named.sweep.variants:
+            variant = named.sweep.variants[name]
+            reference = named.config(variant.reference, place.directory)
+            begun = time.perf_counter()
+            say = lambda text: print(f"measuring: {text}", flush=True)  # noqa: E731
+            found |= measure(place.run(name), variant, reference, named.sweep.measure, say)
+            seconds["measuring"] = time.perf_counter() - begun
+            _keep(place, name, set(found["readings"].values()))
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        place.write(named, name, {"state": "failed", "error": lines[-1] if lines else type(error).__name__})
+        raise
+    device = jax.devices()[0].device_kind
+    place.write(
+        named,
+        name,
+        {"state": "done", "seconds": seconds, "machine": machine(device), "versions": versions(), **found},
+    )
+
+
+def curve(run_dir: Any) -> list[dict[str, Any]]:
+    """The held-out metrics of a run by step."""
+    names = ("step", "joint_loss", "loss_first_token", "gate_effective")
+    return [
+        {**{name: row[name] for name in names if name in row}, "loss_offset": series(row, "loss_offset_")}
+        for row in read_metrics(run_dir)
+        if row["kind"] == "eval"
+    ]
+
+
+def _check(named: NamedSweep, name: str, place: Place) -> None:
+    config = named.config(name, place.directory)
+    for first in named.sweep.first:
+        if config.init_from == str(place.run(first)):
+            record = place.read(named, first)
+            require(
+                record is not None and record["state"] == "done",
+                f"{name} begins from {first}, which is not finished in {place.directory}; give --only {first} first.",
+            )
+    try:
+        saved = read_config(place.run(name))
+    except ConfigError:
+        return  # there is none yet
+    expected = dataclasses.replace(config, head=config.head.adopt_shortlist(saved.head))
+    for field, here, there in differences(expected, saved):
+        require(
+            field == "data.cache_dir",
+            f"{place.run(name)} is a run with {field} {shown(there)}, and the sweep has {shown(here)}; delete it, or "
+            "give another --dir.",
+        )
+
+
+def _keep(place: Place, name: str, steps: set[int]) -> None:
+    for path in (place.run(name) / CHECKPOINTS_DIR).iterdir():
+        if path.name.isdigit() and int(path.name) not in steps:
+            shutil.rmtree(path)

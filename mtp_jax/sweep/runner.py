@@ -1,0 +1,110 @@
+"""All runs of a sweep, one after another, each in a process of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mtp_jax.config import PREEMPTED, PreemptedError
+from mtp_jax.sweep.config import NamedSweep
+from mtp_jax.sweep.records import Place
+
+State = Literal["done", "failed", "running", "waiting"]
+
+
+@dataclass
+class Row:
+    """A run, as the table shows it. `seconds` are those it took, and `work` what it is expected to take of all."""
+
+    name: str
+    state: State
+    work: float
+    seconds: float | None = None
+    error: str = ""
+
+
+class Progress:
+    """The states of all runs and the time that is left."""
+
+    def __init__(self, named: NamedSweep, place: Place, work: Callable[[Any], float]):
+        self.rows: dict[str, Row] = {}
+        self.begun: float | None = None
+        for name in named.runs:
+            self.rows[name] = row = Row(name, "waiting", work(named.config(name, place.directory)))
+            record = place.read(named, name)
+            if record and record["state"] == "done":
+                row.state, row.seconds = "done", sum(record["seconds"].values())
+            elif record:
+                row.state, row.error = "failed", record["error"]
+
+    def seconds_left(self, now: float) -> float | None:
+        """From how long the finished runs took for their work; None before there is one."""
+        done = [row for row in self.rows.values() if row.state == "done" and row.seconds]
+        if not done:
+            return None
+        pace = sum(row.seconds or 0.0 for row in done) / sum(row.work for row in done)
+        spent = now - self.begun if self.begun is not None else 0.0
+        running = sum(max(0.0, pace * row.work - spent) for row in self.rows.values() if row.state == "running")
+        return running + pace * sum(row.work for row in self.rows.values() if row.state == "waiting")
+
+
+def run_all(
+    named: NamedSweep, place: Place, progress: Progress, show: Callable[[], None], poll_seconds: float = 1.0
+) -> list[str]:
+    """Run what is not done. Returns the names of the runs that failed; the others are not held up by them, but for
+    those that begin from one.
+
+    Raises:
+      PreemptedError: a run was, so this process is about to be. The same call goes on.
+    """
+    for row in progress.rows.values():
+        if row.state == "failed":
+            row.state = "waiting"  # tried again
+    for name, row in progress.rows.items():
+        if row.state == "done":
+            continue
+        row.state, progress.begun = "running", time.monotonic()
+        show()
+        status = _run_in_process(named, name, place, show, poll_seconds)
+        if status == PREEMPTED:
+            raise PreemptedError(f"The run {name} was preempted. Start the same command again: it goes on.")
+        row.seconds = time.monotonic() - progress.begun
+        record = place.read(named, name)
+        if status == 0 and record and record["state"] == "done":
+            row.state = "done"
+        else:
+            row.state, row.error = "failed", _reason(named, name, place, status)
+        show()
+    return [name for name, row in progress.rows.items() if row.state == "failed"]
+
+
+def _run_in_process(named: NamedSweep, name: str, place: Place, show: Callable[[], None], poll_seconds: float) -> int:
+    log = place.log(name)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "mtp_jax", "sweep", named.key, "--only", name, "--dir", str(place.directory)]
+    with log.open("ab") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
+        try:
+            while True:
+                try:
+                    return process.wait(poll_seconds)
+                except subprocess.TimeoutExpired:
+                    show()
+        except BaseException:
+            process.terminate()  # it saves; a second Ctrl-C has reached it as well
+            process.wait()
+            raise
+
+
+def _reason(named: NamedSweep, name: str, place: Place, status: int) -> str:
+    """The last line that a failed run has printed, also put in its record if it could not write one itself."""
+    record = place.read(named, name)
+    if record and record["state"] == "failed":
+        return record["error"]
+    lines = place.log(name).read_text(errors="replace").strip().splitlines()
+    error = f"status {status}: {lines[-1] if lines else 'it printed nothing'}"
+    place.write(named, name, {"state": "failed", "error": error})
+    return error
