@@ -9,15 +9,17 @@ import jax
 import pytest
 import tiny
 
-from mtp_jax.commands.experiment import load_experiment
+from mtp_jax.commands.experiment import load_experiment, load_sweep
 from mtp_jax.data import load_tokenizer
 from mtp_jax.train.step import make_trainer
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = {"checkpoint_cost", "gpu_check", "iteration_cost", "plain_loop"}  # what is run with Python, and has no CONFIG
-EXPERIMENTS = sorted(
-    path.relative_to(REPOSITORY) for path in (REPOSITORY / "experiments").glob("*.py") if path.stem not in SCRIPTS
-)
+SHARED = {"setting"}  # what recipes import
+FILES = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "experiments").glob("*.py"))
+FILES = [path for path in FILES if path.stem not in SCRIPTS | SHARED]
+RECIPES = [path for path in FILES if "SWEEPS = " in (REPOSITORY / path).read_text()]
+EXPERIMENTS = [path for path in FILES if path not in RECIPES]
 
 
 @pytest.fixture(params=EXPERIMENTS, ids=lambda path: path.stem)
@@ -70,3 +72,41 @@ def test_the_iteration_cost_script_measures_every_width_in_both_dtypes():
         )
     assert list(seconds) == [(dtype, k) for dtype in ("float32", "bfloat16") for k in (0, 1)]
     assert min(seconds.values()) > 0
+
+
+@pytest.fixture(params=RECIPES, ids=lambda path: path.stem)
+def recipe(request, monkeypatch):
+    """A file of sweeps, as it is called from the root of the repository."""
+    monkeypatch.chdir(REPOSITORY)
+    return request.param
+
+
+def test_a_recipe_says_how_it_is_run_and_reported(recipe):
+    text = ast.get_docstring(ast.parse(recipe.read_text())) or ""
+    assert re.search(rf"^ *mtp-jax sweep {re.escape(str(recipe))}( |$)", text, re.MULTILINE)
+    assert f"mtp-jax report experiments/results/{recipe.stem}-cpu.json" in text
+
+
+def test_a_recipe_is_for_two_cores_and_for_a_gpu(recipe):
+    for size in ("cpu", "gpu"):
+        named = load_sweep(f"{recipe}@{size}")
+        for run in named.runs:
+            config = named.config(run)
+            config.check_mesh((1, 1, 1))
+            if config.data.tokenizer == "bytes":
+                config.check_tokenizer(load_tokenizer("bytes").vocab_size)
+        for variant in named.sweep.variants.values():
+            # Every reading needs a saved step, and all of them are kept.
+            every, steps = variant.config.checkpoint_every, variant.config.steps
+            assert steps % every == 0 and variant.config.keep_checkpoints >= steps // every
+            assert all(fraction * steps >= every for fraction in named.sweep.measure.lengths.values())
+            assert variant.config.optimizer.schedule == "constant"
+            measure = named.sweep.measure
+            assert measure.prompt_tokens + measure.new_tokens <= variant.config.model.context_length
+
+
+def test_the_ranks_of_the_primary_comparison_have_one_target():
+    for file in ("rank_code", "rank_text"):
+        named = load_sweep(str(REPOSITORY / "experiments" / f"{file}.py"))
+        for variant in named.sweep.variants.values():
+            assert (variant.config.freeze, variant.config.head.target) == ("trunk", "ntp")

@@ -12,7 +12,7 @@ import types
 import numpy as np
 import pytest
 
-from mtp_jax import DataConfig, HeadConfig, MeasureConfig, ModelConfig, OptimizerConfig, Sweep, TrainConfig, load
+from mtp_jax import MeasureConfig, OptimizerConfig, Sweep, TrainConfig, load
 from mtp_jax.cli import main
 from mtp_jax.commands.experiment import default_run_dir, load_experiment, load_sweep
 from mtp_jax.config import ConfigError, PreemptedError
@@ -394,9 +394,3 @@ def test_a_component_is_known_by_the_windows_that_it_explains():
     first, second = seen.found()
     assert first["share"] == pytest.approx(11 / 23) and first["windows"] == [["aa", round(0.9 * 23 / 11, 2)]]
     assert second["windows"] == [["bb", round(0.8 * 23 / 12, 2)]]  # the rare one is not shown
-
-
-def test_the_recipes_are_what_they_say():
-    named = load_sweep("experiments/rank_code.py@cpu")
-    assert {v.config.freeze for v in named.sweep.variants.values()} == {"trunk"}
-    assert isinstance(named.sweep, Sweep) and DataConfig and HeadConfig and ModelConfig

@@ -1,0 +1,44 @@
+"""Is load balancing needed? Off, squared and Switch at three coefficients each, on the frozen trunk of rank_code.py.
+
+    mtp-jax sweep experiments/rank_code.py --only trunk      # what the heads are trained on, once
+    mtp-jax sweep experiments/balance.py
+    mtp-jax report experiments/results/balance-cpu.json --out reports/balance
+
+`@gpu` for one GPU. The components begin as copies with small noise in all of them.
+"""
+
+from dataclasses import replace
+
+from rank_code import SWEEPS as RANKS
+from setting import HEADS_CPU, HEADS_GPU
+
+from mtp_jax import Sweep
+
+CASES = {"none": {"head.balance": "none"}} | {
+    f"{kind}-{weight:g}": {"head.balance": kind, "head.balance_weight": weight}
+    for kind in ("squared", "switch")
+    for weight in (0.01, 0.1, 1.0)
+}
+
+
+def on(trunk: str) -> dict[str, str]:
+    """The trunk that a finished sweep of rank_code.py has left."""
+    return {"init_from": f"runs/rank_code/{trunk}/trunk"}
+
+
+SWEEPS = {
+    "cpu": Sweep(
+        replace(HEADS_CPU, **on("cpu")),
+        {"head.rank": (4,), "seed": (0,)},
+        CASES,
+        reference={"case": "none"},
+        measure=replace(RANKS["cpu"].measure, drafts=("joint",), lengths={}),
+    ),
+    "gpu": Sweep(
+        replace(HEADS_GPU, **on("gpu")),
+        {"head.rank": (8,), "seed": (0, 1, 2)},
+        CASES,
+        reference={"case": "none"},
+        measure=replace(RANKS["gpu"].measure, drafts=("joint",), lengths={}),
+    ),
+}

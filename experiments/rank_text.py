@@ -1,0 +1,43 @@
+"""Does rank pay on text? Heads of rank 1 to 16 on one frozen trunk, which is a model of short stories.
+
+    mtp-jax sweep experiments/rank_text.py          # two CPU cores
+    mtp-jax sweep experiments/rank_text.py@gpu      # one GPU, 56 million parameters
+    mtp-jax report experiments/results/rank_text-cpu.json --out reports/rank_text
+
+As rank_code.py, on stories in data/stories.txt with <|endoftext|> between them (TinyStories, arXiv 2305.07759, say),
+read as bytes.
+"""
+
+from dataclasses import replace
+
+from rank_code import GRID, MEASURE
+from setting import HEADS_CPU, HEADS_GPU, TRUNK_CPU, TRUNK_GPU
+
+from mtp_jax import Sweep, TrainConfig
+
+STORIES = {"source": "data/stories.txt", "files": "data/stories.txt", "separator": "<|endoftext|>"}
+
+
+def of_stories(config: TrainConfig, **model: int) -> TrainConfig:
+    """The same run with other documents."""
+    return replace(config, data=replace(config.data, **STORIES), model=replace(config.model, **model))
+
+
+SMALLER = {"d_model": 384, "d_ff": 1024, "num_heads": 6}
+
+SWEEPS = {
+    "cpu": Sweep(
+        of_stories(HEADS_CPU, **SMALLER),
+        GRID,
+        reference={"head.rank": 1},
+        first={"trunk": of_stories(TRUNK_CPU, **SMALLER)},
+        measure=MEASURE,
+    ),
+    "gpu": Sweep(
+        of_stories(HEADS_GPU),
+        GRID,
+        reference={"head.rank": 1},
+        first={"trunk": of_stories(TRUNK_GPU)},
+        measure=MEASURE,
+    ),
+}

@@ -1,0 +1,48 @@
+"""From scratch: whole models of code whose joint head is their own target, rank 1 to 8.
+
+    mtp-jax sweep experiments/scratch_code.py
+    mtp-jax report experiments/results/scratch_code-cpu.json --out reports/scratch_code
+
+`@gpu` for one GPU. Each rank is a model of its own here, with a law of its own, so this comparison comes second to
+rank_code.py: a higher acceptance may be one of a model that is easier to predict.
+"""
+
+from dataclasses import replace
+
+from setting import HEADS_CPU, HEADS_GPU, MODEL_CPU, TRUNK_CPU, TRUNK_GPU
+
+from mtp_jax import HeadConfig, MeasureConfig, Sweep
+
+HEAD = HeadConfig(window=4, rank=4, factors="full", target="marginal")
+GRID = {"head.rank": (1, 2, 4, 8), "seed": (0, 1, 2)}
+FRESH = {"head": HEAD, "init_from": "", "freeze": "none"}
+
+SWEEPS = {
+    "cpu": Sweep(
+        replace(
+            HEADS_CPU,
+            **FRESH,
+            model=replace(MODEL_CPU, d_model=256, d_ff=512, num_heads=4),
+            optimizer=replace(TRUNK_CPU.optimizer, schedule="constant"),
+            steps=360,
+            eval_every=30,
+            checkpoint_every=30,
+        ),
+        GRID,
+        reference={"head.rank": 1},
+        measure=MeasureConfig(),
+    ),
+    "gpu": Sweep(
+        replace(
+            HEADS_GPU,
+            **FRESH,
+            optimizer=replace(TRUNK_GPU.optimizer, schedule="constant"),
+            steps=6000,
+            eval_every=500,
+            checkpoint_every=500,
+        ),
+        {**GRID, "head.rank": (1, 2, 4, 8, 16)},
+        reference={"head.rank": 1},
+        measure=MeasureConfig(),
+    ),
+}

@@ -1,0 +1,45 @@
+"""Does what rank gives hold across model sizes? Rank 1 and 4 on frozen trunks of two sizes (three on a GPU), of code.
+
+    mtp-jax sweep experiments/sizes.py
+    mtp-jax report experiments/results/sizes-cpu.json experiments/results/rank_code-cpu.json --out reports/sizes
+
+`@gpu` for one GPU. On the CPU the trunk of rank_code.py is the third size.
+"""
+
+from dataclasses import replace
+
+from setting import HEADS_CPU, HEADS_GPU, TRUNK_CPU, TRUNK_GPU
+
+from mtp_jax import MeasureConfig, Sweep, TrainConfig
+
+SIZES = {
+    "cpu": {"d256": (256, 512, 3, 4), "d384": (384, 768, 3, 6)},
+    "gpu": {"d384": (384, 1024, 8, 6), "d768": (768, 2048, 8, 12), "d1280": (1280, 3456, 12, 20)},
+}
+
+
+def shape(size: tuple[int, int, int, int]) -> dict[str, int]:
+    """The fields of the model of a size."""
+    return dict(zip(("d_model", "d_ff", "num_layers", "num_heads"), size, strict=True))
+
+
+def sweep(name: str, trunk: TrainConfig, heads: TrainConfig) -> Sweep:
+    """Both ranks on each size."""
+    # Key and value heads: two on the CPU, as many as query heads on the GPU.
+    models = {
+        size: {**shape(of), **({} if name == "cpu" else {"num_kv_heads": of[3]})} for size, of in SIZES[name].items()
+    }
+    return Sweep(
+        heads,
+        {"head.rank": (1, 4), "seed": (0, 1, 2)},
+        {
+            size: {**{f"model.{field}": value for field, value in model.items()}, "init_from": f"trunk-{size}"}
+            for size, model in models.items()
+        },
+        reference={"head.rank": 1},
+        first={f"trunk-{size}": replace(trunk, model=replace(trunk.model, **model)) for size, model in models.items()},
+        measure=MeasureConfig(),
+    )
+
+
+SWEEPS = {"cpu": sweep("cpu", TRUNK_CPU, HEADS_CPU), "gpu": sweep("gpu", TRUNK_GPU, HEADS_GPU)}
