@@ -6,8 +6,10 @@ import dataclasses
 import io
 import json
 import os
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,7 +83,7 @@ def file(tmp_path_factory):
 def done(file):
     """The sweep after it was run, in this process: the directory, its results, and what it printed."""
 
-    def here(named, name, place, show, poll_seconds):
+    def here(named, name, place, show, stop):
         with contextlib.redirect_stdout(io.StringIO()) as log:
             main(["sweep", named.key, "--only", name, "--dir", str(place.directory)])
         place.log(name).parent.mkdir(exist_ok=True)
@@ -283,10 +285,24 @@ def test_a_run_is_a_process_of_its_own_with_a_log(file, tmp_path):
     named, place = load_sweep(f"{file}@tiny"), Place(tmp_path)
     progress = runner.Progress(named, place, lambda config: 1.0)
     del progress.rows["trunk"]  # so that the others have nothing to begin from
-    assert len(runner.run_all(named, place, progress, lambda: None, 0.05)) == 4
+    assert len(runner.run_all(named, place, progress, lambda: None)) == 4
     row = progress.rows["rank=1,seed=0"]
     assert row.error.startswith("rank=1,seed=0 begins from trunk, which is not finished")
     assert "mtp-jax: error: rank=1,seed=0 begins from trunk" in place.log("rank=1,seed=0").read_text()
+
+
+def test_sigterm_stops_the_run_that_goes_on_and_says_start_again(file, tmp_path):
+    command = [sys.executable, "-m", "mtp_jax", "sweep", f"{file}@tiny", "--dir", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr
+        for line in process.stdout:
+            if line.startswith("trunk: running"):
+                break
+        process.terminate()
+        assert process.wait(60) == 75
+        assert "Start the same command again" in process.stderr.read()
+    ours = [cmd for cmd in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path) in cmd.read_bytes().decode()]
+    assert not ours and not list(tmp_path.glob("records/*"))
 
 
 @pytest.fixture
@@ -295,7 +311,7 @@ def fake(file, monkeypatch, tmp_path):
     named, place, statuses = load_sweep(f"{file}@tiny"), Place(tmp_path), collections.defaultdict(int)
     ran = []
 
-    def run(named, name, place, show, poll_seconds):
+    def run(named, name, place, show, stop):
         ran.append(name)
         place.log(name).parent.mkdir(exist_ok=True)
         place.log(name).write_text(f"one line\n{name} has ended\n")

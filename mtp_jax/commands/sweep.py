@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtp_jax.commands import console, parse, use_compilation_cache
 from mtp_jax.commands.experiment import load_sweep, split_file
+from mtp_jax.commands.train import preempted_early
 from mtp_jax.config import ConfigError, require
 from mtp_jax.sweep.config import NamedSweep
 from mtp_jax.sweep.records import Place, collect, write_json
@@ -55,7 +57,8 @@ def main(args: list[str]) -> None:
         use_compilation_cache()
         from mtp_jax.sweep.run import run_one
 
-        run_one(named, _run_name(named, options.only), place)
+        with preempted_early():  # what is measured is measured again
+            run_one(named, _run_name(named, options.only), place)
         return
     progress = _progress(named, place)
     console().print(f"{named.key}: {named.title}", highlight=False)
@@ -104,10 +107,13 @@ def _run(named: NamedSweep, place: Place, progress: Progress) -> None:
 
     from mtp_jax.sweep.runner import run_all
 
+    told: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    stop = lambda: bool(told)  # noqa: E731
     terminal = console()
     if terminal.is_terminal:
         with Live(console=terminal, get_renderable=lambda: _table(named, progress), refresh_per_second=1):
-            run_all(named, place, progress, lambda: None)
+            run_all(named, place, progress, lambda: None, stop)
         return
     seen: dict[str, str] = {name: row.state for name, row in progress.rows.items()}
 
@@ -119,7 +125,7 @@ def _run(named: NamedSweep, place: Place, progress: Progress) -> None:
                 took = f" in {_duration(row.seconds)}" if row.state in ("done", "failed") else ""
                 print(f"{name}: {row.state}{took} {row.error}".rstrip() + f"; {left} left", flush=True)
 
-    run_all(named, place, progress, show)
+    run_all(named, place, progress, show, stop)
 
 
 def _table(named: NamedSweep, progress: Progress) -> Table:

@@ -13,6 +13,7 @@ from mtp_jax.config import PREEMPTED, PreemptedError
 from mtp_jax.sweep.config import NamedSweep
 from mtp_jax.sweep.records import Place
 
+POLL_SECONDS = 1.0
 State = Literal["done", "failed", "running", "waiting"]
 
 
@@ -53,13 +54,20 @@ class Progress:
 
 
 def run_all(
-    named: NamedSweep, place: Place, progress: Progress, show: Callable[[], None], poll_seconds: float = 1.0
+    named: NamedSweep,
+    place: Place,
+    progress: Progress,
+    show: Callable[[], None],
+    stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:
     """Run what is not done. Returns the names of the runs that failed; the others are not held up by them, but for
     those that begin from one.
 
+    `show` is called when a state changes and once in a second; `stop` is asked as often: if it says so, the run that
+    goes on is told to save.
+
     Raises:
-      PreemptedError: a run was, so this process is about to be. The same call goes on.
+      PreemptedError: after `stop`, or a run was preempted, so this process is about to be. The same call goes on.
     """
     for row in progress.rows.values():
         if row.state == "failed":
@@ -69,8 +77,8 @@ def run_all(
             continue
         row.state, progress.begun = "running", time.monotonic()
         show()
-        status = _run_in_process(named, name, place, show, poll_seconds)
-        if status == PREEMPTED:
+        status = _run_in_process(named, name, place, show, stop)
+        if status == PREEMPTED or stop():
             raise PreemptedError(f"The run {name} was preempted. Start the same command again: it goes on.")
         row.seconds = time.monotonic() - progress.begun
         record = place.read(named, name)
@@ -82,21 +90,25 @@ def run_all(
     return [name for name, row in progress.rows.items() if row.state == "failed"]
 
 
-def _run_in_process(named: NamedSweep, name: str, place: Place, show: Callable[[], None], poll_seconds: float) -> int:
+def _run_in_process(
+    named: NamedSweep, name: str, place: Place, show: Callable[[], None], stop: Callable[[], bool]
+) -> int:
     log = place.log(name)
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "mtp_jax", "sweep", named.key, "--only", name, "--dir", str(place.directory)]
     with log.open("ab") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
-        try:
-            while True:
-                try:
-                    return process.wait(poll_seconds)
-                except subprocess.TimeoutExpired:
-                    show()
-        except BaseException:
-            process.terminate()  # it saves; a second Ctrl-C has reached it as well
-            process.wait()
-            raise
+        while True:
+            try:
+                return process.wait(POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                show()
+            except KeyboardInterrupt:
+                process.wait()  # the terminal has told it too: it saves
+                raise
+            if stop():
+                process.terminate()
+                process.wait()
+                return PREEMPTED
 
 
 def _reason(named: NamedSweep, name: str, place: Place, status: int) -> str:
