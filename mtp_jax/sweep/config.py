@@ -17,7 +17,7 @@ from typing import Any
 
 from mtp_jax.config import TrainConfig, at_least, require
 
-CASE, SEED = "case", "seed"
+CASE, SEED, COSTS = "case", "seed", "costs"
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,8 @@ class MeasureConfig:
     at every one of `temperatures`, and at the first of them with each kind of `drafts` (see `DecodeConfig.draft`); for
     the other checkpoints at the first temperature with the first kind.
     Speed is over `speed_prompts` held-out documents, one at a time, every temperature and k, `repetitions` times, at
-    equal wall-clock. A training step is timed in `repetitions` rounds too. Speed, `lengths` and components are of one
-    run of those that differ in their seed alone.
+    equal wall-clock. Speed, `lengths` and components are of one run of those that differ in their seed alone.
+    Training steps of all such runs, and of next-token models, are timed in turn, in one process, for `rounds` rounds.
     """
 
     held_out_sequences: int = 48
@@ -44,11 +44,12 @@ class MeasureConfig:
     drafts: tuple[str, ...] = ("joint",)
     speed_prompts: int = 6
     repetitions: int = 3
+    rounds: int = 7
     lengths: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "held_out_sequences", "prompts", "prompt_tokens", "batch_size", "speed_prompts")
-        at_least(self, 1, "repetitions")
+        at_least(self, 1, "repetitions", "rounds")
         at_least(self, 2, "new_tokens")
         require(
             bool(self.temperatures) and min(self.temperatures) >= 0,
@@ -66,14 +67,19 @@ class MeasureConfig:
 class Variant:
     """One run of a sweep: how it differs from the base, its config, and the name of the run that it is compared with.
 
-    `whole`: it is the first of the runs that differ in their seed alone, of which more is measured.
+    `shape` is the first of the runs that differ from it in their seed alone: its costs are those of all of them.
     """
 
     name: str
     changes: Mapping[str, Any]
     config: TrainConfig
     reference: str
-    whole: bool
+    shape: str
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is the run of its shape of which everything is measured."""
+        return self.name == self.shape
 
 
 @dataclass(frozen=True)
@@ -98,8 +104,8 @@ class Sweep:
     measure: MeasureConfig = MeasureConfig()
 
     def __post_init__(self) -> None:
-        clash = self.first.keys() & self.variants.keys()
-        require(not clash, f"Sweep.first and the runs share the names {sorted(clash)}; rename those of first.")
+        clash = self.first.keys() & {*self.variants, COSTS}
+        require(not clash, f"Sweep.first has the names {sorted(clash)}, which the sweep has for others; rename them.")
 
     @property
     def fields(self) -> list[str]:
@@ -127,8 +133,8 @@ class Sweep:
             if SEED in choice:
                 values.setdefault("data.seed", choice[SEED])
             config = with_fields(self.base, values)
-            whole = SEED not in self.grid or choice[SEED] == self.grid[SEED][0]
-            found[name] = Variant(name, changes, config, reference, whole)
+            shape = self._name({**choice, **({SEED: self.grid[SEED][0]} if SEED in choice else {})})
+            found[name] = Variant(name, changes, config, reference, shape)
         return found
 
     def _name(self, choice: Mapping[str, Any]) -> str:
@@ -164,12 +170,13 @@ class NamedSweep:
 
     @property
     def runs(self) -> list[str]:
-        """The names of all its runs, those that others begin from first."""
-        return [*self.sweep.first, *self.sweep.variants]
+        """The names of all that is run, in order: what others begin from, the costs of a step, and the variants."""
+        return [*self.sweep.first, COSTS, *self.sweep.variants]
 
     def config(self, run: str, directory: str | os.PathLike[str] | None = None) -> TrainConfig:
-        """The config of a run. What it begins from lies in `directory`, if that is one of the sweep's runs."""
-        found = self.sweep.first.get(run) or self.sweep.variants[run].config
+        """The config of a run (of the costs, the base). What it begins from is in `directory`, if it is the sweep's."""
+        first = {**self.sweep.first, COSTS: self.sweep.base}
+        found = first[run] if run in first else self.sweep.variants[run].config
         if found.init_from in self.sweep.first:
             found = dataclasses.replace(found, init_from=str(Path(directory or self.directory, found.init_from)))
         return found

@@ -17,7 +17,7 @@ from mtp_jax.bench.config import BenchConfig
 from mtp_jax.bench.decode import bench_decode
 from mtp_jax.bench.train import NEXT_TOKEN, measure_steps, next_token
 from mtp_jax.checkpoint import Checkpoints
-from mtp_jax.config import TrainConfig, require
+from mtp_jax.config import require
 from mtp_jax.data import Mixture, Store, held_out_batches, prepare
 from mtp_jax.decode import pick
 from mtp_jax.decode.config import DecodeConfig
@@ -25,34 +25,33 @@ from mtp_jax.decode.generate import Generation, generate
 from mtp_jax.loading import LoadedRun, load
 from mtp_jax.losses.mixture import conditionals
 from mtp_jax.model.transformer import LanguageModel
-from mtp_jax.sweep.config import MeasureConfig, Variant
+from mtp_jax.sweep.config import MeasureConfig, Sweep, Variant
 from mtp_jax.sweep.intervals import ratio_interval
 from mtp_jax.train.evaluate import place
 
-REFERENCE, RUN = "reference", "run"
 WINDOWS, SEEN = 6, 8  # windows that are shown of each component, and how often one was seen at least
 
 
 def measure(
     run_dir: epath.PathLike,
     variant: Variant,
-    reference: TrainConfig,
+    reference_steps: int,
+    cost: Mapping[str, Any],
     config: MeasureConfig,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """The `cost`, `readings` and `measured` of a finished run, as a results file has them.
+    """The `readings` and what was `measured` of a finished run, as a results file has them.
 
-    `reference` is the config of the run that it is compared with. Nothing of `run_dir` is changed.
+    `cost` is that of its step (see `step_costs`), and `reference_steps` how many the run has that it is compared with.
+    Nothing of `run_dir` is changed.
 
     Raises:
       ConfigError: the run kept no checkpoint early enough for a reading, or there is too little held-out text.
       CheckpointError: a checkpoint is damaged.
     """
-    progress("timing training steps")
-    cost = step_cost(variant.config, reference, config.repetitions)
     with Checkpoints(run_dir) as checkpoints:
         kept = checkpoints.steps()
-    readings = {name: _saved(kept, step) for name, step in readings_of(variant, reference, config, cost).items()}
+    readings = {name: _saved(kept, step) for name, step in readings_of(variant, reference_steps, config, cost).items()}
     main = max(readings.values())
     measured = {}
     for step in sorted(set(readings.values()), reverse=True):
@@ -69,7 +68,7 @@ def measure(
             progress(f"step {step}: speed")
             found["speed"] = speed(run, config)
         measured[str(step)] = found
-    return {"cost": cost, "readings": readings, "measured": measured}
+    return {"readings": readings, "measured": measured}
 
 
 def _decoded(config: MeasureConfig, at_end: bool) -> list[tuple[float, str]]:
@@ -81,11 +80,11 @@ def _decoded(config: MeasureConfig, at_end: bool) -> list[tuple[float, str]]:
 
 
 def readings_of(
-    variant: Variant, reference: TrainConfig, config: MeasureConfig, cost: Mapping[str, Any]
+    variant: Variant, reference_steps: int, config: MeasureConfig, cost: Mapping[str, Any]
 ) -> dict[str, float]:
     """How many steps a run is read after, at most, by what is equal: steps, training FLOPs, wall-clock of training."""
     steps, over = variant.config.steps, cost["over_reference"]
-    budget = reference.steps * (1 + 1e-9)
+    budget = reference_steps * (1 + 1e-9)
     return {
         "steps": steps,
         "flops": min(steps, budget / over["predicted"]),
@@ -105,23 +104,29 @@ def _saved(kept: list[int], most: float) -> int:
     return found  # type: ignore[return-value]
 
 
-def step_cost(config: TrainConfig, reference: TrainConfig, repetitions: int) -> dict[str, Any]:
-    """The cost of one training step, beside that of a next-token model and of the reference, in one process."""
-    found = measure_steps({NEXT_TOKEN: next_token(config), REFERENCE: reference, RUN: config}, repetitions)
-    own = found[RUN]
+def step_costs(sweep: Sweep, progress: Callable[[str], None] = lambda _: None) -> dict[str, dict[str, Any]]:
+    """The cost of a training step of every shape, beside next-token models of the same trunks, in one process."""
+    shapes = {name: variant.config for name, variant in sweep.variants.items() if variant.whole}
+    plain = {name: next_token(config) for name, config in shapes.items()}
+    trunks = {config: f"{NEXT_TOKEN} of {name}" for name, config in reversed(plain.items())}  # one for each trunk
+    found = measure_steps(
+        {**{name: config for config, name in trunks.items()}, **shapes}, sweep.measure.rounds, progress
+    )
 
-    def over(name: str) -> dict[str, float]:
-        return {
-            "predicted": own["flops"] / found[name]["flops"],
-            "measured": float(np.median(np.array(own["rounds"]) / np.array(found[name]["rounds"]))),
-        }
+    def over(name: str, other: str) -> dict[str, float]:
+        own, base = found[name], found[other]
+        ratios = np.array(own["rounds"]) / np.array(base["rounds"])
+        return {"predicted": own["flops"] / base["flops"], "measured": float(np.median(ratios))}
 
     return {
-        "seconds": own["seconds"]["median"],
-        "flops": own["flops"],
-        "peak_bytes": own["peak_bytes"],
-        "over_next_token": over(NEXT_TOKEN),
-        "over_reference": over(REFERENCE) if config != reference else {"predicted": 1.0, "measured": 1.0},
+        name: {
+            "seconds": found[name]["seconds"]["median"],
+            "flops": found[name]["flops"],
+            "peak_bytes": found[name]["peak_bytes"],
+            "over_next_token": over(name, trunks[plain[name]]),
+            "over_reference": over(name, sweep.variants[name].reference),
+        }
+        for name in shapes
     }
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_jax.config import to_dict
-from mtp_jax.sweep.config import NamedSweep
+from mtp_jax.sweep.config import COSTS, NamedSweep
 
 FORMAT = 1
 
@@ -39,12 +39,14 @@ class Place:
         return self.directory / "records" / f"{name}.json"
 
     def read(self, named: NamedSweep, name: str) -> dict[str, Any] | None:
-        """The record of a run, if it is of that config and of that measurement."""
+        """The record of a run, if it is of that config and of that measurement (and costs, of all shapes)."""
         path = self.record(name)
         if not path.is_file():
             return None
         record = json.loads(path.read_text())
         same = record["config"] == plain(named.config(name, self.directory))
+        shapes = {variant.shape for variant in named.sweep.variants.values()}
+        same = same and shapes <= set(record.get("costs", shapes))
         return record if same and record["measure"] == plain(named.sweep.measure) else None
 
     def write(self, named: NamedSweep, name: str, values: dict[str, Any]) -> None:
@@ -77,10 +79,10 @@ def collect(named: NamedSweep, place: Place) -> dict[str, Any]:
         for key in ("machine", "versions"):
             if said.get(key) == shared.get(key):
                 said.pop(key, None)
-        if name in named.sweep.first:
-            first[name] = said
-        else:
+        if name in named.sweep.variants:
             runs.append({**said, "changes": dict(named.sweep.variants[name].changes)})
+        elif name != COSTS:  # those are with each run
+            first[name] = said
     return {
         "format": FORMAT,
         "sweep": named.name,

@@ -12,8 +12,8 @@ import jax
 from mtp_jax.commands import train
 from mtp_jax.config import ConfigError, differences, require, shown
 from mtp_jax.run_dir import CHECKPOINTS_DIR, read_config, versions
-from mtp_jax.sweep.config import NamedSweep
-from mtp_jax.sweep.measure import measure
+from mtp_jax.sweep.config import COSTS, NamedSweep
+from mtp_jax.sweep.measure import measure, step_costs
 from mtp_jax.sweep.records import Place, machine
 from mtp_jax.train.loggers import read_metrics, series
 
@@ -21,32 +21,34 @@ from mtp_jax.train.loggers import read_metrics, series
 def run_one(named: NamedSweep, name: str, place: Place) -> None:
     """Train the run `name` from where it is to its end, measure it and write its record.
 
-    What it leaves behind a failure is the record of that, and goes on from there when it is called again. Of the
+    A run that is done stays as it is. A failure leaves a record of it, and the next call goes on from there. Of the
     checkpoints those stay that were measured.
 
     Raises:
       ConfigError: what it begins from is not finished, or its directory has a run with another config.
     """
-    config = named.config(name, place.directory)
+    record = place.read(named, name)
+    if record and record["state"] == "done":
+        print(f"{name} is done: {place.record(name)}")
+        return
+    _check(named, name, place)
     seconds: dict[str, float] = {}
+    say = lambda text: print(f"measuring: {text}", flush=True)  # noqa: E731
     try:
-        _check(named, name, place)
-        begun = time.perf_counter()
-        options = ["--run-dir", str(place.run(name)), "--init-from", config.init_from, "--auto-resume"]
-        train.main([f"{named.key}/{name}", *options])
-        require(
-            jax.process_count() == 1,
-            f"The run {name} has {jax.process_count()} processes; what is measured of a run of a sweep is measured by "
-            "one, with all its devices. Start one process for each run.",
-        )
-        seconds["training"] = time.perf_counter() - begun
-        found: dict[str, Any] = {"curve": curve(place.run(name))}
-        if name in named.sweep.variants:
-            variant = named.sweep.variants[name]
-            reference = named.config(variant.reference, place.directory)
+        if name == COSTS:
             begun = time.perf_counter()
-            say = lambda text: print(f"measuring: {text}", flush=True)  # noqa: E731
-            found |= measure(place.run(name), variant, reference, named.sweep.measure, say)
+            found: dict[str, Any] = {"costs": step_costs(named.sweep, say)}
+            seconds["measuring"] = time.perf_counter() - begun
+        else:
+            begun = time.perf_counter()
+            _train(named, name, place)
+            seconds["training"] = time.perf_counter() - begun
+            found = {"curve": curve(place.run(name))}
+        if name in named.sweep.variants:
+            begun, variant = time.perf_counter(), named.sweep.variants[name]
+            cost = (place.read(named, COSTS) or {})["costs"][variant.shape]
+            steps = named.sweep.variants[variant.reference].config.steps
+            found |= {"cost": cost} | measure(place.run(name), variant, steps, cost, named.sweep.measure, say)
             seconds["measuring"] = time.perf_counter() - begun
             _keep(place, name, set(found["readings"].values()))
     except Exception as error:
@@ -58,6 +60,16 @@ def run_one(named: NamedSweep, name: str, place: Place) -> None:
         named,
         name,
         {"state": "done", "seconds": seconds, "machine": machine(device), "versions": versions(), **found},
+    )
+
+
+def _train(named: NamedSweep, name: str, place: Place) -> None:
+    begin = named.config(name, place.directory).init_from
+    train.main([f"{named.key}/{name}", "--run-dir", str(place.run(name)), "--init-from", begin, "--auto-resume"])
+    require(
+        jax.process_count() == 1,
+        f"The run {name} has {jax.process_count()} processes; what is measured of a run of a sweep is measured by one, "
+        "with all its devices. Start one process for each run.",
     )
 
 
@@ -73,13 +85,15 @@ def curve(run_dir: Any) -> list[dict[str, Any]]:
 
 def _check(named: NamedSweep, name: str, place: Place) -> None:
     config = named.config(name, place.directory)
-    for first in named.sweep.first:
-        if config.init_from == str(place.run(first)):
-            record = place.read(named, first)
-            require(
-                record is not None and record["state"] == "done",
-                f"{name} begins from {first}, which is not finished in {place.directory}; give --only {first} first.",
-            )
+    needed = (
+        [first for first in named.sweep.first if config.init_from == str(place.run(first))] if name != COSTS else []
+    )
+    for other in needed + [COSTS] * (name in named.sweep.variants):
+        record = place.read(named, other)
+        require(
+            record is not None and record["state"] == "done",
+            f"{name} needs {other}, which is not finished in {place.directory}; give --only {other} first.",
+        )
     try:
         saved = read_config(place.run(name))
     except ConfigError:
