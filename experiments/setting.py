@@ -69,8 +69,9 @@ def heads(trunk: TrainConfig, *, steps: int, batch_size: int, learning_rate: flo
         trunk,
         head=HeadConfig(window=4, rank=4, factors="full", target="ntp", ntp_weight=0.0),
         data=replace(trunk.data, batch_size=batch_size),
-        optimizer=replace(
-            trunk.optimizer,
+        # Not Muon: for small batches its products with every factor's matrix cost more than the gradients, R times.
+        optimizer=OptimizerConfig(
+            name="adamw",
             learning_rate=learning_rate,
             schedule="constant",
             warmup_steps=steps // 20,
@@ -86,5 +87,5 @@ def heads(trunk: TrainConfig, *, steps: int, batch_size: int, learning_rate: flo
     )
 
 
-HEADS_CPU = heads(TRUNK_CPU, steps=240, batch_size=2, learning_rate=2e-3, init_from="trunk")
+HEADS_CPU = heads(TRUNK_CPU, steps=480, batch_size=2, learning_rate=2e-3, init_from="trunk")
 HEADS_GPU = heads(TRUNK_GPU, steps=2400, batch_size=64, learning_rate=1e-3, init_from="trunk")
