@@ -25,6 +25,7 @@ COMMANDS = {
         "train --vocab-size N --out FILE   make a tokenizer from the documents of a source",
     ),
     "sweep": ("mtp_jax.commands.sweep", "EXPERIMENT.py                     train and measure the runs of a question"),
+    "report": ("mtp_jax.commands.report", "RESULTS.json ... --out DIR         what sweeps have found, as a page"),
     "doctor": (
         "mtp_jax.commands.doctor",
         "[EXPERIMENT.py]                   what a run would need, here or elsewhere",

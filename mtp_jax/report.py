@@ -21,7 +21,6 @@ from mtp_jax.train.loggers import METRICS_FILE, read_metrics, series
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
     from rich.table import Table
 
 Row = dict[str, Any]
@@ -93,7 +92,7 @@ def decode_table(bench: dict[str, Any]) -> Table:
 def decode_markdown(bench: dict[str, Any]) -> str:
     """The decode measurements as a Markdown table."""
     columns = _columns(bench["rows"])
-    return _table(columns, ([text(row) for text in columns.values()] for row in bench["rows"]))
+    return markdown_table(columns, ([text(row) for text in columns.values()] for row in bench["rows"]))
 
 
 def hf_line(bench: dict[str, Any]) -> str:
@@ -116,14 +115,14 @@ def plot_loss(train: Sequence[Row], evals: Sequence[Row]) -> Figure:
     window = max((len(series(record, "loss_offset_")) for record in (*train, *evals)), default=0)
     shades = colormaps["viridis"]([0.88 * s / max(1, window - 1) for s in range(window)])
     styles: dict[str, Any] = {"training": {"lw": 1, "alpha": 0.45}, "validation": {"lw": 1.8, "marker": "o", "ms": 4}}
-    figure, (axes,) = _figure(["Loss by offset"], "step", "loss (nats per token)")
+    figure, (axes,) = panels(["Loss by offset"], "step", "loss (nats per token)")
     for records, style in zip((train, evals), styles.values(), strict=True):
         for s, shade in enumerate(shades, 1):
             points = [(record["step"], record[name]) for record in records if (name := f"loss_offset_{s}") in record]
             axes.plot(*zip(*points, strict=True), color=shade, **style)
     lines = [Line2D([], [], color=shades[s - 1], lw=3, label=f"offset {s}") for s in range(window, 0, -1)]
     lines += [Line2D([], [], color="0.3", label=label, **style) for label, style in styles.items()]
-    _legend(figure, lines)
+    legend(figure, lines)
     axes.set_xlim(left=0)
     return figure
 
@@ -132,11 +131,11 @@ def plot_acceptance(rows: Sequence[Row]) -> Figure:
     """Acceptance by offset, one line per (temperature, verifier), at the largest k and the smallest batch."""
     setting = k, batch, dtype = max(row["k"] for row in rows), min(row["batch"] for row in rows), rows[0]["dtype"]
     title = f"Acceptance by offset, k = {k}, batch {batch}, {dtype}"
-    figure, (axes,) = _figure([title], "offset of the draft", "share of drafts accepted")
+    figure, (axes,) = panels([title], "offset of the draft", "share of drafts accepted")
     for group, style in _lines([row for row in rows if (row["k"], row["batch"], row["dtype"]) == setting]):
         axes.plot(range(1, k + 1), group[0]["acceptance"], **style)
     axes.set(ylim=(0, 1.02), xticks=range(1, k + 1))
-    _legend(figure, axes.lines)
+    legend(figure, axes.lines)
     return figure
 
 
@@ -145,8 +144,8 @@ def plot_speed(rows: Sequence[Row]) -> Figure:
     rows = [row for row in rows if row["dtype"] == rows[0]["dtype"]]
     batches = sorted({row["batch"] for row in rows})
     titles = [f"Decoding speed, batch {batch}, {rows[0]['dtype']}" for batch in batches]
-    figure, panels = _figure(titles, "drafts per forward, k", "tokens/s")
-    for batch, axes in zip(batches, panels, strict=True):
+    figure, parts = panels(titles, "drafts per forward, k", "tokens/s")
+    for batch, axes in zip(batches, parts, strict=True):
         panel = [row for row in rows if row["batch"] == batch]
         for points, style in _lines(panel):
             axes.plot([row["k"] for row in points], [row["tokens_per_second"] for row in points], **style)
@@ -157,20 +156,21 @@ def plot_speed(rows: Sequence[Row]) -> Figure:
                 dashed["label"] = f"k = 0, plain decoding in {row['plain_dtype']}"
                 axes.axhline(row["tokens_per_second"] / row["speedup"], **dashed)
         axes.set(ylim=(0, 1.06 * axes.dataLim.ymax), xticks=sorted({row["k"] for row in rows}))
-    _legend(figure, [line for axes in panels for line in axes.lines])
+    legend(figure, [line for axes in parts for line in axes.lines])
     return figure
 
 
-def _figure(titles: Sequence[str], xlabel: str, ylabel: str) -> tuple[Figure, Sequence[Axes]]:
+def panels(titles: Sequence[str], xlabel: str, ylabel: str) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with one panel for each title, in the house style."""
     from matplotlib.figure import Figure
 
     # Not pyplot: a figure of its own needs no display and no global state, and is freed like any object.
     figure = Figure(figsize=(2.6 + 4.6 * len(titles), 4.0), layout="constrained")
-    panels = figure.subplots(1, len(titles), squeeze=False)[0]
-    for title, axes in zip(titles, panels, strict=True):
+    parts = figure.subplots(1, len(titles), squeeze=False)[0]
+    for title, axes in zip(titles, parts, strict=True):
         axes.set(xlabel=xlabel, ylabel=ylabel)
         dress(axes, title)
-    return figure, panels
+    return figure, parts
 
 
 def dress(axes: Axes, title: str) -> None:
@@ -180,7 +180,8 @@ def dress(axes: Axes, title: str) -> None:
     axes.grid(color="0.92")
 
 
-def _legend(figure: Figure, handles: Iterable[Line2D]) -> None:
+def legend(figure: Figure, handles: Iterable[Any]) -> None:
+    """One legend for all panels, to their right: each label once."""
     unique = {str(handle.get_label()): handle for handle in handles}
     figure.legend(unique.values(), unique.keys(), loc="outside right upper", frameon=False)
 
@@ -211,7 +212,8 @@ def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
     return {name: text for name, text in COLUMNS.items() if name not in same}
 
 
-def _table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table in Markdown."""
     header = list(header)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
@@ -235,7 +237,7 @@ def _loss_table(evals: Sequence[Row]) -> str:
         for name, label in names.items()
         if name in first and name in last
     )
-    return _table(["", f"step {first['step']}", f"step {last['step']}", "change"], rows)
+    return markdown_table(["", f"step {first['step']}", f"step {last['step']}", "change"], rows)
 
 
 def _summary(train: Sequence[Row], bench: dict[str, Any], config: dict[str, Any]) -> str:

@@ -1,0 +1,179 @@
+"""Runs against the run that they are compared with: paired differences and their intervals."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mtp_jax.results.load import Results, Run
+
+# 97.5% quantiles of Student's t by degrees of freedom.
+T975 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+RESAMPLES = 2_000
+Units = tuple[np.ndarray, np.ndarray]  # what a mean is a ratio of sums of: numerators and denominators
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95% interval. `over` says what was varied: "seeds" (Student's t) or "documents" (bootstrap)."""
+
+    mean: float
+    low: float
+    high: float
+    over: str
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+    @property
+    def signed(self) -> str:
+        """As a difference."""
+        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+    @property
+    def how(self) -> str:
+        """What the interval is of."""
+        return f"{self.count} seeds" if self.over == "seeds" else f"1 seed, {self.count} {self.over}"
+
+
+def over_seeds(values: list[float]) -> Estimate:
+    """The mean of two values or more, and Student's interval around it: their spread holds all that is random."""
+    count, mean = len(values), float(np.mean(values))
+    half = T975[min(count - 1, len(T975) - 1)] * float(np.std(values, ddof=1)) / math.sqrt(count)
+    return Estimate(mean, mean - half, mean + half, "seeds", count)
+
+
+def over_units(
+    one: Units, other: Units | None, combine: Callable[[Any, Any], Any], over: str = "documents", seed: int = 0
+) -> Estimate:
+    """A comparison of two means over the same units, which are drawn together: the paired percentile bootstrap."""
+    drawn_BN = np.random.default_rng(seed).integers(0, len(one[0]), (RESAMPLES, len(one[0])))
+
+    def mean(units: Units, at: Any) -> Any:
+        return units[0][at].sum(-1) / units[1][at].sum(-1)
+
+    whole = np.arange(len(one[0]))
+    values_B = combine(mean(one, drawn_BN), mean(other, drawn_BN) if other else None)
+    low, high = np.percentile(values_B, (2.5, 97.5))
+    value = combine(mean(one, whole), mean(other, whole) if other else None)
+    return Estimate(float(value), float(low), float(high), over, len(one[0]))
+
+
+# Metrics: of a run and a reading the units that its mean is over, or None where it was not measured.
+
+
+def joint_loss(run: Run, reading: str) -> Units | None:
+    """Held-out loss of a whole window in nats, by sequence."""
+    return _sequences(run, reading, "joint")
+
+
+def first_token_loss(run: Run, reading: str) -> Units | None:
+    """Held-out loss of the target in nats, by sequence."""
+    return _sequences(run, reading, "first_token")
+
+
+def _sequences(run: Run, reading: str, name: str) -> Units | None:
+    found = run.at(reading)
+    if found is None:
+        return None
+    values_N = np.array(found["sequences"][name])
+    return values_N, np.ones_like(values_N)
+
+
+def tokens_per_forward(temperature: float, draft: str = "joint") -> Callable[[Run, str], Units | None]:
+    """Tokens that a forward with W-1 drafts gives, by document."""
+
+    def units(run: Run, reading: str) -> Units | None:
+        row = decoding(run, reading, temperature, draft)
+        return None if row is None else tuple(np.array(row["documents"][n], float) for n in ("emitted", "forwards"))  # type: ignore[return-value]
+
+    return units
+
+
+def decoding(run: Run, reading: str, temperature: float, draft: str = "joint") -> Mapping[str, Any] | None:
+    """The row of a temperature and a kind of drafts."""
+    rows = (run.at(reading) or {}).get("decoding", [])
+    return next((row for row in rows if (row["temperature"], row["draft"]) == (temperature, draft)), None)
+
+
+Metric = Callable[[Run, str], "Units | None"]
+
+
+def estimate(results: Results, point: tuple[Any, ...], reading: str, metric: Metric) -> Estimate | None:
+    """A metric of a point, over its seeds, or over documents where there is one seed."""
+    units = [found for run in results.of(point) if (found := metric(run, reading)) is not None]
+    if not units:
+        return None
+    if len(units) > 1:
+        return over_seeds([float(a.sum() / b.sum()) for a, b in units])
+    return over_units(units[0], None, lambda own, _: own)
+
+
+def compare(
+    results: Results,
+    point: tuple[Any, ...],
+    reading: str,
+    metric: Metric,
+    combine: Callable[[Any, Any], Any] = lambda own, other: own - other,
+) -> Estimate | None:
+    """A point against its reference at one reading, paired by seed: their difference, or what `combine` makes of "
+    "two."""
+    others = {run.seed: run for run in results.of(results.reference(point))}
+    pairs = [
+        (own, other)
+        for run in results.of(point)
+        if run.seed in others
+        and (own := metric(run, reading)) is not None
+        and (other := metric(others[run.seed], reading)) is not None
+    ]
+    if not pairs:
+        return None
+    if len(pairs) > 1:
+        means = [[float(a.sum() / b.sum()) for a, b in pair] for pair in pairs]
+        return over_seeds([float(combine(own, other)) for own, other in means])
+    (own, other) = pairs[0]
+    return over_units(own, other, combine)
+
+
+# Speed: tokens per forward at k, which the acceptance of a reading gives, over what such a forward costs, which is
+# measured once for each shape.
+
+
+def verify_costs(results: Results, point: tuple[Any, ...], temperature: float) -> dict[int, float]:
+    """The time of a forward with k drafts in plain steps, by k, as measured of the run of a point that has speeds."""
+    for run in results.of(point):
+        for found in run.raw["measured"].values():
+            costs = {row["k"]: row["verify_cost"] for row in found["speed"] if row["temperature"] == temperature
+                     and row.get("dtype") == run.raw["config"]["model"]["dtype"]}  # fmt: skip
+            if costs:
+                return costs
+    return {}
+
+
+def speedup(results: Results, run: Run, reading: str, temperature: float) -> tuple[float, int] | None:
+    """Tokens/s over plain decoding at the best k, and that k: derived from the run's own acceptance."""
+    row, costs = decoding(run, reading, temperature), verify_costs(results, run.point, temperature)
+    if row is None or not costs:
+        return None
+    kept = [0.0, *np.cumsum([found["mean"] for found in row["acceptance"]])]
+    best = max(costs, key=lambda k: (1 + kept[k]) / costs[k])
+    return (1 + kept[best]) / costs[best], best
+
+
+def speed_ratio(results: Results, point: tuple[Any, ...], reading: str, temperature: float) -> Estimate | None:
+    """The speed-up of a point over that of its reference, over seeds."""
+    others = {run.seed: run for run in results.of(results.reference(point))}
+    ratios = []
+    for run in results.of(point):
+        own = speedup(results, run, reading, temperature)
+        other = speedup(results, others[run.seed], reading, temperature) if run.seed in others else None
+        if own and other:
+            ratios.append(own[0] / other[0])
+    if not ratios:
+        return None
+    return over_seeds(ratios) if len(ratios) > 1 else Estimate(ratios[0], math.nan, math.nan, "seeds", 1)

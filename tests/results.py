@@ -1,0 +1,129 @@
+"""A results file as `mtp-jax sweep` writes it, with effects that are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+DOCUMENTS, SEQUENCES = 40, 30
+
+
+def interval(mean: float) -> dict[str, float]:
+    """A value with an interval of a tenth."""
+    return {"mean": mean, "low": mean - 0.05, "high": mean + 0.05}
+
+
+def results(
+    ranks: tuple[int, ...] = (1, 2, 4),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    *,
+    loss: float = -0.3,
+    kept: float = 0.2,
+    first: float = 0.0,
+    verify: float = 0.02,
+    noise: float = 0.01,
+    freeze: str = "trunk",
+    sweep: str = "rank_code",
+    d_model: int = 64,
+    lengths: bool = False,
+    cases: dict[str, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+    """A sweep over ranks: each doubling changes the joint loss by `loss` nats and tokens per forward by `kept`, the
+    first token's loss by `first`, and the verify cost by `verify`; `noise` is the spread between seeds.
+
+    With `cases`, named changes of the head's config, the effects are those of the cases in order, at the one rank.
+    """
+    rng = np.random.default_rng(0)
+    difficulty = rng.normal(0, 2.0, SEQUENCES)  # what runs share: a paired comparison does not see it
+    ease = rng.uniform(0.7, 1.3, DOCUMENTS)
+    points = [{"head.rank": rank} for rank in ranks]
+    if cases:
+        points = [{"case": case, "head.rank": ranks[0], **changes} for case, changes in cases.items()]
+    runs = []
+    for seed in seeds:
+        for step, point in enumerate(points):
+            effect = step if cases else float(np.log2(point["head.rank"]))
+            more = rng.normal(0, noise, 4)
+            measured = {}
+            for reading, part in {"480": 1.0, "240": 0.8, "120": 0.6}.items():
+                joint = 9 + difficulty + part * loss * effect + more[0] + rng.normal(0, noise, SEQUENCES)
+                forwards = np.full(DOCUMENTS, 250.0)
+                rate = ease * (1.8 + part * kept * effect + more[1])
+                decoding = [
+                    row(
+                        temperature,
+                        draft,
+                        rate * (1 - 0.1 * temperature - 0.05 * (draft != "joint") * effect),
+                        forwards,
+                    )
+                    for temperature, draft in ((0.7, "joint"), (0.0, "joint"), (1.0, "joint"), (0.7, "unconditioned"))
+                ]
+                whole = seed == seeds[0] and reading == "240"
+                measured[reading] = {
+                    "loss": {"joint": interval(float(joint.mean())), "first_token": interval(1.7), "offsets": []},
+                    "sequences": {
+                        "joint": joint.tolist(),
+                        "first_token": (1.7 + difficulty / 4 + first * effect + more[2]).tolist(),
+                    },
+                    "gate": {"entropy": 1.0, "effective": 1.0 if point.get("head.balance") == "none" else 3.0,
+                             "shares": [1.0]},
+                    "decoding": decoding if reading == "480" else decoding[:1],
+                    "speed": speeds(verify * effect) if whole else [],
+                    "components": [
+                        {"share": 1 / point["head.rank"], "windows": [["if |x\n", 3.0], ["self", 2.0]]}
+                        for _ in range(point["head.rank"])
+                    ] if whole else [],
+                }  # fmt: skip
+            readings = {"steps": 480, "flops": 240, "seconds": 240}
+            readings |= {"quarter": 120, "half": 240} if lengths and seed == seeds[0] else {}
+            head = {"rank": point["head.rank"], "window": 4, "factors": "full", "target": "ntp", "balance": "squared",
+                    "balance_weight": 0.05}  # fmt: skip
+            head |= {name.removeprefix("head."): value for name, value in point.items() if name.startswith("head.")}
+            if freeze == "none":
+                head["target"] = "marginal"
+            cost = 1 + 0.1 * effect
+            runs.append({
+                "name": f"rank={point['head.rank']},seed={seed}",
+                "changes": {**point, "seed": seed},
+                "config": {
+                    "model": {"d_model": d_model, "num_layers": 2, "vocab_size": 264, "dtype": "float32"},
+                    "head": head, "data": {"source": "stdlib", "tokenizer": "bytes"}, "freeze": freeze,
+                },
+                "state": "done", "seconds": {"training": 1.0}, "curve": [],
+                "cost": {
+                    "seconds": 0.1 * cost, "flops": 1e9, "peak_bytes": 2**26,
+                    "over_next_token": {"predicted": 0.4, "measured": 0.4 * cost},
+                    "over_reference": {"predicted": cost, "measured": cost},
+                },
+                "readings": readings, "measured": measured,
+            })  # fmt: skip
+    return {
+        "format": 1, "sweep": sweep, "size": "cpu", "title": "Does it pay?",
+        "command": f"mtp-jax sweep experiments/{sweep}.py@cpu",
+        "reference": {"case": next(iter(cases))} if cases else {"head.rank": 1},
+        "fields": (["case"] if cases else []) + ["head.rank", "seed"],
+        "machine": {"processor": "a processor", "cores": 2, "device": "cpu"},
+        "versions": {"mtp_jax": "0.1.0", "jax": "0.10.2"}, "first": {}, "runs": runs,
+    }  # fmt: skip
+
+
+def row(temperature: float, draft: str, rate: np.ndarray, forwards: np.ndarray) -> dict[str, Any]:
+    """One entry of `decoding`, at k = 3."""
+    mean = float(rate.mean())
+    kept = [(mean - 1) * part for part in (0.5, 0.3, 0.2)]
+    return {
+        "temperature": temperature, "draft": draft, "k": 3, "verifier": "coupled",
+        "verification_steps": int(forwards.sum()), "tokens_per_forward": interval(mean),
+        "acceptance": [interval(value) for value in kept],
+        "documents": {"emitted": (rate * forwards).tolist(), "forwards": forwards.tolist()},
+    }  # fmt: skip
+
+
+def speeds(more: float) -> list[dict[str, Any]]:
+    """The entries of `speed`: a draft costs a sixth of a plain step, and what a rank costs `more`."""
+    return [
+        {"temperature": t, "k": k, "dtype": "float32", "verify_cost": 1 + k / 6 + more * (k > 0), "speedup": 1 + 0.1 * k}
+        for t in (0.7, 0.0, 1.0)
+        for k in range(4)
+    ]  # fmt: skip
