@@ -123,7 +123,7 @@ def row(temperature: float, draft: str, rate: np.ndarray, forwards: np.ndarray) 
 def speeds(more: float) -> list[dict[str, Any]]:
     """The entries of `speed`: a draft costs a sixth of a plain step, and what a rank costs `more`."""
     return [
-        {"temperature": t, "k": k, "dtype": "float32", "verify_cost": 1 + k / 6 + more * (k > 0), "speedup": 1 + 0.1 * k}
+        {"temperature": t, "k": k, "dtype": "float32", "verify_cost": 1 + k / 6 + more * (k > 0), "speedup": 1 + k / 10}
         for t in (0.7, 0.0, 1.0)
         for k in range(4)
     ]  # fmt: skip

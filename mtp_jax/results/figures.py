@@ -163,7 +163,7 @@ def components(all_results: Sequence[Results]) -> Figure | None:
                 )
                 bottom += share
         axes.set_xticks(range(len(shares)), [str(point[results.fields.index(RANK)]) for point in shares])
-        axes.set_ylim(0, 1)
+        axes.set(ylim=(0, 1), axisbelow=True)
     return figure
 
 

@@ -47,7 +47,8 @@ class Place:
         same = record["config"] == plain(named.config(name, self.directory))
         shapes = {variant.shape for variant in named.sweep.variants.values()}
         same = same and shapes <= set(record.get("costs", shapes))
-        return record if same and record["measure"] == plain(named.sweep.measure) else None
+        same = same and (name in named.sweep.first or record["measure"] == plain(named.sweep.measure))
+        return record if same else None
 
     def write(self, named: NamedSweep, name: str, values: dict[str, Any]) -> None:
         """Write the record of a run, in one go."""
