@@ -31,7 +31,8 @@ class MeasureConfig:
     at every one of `temperatures`, and at the first of them with each kind of `drafts` (see `DecodeConfig.draft`); for
     the other checkpoints at the first temperature with the first kind.
     Speed is over `speed_prompts` held-out documents, one at a time, every temperature and k, `repetitions` times, at
-    equal wall-clock. Speed, `lengths` and components are of one run of those that differ in their seed alone.
+    equal wall-clock. Speed, `lengths`, other kinds of drafts and components are of one run of those that differ in
+    their seed alone.
     Training steps of all such runs, and of next-token models, are timed in turn, in one process, for `rounds` rounds.
     """
 

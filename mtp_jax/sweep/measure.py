@@ -60,7 +60,7 @@ def measure(
         progress(f"step {step}: held-out loss")
         found = held_out_losses(run, store, config.held_out_sequences, variant.whole and step == main)
         found["decoding"] = []
-        for temperature, draft in _decoded(config, step == main):
+        for temperature, draft in _decoded(config, step == main, variant.whole):
             progress(f"step {step}: acceptance at T = {temperature:g}, {draft} drafts")
             found["decoding"].append(acceptance(run, store, config, temperature, draft))
         found["speed"] = []
@@ -71,12 +71,12 @@ def measure(
     return {"readings": readings, "measured": measured}
 
 
-def _decoded(config: MeasureConfig, at_end: bool) -> list[tuple[float, str]]:
+def _decoded(config: MeasureConfig, at_end: bool, whole: bool) -> list[tuple[float, str]]:
     """The temperatures and kinds of drafts at which acceptance is measured."""
     first, draft = config.temperatures[0], config.drafts[0]
     if not at_end:
         return [(first, draft)]
-    return [(t, draft) for t in config.temperatures] + [(first, other) for other in config.drafts[1:]]
+    return [(t, draft) for t in config.temperatures] + [(first, other) for other in config.drafts[1:] if whole]
 
 
 def readings_of(
