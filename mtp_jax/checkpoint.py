@@ -283,7 +283,7 @@ class Checkpoints:
             step = self.best_step() or max(steps)
         if step == "latest":
             step = max(steps)
-            lost = [s for s in self._unsealed_steps() if s > step]
+            lost = [s for s in unsealed_steps(self.run_dir) if s > step]
             if lost and jax.process_index() == 0:
                 print(
                     f"warning: Step {lost[-1]} of {self.run_dir} has no manifest: its save was not finished, or the "
@@ -295,11 +295,8 @@ class Checkpoints:
             raise CheckpointError(f"{self.run_dir} has no step {step}; it has {steps}.{self._unsealed()}")
         return step
 
-    def _unsealed_steps(self) -> list[int]:
-        return sorted(int(path.name) for path in self._paths() if not manifest.is_sealed(path))
-
     def _unsealed(self) -> str:
-        found = self._unsealed_steps()
+        found = unsealed_steps(self.run_dir)
         if not found:
             return ""
         return (
@@ -342,11 +339,18 @@ class Checkpoints:
     def _dir(self, step: int) -> epath.Path:
         return self._root / str(step)
 
-    def _paths(self) -> list[epath.Path]:
-        return [path for path in children(self._root) if path.name.isdigit()]
-
     def _list(self) -> list[int]:
         return manifest.sealed_steps(self._root)
+
+
+def unsealed_steps(run_dir: epath.Path) -> list[int]:
+    """The steps of a run that Orbax has finished and that lack their manifest, in order.
+
+    Their arrays are all there, and nobody knows whether they are what was written.
+    """
+    paths = [path for path in children(run_dir / CHECKPOINTS_DIR) if path.name.isdigit()]
+    unsealed = [path for path in paths if not manifest.is_sealed(path)]
+    return sorted(int(path.name) for path in unsealed if ocp.utils.is_checkpoint_finalized(path))
 
 
 def _handler(largest: int = 0) -> ocp.CompositeCheckpointHandler:

@@ -779,6 +779,21 @@ def test_overwrite_leaves_what_no_run_writes(config, fake, tmp_path):
     assert kept and {name: data for name, data in after.items() if "cache" in str(name)} == kept
 
 
+def test_an_old_run_that_is_kept_is_moved_and_none_before_it_is_replaced(config, fake, tmp_path, capsys):
+    fake()
+    loop.train(config, tmp_path / "run")
+    for n in (1, 2):
+        for step in on_disk(tmp_path / "run"):
+            (tmp_path / f"run/checkpoints/{step}/manifest.json").unlink()
+        before = contents(tmp_path / "run")
+        loop.train(config, tmp_path / "run", overwrite=True, keep_old=True)
+        assert on_disk(tmp_path / "run") == [4, 8]
+        for path, (data, _) in before.items():
+            there = path if "lost-" in str(path) else tmp_path / f"run/lost-{n}" / path.relative_to(tmp_path / "run")
+            assert there.read_bytes() == data
+        assert f"Steps [4, 8] of {tmp_path}/run have no manifest.json" in capsys.readouterr().err
+
+
 def test_a_run_directory_may_be_a_link(config, fake, tmp_path):
     fake()
     (tmp_path / "disk").mkdir()
