@@ -17,8 +17,6 @@ from mtp_jax.commands.train import _what_is_there
 from mtp_jax.manifest import seal, sealed_steps
 from mtp_jax.train.step import split
 
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
-
 
 def parameters(run_dir):
     return jax.device_get(split(mtp_jax.load(run_dir).model)[1])
