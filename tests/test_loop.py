@@ -30,12 +30,9 @@ from mtp_jax import manifest
 from mtp_jax.checkpoint import CheckpointError, Checkpoints
 from mtp_jax.config import (
     ConfigError,
-    DataConfig,
     MeshConfig,
-    OptimizerConfig,
     PreemptedError,
     ProfileConfig,
-    TrainConfig,
 )
 from mtp_jax.data import ByteTokenizer, batches, held_out_batches
 from mtp_jax.data.sources import is_held_out
@@ -64,29 +61,7 @@ def quick_compilation():
 def config(tmp_path_factory):
     """A run of 8 steps, saved and evaluated every 4."""
     root = tmp_path_factory.mktemp("data")
-    (root / "corpus").mkdir()
-    for i in range(40):
-        (root / "corpus" / f"{i}.txt").write_text(f"The {i}th of {i % 7} small texts.\n" * 6)
-    data = DataConfig(
-        source="text",
-        files=f"{root}/corpus/*.txt",
-        valid_fraction=0.2,
-        batch_size=8,
-        seq_len=16,
-        cache_dir=f"{root}/cache",
-    )
-    return TrainConfig(
-        tiny.model_config(vocab_size=258),
-        tiny.head_config(window=WINDOW, rank=RANK),
-        data,
-        OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
-        MeshConfig(2, 2, 2),
-        steps=8,
-        eval_every=4,
-        eval_batches=2,
-        checkpoint_every=4,
-        log_every=1,
-    )
+    return tiny.text_run(tiny.text_data(root), mesh=MeshConfig(2, 2, 2))
 
 
 class FakeTrainer:
