@@ -129,7 +129,7 @@ class Checkpoints:
             if jax.process_count() > 1 and not problem:
                 raise CheckpointError(
                     f"Step {step} was not saved in {self.run_dir}: {_reason(error)} (process {jax.process_index()} of "
-                    f"{jax.process_count()}). The last good step is {max(steps, default=None)}. The other processes "
+                    f"{jax.process_count()}). The last good step is {max(steps, default='none')}. The other processes "
                     "wait for this one, so all end. Start all of them again, with --auto-resume."
                 ) from error
             begun.set_exception(error)

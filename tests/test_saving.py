@@ -453,6 +453,25 @@ def test_a_save_that_fails_on_one_process_fails_on_all_and_the_next_is_tried(tmp
     assert on_disk(tmp_path) == ["1", "3", "4"]
 
 
+def test_a_save_that_cannot_be_begun_beside_others_ends_the_run_with_the_way_out(tmp_path, monkeypatch):
+    """The others wait in Orbax: this process ends, and they see that it is gone."""
+
+    def fail(*args, **options):
+        raise OSError(5, "Input/output error")
+
+    save(tmp_path, {1: None})
+    with Checkpoints(tmp_path, keep=2) as checkpoints, monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.AsyncCheckpointer, "save", fail)
+        patch.setattr(jax, "process_count", lambda: 2)
+        patch.setattr(checkpoint, "from_all", lambda text: [text, ""])
+        words = (
+            r"Step 2 was not saved in .*Input/output error \(process 0 of 2\)\. The last good step is 1\..*auto-resume"
+        )
+        with pytest.raises(CheckpointError, match=words):
+            checkpoints.save(make_state(2), CONFIG, {}, "")
+        assert checkpoints.steps() == [1]
+
+
 @pytest.mark.slow
 def test_damage_that_one_process_finds_stops_all(tmp_path):
     assert [status for _, status in processes(2, tmp_path, "save")] == [0, 0]
