@@ -25,15 +25,16 @@ from etils import epath
 
 from mtp_jax import manifest
 from mtp_jax.config import TrainConfig, to_dict
-from mtp_jax.distributed import from_all
+from mtp_jax.distributed import Meetings, from_all
 from mtp_jax.manifest import DamagedError
-from mtp_jax.paths import children, full_path
+from mtp_jax.paths import children, full_path, is_local
 from mtp_jax.run_dir import CHECKPOINTS_DIR, run_tokenizer, versions
 from mtp_jax.train.step import TrainState
 
 T = TypeVar("T")
 Step = int | Literal["latest", "best"]
 META_FILE = "meta/metadata"  # as Orbax names it
+SAVE_SECONDS = 20 * 60  # what Orbax gives a save, and how long its processes wait for each other
 
 
 class CheckpointError(RuntimeError):
@@ -63,7 +64,9 @@ class Checkpoints:
         self._failed = ""
         self._checkpointer = self._thread = None
         if keep is not None:
-            self._checkpointer = ocp.AsyncCheckpointer(_handler())
+            self._meetings = Meetings()
+            options = ocp.AsyncOptions(SAVE_SECONDS, lambda *, key, timeout_ms: self._meetings.meet(timeout_ms / 1000))
+            self._checkpointer = ocp.AsyncCheckpointer(_handler(), async_options=options)
             self._thread = ThreadPoolExecutor(1, "seal")
             if jax.process_index() == 0:
                 self._root.mkdir(parents=True, exist_ok=True)
@@ -80,9 +83,11 @@ class Checkpoints:
         `data_sha256` is that of the training tokens: a run is resumed on the same ones or not at all. The caller has
         seen that the state's loss is finite. A step that is saved already is left as it is. A save that fails, for
         want of space say, leaves the steps before it and is spoken of by the next call of `save`, `wait` or `close`.
+        If it fails on one of several processes, it fails on all.
 
         Raises:
-          CheckpointError: a later step exists, and the run does not go on from an earlier one.
+          CheckpointError: a later step exists, and the run does not go on from an earlier one; or the save cannot be
+            begun on this process, and the others wait for it.
         """
         step, checkpointer, thread = int(state.step), self._checkpointer, self._thread
         if checkpointer is None or thread is None:
@@ -95,8 +100,6 @@ class Checkpoints:
                 f"Step {step} was not saved in {self.run_dir}: it holds steps {steps}. "
                 "Resume from the latest, or start with --overwrite."
             )
-        if not given_up:
-            self._resumed_from = None
         if step in steps and step not in given_up:
             return step
         # Once: reading a large vocabulary takes a second.
@@ -113,13 +116,22 @@ class Checkpoints:
         arrays |= {} if state.ema is None else {"ema": state.ema}
         items = {name: ocp.args.PyTreeSave(tree) for name, tree in arrays.items()}
         begun: Future[None] = Future()
+        if given_up and (problem := self._on_first(lambda: self._give_up(given_up))):
+            raise CheckpointError(f"Steps {given_up} of {self.run_dir} were given up and cannot be deleted: {problem}.")
+        self._resumed_from = None
+        problem = self._on_first(lambda: self._probe(step))
         try:
-            if given_up:
-                self._give_up(given_up)
+            if problem:
+                raise OSError(problem)
+            self._meetings = Meetings()
             checkpointer.save(self._dir(step), args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
         except OSError as error:
-            if jax.process_count() > 1:  # the others wait for this one
-                raise
+            if jax.process_count() > 1 and not problem:
+                raise CheckpointError(
+                    f"Step {step} was not saved in {self.run_dir}: {_reason(error)} (process {jax.process_index()} of "
+                    f"{jax.process_count()}). The last good step is {max(steps, default='none')}. The other processes "
+                    "wait for this one, so all end. Start all of them again, with --auto-resume."
+                ) from error
             begun.set_exception(error)
         else:
             begun = thread.submit(self._seal, step, _loss(meta))
@@ -127,17 +139,26 @@ class Checkpoints:
         return step
 
     def _give_up(self, steps: list[int]) -> None:
-        """Delete later steps than the one that the run went on from, the newest first; all processes fail or none."""
+        """Delete later steps than the one that the run went on from, the newest first."""
+        for step in reversed(steps):
+            manifest.unseal(self._dir(step))
+
+    def _probe(self, step: int) -> None:
+        """See that a folder can be made: where Orbax fails to, the other processes wait for it for five minutes."""
+        if is_local(self._root):
+            probe = self._root / f"{step}.probe"
+            probe.mkdir(exist_ok=True)
+            probe.rmdir()
+
+    def _on_first(self, work: Callable[[], None]) -> str:
+        """Do something on process 0. Returns on all why that failed, or nothing."""
         problem = ""
         if jax.process_index() == 0:
             try:
-                for step in reversed(steps):
-                    manifest.unseal(self._dir(step))
+                work()
             except OSError as error:
                 problem = _reason(error)
-        if problem := next(filter(None, from_all(problem)), ""):
-            raise CheckpointError(f"Steps {steps} of {self.run_dir} were given up and cannot be deleted: {problem}.")
-        self._resumed_from = None
+        return from_all(problem)[0]
 
     def wait(self) -> int | None:
         """Wait until the last save is complete or has failed. Returns the newest complete step, or None."""
@@ -164,7 +185,11 @@ class Checkpoints:
     def _seal(self, step: int, loss: float) -> None:
         """In the background: wait for the arrays of all processes, seal the step, delete those that it replaces."""
         assert self._checkpointer is not None and self._keep is not None
-        self._checkpointer.wait_until_finished()
+        try:
+            self._checkpointer.wait_until_finished()
+        except Exception as error:  # whatever Orbax raises: the others must hear of it
+            raise self._meetings.failed(_reason(error), SAVE_SECONDS) from error
+        self._meetings.meet(SAVE_SECONDS)
         if jax.process_index() == 0:
             manifest.seal(self._dir(step))
             self._losses[step] = loss
@@ -283,7 +308,7 @@ class Checkpoints:
             step = self.best_step() or max(steps)
         if step == "latest":
             step = max(steps)
-            lost = [s for s in self._unsealed_steps() if s > step]
+            lost = [s for s in unsealed_steps(self.run_dir) if s > step]
             if lost and jax.process_index() == 0:
                 print(
                     f"warning: Step {lost[-1]} of {self.run_dir} has no manifest: its save was not finished, or the "
@@ -295,11 +320,8 @@ class Checkpoints:
             raise CheckpointError(f"{self.run_dir} has no step {step}; it has {steps}.{self._unsealed()}")
         return step
 
-    def _unsealed_steps(self) -> list[int]:
-        return sorted(int(path.name) for path in self._paths() if not manifest.is_sealed(path))
-
     def _unsealed(self) -> str:
-        found = self._unsealed_steps()
+        found = unsealed_steps(self.run_dir)
         if not found:
             return ""
         return (
@@ -342,11 +364,18 @@ class Checkpoints:
     def _dir(self, step: int) -> epath.Path:
         return self._root / str(step)
 
-    def _paths(self) -> list[epath.Path]:
-        return [path for path in children(self._root) if path.name.isdigit()]
-
     def _list(self) -> list[int]:
         return manifest.sealed_steps(self._root)
+
+
+def unsealed_steps(run_dir: epath.Path) -> list[int]:
+    """The steps of a run that Orbax has finished and that lack their manifest, in order.
+
+    Their arrays are all there, and nobody knows whether they are what was written.
+    """
+    paths = [path for path in children(run_dir / CHECKPOINTS_DIR) if path.name.isdigit()]
+    unsealed = [path for path in paths if not manifest.is_sealed(path)]
+    return sorted(int(path.name) for path in unsealed if ocp.utils.is_checkpoint_finalized(path))
 
 
 def _handler(largest: int = 0) -> ocp.CompositeCheckpointHandler:

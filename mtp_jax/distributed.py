@@ -7,6 +7,7 @@ the one that is lost.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -150,6 +151,54 @@ def from_all(text: str) -> list[str]:
     padded[: data.size] = data
     rows = multihost_utils.process_allgather(padded)
     return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+class MeetingError(RuntimeError):
+    """What failed on one process, which the message names, and therefore on all."""
+
+
+class Meetings:
+    """Where background threads of all processes wait for each other: nothing passes between devices, which train.
+
+    All processes make one for each piece of work, in the same order, and come to the same meetings. One that has failed
+    comes to its next one, says so, and that is the last for all.
+    """
+
+    def __init__(self) -> None:
+        self._name, self._held, self._over = f"mtp_jax/meetings/{next(_numbers)}", 0, False
+
+    def meet(self, seconds: float) -> None:
+        """Wait for the others. Raises `MeetingError` if one comes to say that it has failed."""
+        self._meet(seconds, "")
+
+    def failed(self, problem: str, seconds: float) -> MeetingError:
+        """The error of this process, which has failed; the others have heard of it, if they did not fail before."""
+        import jax
+
+        if jax.process_count() == 1 or self._over:
+            return MeetingError(problem)
+        problem += f" (process {jax.process_index()} of {jax.process_count()}, host {socket.gethostname()})"
+        with contextlib.suppress(Exception):  # whatever the runtime raises: this process has failed anyway
+            self._meet(seconds, problem)
+        return MeetingError(problem)
+
+    def _meet(self, seconds: float, problem: str) -> None:
+        import jax
+
+        if jax.process_count() == 1:
+            return
+        # What is said belongs to this meeting alone: who fails right after it is heard at the next, and comes there.
+        name = f"{self._name}/{self._held}"
+        self._held += 1
+        try:
+            if problem:
+                _client().key_value_set(f"{name}/{jax.process_index()}", problem)
+            _client().wait_at_barrier(name, int(1000 * seconds))
+            if problems := _client().key_value_dir_get(f"{name}/"):
+                raise MeetingError(min(problems)[1])
+        except Exception:
+            self._over = True
+            raise
 
 
 class Watchdog:

@@ -4,11 +4,13 @@ RUN/config.json, versions.json the resolved TrainConfig, and what it runs on; re
 RUN/tokenizer/                 the files of its tokenizer, if it has any
 RUN/checkpoints/STEP/          see `mtp_jax.checkpoint`
 RUN/metrics.jsonl, tensorboard/
+RUN/lost-N/                    a run directory of its own, that `--auto-resume` did not delete: see `set_aside`
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import json
 import platform
 import subprocess
@@ -88,6 +90,22 @@ def clear_run(run_dir: epath.PathLike) -> None:
     for name in WRITTEN:
         for path in epath.Path(run_dir).glob(name):
             path.rmtree() if path.is_dir() else path.unlink()
+
+
+def set_aside(run_dir: epath.PathLike) -> epath.Path:
+    """Move what a run wrote into a run directory of its own, `lost-N` in the old one, and return that.
+
+    The config stays too: a kill on the way leaves a run that can be started again.
+    """
+    path = epath.Path(run_dir)
+    aside = next(found for n in itertools.count(1) if not (found := path / f"lost-{n}").exists())
+    aside.mkdir()
+    (path / CONFIG_FILE).copy(aside / CONFIG_FILE)
+    for name in WRITTEN:
+        for old in path.glob(name):
+            if old.name != CONFIG_FILE:
+                old.rename(aside / old.name)
+    return aside
 
 
 def read_config(run_dir: epath.PathLike) -> TrainConfig:

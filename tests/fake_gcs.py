@@ -21,6 +21,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 PAGE = 7
 OBJECT = re.compile(r"(?:/download)?/storage/v1/b/([^/]+)/o/([^/]+)")
 COPY = re.compile(r"/storage/v1/b/([^/]+)/o/([^/]+)/(?:rewriteTo|copyTo)/b/([^/]+)/o/([^/]+)")
+MOVE = re.compile(r"/storage/v1/b/([^/]+)/o/([^/]+)/moveTo/o/([^/]+)")
 BUCKET = re.compile(r"/storage/v1/b/([^/]+)")
 LIST = re.compile(r"/storage/v1/b/([^/]+)/o")
 UPLOAD = re.compile(r"/upload/storage/v1/b/([^/]+)/o")
@@ -124,6 +125,11 @@ class _Handler(BaseHTTPRequestHandler):
         elif method == "POST" and (found := self._ours(COPY, path)) is not None:
             bucket.put(found[2], bucket.get(found[0], {})[0], self.query)
             self._json({"kind": "storage#rewriteResponse", "done": True, "resource": self._metadata(found[2])})
+        elif method == "POST" and (match := MOVE.fullmatch(path)) and match[1] == self.name:
+            old, new = unquote(match[2]), unquote(match[3])
+            bucket.put(new, bucket.get(old, {})[0], {})
+            bucket.delete(old, {})
+            self._json(self._metadata(new))
         elif method in ("GET", "DELETE") and (found := self._ours(OBJECT, path)) is not None:
             if method == "DELETE":
                 bucket.delete(found[0], self.query)

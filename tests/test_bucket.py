@@ -213,6 +213,22 @@ def test_a_run_in_a_bucket_is_not_overwritten_unasked_and_nothing_else_is_ever_d
     assert here.bucket.objects["runs/mine/notes.txt"][0] == here.bucket.objects["runs/other/config.json"][0] == b"keep"
 
 
+def test_steps_in_a_bucket_that_lost_their_manifests_are_set_aside(here, trained, root):  # noqa: F811
+    objects = here.bucket.objects
+    ours = [name for name in here.names() if not name.endswith("manifest.json")]
+    assert any(name.endswith("commit_success.txt") for name in ours)
+    for name in ours:
+        here.bucket.put(name.replace("/mine/", "/unsealed/"), objects[name][0], {})
+    before = {name: data for name, (data, _) in objects.items() if name.startswith("runs/unsealed/")}
+    command = "-m", "mtp_jax", "train", root / "mine.py", "--run-dir", "gs://bucket/runs/unsealed", "--auto-resume"
+    status, said = here.run(*command, "--steps", "2")
+    assert status == 0 and "moved to gs://bucket/runs/unsealed/lost-1" in said, said
+    assert {
+        name.replace("/lost-1/", "/"): data for name, (data, _) in objects.items() if "unsealed/lost-1/" in name
+    } == {name: data for name, data in before.items() if not name.endswith("notes.txt")}
+    assert "runs/unsealed/checkpoints/2/manifest.json" in objects
+
+
 @pytest.mark.parametrize("url", ["s3://bucket/run", "gcs://bucket/run", "file:///tmp/run"])
 def test_other_urls_are_refused(url):
     with pytest.raises(ConfigError, match="must be a local path or gs://BUCKET/"):

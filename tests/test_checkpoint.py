@@ -24,7 +24,7 @@ from etils import epath
 import mtp_jax
 from mtp_jax import run_dir as run_dir_module
 from mtp_jax.checkpoint import CheckpointError, Checkpoints
-from mtp_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, TrainConfig, from_dict
+from mtp_jax.config import ConfigError, MeshConfig, OptimizerConfig, TrainConfig, from_dict
 from mtp_jax.data import prepare
 from mtp_jax.data.tokenizers import ByteTokenizer
 from mtp_jax.manifest import seal
@@ -75,31 +75,14 @@ def fit(config, path, **options):
 def train(tmp_path_factory):
     """A run of 8 steps on 8 devices, saved at step 4 and at step 8, by the name of its optimizer."""
     root = tmp_path_factory.mktemp("runs")
-    (root / "corpus").mkdir()
-    for i in range(40):
-        (root / "corpus" / f"{i}.txt").write_text(f"The {i}th of {i % 7} small texts.\n" * 6)
-    data = DataConfig(
-        source="text",
-        files=f"{root}/corpus/*.txt",
-        valid_fraction=0.2,
-        batch_size=8,
-        seq_len=16,
-        cache_dir=f"{root}/cache",
-    )
+    data = tiny.text_data(root)
 
     @functools.cache
     def train(name):
-        config = TrainConfig(
-            tiny.model_config(vocab_size=VOCAB),
-            tiny.head_config(window=3, rank=2),
+        config = tiny.text_run(
             data,
-            OptimizerConfig(name=name, learning_rate=1e-2, warmup_steps=2),
-            MESHES[name],
-            steps=8,
-            eval_every=4,
-            eval_batches=2,
-            checkpoint_every=4,
-            log_every=1,
+            optimizer=OptimizerConfig(name=name, learning_rate=1e-2, warmup_steps=2),
+            mesh=MESHES[name],
             ema_decay=0.75 if name == "muon" else 0,
         )
         return Trained(root / name, config, fit(config, root / name))

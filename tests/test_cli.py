@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tiny
 
 import mtp_jax
 from mtp_jax import cli, loading, report
@@ -75,9 +76,7 @@ def quick_compilation():
 @pytest.fixture(scope="module")
 def experiment(tmp_path_factory):
     root = tmp_path_factory.mktemp("cli")
-    (root / "corpus").mkdir()
-    for i in range(40):
-        (root / "corpus" / f"{i}.txt").write_text(f"The {i}th of {i % 7} small texts.\n" * 6)
+    tiny.text_data(root)
     file = root / "small_cpd.py"
     file.write_text(EXPERIMENT.replace("{root}", str(root)))
     return file

@@ -1,21 +1,26 @@
 """Several real processes on this machine: they learn what one learns, stop together, and end when one is lost."""
 
 import dataclasses
+import itertools
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 
+from mtp_jax import distributed
 from mtp_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig
-from mtp_jax.distributed import Distributed, Watchdog, on_first
+from mtp_jax.distributed import Distributed, Meetings, Watchdog, on_first
 from mtp_jax.manifest import sealed_steps
 from mtp_jax.train.loggers import read_metrics
 
@@ -195,6 +200,29 @@ def test_a_lost_process_ends_the_others_and_the_same_command_goes_on(root, alone
         assert two.wait() == [0, 0] and f"resuming at step {saved}" in two.said(0), two.said()
 
 
+@pytest.mark.slow
+def test_a_save_that_fails_on_one_process_fails_on_all_and_training_goes_on(root, alone):
+    """The system forbids one process larger files, for a while."""
+    run_dir, file = root / "full", experiment(root, "full", MeshConfig(1, 2, 1))
+    with Processes(file, run_dir, "--steps", "120", "--eval-every", "20", "--checkpoint-every", "20") as two:
+        two.wait_for_step(25)
+        before = resource.prlimit(two.processes[1].pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        while not (failed := re.findall(r"Step (\d+) was not saved in .*\n", two.said(0))):
+            assert all(p.poll() is None for p in two.processes), two.said()
+            time.sleep(0.05)
+        resource.prlimit(two.processes[1].pid, resource.RLIMIT_FSIZE, before)
+        assert two.wait() == [0, 0], two.said()
+        assert re.search(r"was not saved in .*File too large.* \(process 1 of 2, host .*\)\.\n", two.said(0)), (
+            two.said()
+        )
+        assert two.said().count("was not saved in") == len(set(failed)), "process 0 alone says it"
+    assert_close((losses(run_dir)[0][:20],), (alone[0],))
+    assert [r["step"] for r in metrics(run_dir)] == list(range(1, 121)), "no step was lost"
+    steps = sealed_steps(run_dir / "checkpoints")
+    assert steps[-1] == 120 and not {int(step) for step in failed} & set(steps)
+    assert sorted(map(str, steps)) == sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+
+
 # One process plays the parts
 
 
@@ -202,7 +230,7 @@ class Store:
     """What the processes' runtime keeps for them."""
 
     def __init__(self):
-        self.values = {}
+        self.values, self.barriers, self.lock = {}, {}, threading.Lock()
 
     def key_value_set(self, key, value, allow_overwrite=False):
         assert allow_overwrite or key not in self.values
@@ -214,13 +242,16 @@ class Store:
     def blocking_key_value_get(self, key, timeout):
         return self.values[key]
 
+    def wait_at_barrier(self, key, timeout):
+        with self.lock:
+            barrier = self.barriers.setdefault(key, threading.Barrier(3))
+        barrier.wait(timeout / 1000)
+
 
 @pytest.fixture
 def play(monkeypatch):
     """A function that makes this process the i-th of three, with one store, and the clock as a list."""
     import jax
-
-    from mtp_jax import distributed
 
     store, now = Store(), [0.0]
     monkeypatch.setattr(distributed, "_client", lambda: store)
@@ -305,7 +336,6 @@ def test_what_may_take_long_is_waited_for(play):
 
 def test_what_the_first_process_decides_holds_for_all(play):
     be, _, _ = play
-    from mtp_jax import distributed
 
     def refuse():
         raise ConfigError("no such run")
@@ -320,7 +350,42 @@ def test_what_the_first_process_decides_holds_for_all(play):
                     on_first(decide if i == 0 else pytest.fail)
             else:
                 assert on_first(decide if i == 0 else pytest.fail) == expected
-        distributed._numbers = iter(range(number + 2, number + 99))
+        distributed._numbers = itertools.count(number + 2)
+
+
+@pytest.mark.parametrize("failing", [{}, {1: 0}, {1: 1}, {0: 2}, {0: 1, 2: 1}, {0: 0, 2: 1}, {0: 3, 1: 3, 2: 3}])
+def test_who_fails_between_meetings_fails_all_at_the_next(play, monkeypatch, failing):
+    """By process: after how many of three meetings it fails, if it does. Nobody waits for one that does not come."""
+    import jax
+
+    be, _, _ = play
+    be(0)
+    here = threading.local()
+    monkeypatch.setattr(jax, "process_index", lambda: here.i)
+    meetings = []
+    for _ in range(3):
+        monkeypatch.setattr(distributed, "_numbers", iter([7]))
+        meetings.append(Meetings())
+
+    def work(i):
+        here.i = i
+        try:
+            for number in range(3):
+                if failing.get(i) == number:
+                    raise OSError(f"no room at {i}")
+                meetings[i].meet(10)
+            return "done"
+        except Exception as error:
+            return str(meetings[i].failed(str(error), 10))
+
+    with ThreadPoolExecutor(3) as pool:
+        ended = list(pool.map(work, range(3)))
+    first = min(failing.values(), default=3)
+    blamed = [i for i, number in failing.items() if number == first and first < 3]
+    if not blamed:
+        assert ended == ["done"] * 3
+    for i in range(3) if blamed else ():
+        assert f"no room at {i if i in blamed else blamed[0]} (process " in ended[i], ended
 
 
 @pytest.mark.parametrize(

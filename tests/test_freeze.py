@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 
 import mtp_jax
 from mtp_jax.checkpoint import Checkpoints
-from mtp_jax.config import ConfigError, DataConfig, MeshConfig, OptimizerConfig, TrainConfig
+from mtp_jax.config import ConfigError, MeshConfig, OptimizerConfig, TrainConfig
 from mtp_jax.loading import load
 from mtp_jax.train.costs import costs
 from mtp_jax.train.freeze import is_frozen, merge, partition
@@ -34,12 +34,7 @@ def quick_compilation():
 def trunk(tmp_path_factory):
     """The config and the directory of a run with a next-token loss alone."""
     root = tmp_path_factory.mktemp("trunk")
-    (root / "corpus").mkdir()
-    for i in range(40):
-        (root / "corpus" / f"{i}.txt").write_text(f"The {i}th of {i % 7} small texts.\n" * 6)
-    data = DataConfig(
-        source=f"{root}/corpus/*.txt", valid_fraction=0.2, batch_size=8, seq_len=16, cache_dir=f"{root}/cache"
-    )
+    data = tiny.text_data(root)
     config = TrainConfig(
         tiny.model_config(vocab_size=258),
         PLAIN,

@@ -30,12 +30,9 @@ from mtp_jax import manifest
 from mtp_jax.checkpoint import CheckpointError, Checkpoints
 from mtp_jax.config import (
     ConfigError,
-    DataConfig,
     MeshConfig,
-    OptimizerConfig,
     PreemptedError,
     ProfileConfig,
-    TrainConfig,
 )
 from mtp_jax.data import ByteTokenizer, batches, held_out_batches
 from mtp_jax.data.sources import is_held_out
@@ -64,29 +61,7 @@ def quick_compilation():
 def config(tmp_path_factory):
     """A run of 8 steps, saved and evaluated every 4."""
     root = tmp_path_factory.mktemp("data")
-    (root / "corpus").mkdir()
-    for i in range(40):
-        (root / "corpus" / f"{i}.txt").write_text(f"The {i}th of {i % 7} small texts.\n" * 6)
-    data = DataConfig(
-        source="text",
-        files=f"{root}/corpus/*.txt",
-        valid_fraction=0.2,
-        batch_size=8,
-        seq_len=16,
-        cache_dir=f"{root}/cache",
-    )
-    return TrainConfig(
-        tiny.model_config(vocab_size=258),
-        tiny.head_config(window=WINDOW, rank=RANK),
-        data,
-        OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
-        MeshConfig(2, 2, 2),
-        steps=8,
-        eval_every=4,
-        eval_batches=2,
-        checkpoint_every=4,
-        log_every=1,
-    )
+    return tiny.text_run(tiny.text_data(root), mesh=MeshConfig(2, 2, 2))
 
 
 class FakeTrainer:
@@ -777,6 +752,21 @@ def test_overwrite_leaves_what_no_run_writes(config, fake, tmp_path):
     after = contents(tmp_path / "run")
     assert (tmp_path / "run" / "notes.md").exists() and not (tmp_path / "run" / "report.md").exists()
     assert kept and {name: data for name, data in after.items() if "cache" in str(name)} == kept
+
+
+def test_an_old_run_that_is_kept_is_moved_and_none_before_it_is_replaced(config, fake, tmp_path, capsys):
+    fake()
+    loop.train(config, tmp_path / "run")
+    for n in (1, 2):
+        for step in on_disk(tmp_path / "run"):
+            (tmp_path / f"run/checkpoints/{step}/manifest.json").unlink()
+        before = contents(tmp_path / "run")
+        loop.train(config, tmp_path / "run", overwrite=True, keep_old=True)
+        assert on_disk(tmp_path / "run") == [4, 8]
+        for path, (data, _) in before.items():
+            there = path if "lost-" in str(path) else tmp_path / f"run/lost-{n}" / path.relative_to(tmp_path / "run")
+            assert there.read_bytes() == data
+        assert f"Steps [4, 8] of {tmp_path}/run have no manifest.json" in capsys.readouterr().err
 
 
 def test_a_run_directory_may_be_a_link(config, fake, tmp_path):

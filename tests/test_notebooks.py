@@ -11,7 +11,6 @@ import nbformat
 import pytest
 import tiny
 
-from mtp_jax.config import DataConfig
 from mtp_jax.run_dir import read_config
 from mtp_jax.train.loop import train
 
@@ -40,12 +39,7 @@ def quick_compilation():
 def run_dir(tmp_path_factory):
     """A tiny run whose context holds what the notebook decodes."""
     root = tmp_path_factory.mktemp("notebooks")
-    (root / "corpus").mkdir()
-    for i in range(80):
-        (root / "corpus" / f"{i}.txt").write_text(f"The {i}th of {i % 7} small texts.\n" * 6)
-    data = DataConfig(
-        "text", f"{root}/corpus/*.txt", batch_size=8, seq_len=16, valid_fraction=0.3, cache_dir=f"{root}/cache"
-    )
+    data = tiny.text_data(root, 80, valid_fraction=0.3)
     model = tiny.model_config(vocab_size=264, context_length=512)
     config = tiny.train_config(model, steps=4, eval_batches=2, eval_every=4, checkpoint_every=4)
     train(dataclasses.replace(config, data=data), root / "run")

@@ -6,6 +6,7 @@ import resource
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -369,6 +370,33 @@ def place(state):
     arrays = jax.tree.map(lambda a: whole(a, jax.P("fsdp")), (state.params, state.opt_state, state.ema))
     return t.TrainState(whole(state.step, jax.P()), *arrays)
 
+def fail(which):
+    # Four saves, of which the second finds no room, or no folder, on one process.
+    root = t.Path(run_dir) / "checkpoints"
+    with t.Checkpoints(run_dir, keep=9) as checkpoints:
+        for step in (1, 2, 3, 4):
+            if step == 2 and index == int(which[-1]):
+                if which.startswith("full"):
+                    t.resource.setrlimit(t.resource.RLIMIT_FSIZE, (8192, t.resource.RLIM_INFINITY))
+                else:
+                    root.rename(root.with_name("away"))
+                    root.write_text("")
+            checkpoints.save(place(t.make_state(step, 2**15)), t.CONFIG, {{"loss": 1 / step}}, "")
+            if step == 2 and index == int(which[-1]) and which.startswith("none"):
+                root.unlink()
+                root.with_name("away").rename(root)
+            t.checkpoint.from_all("")
+            assert checkpoints.wait() == (step if step != 2 else 1)
+            t.resource.setrlimit(t.resource.RLIMIT_FSIZE, (t.resource.RLIM_INFINITY, t.resource.RLIM_INFINITY))
+        assert checkpoints.steps() == [1, 3, 4]
+        checkpoints.restore(place(t.make_state(0, 2**15)))
+
+index = int(index)
+if what not in ("save", "load"):
+    with jax.set_mesh(mesh):
+        fail(what)
+    sys.exit(0)
+
 with jax.set_mesh(mesh), t.Checkpoints(run_dir, keep=1 if what == "save" else None) as checkpoints:
     if what == "save":
         for step in (1, 2, 3):
@@ -403,12 +431,45 @@ def processes(count, run_dir, what):
     return [(child.communicate(timeout=300)[1], child.returncode) for child in children]
 
 
+SLOW = [pytest.param(*case, marks=pytest.mark.slow) for case in ((1, (4,)), (2, (1, 2, 4)), (4, (1,)))]
+
+
+@pytest.mark.parametrize("there, others", [(1, (2,)), *SLOW])
+def test_a_state_is_restored_by_any_number_of_processes(tmp_path, there, others):
+    for count, what in ((there, "save"), *((count, "load") for count in others)):
+        for error, status in processes(count, tmp_path, what):
+            assert status == 0, error
+
+
 @pytest.mark.slow
-def test_a_state_is_restored_by_any_number_of_processes(tmp_path):
-    for there, others in ((2, (1, 2, 4)), (4, (1,)), (1, (2,))):
-        for count, what in ((there, "save"), *((count, "load") for count in others)):
-            for error, status in processes(count, tmp_path / str(there), what):
-                assert status == 0, error
+@pytest.mark.parametrize("which", ["full0", "full1", "none0"])
+def test_a_save_that_fails_on_one_process_fails_on_all_and_the_next_is_tried(tmp_path, which):
+    begun = time.monotonic()
+    (first, status), (second, other) = processes(2, tmp_path, which)
+    assert status == other == 0, first + second
+    reason = "Not a directory: .*" if which == "none0" else rf"File too large.* \(process {which[-1]} of 2, host .*\)"
+    assert re.search(rf"^warning: Step 2 was not saved in {tmp_path}: .*{reason}\.$", first, re.M), first
+    assert "warning: Step" not in second and time.monotonic() - begun < 120
+    assert on_disk(tmp_path) == ["1", "3", "4"]
+
+
+def test_a_save_that_cannot_be_begun_beside_others_ends_the_run_with_the_way_out(tmp_path, monkeypatch):
+    """The others wait in Orbax: this process ends, and they see that it is gone."""
+
+    def fail(*args, **options):
+        raise OSError(5, "Input/output error")
+
+    save(tmp_path, {1: None})
+    with Checkpoints(tmp_path, keep=2) as checkpoints, monkeypatch.context() as patch:
+        patch.setattr(checkpoint.ocp.AsyncCheckpointer, "save", fail)
+        patch.setattr(jax, "process_count", lambda: 2)
+        patch.setattr(checkpoint, "from_all", lambda text: [text, ""])
+        words = (
+            r"Step 2 was not saved in .*Input/output error \(process 0 of 2\)\. The last good step is 1\..*auto-resume"
+        )
+        with pytest.raises(CheckpointError, match=words):
+            checkpoints.save(make_state(2), CONFIG, {}, "")
+        assert checkpoints.steps() == [1]
 
 
 @pytest.mark.slow

@@ -2,19 +2,20 @@
 
 import contextlib
 import random
+import shutil
 import signal
 import time
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from test_distributed import Processes, experiment, losses, metrics, root  # noqa: F401
 
 import mtp_jax
-from mtp_jax.manifest import sealed_steps
+from mtp_jax.commands.train import _what_is_there
+from mtp_jax.manifest import seal, sealed_steps
 from mtp_jax.train.step import split
-
-pytestmark = pytest.mark.filterwarnings("ignore::ResourceWarning")
 
 
 def parameters(run_dir):
@@ -99,3 +100,43 @@ def test_a_signal_before_the_first_step_ends_with_75(root):  # noqa: F811
             assert "Traceback" not in one.said()
     with Processes(file, root / "early", "--auto-resume", count=1) as one:
         assert one.wait() == [0], one.said()
+
+
+def contents(run_dir):
+    return {path.relative_to(run_dir): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+
+
+def test_steps_that_lost_their_manifests_are_set_aside_and_the_run_starts_again(root):  # noqa: F811
+    """All that their run left is there, as a run directory of its own."""
+    file, run_dir = experiment(root, "unsealed"), root / "unsealed"
+    with Processes(file, run_dir, count=1) as one:
+        assert one.wait() == [0], one.said()
+    learned, steps = parameters(run_dir), sealed_steps(run_dir / "checkpoints")
+    assert len(steps) > 1
+    for step in steps:
+        (run_dir / f"checkpoints/{step}/manifest.json").unlink()
+    before = contents(run_dir)
+    with Processes(file, run_dir, "--auto-resume", "--steps", "5", count=1) as one:
+        assert one.wait() == [0] and f"Steps {steps} of {run_dir} have no manifest.json" in one.said(), one.said()
+        assert f"moved to {run_dir}/lost-1" in one.said()
+    assert sealed_steps(run_dir / "checkpoints") == [5] and contents(run_dir / "lost-1") == before
+    seal(epath.Path(run_dir / f"lost-1/checkpoints/{steps[-1]}"))
+    jax.tree.map(np.testing.assert_array_equal, parameters(run_dir / "lost-1"), learned)
+
+
+def test_what_a_kill_in_the_first_save_left_is_not_kept_unless_a_step_is_whole(tmp_path):
+    def there():
+        return _what_is_there(str(tmp_path / "run"))
+
+    assert there() == {"resume": False, "overwrite": False}
+    first = tmp_path / "run/checkpoints/5"
+    (first / "params").mkdir(parents=True)
+    assert there() == {"resume": False, "overwrite": True, "keep_old": True}
+    first.rename(tmp_path / "run/checkpoints/5.orbax-checkpoint-tmp-0")
+    assert there() == {"resume": False, "overwrite": True, "keep_old": False}
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    (tmp_path / "run/config.json").write_text("{}")
+    assert there() == {"resume": False, "overwrite": True, "keep_old": False}
+    first.mkdir(parents=True)
+    seal(epath.Path(first))
+    assert there() == {"resume": True, "overwrite": False}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -42,6 +43,23 @@ def train_config(
     data = DataConfig(batch_size=batch, seq_len=seq_len)
     values = dict(optimizer=OptimizerConfig(warmup_steps=0), steps=8)
     return TrainConfig(model or model_config(), head or head_config(), data, **{**values, **changes})
+
+
+def text_data(root: Path, documents: int = 40, valid_fraction: float = 0.2) -> DataConfig:
+    """Small texts, written to ROOT/corpus; batches of 8 x 16 tokens of them."""
+    (root / "corpus").mkdir()
+    for i in range(documents):
+        (root / "corpus" / f"{i}.txt").write_text(f"The {i}th of {i % 7} small texts.\n" * 6)
+    files, cache = f"{root}/corpus/*.txt", f"{root}/cache"
+    return DataConfig("text", files, valid_fraction=valid_fraction, batch_size=8, seq_len=16, cache_dir=cache)
+
+
+def text_run(data: DataConfig, **changes: Any) -> TrainConfig:
+    """A run of 8 steps on `text_data`, with a head of rank 2 and window 3, evaluated and saved every 4."""
+    model, head = model_config(vocab_size=258), head_config(window=3, rank=2)
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=2)
+    every = dict(eval_every=4, eval_batches=2, checkpoint_every=4, log_every=1)
+    return TrainConfig(model, head, data, **{**dict(optimizer=optimizer, steps=8, **every), **changes})
 
 
 @contextlib.contextmanager

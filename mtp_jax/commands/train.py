@@ -108,12 +108,19 @@ def _main(args: list[str]) -> None:
 
 
 def _what_is_there(run_dir: str) -> dict[str, bool]:
-    """What `--auto-resume` means. A run that ended before its first save is started again, with its own config."""
+    """What `--auto-resume` means for a run directory.
+
+    A run with a complete step goes on. One without, killed before or in its first save, starts again with its own
+    config. What it left is deleted, unless Orbax had finished a step of it: only its manifest is missing, which may
+    have been lost, so the old run is set aside.
+    """
     from mtp_jax.manifest import sealed_steps
     from mtp_jax.paths import children, full_path
     from mtp_jax.run_dir import CHECKPOINTS_DIR
 
     path = full_path(run_dir)
-    there = bool(children(path))
-    resume = there and bool(sealed_steps(path / CHECKPOINTS_DIR))
-    return {"resume": resume, "overwrite": there and not resume}
+    if not children(path) or sealed_steps(path / CHECKPOINTS_DIR):
+        return {"resume": bool(children(path)), "overwrite": False}
+    from mtp_jax.checkpoint import unsealed_steps
+
+    return {"resume": False, "overwrite": True, "keep_old": bool(unsealed_steps(path))}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,14 +13,23 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from mtp_jax.checkpoint import Checkpoints
+from mtp_jax.checkpoint import Checkpoints, unsealed_steps
 from mtp_jax.config import TrainConfig, require
 from mtp_jax.data import Mixture, Store, Tokenizer, batches, load_tokenizer
 from mtp_jax.data import prepare as prepare_data
 from mtp_jax.distributed import Distributed, Watchdog, on_first
 from mtp_jax.heads.shortlist import most_frequent
+from mtp_jax.manifest import MANIFEST
 from mtp_jax.mesh import on_mesh
-from mtp_jax.run_dir import clear_run, read_config, run_tokenizer, write_config, write_tokenizer
+from mtp_jax.run_dir import (
+    CHECKPOINTS_DIR,
+    clear_run,
+    read_config,
+    run_tokenizer,
+    set_aside,
+    write_config,
+    write_tokenizer,
+)
 from mtp_jax.train.checks import check_machine, check_run_dir, check_same_data, check_same_run
 from mtp_jax.train.clock import Clock
 from mtp_jax.train.costs import Costs, costs
@@ -57,12 +67,14 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
+    keep_old: bool = False,
     resume_step: int | None = None,
     distributed: Distributed | None = None,
 ) -> dict[str, float]:
     """Train a model and leave a run directory that `mtp_jax.load` reads. Returns the last evaluation's metrics.
 
     Everything that can be refused is refused before the step is compiled, and before an old run is deleted.
+    With `overwrite` a run that is there is deleted, or with `keep_old` too moved to RUN/lost-N.
     With `resume` it goes on from the latest checkpoint, or from `resume_step`: later ones are deleted at the next save.
     Several processes, connected by `mtp_jax.distributed.connect`, call it alike; `distributed` says how long they wait
     for each other.
@@ -92,7 +104,7 @@ def train(
             with jax.set_mesh(mesh):
                 run = Run(config, mesh, path, resume, tokenizer, resume_step, clock, signals, watchdog)
                 # All that can fail before the first step has not failed: an old run is deleted only now.
-                on_first(lambda: _write_run(run, overwrite))
+                on_first(lambda: _write_run(run, overwrite, keep_old))
                 with Checkpoints(path, config.keep_checkpoints, run.last_good) as checkpoints:
                     return run.fit(checkpoints)
         except Exception as error:
@@ -102,8 +114,19 @@ def train(
             raise
 
 
-def _write_run(run: Run, overwrite: bool) -> None:
-    if overwrite:
+def _write_run(run: Run, overwrite: bool, keep_old: bool) -> None:
+    if overwrite and keep_old:
+        steps, aside = unsealed_steps(run.path), set_aside(run.path)
+        last = aside / CHECKPOINTS_DIR / str(steps[-1])
+        print(
+            f"warning: Steps {steps} of {run.path} have no {MANIFEST}: it is lost, or the run was killed before it was "
+            f"written. That run is moved to {aside}, and a new one begins. If they are good, "
+            f"`mtp_jax.manifest.seal(etils.epath.Path({str(last)!r}))` makes the last one complete as it is, and "
+            f"--run-dir {aside} --resume goes on from it. If nobody needs them, delete {aside}.",
+            file=sys.stderr,
+            flush=True,
+        )
+    elif overwrite:
         clear_run(run.path)
     write_config(run.path, run.config)
     write_tokenizer(run.path, run.tokenizer)
