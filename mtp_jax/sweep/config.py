@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from mtp_jax.config import TrainConfig, at_least, require
 
 CASE, SEED = "case", "seed"
@@ -171,7 +173,7 @@ class NamedSweep:
         """The config of a run. What it begins from lies in `directory`, if that is one of the sweep's runs."""
         found = self.sweep.first.get(run) or self.sweep.variants[run].config
         if found.init_from in self.sweep.first:
-            found = dataclasses.replace(found, init_from=str(Path(directory or self.directory, found.init_from)))
+            found = dataclasses.replace(found, init_from=str(epath.Path(directory or self.directory) / found.init_from))
         return found
 
 

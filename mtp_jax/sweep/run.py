@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from typing import Any
 
@@ -11,6 +10,8 @@ import jax
 
 from mtp_jax.commands import train
 from mtp_jax.config import ConfigError, differences, require, shown
+from mtp_jax.manifest import unseal
+from mtp_jax.paths import children
 from mtp_jax.run_dir import CHECKPOINTS_DIR, read_config, versions
 from mtp_jax.sweep.config import NamedSweep
 from mtp_jax.sweep.measure import measure
@@ -19,7 +20,7 @@ from mtp_jax.train.loggers import read_metrics, series
 
 
 def run_one(named: NamedSweep, name: str, place: Place) -> None:
-    """Train the run `name` from where it is to its end, measure it and write its record.
+    """Train the run `name` from where it is to its end, measure it and write its record; nothing if it is done.
 
     What it leaves behind a failure is the record of that, and goes on from there when it is called again. Of the
     checkpoints those stay that were measured.
@@ -27,6 +28,9 @@ def run_one(named: NamedSweep, name: str, place: Place) -> None:
     Raises:
       ConfigError: what it begins from is not finished, or its directory has a run with another config.
     """
+    if place.done(named, name):
+        print(f"{name} is done: {place.record(name)}")
+        return
     config = named.config(name, place.directory)
     seconds: dict[str, float] = {}
     try:
@@ -75,9 +79,8 @@ def _check(named: NamedSweep, name: str, place: Place) -> None:
     config = named.config(name, place.directory)
     for first in named.sweep.first:
         if config.init_from == str(place.run(first)):
-            record = place.read(named, first)
             require(
-                record is not None and record["state"] == "done",
+                place.done(named, first),
                 f"{name} begins from {first}, which is not finished in {place.directory}; give --only {first} first.",
             )
     try:
@@ -94,6 +97,6 @@ def _check(named: NamedSweep, name: str, place: Place) -> None:
 
 
 def _keep(place: Place, name: str, steps: set[int]) -> None:
-    for path in (place.run(name) / CHECKPOINTS_DIR).iterdir():
+    for path in children(place.run(name) / CHECKPOINTS_DIR):
         if path.name.isdigit() and int(path.name) not in steps:
-            shutil.rmtree(path)
+            unseal(path)
