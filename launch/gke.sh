@@ -48,7 +48,7 @@ subcommands build render apply status logs delete
 render() {
   local program
   need JOB_NAME IMAGE EXPERIMENT RUN_DIR
-  devices HOSTS
+  devices GPU_ACCELERATOR HOSTS
   whole HOSTS
   in_bucket RUN_DIR
   beside_run

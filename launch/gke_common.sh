@@ -24,14 +24,14 @@ subcommands() { # WORD...: those that there are; checks what was given
   done
 }
 
-devices() { # [NAME...]: what there must be for DEVICES, with these for GPUs; HOSTS of a TPU slice; the lines that the manifest KEEPs
+devices() { # NAME...: what there must be for DEVICES, these for GPUs; HOSTS of a TPU slice; the lines that the manifest KEEPs
   KEEP=("$DEVICES")
   [[ $SPOT == 0 ]] || KEEP+=(spot)
   if [[ $DEVICES == tpu ]]; then
     need TPU_ACCELERATOR TPU_TOPOLOGY
     hosts_of_topology
   else
-    need GPU_ACCELERATOR "$@"
+    need "$@"
   fi
 }
 

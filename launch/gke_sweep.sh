@@ -47,22 +47,23 @@ whole GPUS_PER_RUN
 subcommands build render apply status logs collect delete
 
 job() { # NAME NUMBER...: the manifest of a job of these runs
-  local command COMPLETIONS=$(($# - 1)) ARGV
+  local command exec COMPLETIONS=$(($# - 1)) ARGV
   # shellcheck disable=SC2034  # gke_sweep.yaml has it, and what follows
   local NAME=$1
   # shellcheck disable=SC2034
   [[ $2 != '<'* ]] || COMPLETIONS='<COMPLETIONS>'
   read -ra command <<<"$MTP_JAX_PROGRAM"
+  exec=$(quoted exec "${command[@]}" sweep "$EXPERIMENT" --dir "$SWEEP_DIR")
   # Pod i of the job takes the i-th number.
-  # shellcheck disable=SC2034,SC2016
-  ARGV=$(json sh -c 'shift "$JOB_COMPLETION_INDEX"; exec '"$(quoted "${command[@]}" sweep "$EXPERIMENT" --dir "$SWEEP_DIR")"' --only "$1"' sh "${@:2}")
+  # shellcheck disable=SC2034
+  ARGV=$(json sh -c "shift \"\$JOB_COMPLETION_INDEX\"; $exec --only \"\$1\"" sh "${@:2}")
   fill gke_sweep.yaml NAME ARGV COMPLETIONS
 }
 
 render() {
   local text=''
   need JOB_NAME IMAGE EXPERIMENT SWEEP_DIR
-  devices
+  devices GPU_ACCELERATOR
   [[ $DEVICES == gpu || $HOSTS == '<HOSTS>' || $HOSTS == 1 ]] ||
     die 2 "TPU_TOPOLOGY $TPU_TOPOLOGY has $HOSTS hosts of $CHIPS_PER_HOST chips; a run of a sweep is one process, on one host."
   in_bucket SWEEP_DIR
