@@ -1,13 +1,16 @@
 """How the runs of a sweep are listed for launchers, and sweeps in a bucket: nothing is trained here."""
 
 import json
+import subprocess
 import sys
 
 import pytest
 from test_bucket import here  # noqa: F401
 
 from mtp_jax.cli import main
+from mtp_jax.commands import train
 from mtp_jax.commands.experiment import load_sweep
+from mtp_jax.config import PreemptedError
 from mtp_jax.paths import given_path
 from mtp_jax.sweep.records import Place
 
@@ -102,6 +105,24 @@ def test_the_directory_must_be_one_that_runs_can_be_in(file, capsys):
     assert stopped.value.code == 2 and "must be a local path or gs://BUCKET/" in capsys.readouterr().err
 
 
+def test_a_run_that_is_preempted_has_not_failed(file, tmp_path, capsys, monkeypatch):
+    def preempted(args):
+        raise PreemptedError("Preempted. Step 3 is saved.")
+
+    monkeypatch.setattr(train, "main", preempted)
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", str(file), "--only", "0", "--dir", str(tmp_path)])
+    assert stopped.value.code == 75 and not Place(given_path(tmp_path)).record("trunk").exists()
+
+
+def test_a_run_that_is_stopped_while_it_is_measured_is_started_again(file, tmp_path):
+    stopped = "run.measure = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(30)\nfor only"
+    code = "import os, signal, time\n" + RUN.replace("for only", stopped)
+    done = subprocess.run([sys.executable, "-c", code, file, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 75, done.stderr
+    assert [path.name for path in (tmp_path / "records").iterdir()] == ["trunk.json"]
+
+
 @pytest.mark.parametrize("bucket", [False, True])
 def test_runs_records_and_results(file, tmp_path, bucket, request):
     """All of a sweep but its training, on a disk and in a bucket alike."""
@@ -113,8 +134,6 @@ def test_runs_records_and_results(file, tmp_path, bucket, request):
         results = there.bucket.objects["sweeps/ranks/results.json"][0]
         assert not there.bucket.unknown
     else:
-        import subprocess
-
         directory = str(tmp_path)
         done = subprocess.run([sys.executable, "-c", RUN, file, directory], capture_output=True, text=True)
         status, said = done.returncode, done.stdout + done.stderr

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from mtp_jax.commands import train
-from mtp_jax.config import ConfigError, differences, require, shown
+from mtp_jax.config import ConfigError, PreemptedError, differences, require, shown
 from mtp_jax.manifest import unseal
 from mtp_jax.paths import children
 from mtp_jax.run_dir import CHECKPOINTS_DIR, read_config, versions
@@ -27,7 +27,13 @@ def run_one(named: NamedSweep, name: str, place: Place) -> None:
 
     Raises:
       ConfigError: what it begins from is not finished, or its directory has a run with another config.
+      PreemptedError: training was, which is no failure; SIGTERM while it measures ends the process with that status.
     """
+    with train.preempted_early():
+        _run_one(named, name, place)
+
+
+def _run_one(named: NamedSweep, name: str, place: Place) -> None:
     if place.done(named, name):
         print(f"{name} is done: {place.record(name)}")
         return
@@ -53,6 +59,8 @@ def run_one(named: NamedSweep, name: str, place: Place) -> None:
             found |= measure(place.run(name), variant, reference, named.sweep.measure, say)
             seconds["measuring"] = time.perf_counter() - begun
             _keep(place, name, set(found["readings"].values()))
+    except PreemptedError:
+        raise
     except Exception as error:
         lines = str(error).strip().splitlines()
         place.write(named, name, {"state": "failed", "error": lines[-1] if lines else type(error).__name__})
