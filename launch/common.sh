@@ -23,7 +23,12 @@ setting() { # NAME [DEFAULT]
   [[ ${!1:-} ]] || printf -v "$1" %s "${2-}"
 }
 setting DRY_RUN 0
-setting TRAIN_OPTIONS
+
+trains() { # the settings of a run
+  setting EXPERIMENT
+  setting RUN_DIR
+  setting TRAIN_OPTIONS
+}
 
 flag_of() { local name=${1,,} && echo "--${name//_/-}"; }
 
@@ -54,7 +59,7 @@ parse() { # the arguments of the script
     shift
   done
   local before
-  read -ra before <<<"$TRAIN_OPTIONS"
+  read -ra before <<<"${TRAIN_OPTIONS-}"
   EXTRA=("${before[@]}" "${EXTRA[@]}")
   [[ $DRY_RUN == [01] ]] || die 2 "DRY_RUN is '$DRY_RUN'; it must be 0 or 1."
 }
@@ -103,13 +108,17 @@ run() { # COMMAND...: run it, or show it
 setting MTP_JAX_PROGRAM mtp-jax
 setting MTP_JAX_CACHE
 
-train_command() { # [NAME=VALUE...]: COMMAND is how the program is started, with these in its environment
+program_command() { # WORD...: COMMAND is how the program is started with these words
   # A process that JAX's runtime aborts (134) says where each of its threads was.
   local program variables=(PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 "JAX_COMPILATION_CACHE_DIR=$JAX_COMPILATION_CACHE_DIR")
   read -ra program <<<"$MTP_JAX_PROGRAM"
   [[ ! $MTP_JAX_CACHE ]] || variables+=("MTP_JAX_CACHE=$MTP_JAX_CACHE")
-  # shellcheck disable=SC2034  # the scripts read it
-  COMMAND=(env "${variables[@]}" "$@" "${program[@]}" train "$EXPERIMENT" --run-dir "$RUN_DIR" --auto-resume "${EXTRA[@]}")
+  COMMAND=(env "${variables[@]}" "${program[@]}" "$@")
+}
+
+train_command() { # [NAME=VALUE...]: COMMAND trains, with these in its environment
+  program_command train "$EXPERIMENT" --run-dir "$RUN_DIR" --auto-resume "${EXTRA[@]}"
+  COMMAND=(env "$@" "${COMMAND[@]:1}")
 }
 
 local_cache() { # the compilation cache, in a home directory
@@ -226,4 +235,62 @@ supervise() { # LAUNCH [BETWEEN]: LAUNCH starts the processes; ends with the las
     "${2:-pause}"
     [[ ! $STOPPED ]] || exit "$STATUS"
   done
+}
+
+# SLURM
+
+requeue() {
+  ((STATUS == 75)) || { pause && return; }
+  scontrol requeue "$JOB"
+  exit 75
+}
+launch_step() { start "${COMMAND[@]}"; }
+
+supervise_in_slurm() { # JOB: COMMAND, which is a step of it; JOB is requeued after status 75
+  JOB=$1
+  RESTARTS=${SLURM_RESTART_COUNT:-0}
+  # SLURM takes the job away (scancel, preemption) and tells the processes itself: nothing is forwarded, or requeued here.
+  trap 'STOPPED=TERM' TERM
+  supervise launch_step requeue
+}
+
+# Sweeps
+
+sweeps() { # the settings of a sweep
+  setting EXPERIMENT
+  setting SWEEP_DIR
+  setting OUT
+  setting MAX_PARALLEL 8
+}
+
+check_sweep() {
+  ((!${#EXTRA[@]})) || die 2 "'${EXTRA[0]}' follows --, and a sweep takes no options: its file says what is trained."
+  whole MAX_PARALLEL
+  [[ $MAX_PARALLEL == *[1-9]* ]] || die 2 "MAX_PARALLEL is $MAX_PARALLEL; it must be 1 or more."
+}
+
+sweep_command() { # WORD...: COMMAND is `mtp-jax sweep` with these
+  program_command sweep "$EXPERIMENT" --dir "$SWEEP_DIR" "$@"
+}
+
+list_runs() { # RUNS are all names by number, FIRST and OTHERS the numbers of those that are not done
+  local program text number kind name state
+  RUNS=() FIRST=() OTHERS=()
+  read -ra program <<<"$MTP_JAX_PROGRAM"
+  if dry && [[ $EXPERIMENT$SWEEP_DIR == *'<'* || ! $(command -v "${program[0]}") ]]; then
+    FIRST=('<FIRST>') OTHERS=('<OTHERS>') # there is nothing to ask
+    return
+  fi
+  text=$("${program[@]}" sweep "$EXPERIMENT" --list --dir "$SWEEP_DIR") ||
+    die 2 "the runs of $EXPERIMENT are not known; see above."
+  while IFS=$'\t' read -r number kind name state; do
+    [[ $number == +([0-9]) && $state ]] || die 2 "$MTP_JAX_PROGRAM sweep $EXPERIMENT --list printed no list of runs: '$text'."
+    # shellcheck disable=SC2034  # sweep.sbatch reads it
+    RUNS[number]=$name
+    case $kind.$state in
+      *.done) ;;
+      first.*) FIRST+=("$number") ;;
+      *) OTHERS+=("$number") ;;
+    esac
+  done <<<"$text"
 }

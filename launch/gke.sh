@@ -35,113 +35,27 @@
 #   DRY_RUN          1 is --dry-run                                                           0
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-for name in JOB_NAME IMAGE EXPERIMENT RUN_DIR TPU_ACCELERATOR TPU_TOPOLOGY GPU_ACCELERATOR HOSTS \
-  JAX_COMPILATION_CACHE_DIR; do setting "$name"; done
-setting DEVICES tpu
-setting CHIPS_PER_HOST 4
+# shellcheck source=gke_common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/gke_common.sh"
+trains
+setting HOSTS
 setting GPUS_PER_HOST 8
 setting PORT 8476
-setting SPOT 0
-setting NAMESPACE default
-setting SERVICE_ACCOUNT default
-setting GRACE 300
-setting RETRIES 3
-MTP_JAX_CACHE=${MTP_JAX_CACHE:-/tmp/mtp_jax}
 parse "$@"
-whole GRACE RETRIES PORT CHIPS_PER_HOST GPUS_PER_HOST
-one_of SPOT 0 1
-one_of DEVICES tpu gpu
-subcommands=(build render apply status logs delete)
-((${#WORDS[@]} == 1)) || dry || die 2 "give one subcommand: ${subcommands[*]}."
-for word in "${WORDS[@]}"; do
-  [[ " ${subcommands[*]} " == *" $word "* ]] || die 2 "there is no subcommand '$word'; there are ${subcommands[*]}."
-done
-
-label=jobset.sigs.k8s.io/jobset-name
-kube() { run kubectl --namespace="$NAMESPACE" "$@"; }
-
-hosts_of_topology() { # HOSTS of a TPU slice
-  local chips=1 side
-  if [[ $TPU_TOPOLOGY == '<TPU_TOPOLOGY>' ]]; then HOSTS='<HOSTS>' && return; fi
-  [[ $TPU_TOPOLOGY =~ ^[0-9]+(x[0-9]+){1,2}$ ]] || die 2 "TPU_TOPOLOGY is '$TPU_TOPOLOGY'; it must be like 4x4 or 2x2x4."
-  for side in ${TPU_TOPOLOGY//x/ }; do ((chips *= side)); done
-  ((CHIPS_PER_HOST && chips % CHIPS_PER_HOST == 0)) ||
-    die 2 "TPU_TOPOLOGY $TPU_TOPOLOGY has $chips chips, which are no multiple of CHIPS_PER_HOST, $CHIPS_PER_HOST."
-  # shellcheck disable=SC2034  # gke.yaml has it
-  HOSTS=$((chips / CHIPS_PER_HOST))
-}
-
-json() { # WORD...: a list of strings
-  local word text=''
-  for word; do
-    word=${word//\\/\\\\}
-    text+=", \"${word//\"/\\\"}\""
-  done
-  echo "[${text#, }]"
-}
+whole PORT GPUS_PER_HOST
+subcommands build render apply status logs delete
 
 render() {
-  local name text line program
+  local program
   need JOB_NAME IMAGE EXPERIMENT RUN_DIR
-  if [[ $DEVICES == tpu ]]; then
-    need TPU_ACCELERATOR TPU_TOPOLOGY
-    hosts_of_topology
-  else
-    need GPU_ACCELERATOR HOSTS
-    whole HOSTS
-  fi
-  [[ $RUN_DIR == *://* ]] || dry || die 2 "RUN_DIR is '$RUN_DIR'; pods share no file system, so it must be gs://..."
+  devices GPU_ACCELERATOR HOSTS
+  whole HOSTS
+  in_bucket RUN_DIR
   beside_run
   read -ra program <<<"$MTP_JAX_PROGRAM"
-  # shellcheck disable=SC2034  # likewise
+  # shellcheck disable=SC2034  # gke.yaml has it
   ARGV=$(json "${program[@]}" train "$EXPERIMENT" --run-dir "$RUN_DIR" --auto-resume "${EXTRA[@]}")
-  while IFS= read -r line; do
-    case $line in
-      *' # tpu') [[ $DEVICES == tpu ]] || continue ;;
-      *' # gpu') [[ $DEVICES == gpu ]] || continue ;;
-      *' # spot') [[ $SPOT == 1 ]] || continue ;;
-      '#'*) continue ;;
-    esac
-    for name in "${SETTINGS[@]}" ARGV; do line=${line//"\${$name}"/"${!name}"}; done
-    text+=${line% # @(tpu|gpu|spot)}$'\n'
-  done <"$here/gke.yaml"
-  printf %s "$text"
+  fill gke.yaml ARGV
 }
 
-perform() { # SUBCOMMAND
-  case $1 in
-    build)
-      need IMAGE
-      local extra=$DEVICES
-      [[ $DEVICES == tpu ]] || extra=cuda
-      run docker build --platform=linux/amd64 --file="$here/Dockerfile" --build-arg="DEVICES=$extra" --tag="$IMAGE" \
-        "${here%/*}"
-      run docker push "$IMAGE"
-      ;;
-    render) render ;;
-    apply)
-      local text
-      text=$(render)
-      if dry; then
-        echo "kubectl apply --filename=- <<'EOF'"
-        printf '%s\nEOF\n' "$text"
-      else
-        kubectl apply --filename=- <<<"$text"
-      fi
-      ;;
-    status)
-      need JOB_NAME
-      kube get "jobset/$JOB_NAME"
-      kube get pods "--selector=$label=$JOB_NAME" --output=wide
-      ;;
-    logs) need JOB_NAME && kube logs --follow --prefix --tail=200 --max-log-requests=512 "--selector=$label=$JOB_NAME" ;;
-    delete) need JOB_NAME && kube delete "jobset/$JOB_NAME" ;;
-  esac
-}
-
-((${#WORDS[@]})) || WORDS=(build apply status logs delete)
-for word in "${WORDS[@]}"; do
-  ! dry || [[ $word == render ]] || echo "# $word"
-  perform "$word"
-done
+perform_all build apply status logs delete

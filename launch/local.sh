@@ -21,8 +21,7 @@
 # of the program: 0 done, 75 saved, 2 a mistake in the command, others a failure.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-setting EXPERIMENT
-setting RUN_DIR
+trains
 restarting 0
 local_cache
 GRACE=0 # there are no others to wait for

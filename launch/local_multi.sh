@@ -27,8 +27,7 @@
 # did, with 75 if the others ended with 75, "saved", and else with the status of the first that failed.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-setting EXPERIMENT
-setting RUN_DIR
+trains
 setting PROCESSES 2
 setting DEVICES cpu
 setting PORT

@@ -47,8 +47,9 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 uv='curl -LsSf https://astral.sh/uv/install.sh | sh && export PATH="$HOME/.local/bin:$PATH"'
 uv+=' && uv venv --quiet --allow-existing --python 3.11 .venv'
 uv+=" && uv pip install --quiet --python .venv -c constraints.txt -e '.[tpu,gcs]'"
-for name in TPU_NAME ZONE PROJECT ACCELERATOR_TYPE RUNTIME_VERSION CREATE_FLAGS SSH_FLAGS EXPERIMENT RUN_DIR \
-  COORDINATOR_PORT JAX_COMPILATION_CACHE_DIR; do setting "$name"; done
+for name in TPU_NAME ZONE PROJECT ACCELERATOR_TYPE RUNTIME_VERSION CREATE_FLAGS SSH_FLAGS COORDINATOR_PORT \
+  JAX_COMPILATION_CACHE_DIR; do setting "$name"; done
+trains
 setting SPOT 0
 setting INSTALL "$uv"
 setting SETUP

@@ -38,6 +38,11 @@ def full_path(path: epath.PathLike) -> epath.Path:
     return epath.Path(given)  # `resolve` would make it a folder below the working directory
 
 
+def given_path(path: epath.PathLike) -> epath.Path:
+    """The path as it was given, or its URL. Raises `ConfigError` as `full_path` does."""
+    return epath.Path(path) if is_local(path) else full_path(path)
+
+
 def children(folder: epath.Path) -> list[epath.Path]:
     """What lies in a folder; nothing if it is none, or does not exist, as an empty one never does in a bucket."""
     try:

@@ -18,12 +18,16 @@ import yaml
 
 REPOSITORY = Path(__file__).parents[1]
 LAUNCH = REPOSITORY / "launch"
-SCRIPTS = ["local.sh", "local_multi.sh", "slurm.sbatch", "tpu_vm.sh", "gke.sh"]
-FILES = [*SCRIPTS, "common.sh", "tpu_worker.sh"]
-REQUIRED = {name: ["EXPERIMENT", "RUN_DIR"] for name in SCRIPTS}
+SWEEPS = ["sweep.sbatch", "gke_sweep.sh"]
+SCRIPTS = ["local.sh", "local_multi.sh", "slurm.sbatch", "tpu_vm.sh", "gke.sh", *SWEEPS]
+MANIFESTS = ["gke.yaml", "gke_sweep.yaml"]
+FILES = [*SCRIPTS, "common.sh", "gke_common.sh", "tpu_worker.sh"]
+DIRECTORY = {name: "SWEEP_DIR" if name in SWEEPS else "RUN_DIR" for name in SCRIPTS}
+REQUIRED = {name: ["EXPERIMENT", DIRECTORY[name]] for name in SCRIPTS}
 REQUIRED["tpu_vm.sh"] = ["TPU_NAME", "ZONE"]
-REQUIRED["gke.sh"] = ["JOB_NAME", "IMAGE", "EXPERIMENT", "RUN_DIR"]
-SUBCOMMAND = {"tpu_vm.sh": ["run"], "gke.sh": ["apply"]}
+for _name in ("gke.sh", "gke_sweep.sh"):
+    REQUIRED[_name] = ["JOB_NAME", "IMAGE", *REQUIRED[_name]]
+SUBCOMMAND = {"tpu_vm.sh": ["run"], "gke.sh": ["apply"], "gke_sweep.sh": ["apply"]}
 
 PROGRAM = """#!/usr/bin/env bash
 # Stand-in for mtp-jax: does line n of $PLANS/<process> the nth time it is started, and exits with the last word of it.
@@ -152,7 +156,7 @@ def test_shellcheck_has_nothing_to_say():
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {path.name for path in LAUNCH.iterdir()} == {*FILES, "gke.yaml", "Dockerfile"}, "a file that no test knows"
+    assert {path.name for path in LAUNCH.iterdir()} == {*FILES, *MANIFESTS, "Dockerfile"}, "a file that no test knows"
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -162,6 +166,8 @@ def test_a_dry_run_needs_nothing_and_shows_placeholders(script):
     assert dry(script, DRY_RUN="1") == (0, output, "")
     assert all(f"<{name}>" in output for name in REQUIRED[script])
     program = "mtp-jax train <EXPERIMENT> --run-dir <RUN_DIR> --auto-resume"
+    if script in SWEEPS:
+        program = "mtp-jax sweep <EXPERIMENT> --dir <SWEEP_DIR> --only"
     assert program in re.sub('[",\\[\\]]', "", output) and "JAX_COMPILATION_CACHE_DIR" in output
 
 
@@ -173,6 +179,11 @@ COMMANDS = {
         *("tpu_worker.sh stop", "queued-resources describe", "queued-resources delete", "MTP_JAX_COORDINATOR=auto"),
     ],
     "gke.sh": ["docker build", "docker push", "kubectl apply", "kubectl --namespace=default logs", "delete jobset/"],
+    "sweep.sbatch": [
+        *("--array=<FIRST>%8", "--array=<OTHERS>%8", "--dependency=afterok:<JOB_OF_FIRST>", "srun --ntasks=1"),
+        *("--dependency=afterany:<JOB_OF_OTHERS>", "--collect", "requeue <SLURM_ARRAY_JOB_ID>_<SLURM_ARRAY_TASK_ID>"),
+    ],
+    "gke_sweep.sh": ["docker build", "docker push", "kubectl apply", "--collect", "default logs", "delete jobset/"],
 }
 
 
@@ -187,11 +198,12 @@ def test_settings_are_flags_and_variables_and_all_are_documented_and_read(script
     names = documented(script)
     trap = f'trap "echo \\${{SETTINGS[*]}}" EXIT; source {shlex.quote(str(LAUNCH / script))} --dry-run'
     known = subprocess.run(["bash", "-c", trap], capture_output=True, text=True).stdout.splitlines()[-1].split()
-    assert sorted(names) == sorted(known + ["LAUNCH_DIR"] * (script == "slurm.sbatch"))
-    text = "".join((LAUNCH / file).read_text() for file in (script, "common.sh", "gke.yaml"))
+    assert sorted(names) == sorted(known + ["LAUNCH_DIR"] * script.endswith(".sbatch"))
+    text = "".join((LAUNCH / file).read_text() for file in (script, "common.sh", "gke_common.sh", *MANIFESTS))
     assert [name for name in names if not re.search(rf"\${{?{name}\b", text)] == [], "nothing reads these"
 
-    special = {"DRY_RUN": "1", "SPOT": "1", "DEVICES": "gpu", "RUN_DIR": "gs://bucket/it's", "TPU_TOPOLOGY": "4x4"}
+    special = {"DRY_RUN": "1", "SPOT": "1", "DEVICES": "gpu", "TPU_TOPOLOGY": "4x4"}
+    special |= dict.fromkeys(DIRECTORY.values(), "gs://bucket/it's")
     words = {"TRAIN_OPTIONS": "--steps 9", "SBATCH_FLAGS": "--account=me", "CREATE_FLAGS": "--labels=a=b"}
     values = {name: special.get(name) or words.get(name) or str(11 + i) for i, name in enumerate(known)}
     by_flag = dry(script, *(f"{flag(name)}={value}" for name, value in values.items()))
@@ -201,7 +213,8 @@ def test_settings_are_flags_and_variables_and_all_are_documented_and_read(script
     spaced = (arg for name, value in values.items() if name not in rest for arg in (flag(name), value))
     assert dry(script, *spaced, **rest) == by_flag
     assert dry(script, *(f"{flag(n)}={v}" for n, v in values.items()), **dict.fromkeys(values, "0")) == by_flag
-    assert "<" not in by_flag[1].replace("<SLURM_JOB_ID>", "").replace("<ARCHIVE>", "").replace("<<'EOF'", "")
+    later = r"<(SLURM_\w+|ARCHIVE|FIRST|OTHERS|COMPLETIONS|JOB_OF_\w+)>|<<'EOF'"
+    assert "<" not in re.sub(later, "", by_flag[1])
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -217,15 +230,16 @@ def test_mistakes_are_refused_with_status_2(script):
     status, output, errors = dry(script, *SUBCOMMAND.get(script, []))
     assert (status, output) == (2, "")
     assert all(f"{flag(name)} ({name})" in errors for name in REQUIRED[script])
+    directory = flag(DIRECTORY[script])
     for mistake, answer in (
-        (["--run-dri", "x"], "there is no setting --run-dri"),
-        (["--run-dir"], "--run-dir needs a value"),
-        (["--run-dir", "--dry-run"], "--run-dir needs a value"),
+        ([directory[:-1], "x"], f"there is no setting {directory[:-1]}"),
+        ([directory], f"{directory} needs a value"),
+        ([directory, "--dry-run"], f"{directory} needs a value"),
         (["no-such-word"], "no-such-word"),
         (["--retries", "some"], "RETRIES is 'some'; it must be a whole number"),
         (["--dry-run", "--dry-run=yes"], "DRY_RUN is 'yes'"),
     ):
-        status, output, errors = dry(script, "--experiment", "e.py", "--run-dir=gs://b/r", *mistake)
+        status, output, errors = dry(script, "--experiment", "e.py", f"{directory}=gs://b/r", *mistake)
         assert status == 2 and answer in errors, (mistake, errors)
 
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mtp_jax.commands import console, parse, use_compilation_cache
 from mtp_jax.commands.experiment import load_sweep, split_file
-from mtp_jax.commands.train import preempted_early
 from mtp_jax.config import ConfigError, require
+from mtp_jax.paths import given_path
 from mtp_jax.sweep.config import NamedSweep
 from mtp_jax.sweep.records import Place, collect, write_json
 
@@ -30,13 +31,15 @@ class SweepOptions:
     """
 
     dir: str = ""
-    """Where the runs go; runs/FILE/SIZE by default."""
+    """Where the runs go, here or gs://BUCKET/...; runs/FILE/SIZE by default."""
     out: str = ""
     """The results file; results/FILE-SIZE.json beside the experiment file by default."""
     only: str = ""
-    """One run alone, in this process: its name, or its number in --list. No results file is written."""
+    """One run alone, in this process, if it is not done: its name, or its number in --list. No results file is
+    written."""
     list: bool = False
-    """Print the runs and how they stand, and do nothing."""
+    """Print the runs and how they stand, and do nothing. A program gets a line for each: number, first (those that
+    others begin from) or run, name, and done, failed or waiting, with tabs between."""
     collect: bool = False
     """Write the results file of what is there, and do nothing else."""
 
@@ -52,13 +55,18 @@ def main(args: list[str]) -> None:
     chosen = [name for name in ("only", "list", "collect") if getattr(options, name)]
     require(len(chosen) < 2, f"--{' and --'.join(chosen)} are given; choose one.")
     named = load_sweep(file)
-    place = Place(Path(options.dir or named.directory))
+    place = Place(given_path(options.dir or named.directory))
     if options.only:
         use_compilation_cache()
         from mtp_jax.sweep.run import run_one
 
-        with preempted_early():  # what is measured is measured again
-            run_one(named, _run_name(named, options.only), place)
+        run_one(named, _run_name(named, options.only), place)
+        return
+    if options.list and not sys.stdout.isatty():
+        for number, name in enumerate(named.runs):
+            kind = "run" if name in named.sweep.variants else "first"
+            state = (place.read(named, name) or {"state": "waiting"})["state"]
+            print(number, kind, name, state, sep="\t")
         return
     progress = _progress(named, place)
     console().print(f"{named.key}: {named.title}", highlight=False)
@@ -67,7 +75,7 @@ def main(args: list[str]) -> None:
         return
     if not options.collect:
         _run(named, place, progress)
-    out = Path(options.out or Path(named.file).parent / "results" / f"{named.name}-{named.size}.json")
+    out = given_path(options.out or Path(named.file).parent / "results" / f"{named.name}-{named.size}.json")
     write_json(out, collect(named, place))
     print(f"Wrote {out}")
     failed = [row for row in progress.rows.values() if row.state == "failed"]

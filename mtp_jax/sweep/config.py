@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from mtp_jax.config import TrainConfig, at_least, require
 
 CASE, SEED, COSTS = "case", "seed", "costs"
@@ -179,7 +181,7 @@ class NamedSweep:
         first = {**self.sweep.first, COSTS: self.sweep.base}
         found = first[run] if run in first else self.sweep.variants[run].config
         if found.init_from in self.sweep.first:
-            found = dataclasses.replace(found, init_from=str(Path(directory or self.directory, found.init_from)))
+            found = dataclasses.replace(found, init_from=str(epath.Path(directory or self.directory) / found.init_from))
         return found
 
 

@@ -2,7 +2,9 @@
 
 DIR/RUN/               a run directory, as `mtp-jax train` makes it
 DIR/records/RUN.json   what was measured of the run, or why it failed
-DIR/logs/RUN.log       what it printed
+DIR/logs/RUN.log       what it printed, if `mtp-jax sweep` started it
+
+DIR may be in a bucket; logs grow, which files in a bucket do not, and are then in logs/BUCKET/... here.
 """
 
 from __future__ import annotations
@@ -14,7 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 from mtp_jax.config import to_dict
+from mtp_jax.paths import is_local
+from mtp_jax.run_dir import replace_file
 from mtp_jax.sweep.config import COSTS, NamedSweep
 
 FORMAT = 1
@@ -22,26 +28,28 @@ FORMAT = 1
 
 @dataclass(frozen=True)
 class Place:
-    """The directory of a sweep."""
+    """The directory of a sweep, on a disk or in a bucket."""
 
-    directory: Path
+    directory: epath.Path
 
-    def run(self, name: str) -> Path:
+    def run(self, name: str) -> epath.Path:
         """The run directory of a run."""
         return self.directory / name
 
     def log(self, name: str) -> Path:
         """What a run prints."""
-        return self.directory / "logs" / f"{name}.log"
+        if is_local(self.directory):
+            return Path(self.directory, "logs", f"{name}.log")
+        return Path("logs", str(self.directory).partition("://")[2], f"{name}.log")
 
-    def record(self, name: str) -> Path:
+    def record(self, name: str) -> epath.Path:
         """What was measured of a run."""
         return self.directory / "records" / f"{name}.json"
 
     def read(self, named: NamedSweep, name: str) -> dict[str, Any] | None:
         """The record of a run, if it is of that config and of that measurement (and costs, of all shapes)."""
         path = self.record(name)
-        if not path.is_file():
+        if not path.exists():
             return None
         record = json.loads(path.read_text())
         same = record["config"] == plain(named.config(name, self.directory))
@@ -49,6 +57,11 @@ class Place:
         same = same and shapes <= set(record.get("costs", shapes))
         same = same and (name in named.sweep.first or record["measure"] == plain(named.sweep.measure))
         return record if same else None
+
+    def done(self, named: NamedSweep, name: str) -> bool:
+        """Whether a run is trained and measured."""
+        record = self.read(named, name)
+        return record is not None and record["state"] == "done"
 
     def write(self, named: NamedSweep, name: str, values: dict[str, Any]) -> None:
         """Write the record of a run, in one go."""
@@ -61,12 +74,10 @@ def plain(config: Any) -> Any:
     return json.loads(json.dumps(to_dict(config)))
 
 
-def write_json(path: Path, values: Any) -> None:
+def write_json(path: epath.Path, values: Any) -> None:
     """Write a JSON file in one go, so that a kill right here leaves the old one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(values, indent=1) + "\n")
-    partial.replace(path)
+    replace_file(path, json.dumps(values, indent=1) + "\n")
 
 
 def collect(named: NamedSweep, place: Place) -> dict[str, Any]:

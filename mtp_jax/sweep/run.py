@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from typing import Any
 
 import jax
 
 from mtp_jax.commands import train
-from mtp_jax.config import ConfigError, differences, require, shown
+from mtp_jax.config import ConfigError, PreemptedError, differences, require, shown
+from mtp_jax.manifest import unseal
+from mtp_jax.paths import children
 from mtp_jax.run_dir import CHECKPOINTS_DIR, read_config, versions
 from mtp_jax.sweep.config import COSTS, NamedSweep
 from mtp_jax.sweep.measure import measure, step_costs
@@ -19,16 +20,21 @@ from mtp_jax.train.loggers import read_metrics, series
 
 
 def run_one(named: NamedSweep, name: str, place: Place) -> None:
-    """Train the run `name` from where it is to its end, measure it and write its record.
+    """Train the run `name` from where it is to its end, measure it and write its record; nothing if it is done.
 
     A run that is done stays as it is. A failure leaves a record of it, and the next call goes on from there. Of the
     checkpoints those stay that were measured.
 
     Raises:
       ConfigError: what it begins from is not finished, or its directory has a run with another config.
+      PreemptedError: training was, which is no failure; SIGTERM while it measures ends the process with that status.
     """
-    record = place.read(named, name)
-    if record and record["state"] == "done":
+    with train.preempted_early():
+        _run_one(named, name, place)
+
+
+def _run_one(named: NamedSweep, name: str, place: Place) -> None:
+    if place.done(named, name):
         print(f"{name} is done: {place.record(name)}")
         return
     _check(named, name, place)
@@ -51,6 +57,8 @@ def run_one(named: NamedSweep, name: str, place: Place) -> None:
             found |= {"cost": cost} | measure(place.run(name), variant, steps, cost, named.sweep.measure, say)
             seconds["measuring"] = time.perf_counter() - begun
             _keep(place, name, set(found["readings"].values()))
+    except PreemptedError:
+        raise
     except Exception as error:
         lines = str(error).strip().splitlines()
         place.write(named, name, {"state": "failed", "error": lines[-1] if lines else type(error).__name__})
@@ -85,13 +93,10 @@ def curve(run_dir: Any) -> list[dict[str, Any]]:
 
 def _check(named: NamedSweep, name: str, place: Place) -> None:
     config = named.config(name, place.directory)
-    needed = (
-        [first for first in named.sweep.first if config.init_from == str(place.run(first))] if name != COSTS else []
-    )
-    for other in needed + [COSTS] * (name in named.sweep.variants):
-        record = place.read(named, other)
+    needed = [first for first in named.sweep.first if config.init_from == str(place.run(first))]
+    for other in [*needed, COSTS] if name in named.sweep.variants else []:
         require(
-            record is not None and record["state"] == "done",
+            place.done(named, other),
             f"{name} needs {other}, which is not finished in {place.directory}; give --only {other} first.",
         )
     try:
@@ -108,6 +113,6 @@ def _check(named: NamedSweep, name: str, place: Place) -> None:
 
 
 def _keep(place: Place, name: str, steps: set[int]) -> None:
-    for path in (place.run(name) / CHECKPOINTS_DIR).iterdir():
+    for path in children(place.run(name) / CHECKPOINTS_DIR):
         if path.name.isdigit() and int(path.name) not in steps:
-            shutil.rmtree(path)
+            unseal(path)
