@@ -30,7 +30,8 @@ def results(
     cases: dict[str, dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """A sweep over ranks: each doubling changes the joint loss by `loss` nats and tokens per forward by `kept`, the
-    first token's loss by `first`, and the verify cost by `verify`; `noise` is the spread between seeds.
+    first token's loss by `first`, and the time of an iteration with drafts by `verify` plain ones; `noise` is the
+    spread between seeds.
 
     With `cases`, named changes of the head's config, the effects are those of the cases in order, at the one rank.
     """
@@ -69,7 +70,7 @@ def results(
                     "gate": {"entropy": 1.0, "effective": 1.0 if point.get("head.balance") == "none" else 3.0,
                              "shares": [1.0]},
                     "decoding": decoding if reading == "480" else decoding[:1],
-                    "speed": speeds(verify * effect) if whole else [],
+                    "speed": speeds() if whole else [],
                     "components": [
                         {"share": 1 / point["head.rank"], "windows": [["if |x\n", 3.0], ["self", 2.0]]}
                         for _ in range(point["head.rank"])
@@ -95,6 +96,7 @@ def results(
                     "seconds": 0.1 * cost, "flops": 1e9, "peak_bytes": 2**26,
                     "over_next_token": {"predicted": 0.4, "measured": 0.4 * cost},
                     "over_reference": {"predicted": cost, "measured": cost},
+                    "decoding": iterations(verify * effect),
                 },
                 "readings": readings, "measured": measured,
             })  # fmt: skip
@@ -120,10 +122,21 @@ def row(temperature: float, draft: str, rate: np.ndarray, forwards: np.ndarray) 
     }  # fmt: skip
 
 
-def speeds(more: float) -> list[dict[str, Any]]:
-    """The entries of `speed`: a draft costs a sixth of a plain step, and what a rank costs `more`."""
+def speeds() -> list[dict[str, Any]]:
+    """The entries of `speed`."""
     return [
-        {"temperature": t, "k": k, "dtype": "float32", "verify_cost": 1 + k / 6 + more * (k > 0), "speedup": 1 + k / 10}
+        {"temperature": t, "k": k, "dtype": "float32", "verify_cost": 1 + k / 6, "speedup": 1 + k / 10}
         for t in (0.7, 0.0, 1.0)
         for k in range(4)
-    ]  # fmt: skip
+    ]
+
+
+def iterations(more: float) -> list[dict[str, Any]]:
+    """The costs of decoding: a draft takes a sixth of a plain iteration, and what a rank costs `more`. Plain decoding
+    is faster in the other dtype."""
+    own = [
+        {"temperature": t, "k": k, "dtype": "float32", "iteration_seconds": 0.002 * (1 + k / 6 + more * (k > 0))}
+        for t in (0.7, 0.0, 1.0)
+        for k in range(4)
+    ]
+    return own + [{**row, "dtype": "bfloat16", "iteration_seconds": 0.0019} for row in own if row["k"] == 0]

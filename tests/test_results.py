@@ -16,9 +16,11 @@ from mtp_jax.results.compare import (
     T975,
     compare,
     estimate,
+    iteration_seconds,
     joint_loss,
     over_seeds,
     over_units,
+    rate,
     speed_ratio,
     speedup,
     tokens_per_forward,
@@ -125,15 +127,18 @@ def test_one_seed_is_compared_over_documents(load):
     assert own and own.high - own.low > 3 * (e.high - e.low)  # documents differ more than ranks
 
 
-def test_a_speed_is_tokens_per_forward_over_what_the_forward_costs(load):
-    (found,) = load(results(kept=0.0, noise=0.0, verify=0.0))
-    run = found.of((2,))[1]  # a seed without speeds of its own
-    value, k = speedup(found, run, "seconds", 0.7)
-    rate = np.mean(run.at("seconds")["decoding"][0]["documents"]["emitted"]) / 250
-    by_k = [(1 + (rate - 1) * kept) / (1 + k / 6) for k, kept in enumerate((0.0, 0.5, 0.8, 1.0))]
-    assert value == pytest.approx(max(by_k)) and k == int(np.argmax(by_k))
+def test_a_speed_is_tokens_per_iteration_over_what_the_iteration_takes(load):
+    (found,) = load(results(kept=0.0, noise=0.0, verify=0.1))
+    run = found.of((2,))[1]
+    seconds = iteration_seconds(run, 0.7)
+    assert seconds == pytest.approx({0: 0.0019, 1: 0.002 * (1 + 1 / 6 + 0.1), 2: 0.002 * (1 + 2 / 6 + 0.1), 3: 0.0032})
+    share = np.mean(run.at("seconds")["decoding"][0]["documents"]["emitted"]) / 250 - 1
+    by_k = [(1 + share * kept) / seconds[k] for k, kept in enumerate((0.0, 0.5, 0.8, 1.0))]
+    assert rate(run, "seconds", 0.7) == (pytest.approx(max(by_k)), int(np.argmax(by_k)))
+    plain = found.of((1,))[1]
+    assert speedup(run, "seconds", 0.7)[0] == pytest.approx(max(by_k) * 0.0019)
     e = speed_ratio(found, (2,), "seconds", 0.7)
-    assert e and e.mean == pytest.approx(1.0) and e.count == 3
+    assert e and e.count == 3 and e.mean == pytest.approx(max(by_k) / rate(plain, "seconds", 0.7)[0])
 
 
 def test_a_gain_is_confirmed(verdicts):
@@ -221,6 +226,7 @@ def test_a_page_without_speeds_or_components_says_so(tmp_path):
     for run in value["runs"]:
         for found in run["measured"].values():
             found["speed"], found["components"] = [], []
+        run["cost"]["decoding"] = []
     (tmp_path / "a.json").write_text(json.dumps(value))
     text = write_page([tmp_path / "a.json"], tmp_path / "out").read_text()
     assert "there is nothing to recommend yet" in text and "specialise" not in text

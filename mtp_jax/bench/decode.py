@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -127,62 +127,94 @@ def bench_decode(
     `logit_gap` by how much at most plain decoding preferred its own token where they parted (see `Session.gap`). All
     three are None for verifiers that keep the law of the output and not its tokens.
     """
-    check(config, run.config)
-    if config.files:
-        named = file_prompts(config.files, run.tokenizer, config.prompts, config.prompt_tokens, config.seed)
-    else:
-        named = held_out_prompts(
-            prepare(run.config.data, tokenizer=run.tokenizer), config.prompts, config.prompt_tokens, config.seed
-        )
-    prompts, dtype = [tokens for _, tokens in named], run.config.model.dtype
-    with jax.set_mesh(run.mesh):
-        session = Session(decoders(run), prompts, config)
-        cells, trials = [], {}
+    return bench_runs({"": run}, config, progress)[""]
+
+
+def bench_runs(
+    runs: Mapping[str, LoadedRun], config: BenchConfig, progress: Callable[[str], None] = lambda _: None
+) -> dict[str, dict[str, Any]]:
+    """`bench_decode` of several runs in one process, prompt by prompt in turn: their speeds compare with each other."""
+    for run in runs.values():
+        check(config, run.config)
+    benches = {name: _Bench(run, config, progress) for name, run in runs.items()}
+    for repetition in range(config.repetitions):
+        for bench in benches.values():
+            bench.begin()
         for batch in config.batch_sizes:
-            grid = _grid(config, batch, dtype, [*range(run.config.head.window), *["adaptive"] * config.adaptive])
-            trials[batch] = session.trial(grid[0])
-            progress(f"tried k = 0 in {' and '.join(trials[batch])}")
-            (other,) = trials[batch].keys() - {dtype}
-            if trials[batch][other] > MARGIN * trials[batch][dtype]:
-                grid += _grid(config, batch, other, [0])
-            cells += grid
-        for cell in cells:
-            session.compile(cell)
-            progress(f"compiled T = {cell.temperature:g}, k = {cell.k}{_batch(cell.batch)}")
+            for first in range(0, config.prompts, batch):
+                for bench in benches.values():
+                    bench.decode(batch, first)
+                progress(
+                    f"prompt {first + batch} of {config.prompts}{_batch(batch)}, "
+                    f"repetition {repetition + 1} of {config.repetitions}"
+                )
+    return {name: bench.result(progress) for name, bench in benches.items()}
 
-        prefill_seconds = []
-        for repetition in range(config.repetitions):
+
+class _Bench:
+    """One run that is measured: its cells are compiled when it is made."""
+
+    def __init__(self, run: LoadedRun, config: BenchConfig, progress: Callable[[str], None]):
+        self.run, self.config = run, config
+        if config.files:
+            named = file_prompts(config.files, run.tokenizer, config.prompts, config.prompt_tokens, config.seed)
+        else:
+            store = prepare(run.config.data, tokenizer=run.tokenizer)
+            named = held_out_prompts(store, config.prompts, config.prompt_tokens, config.seed)
+        self.prompts, dtype = [tokens for _, tokens in named], run.config.model.dtype
+        self.prefill_seconds: list[float] = []
+        self.cells: list[Cell] = []
+        self.trials: dict[int, dict[str, float]] = {}
+        with jax.set_mesh(run.mesh):
+            self.session = Session(decoders(run), self.prompts, config)
             for batch in config.batch_sizes:
-                same = [cell for cell in cells if cell.batch == batch]
-                for cell in same:
-                    cell.seconds.append(0.0)
-                for first in range(0, len(prompts), batch):
-                    for cell in same:
-                        asked, state, prefilled, seconds = session.decode(cell, first)
-                        prefill_seconds.append(prefilled)
-                        cell.seconds[repetition] += seconds
-                        if repetition == 0:
-                            cell.generations.append(result(asked, state))
-                    progress(
-                        f"prompt {first + batch} of {len(prompts)}{_batch(batch)}, "
-                        f"repetition {repetition + 1} of {config.repetitions}"
-                    )
-        rows = [_row(cell, _plain(cells, cell), _fastest(cells, cell), session.gap) for cell in cells]
-        compared = hf.bench_hf(run, prompts, config, progress) if config.compare == "hf" else None
+                grid = _grid(config, batch, dtype, [*range(run.config.head.window), *["adaptive"] * config.adaptive])
+                trial = self.trials[batch] = self.session.trial(grid[0])
+                progress(f"tried k = 0 in {' and '.join(trial)}")
+                (other,) = trial.keys() - {dtype}
+                if trial[other] > MARGIN * trial[dtype]:
+                    grid += _grid(config, batch, other, [0])
+                self.cells += grid
+            for cell in self.cells:
+                self.session.compile(cell)
+                progress(f"compiled T = {cell.temperature:g}, k = {cell.k}{_batch(cell.batch)}")
 
-    shared = ("prompts", "prompt_tokens", "new_tokens", "files", "repetitions", "seed")
-    return {
-        "rows": rows,
-        "step": run.step,
-        **{name: getattr(config, name) for name in shared},
-        "compile_seconds": session.compile_seconds,
-        "prefill_seconds": float(np.median(prefill_seconds)),
-        "plain_trials": [{"batch": batch, "forwards_per_second": trial} for batch, trial in trials.items()],
-        "hf": compared,
-        "device": run.mesh.devices.flat[0].device_kind,
-        "versions": versions(),
-        "parameters": _parameters(run),
-    }
+    def begin(self) -> None:
+        """Begin a repetition."""
+        for cell in self.cells:
+            cell.seconds.append(0.0)
+
+    def decode(self, batch: int, first: int) -> None:
+        """Continue a batch of prompts, from number `first`, in every cell of that batch size."""
+        with jax.set_mesh(self.run.mesh):
+            for cell in self.cells:
+                if cell.batch == batch:
+                    asked, state, prefilled, seconds = self.session.decode(cell, first)
+                    self.prefill_seconds.append(prefilled)
+                    cell.seconds[-1] += seconds
+                    if len(cell.seconds) == 1:
+                        cell.generations.append(result(asked, state))
+
+    def result(self, progress: Callable[[str], None]) -> dict[str, Any]:
+        """What `bench_decode` returns."""
+        run, config, cells = self.run, self.config, self.cells
+        with jax.set_mesh(run.mesh):
+            gap = self.session.gap
+            rows = [_row(cell, _plain(cells, cell), _fastest(cells, cell), gap) for cell in cells]
+            compared = hf.bench_hf(run, self.prompts, config, progress) if config.compare == "hf" else None
+        shared = ("prompts", "prompt_tokens", "new_tokens", "files", "repetitions", "seed")
+        return {
+            "rows": rows,
+            "step": run.step,
+            **{name: getattr(config, name) for name in shared},
+            "compile_seconds": self.session.compile_seconds,
+            "prefill_seconds": float(np.median(self.prefill_seconds)),
+            "plain_trials": [{"batch": batch, "forwards_per_second": trial} for batch, trial in self.trials.items()],
+            "hf": compared,
+            "device": run.mesh.devices.flat[0].device_kind,
+            "versions": versions(),
+            "parameters": _parameters(run),
+        }
 
 
 def decoders(run: LoadedRun) -> dict[str, LanguageModel]:
@@ -302,6 +334,7 @@ def _row(cell: Cell, plain: Cell, fastest: Cell, gap: Callable[[Cell, int, np.nd
         "block_efficiency": cell.emitted / sum(int(g.forwards.sum()) for g in cell.generations),
         "acceptance": [float(a) for a in accepted / np.maximum(1, drafted)],
         "verify_cost": cell.iteration_seconds / fastest.iteration_seconds,
+        "iteration_seconds": cell.iteration_seconds,
         **_identity(cell, plain, gap),
     }
 

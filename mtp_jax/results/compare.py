@@ -140,38 +140,43 @@ def compare(
     return over_units(own, other, combine)
 
 
-# Speed: tokens per forward at k, which the acceptance of a reading gives, over what such a forward costs, which is
-# measured once for each shape.
+# Speed: tokens per iteration with k drafts, which the acceptance of a run at a reading gives, over what such an
+# iteration takes, which is measured once for all shapes of a sweep, in turn.
 
 
-def verify_costs(results: Results, point: tuple[Any, ...], temperature: float) -> dict[int, float]:
-    """The time of a forward with k drafts in plain steps, by k, as measured of the run of a point that has speeds."""
-    for run in results.of(point):
-        for found in run.raw["measured"].values():
-            costs = {row["k"]: row["verify_cost"] for row in found["speed"] if row["temperature"] == temperature
-                     and row.get("dtype") == run.raw["config"]["model"]["dtype"]}  # fmt: skip
-            if costs:
-                return costs
-    return {}
+def iteration_seconds(run: Run, temperature: float) -> dict[int, float]:
+    """The time of an iteration by k, in the run's own dtype; of k = 0 in the dtype in which that is fastest."""
+    rows = [row for row in run.raw["cost"]["decoding"] if row["temperature"] == temperature]
+    own = run.raw["config"]["model"]["dtype"]
+    found = {row["k"]: row["iteration_seconds"] for row in rows if row["dtype"] == own}
+    if found:
+        found[0] = min(row["iteration_seconds"] for row in rows if row["k"] == 0)
+    return found
 
 
-def speedup(results: Results, run: Run, reading: str, temperature: float) -> tuple[float, int] | None:
-    """Tokens/s over plain decoding at the best k, and that k: derived from the run's own acceptance."""
-    row, costs = decoding(run, reading, temperature), verify_costs(results, run.point, temperature)
-    if row is None or not costs:
+def rate(run: Run, reading: str, temperature: float) -> tuple[float, int] | None:
+    """Tokens/s at the best k, and that k."""
+    row, seconds = decoding(run, reading, temperature), iteration_seconds(run, temperature)
+    if row is None or not seconds:
         return None
     kept = [0.0, *np.cumsum([found["mean"] for found in row["acceptance"]])]
-    best = max(costs, key=lambda k: (1 + kept[k]) / costs[k])
-    return (1 + kept[best]) / costs[best], best
+    best = max(seconds, key=lambda k: (1 + kept[k]) / seconds[k])
+    return float((1 + kept[best]) / seconds[best]), best
+
+
+def speedup(run: Run, reading: str, temperature: float) -> tuple[float, int] | None:
+    """Tokens/s at the best k over plain decoding, and that k."""
+    found = rate(run, reading, temperature)
+    return found and (found[0] * iteration_seconds(run, temperature)[0], found[1])
 
 
 def speed_ratio(results: Results, point: tuple[Any, ...], reading: str, temperature: float) -> Estimate | None:
-    """The speed-up of a point over that of its reference, over seeds."""
+    """The tokens/s of a point over those of its reference, each at its best k, over seeds."""
     others = {run.seed: run for run in results.of(results.reference(point))}
     ratios = []
     for run in results.of(point):
-        own = speedup(results, run, reading, temperature)
-        other = speedup(results, others[run.seed], reading, temperature) if run.seed in others else None
+        own = rate(run, reading, temperature)
+        other = rate(others[run.seed], reading, temperature) if run.seed in others else None
         if own and other:
             ratios.append(own[0] / other[0])
     if not ratios:

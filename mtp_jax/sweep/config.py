@@ -35,7 +35,8 @@ class MeasureConfig:
     Speed is over `speed_prompts` held-out documents, one at a time, every temperature and k, `repetitions` times, at
     equal wall-clock. Speed, `lengths`, other kinds of drafts and components are of one run of those that differ in
     their seed alone.
-    Training steps of all such runs, and of next-token models, are timed in turn, in one process, for `rounds` rounds.
+    Training steps of all such runs and of next-token models are timed in turn, in one process, for `rounds` rounds; so
+    are the iterations of decoding by temperature and k, which speeds of different runs are compared by.
     """
 
     held_out_sequences: int = 48

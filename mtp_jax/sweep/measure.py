@@ -14,20 +14,22 @@ from etils import epath
 from jax import Array
 
 from mtp_jax.bench.config import BenchConfig
-from mtp_jax.bench.decode import bench_decode
+from mtp_jax.bench.decode import bench_decode, bench_runs
 from mtp_jax.bench.train import NEXT_TOKEN, measure_steps, next_token
 from mtp_jax.checkpoint import Checkpoints
-from mtp_jax.config import require
-from mtp_jax.data import Mixture, Store, held_out_batches, prepare
+from mtp_jax.config import MeshConfig, TrainConfig, require
+from mtp_jax.data import Mixture, Store, held_out_batches, load_tokenizer, prepare
 from mtp_jax.decode import pick
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.generate import Generation, generate
 from mtp_jax.loading import LoadedRun, load
 from mtp_jax.losses.mixture import conditionals
+from mtp_jax.mesh import make_mesh
 from mtp_jax.model.transformer import LanguageModel
 from mtp_jax.sweep.config import MeasureConfig, Sweep, Variant
 from mtp_jax.sweep.intervals import ratio_interval
 from mtp_jax.train.evaluate import place
+from mtp_jax.train.step import build_model
 
 WINDOWS, SEEN = 6, 8  # windows that are shown of each component, and how often one was seen at least
 
@@ -42,7 +44,7 @@ def measure(
 ) -> dict[str, Any]:
     """The `readings` and what was `measured` of a finished run, as a results file has them.
 
-    `cost` is that of its step (see `step_costs`), and `reference_steps` how many the run has that it is compared with.
+    `cost` is that of its shape (see `costs`), and `reference_steps` how many the run has that it is compared with.
     Nothing of `run_dir` is changed.
 
     Raises:
@@ -104,14 +106,15 @@ def _saved(kept: list[int], most: float) -> int:
     return found  # type: ignore[return-value]
 
 
-def step_costs(sweep: Sweep, progress: Callable[[str], None] = lambda _: None) -> dict[str, dict[str, Any]]:
-    """The cost of a training step of every shape, beside next-token models of the same trunks, in one process."""
+def costs(sweep: Sweep, progress: Callable[[str], None] = lambda _: None) -> dict[str, dict[str, Any]]:
+    """What a run of every shape costs, whatever it learns: a training step, beside next-token models of the same
+    trunks, and `iteration_seconds` of decoding by temperature and k. All in one process, in turn."""
     shapes = {name: variant.config for name, variant in sweep.variants.items() if variant.whole}
     plain = {name: next_token(config) for name, config in shapes.items()}
-    trunks = {config: f"{NEXT_TOKEN} of {name}" for name, config in reversed(plain.items())}  # one for each trunk
-    found = measure_steps(
-        {**{name: config for config, name in trunks.items()}, **shapes}, sweep.measure.rounds, progress
-    )
+    trunks = {config: f"{NEXT_TOKEN} of {name}" for name, config in plain.items()}  # one for each trunk
+    configs = {**{name: config for config, name in trunks.items()}, **shapes}
+    found = measure_steps(configs, sweep.measure.rounds, progress)
+    decoding = decoding_costs(shapes, sweep.measure, progress)
 
     def over(name: str, other: str) -> dict[str, float]:
         own, base = found[name], found[other]
@@ -125,9 +128,35 @@ def step_costs(sweep: Sweep, progress: Callable[[str], None] = lambda _: None) -
             "peak_bytes": found[name]["peak_bytes"],
             "over_next_token": over(name, trunks[plain[name]]),
             "over_reference": over(name, sweep.variants[name].reference),
+            "decoding": decoding[name],
         }
         for name in shapes
     }
+
+
+def decoding_costs(
+    configs: Mapping[str, TrainConfig], measure: MeasureConfig, progress: Callable[[str], None]
+) -> dict[str, list[dict[str, Any]]]:
+    """How long an iteration with k drafts takes at batch 1, of models with these configs that nothing has trained."""
+    bench = BenchConfig(
+        prompts=measure.speed_prompts,
+        prompt_tokens=measure.prompt_tokens,
+        new_tokens=max(2, measure.new_tokens // 4),
+        temperatures=measure.temperatures,
+        repetitions=measure.rounds,
+    )
+    found = bench_runs({name: untrained(config) for name, config in configs.items()}, bench, progress)
+    names = ("temperature", "k", "dtype", "iteration_seconds")
+    return {name: [{n: row[n] for n in names} for row in found[name]["rows"]] for name in configs}
+
+
+def untrained(config: TrainConfig) -> LoadedRun:
+    """A model as it begins, on one device, as `load` gives a trained one."""
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
+    with jax.set_mesh(mesh):
+        model = jax.jit(functools.partial(build_model, config))(jax.random.key(config.seed))
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
+    return LoadedRun(model, tokenizer, config, mesh, 0, {})
 
 
 def held_out_losses(run: LoadedRun, store: Store | Mixture, sequences: int, components: bool) -> dict[str, Any]:

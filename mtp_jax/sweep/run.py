@@ -14,7 +14,7 @@ from mtp_jax.manifest import unseal
 from mtp_jax.paths import children
 from mtp_jax.run_dir import CHECKPOINTS_DIR, read_config, versions
 from mtp_jax.sweep.config import COSTS, NamedSweep
-from mtp_jax.sweep.measure import measure, step_costs
+from mtp_jax.sweep.measure import costs, measure
 from mtp_jax.sweep.records import Place, machine
 from mtp_jax.train.loggers import read_metrics, series
 
@@ -43,7 +43,7 @@ def _run_one(named: NamedSweep, name: str, place: Place) -> None:
     try:
         if name == COSTS:
             begun = time.perf_counter()
-            found: dict[str, Any] = {"costs": step_costs(named.sweep, say)}
+            found: dict[str, Any] = {"costs": costs(named.sweep, say)}
             seconds["measuring"] = time.perf_counter() - begun
         else:
             begun = time.perf_counter()
