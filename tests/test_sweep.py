@@ -197,7 +197,7 @@ def test_what_is_measured_of_a_run(done):
     cost = run["cost"]
     assert cost["over_next_token"]["predicted"] != cost["over_reference"]["predicted"]
     own = [(row["temperature"], row["k"]) for row in cost["decoding"] if row["dtype"] == "float32"]
-    assert own == [(0.7, 0), (0.7, 1), (0.0, 0), (0.0, 1)]
+    assert own == [(0.7, 0), (0.7, 1)]
     assert all(row["iteration_seconds"] > 0 for row in cost["decoding"])
     assert cost["over_reference"]["predicted"] > 1 and cost["seconds"] > 0 and cost["peak_bytes"] > 0
     assert [row["step"] for row in run["curve"]] == [2, 4, 6] or [row["step"] for row in run["curve"]][-1] == 6

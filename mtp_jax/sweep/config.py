@@ -36,7 +36,7 @@ class MeasureConfig:
     equal wall-clock. Speed, `lengths`, other kinds of drafts and components are of one run of those that differ in
     their seed alone.
     Training steps of all such runs and of next-token models are timed in turn, in one process, for `rounds` rounds; so
-    are the iterations of decoding by temperature and k, which speeds of different runs are compared by.
+    are the iterations of decoding at the first temperature by k, which speeds of different runs are compared by.
     """
 
     held_out_sequences: int = 48

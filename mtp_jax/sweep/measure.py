@@ -108,7 +108,7 @@ def _saved(kept: list[int], most: float) -> int:
 
 def costs(sweep: Sweep, progress: Callable[[str], None] = lambda _: None) -> dict[str, dict[str, Any]]:
     """What a run of every shape costs, whatever it learns: a training step, beside next-token models of the same
-    trunks, and `iteration_seconds` of decoding by temperature and k. All in one process, in turn."""
+    trunks, and `iteration_seconds` of decoding at the first temperature by k. All in one process, in turn."""
     shapes = {name: variant.config for name, variant in sweep.variants.items() if variant.whole}
     plain = {name: next_token(config) for name, config in shapes.items()}
     trunks = {config: f"{NEXT_TOKEN} of {name}" for name, config in plain.items()}  # one for each trunk
@@ -142,7 +142,7 @@ def decoding_costs(
         prompts=measure.speed_prompts,
         prompt_tokens=measure.prompt_tokens,
         new_tokens=max(2, measure.new_tokens // 4),
-        temperatures=measure.temperatures,
+        temperatures=measure.temperatures[:1],
         repetitions=measure.rounds,
     )
     found = bench_runs({name: untrained(config) for name, config in configs.items()}, bench, progress)
