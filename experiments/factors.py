@@ -36,7 +36,7 @@ def sweep(trunk: TrainConfig, heads: TrainConfig) -> Sweep:
         CASES,
         reference={"head.rank": 1},
         first={"trunk": trunk},
-        measure=MeasureConfig(prompt_tokens=32, new_tokens=128, prompts=176),
+        measure=MeasureConfig(prompt_tokens=32, new_tokens=128, prompts=160),
     )
 
 

@@ -116,8 +116,12 @@ def test_a_checkpoint_is_reloaded_and_looked_at(run_dir, tmp_path):
     assert f"step 4: a cpd head with R = {tiny.RANK} components over the next W = {tiny.WINDOW} tokens" in text
     assert "the same text: True" in text
     (table,) = [o.data["text/markdown"] for o in outputs(notebook) if "text/markdown" in o.get("data", {})]
-    rows = [row.strip("| ").split(" | ") for row in table.splitlines()[2:]]
-    assert [(row[:3], row[-1]) for row in rows] == [(["0.7", "coupled", str(k)], "yes") for k in range(tiny.WINDOW)]
+    header, _, *lines = [row.strip("| ").split(" | ") for row in table.splitlines()]
+    rows = [dict(zip(header, line, strict=True)) for line in lines]
+    # Where another dtype is faster for k = 0, that is in the table too.
+    found = [row for row in rows if row.get("dtype", "float32") == "float32"]
+    names = ("T", "verifier", "k", "identical")
+    assert [[row[n] for n in names] for row in found] == [["0.7", "coupled", str(k), "yes"] for k in range(tiny.WINDOW)]
 
 
 def test_without_a_run_the_notebook_says_how_to_get_one(tmp_path):

@@ -70,7 +70,7 @@ def above_one(results: Results) -> list[tuple[Any, ...]]:
 
 
 def _undecided(title: str, what: str) -> Claim:
-    return Claim(title, "undecided", f"There are no data: {what}.")
+    return Claim(title, "undecided", f"There are no data: {what.rstrip('.')}.")
 
 
 def _judge(good: Sequence[bool | None]) -> Verdict:
@@ -201,7 +201,8 @@ def faster(all_results: Sequence[Results]) -> Claim:
                 continue
             at_clock = ratios[list(READINGS).index("seconds")]
             if at_clock and results.reference(point) != point:
-                sure.append(at_clock.low > 1)
+                if not math.isnan(at_clock.low):  # of one seed there is no interval
+                    sure.append(at_clock.low > 1)
                 best = max(best or (0.0, ""), (at_clock.mean, f"{_ratio(at_clock)} with {results.text(point)}"))
             rows.append([
                 results.label, results.text(point), f"{np.mean([s for s, _ in own]):.2f}x", f"{own[0][1]}",

@@ -40,10 +40,10 @@ class MeasureConfig:
     """
 
     held_out_sequences: int = 48
-    prompts: int = 88
+    prompts: int = 120
     prompt_tokens: int = 96
     new_tokens: int = 256
-    batch_size: int = 44
+    batch_size: int = 40
     temperatures: tuple[float, ...] = (0.7, 0.0, 1.0)
     drafts: tuple[str, ...] = ("joint",)
     speed_prompts: int = 6

@@ -93,22 +93,22 @@ def curve(run_dir: Any) -> list[dict[str, Any]]:
 
 def _check(named: NamedSweep, name: str, place: Place) -> None:
     config = named.config(name, place.directory)
-    needed = [first for first in named.sweep.first if config.init_from == str(place.run(first))]
-    for other in [*needed, COSTS] if name in named.sweep.variants else []:
-        require(
-            place.done(named, other),
-            f"{name} needs {other}, which is not finished in {place.directory}; give --only {other} first.",
-        )
     try:
         saved = read_config(place.run(name))
     except ConfigError:
-        return  # there is none yet
+        saved = config  # there is none yet
     expected = dataclasses.replace(config, head=config.head.adopt_shortlist(saved.head))
     for field, here, there in differences(expected, saved):
         require(
             field == "data.cache_dir",
             f"{place.run(name)} is a run with {field} {shown(there)}, and the sweep has {shown(here)}; delete it, or "
             "give another --dir.",
+        )
+    needed = [first for first in named.sweep.first if config.init_from == str(place.run(first))]
+    for other in [*needed, COSTS] if name in named.sweep.variants else []:
+        require(
+            place.done(named, other),
+            f"{name} needs {other}, which is not finished in {place.directory}; give --only {other} first.",
         )
 
 
