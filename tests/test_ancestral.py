@@ -69,12 +69,14 @@ def test_components_are_drawn_from_the_posterior():
     assert (drawn(0.0) == 0).all()
 
 
-@pytest.mark.parametrize("factors", ["full", "shared", "lowrank"])
+@pytest.mark.parametrize(("factors", "draft"), [
+    ("full", "ancestral"), ("shared", "ancestral"), ("lowrank", "ancestral"), ("full", "unconditioned"),
+])  # fmt: skip
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 3}], ids=["greedy", "coupled"])
-def test_the_output_is_that_of_plain_decoding(factors, options):
+def test_the_output_is_that_of_plain_decoding(factors, draft, options):
     model, prompts = for_decoding(make(factors)), [[5, 1, 9], [4, 30, 6, 7], [3]]
     plain = generate(model, prompts, max_new_tokens=40, k=0, **options)
-    drafted = generate(model, prompts, max_new_tokens=40, draft="ancestral", **options)
+    drafted = generate(model, prompts, max_new_tokens=40, draft=draft, **options)
     for a, b in zip(plain.tokens, drafted.tokens, strict=True):
         np.testing.assert_array_equal(a, b)
     assert drafted.accepted.sum()
