@@ -156,7 +156,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             try:
                 work()
-            except OSError as error:
+            except Exception as error:  # whatever a file system raises: the others wait to hear of it
                 problem = _reason(error)
         return from_all(problem)[0]
 

@@ -95,13 +95,14 @@ def clear_run(run_dir: epath.PathLike) -> None:
 def set_aside(run_dir: epath.PathLike) -> epath.Path:
     """Move what a run wrote into a run directory of its own, `lost-N` in the old one, and return that.
 
-    The config stays too: a kill on the way leaves a run that can be started again.
+    The config stays too, and checkpoints move last: a kill on the way leaves a run that can be started again, and steps
+    that are seen and set aside then.
     """
     path = epath.Path(run_dir)
     aside = next(found for n in itertools.count(1) if not (found := path / f"lost-{n}").exists())
     aside.mkdir()
     (path / CONFIG_FILE).copy(aside / CONFIG_FILE)
-    for name in WRITTEN:
+    for name in sorted(WRITTEN, key=lambda name: name == CHECKPOINTS_DIR):
         for old in path.glob(name):
             if old.name != CONFIG_FILE:
                 old.rename(aside / old.name)

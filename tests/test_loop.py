@@ -3,6 +3,7 @@
 Most tests give the loop a trainer that takes no time, so that they see the loop and nothing else.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -37,7 +38,7 @@ from mtp_jax.config import (
 from mtp_jax.data import ByteTokenizer, batches, held_out_batches
 from mtp_jax.data.sources import is_held_out
 from mtp_jax.mesh import make_mesh
-from mtp_jax.run_dir import read_config, versions, write_config
+from mtp_jax.run_dir import read_config, set_aside, versions, write_config
 from mtp_jax.train import checks, clock, loop
 from mtp_jax.train.checks import RESUMABLE
 from mtp_jax.train.costs import Costs, costs
@@ -767,6 +768,32 @@ def test_an_old_run_that_is_kept_is_moved_and_none_before_it_is_replaced(config,
             there = path if "lost-" in str(path) else tmp_path / f"run/lost-{n}" / path.relative_to(tmp_path / "run")
             assert there.read_bytes() == data
         assert f"Steps [4, 8] of {tmp_path}/run have no manifest.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("moves", range(4))
+def test_a_kill_while_a_run_is_set_aside_leaves_its_steps_to_be_seen(tmp_path, monkeypatch, moves):
+    files = {"config.json": "{}", "metrics.jsonl": "m", "tensorboard/t": "t", "checkpoints/4/a": "x", "profile/p": "p"}
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    rename, moved = type(epath.Path(tmp_path)).rename, []
+
+    def killed(old, new):
+        if len(moved) == moves:
+            raise KeyboardInterrupt
+        moved.append(old.name)
+        return rename(old, new)
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "rename", killed)
+    with contextlib.suppress(KeyboardInterrupt):
+        set_aside(tmp_path)
+    # While anything of the old run is in place its steps are, so that the next start sets it aside too.
+    assert moved == sorted(moved, key=lambda name: name == "checkpoints") and len(moved) == moves
+    assert (tmp_path / "checkpoints/4/a").exists() == (moves < 4) and (tmp_path / "config.json").exists()
+    monkeypatch.undo()
+    set_aside(tmp_path)
+    lost = [path for path in tmp_path.glob("lost-*/**/*") if path.is_file()]
+    assert {str(path.relative_to(tmp_path)).partition("/")[2]: path.read_text() for path in lost} == files
 
 
 def test_a_run_directory_may_be_a_link(config, fake, tmp_path):

@@ -78,15 +78,17 @@ def run_all(
         row.state, progress.begun = "running", time.monotonic()
         show()
         status = _run_in_process(named, name, place, show, stop)
-        if status == PREEMPTED or stop():
+        if status == PREEMPTED:
             raise PreemptedError(f"The run {name} was preempted. Start the same command again: it goes on.")
         row.seconds = time.monotonic() - progress.begun
         record = place.read(named, name)
         if status == 0 and record and record["state"] == "done":
-            row.state = "done"
+            row.state, row.error = "done", ""
         else:
             row.state, row.error = "failed", _reason(named, name, place, status)
         show()
+        if stop():
+            raise PreemptedError("The sweep was told to end. Start the same command again: it goes on.")
     return [name for name, row in progress.rows.items() if row.state == "failed"]
 
 
