@@ -29,16 +29,16 @@ def on(trunk: str) -> dict[str, str]:
 SWEEPS = {
     "cpu": Sweep(
         replace(HEADS_CPU, **on("cpu")),
-        {"head.rank": (4,), "seed": (0,)},
+        {"head.rank": (4,), "seed": (0, 1, 2)},
         CASES,
         reference={"case": "none"},
-        measure=replace(RANKS["cpu"].measure, drafts=("joint",), lengths={}),
+        measure=replace(RANKS["cpu"].measure, drafts=("joint",)),
     ),
     "gpu": Sweep(
         replace(HEADS_GPU, **on("gpu")),
         {"head.rank": (8,), "seed": (0, 1, 2)},
         CASES,
         reference={"case": "none"},
-        measure=replace(RANKS["gpu"].measure, drafts=("joint",), lengths={}),
+        measure=replace(RANKS["gpu"].measure, drafts=("joint",)),
     ),
 }

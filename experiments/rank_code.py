@@ -5,14 +5,14 @@
     mtp-jax report experiments/results/rank_code-cpu.json --out reports/rank_code
 
 The primary comparison: one target for all ranks. Acceptance is measured too with drafts that do not know which token
-the target chose (`unconditioned`), and after a quarter and a half of the training.
+the target chose (`unconditioned`).
 """
 
 from setting import HEADS_CPU, HEADS_GPU, TRUNK_CPU, TRUNK_GPU
 
 from mtp_jax import MeasureConfig, Sweep
 
-MEASURE = MeasureConfig(drafts=("joint", "unconditioned"), lengths={"quarter": 0.25, "half": 0.5})
+MEASURE = MeasureConfig(drafts=("joint", "unconditioned"))
 GRID = {"head.rank": (1, 2, 4, 8, 16), "seed": (0, 1, 2)}
 
 SWEEPS = {

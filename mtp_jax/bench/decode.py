@@ -64,9 +64,10 @@ class Cell:
         return self.emitted / float(np.median(self.seconds))
 
     @property
-    def iteration_seconds(self) -> float:
-        """The time of one pass of the loop, which goes on until the last row of a batch is done."""
-        return float(np.median(self.seconds)) / sum(int(g.forwards.max()) for g in self.generations)
+    def iteration_seconds(self) -> list[float]:
+        """By repetition, the time of one pass of the loop, which goes on until the last row of a batch is done."""
+        passes = sum(int(g.forwards.max()) for g in self.generations)
+        return [seconds / passes for seconds in self.seconds]
 
     @property
     def setting(self) -> tuple[int, float, str]:
@@ -333,7 +334,7 @@ def _row(cell: Cell, plain: Cell, fastest: Cell, gap: Callable[[Cell, int, np.nd
         "speedup": cell.rate / fastest.rate,
         "block_efficiency": cell.emitted / sum(int(g.forwards.sum()) for g in cell.generations),
         "acceptance": [float(a) for a in accepted / np.maximum(1, drafted)],
-        "verify_cost": cell.iteration_seconds / fastest.iteration_seconds,
+        "verify_cost": float(np.median(cell.iteration_seconds) / np.median(fastest.iteration_seconds)),
         "iteration_seconds": cell.iteration_seconds,
         **_identity(cell, plain, gap),
     }

@@ -1,96 +1,110 @@
-"""Runs against the run that they are compared with: paired differences and their intervals."""
+"""Runs against the run that they are compared with: paired differences, and intervals that hold all that is random."""
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mtp_jax.results.load import Results, Run
+from mtp_jax.sweep.intervals import resample
 
-# 97.5% quantiles of Student's t by degrees of freedom.
-T975 = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
-RESAMPLES = 2_000
-Units = tuple[np.ndarray, np.ndarray]  # what a mean is a ratio of sums of: numerators and denominators
+Units = tuple[np.ndarray, np.ndarray]  # what a mean is a ratio of sums of, by document: numerators and denominators
+Metric = Callable[[Run, str], "Units | None"]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% interval. `over` says what was varied: "seeds" (Student's t) or "documents" (bootstrap)."""
+    """A number and its standard errors, by what they come from.
+
+    `seed_error` is that of training, from the spread of `seeds` runs, and not known of one; `error` is that of all that
+    the runs have in common: the held-out documents (`documents` of them) and the timing.
+    """
 
     mean: float
-    low: float
-    high: float
-    over: str
-    count: int
+    seeds: int
+    documents: int
+    seed_error: float = 0.0
+    error: float = 0.0
+
+    def interval(self, tests: int = 1) -> tuple[float, float]:
+        """The interval of 95% for each of so many tests together (Bonferroni): Student's for the seeds and the normal
+        one for the rest, added as variances. Of one seed it says nothing of other seeds."""
+        tail = 1 - 0.025 / tests
+        seeds = student(tail, self.seeds - 1) * self.seed_error if self.seeds > 1 else 0.0
+        half = math.hypot(seeds, student(tail, math.inf) * self.error)
+        return self.mean - half, self.mean + half
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.mean:.3f} [{', '.join(f'{bound:.3f}' for bound in self.interval())}]"
 
     @property
     def signed(self) -> str:
         """As a difference."""
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{self.mean:+.3f} [{', '.join(f'{bound:+.3f}' for bound in self.interval())}]"
 
     @property
     def how(self) -> str:
         """What the interval is of."""
-        return f"{self.count} seeds" if self.over == "seeds" else f"1 seed, {self.count} {self.over}"
+        return f"{self.seeds} seed{'s' * (self.seeds > 1)}, {self.documents} documents"
 
 
-def over_seeds(values: list[float]) -> Estimate:
-    """The mean of two values or more, and Student's interval around it: their spread holds all that is random."""
-    count, mean = len(values), float(np.mean(values))
-    half = T975[min(count - 1, len(T975) - 1)] * float(np.std(values, ddof=1)) / math.sqrt(count)
-    return Estimate(mean, mean - half, mean + half, "seeds", count)
+@functools.cache
+def student(probability: float, freedom: float) -> float:
+    """A quantile of Student's t; of infinitely many degrees of freedom, of the normal distribution."""
+    from scipy import stats
+
+    return float(stats.t.ppf(probability, freedom))
 
 
-def over_units(
-    one: Units, other: Units | None, combine: Callable[[Any, Any], Any], over: str = "documents", seed: int = 0
-) -> Estimate:
-    """A comparison of two means over the same units, which are drawn together: the paired percentile bootstrap."""
-    drawn_BN = np.random.default_rng(seed).integers(0, len(one[0]), (RESAMPLES, len(one[0])))
+def estimated(values: Sequence[float], documents: int, error: float) -> Estimate:
+    """The mean of a value of each seed; `error` is what the seeds share."""
+    spread = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else 0.0
+    return Estimate(float(np.mean(values)), len(values), documents, spread, error)
 
-    def mean(units: Units, at: Any) -> Any:
-        return units[0][at].sum(-1) / units[1][at].sum(-1)
 
-    whole = np.arange(len(one[0]))
-    values_B = combine(mean(one, drawn_BN), mean(other, drawn_BN) if other else None)
-    low, high = np.percentile(values_B, (2.5, 97.5))
-    value = combine(mean(one, whole), mean(other, whole) if other else None)
-    return Estimate(float(value), float(low), float(high), over, len(one[0]))
+def over(pairs: Sequence[tuple[Units, ...]], combine: Callable[..., Any]) -> Estimate:
+    """What `combine` makes of one or two means, for each seed: the documents are the same for all and drawn "
+    "together."""
+    values = [float(combine(*(a.sum() / b.sum() for a, b in units))) for units in pairs]
+    pooled = [tuple(np.sum([units[i][j] for units in pairs], axis=0) for j in (0, 1)) for i in range(len(pairs[0]))]
+    drawn_BD = resample(len(pooled[0][0]))
+    means = [a[drawn_BD].sum(1) / b[drawn_BD].sum(1) for a, b in pooled]
+    return estimated(values, len(pooled[0][0]), float(np.std(combine(*means))))
 
 
 # Metrics: of a run and a reading the units that its mean is over, or None where it was not measured.
 
 
 def joint_loss(run: Run, reading: str) -> Units | None:
-    """Held-out loss of a whole window in nats, by sequence."""
-    return _sequences(run, reading, "joint")
+    """Held-out loss of a whole window in nats."""
+    return _losses(run, reading, "joint")
 
 
 def first_token_loss(run: Run, reading: str) -> Units | None:
-    """Held-out loss of the target in nats, by sequence."""
-    return _sequences(run, reading, "first_token")
+    """Held-out loss of the target in nats."""
+    return _losses(run, reading, "first_token")
 
 
-def _sequences(run: Run, reading: str, name: str) -> Units | None:
+def _losses(run: Run, reading: str, name: str) -> Units | None:
     found = run.at(reading)
     if found is None:
         return None
-    values_N = np.array(found["sequences"][name])
-    return values_N, np.ones_like(values_N)
+    return np.array(found["documents"][name]), np.array(found["documents"]["windows"], float)
 
 
-def tokens_per_forward(temperature: float, draft: str = "joint") -> Callable[[Run, str], Units | None]:
-    """Tokens that a forward with W-1 drafts gives, by document."""
+def tokens_per_forward(temperature: float, draft: str = "joint") -> Metric:
+    """Tokens that a forward with W-1 drafts gives."""
 
     def units(run: Run, reading: str) -> Units | None:
         row = decoding(run, reading, temperature, draft)
-        return None if row is None else tuple(np.array(row["documents"][n], float) for n in ("emitted", "forwards"))  # type: ignore[return-value]
+        if row is None:
+            return None
+        return np.array(row["documents"]["emitted"], float), np.array(row["documents"]["forwards"], float)
 
     return units
 
@@ -101,84 +115,90 @@ def decoding(run: Run, reading: str, temperature: float, draft: str = "joint") -
     return next((row for row in rows if (row["temperature"], row["draft"]) == (temperature, draft)), None)
 
 
-Metric = Callable[[Run, str], "Units | None"]
-
-
 def estimate(results: Results, point: tuple[Any, ...], reading: str, metric: Metric) -> Estimate | None:
-    """A metric of a point, over its seeds, or over documents where there is one seed."""
-    units = [found for run in results.of(point) if (found := metric(run, reading)) is not None]
-    if not units:
-        return None
-    if len(units) > 1:
-        return over_seeds([float(a.sum() / b.sum()) for a, b in units])
-    return over_units(units[0], None, lambda own, _: own)
+    """A metric of a point."""
+    found = [(units,) for run in results.of(point) if (units := metric(run, reading)) is not None]
+    return over(found, lambda own: own) if found else None
 
 
-def compare(
-    results: Results,
-    point: tuple[Any, ...],
-    reading: str,
-    metric: Metric,
-    combine: Callable[[Any, Any], Any] = lambda own, other: own - other,
-) -> Estimate | None:
-    """A point against its reference at one reading, paired by seed: their difference, or what `combine` makes of "
-    "two."""
-    others = {run.seed: run for run in results.of(results.reference(point))}
-    pairs = [
+def compare(results: Results, point: tuple[Any, ...], reading: str, metric: Metric) -> Estimate | None:
+    """The difference of a point to its reference at one reading, paired by seed."""
+    found = [
         (own, other)
-        for run in results.of(point)
-        if run.seed in others
-        and (own := metric(run, reading)) is not None
-        and (other := metric(others[run.seed], reading)) is not None
+        for run, reference in pairs(results, point)
+        if (own := metric(run, reading)) is not None and (other := metric(reference, reading)) is not None
     ]
-    if not pairs:
-        return None
-    if len(pairs) > 1:
-        means = [[float(a.sum() / b.sum()) for a, b in pair] for pair in pairs]
-        return over_seeds([float(combine(own, other)) for own, other in means])
-    (own, other) = pairs[0]
-    return over_units(own, other, combine)
+    return over(found, lambda own, other: own - other) if found else None
 
 
-# Speed: tokens per iteration with k drafts, which the acceptance of a run at a reading gives, over what such an
-# iteration takes, which is measured once for all shapes of a sweep, in turn.
+def pairs(results: Results, point: tuple[Any, ...]) -> list[tuple[Run, Run]]:
+    """The runs of a point and the runs that they are compared with, by seed."""
+    others = {run.seed: run for run in results.of(results.reference(point))}
+    return [(run, others[run.seed]) for run in results.of(point) if run.seed in others]
 
 
-def iteration_seconds(run: Run, temperature: float) -> dict[int, float]:
-    """The time of an iteration by k, in the run's own dtype; of k = 0 in the dtype in which that is fastest."""
+# Speed: tokens per iteration, with W-1 drafts or with none, over what such an iteration takes. That is timed for all
+# shapes of a sweep in turn, in rounds: a ratio of two is formed within each round.
+
+
+def iteration_seconds(run: Run, temperature: float) -> dict[int, np.ndarray]:
+    """The times of an iteration by round, for k = W-1 in the run's own dtype and k = 0 in the one that is faster for
+    it."""
     rows = [row for row in run.raw["cost"]["decoding"] if row["temperature"] == temperature]
-    own = run.raw["config"]["model"]["dtype"]
-    found = {row["k"]: row["iteration_seconds"] for row in rows if row["dtype"] == own}
-    if found:
-        found[0] = min(row["iteration_seconds"] for row in rows if row["k"] == 0)
-    return found
+    most = run.head["window"] - 1
+    plain = min((row["iteration_seconds"] for row in rows if row["k"] == 0), key=np.median, default=None)
+    own = [
+        row["iteration_seconds"]
+        for row in rows
+        if (row["k"], row["dtype"]) == (most, run.raw["config"]["model"]["dtype"])
+    ]
+    return {0: np.array(plain), most: np.array(own[0])} if plain and own else {}
 
 
-def rate(run: Run, reading: str, temperature: float) -> tuple[float, int] | None:
-    """Tokens/s at the best k, and that k."""
-    row, seconds = decoding(run, reading, temperature), iteration_seconds(run, temperature)
-    if row is None or not seconds:
+@dataclass(frozen=True)
+class Speed:
+    """How a run decodes: k, the tokens of an iteration and its times by round."""
+
+    k: int
+    tokens: float
+    seconds: np.ndarray
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / float(np.median(self.seconds))
+
+
+def speed(run: Run, reading: str, temperature: float) -> Speed | None:
+    """With W-1 drafts, or with none where that is faster."""
+    units, seconds = tokens_per_forward(temperature)(run, reading), iteration_seconds(run, temperature)
+    if units is None or not seconds:
         return None
-    kept = [0.0, *np.cumsum([found["mean"] for found in row["acceptance"]])]
-    best = max(seconds, key=lambda k: (1 + kept[k]) / seconds[k])
-    return float((1 + kept[best]) / seconds[best]), best
+    tokens = {0: 1.0, max(seconds): float(units[0].sum() / units[1].sum())}
+    return max((Speed(k, tokens[k], seconds[k]) for k in seconds), key=lambda found: found.rate)
 
 
-def speedup(run: Run, reading: str, temperature: float) -> tuple[float, int] | None:
-    """Tokens/s at the best k over plain decoding, and that k."""
-    found = rate(run, reading, temperature)
-    return found and (found[0] * iteration_seconds(run, temperature)[0], found[1])
+def speedup(run: Run, reading: str, temperature: float) -> float | None:
+    """Tokens per second over plain decoding."""
+    found = speed(run, reading, temperature)
+    return found and found.rate * float(np.median(iteration_seconds(run, temperature)[0]))
 
 
 def speed_ratio(results: Results, point: tuple[Any, ...], reading: str, temperature: float) -> Estimate | None:
-    """The tokens/s of a point over those of its reference, each at its best k, over seeds."""
-    others = {run.seed: run for run in results.of(results.reference(point))}
-    ratios = []
-    for run in results.of(point):
-        own = rate(run, reading, temperature)
-        other = rate(others[run.seed], reading, temperature) if run.seed in others else None
-        if own and other:
-            ratios.append(own[0] / other[0])
-    if not ratios:
+    """The tokens per second of a point over those of its reference."""
+    found = [
+        (own, other)
+        for run, reference in pairs(results, point)
+        if (own := speed(run, reading, temperature)) and (other := speed(reference, reading, temperature))
+    ]
+    if not found:
         return None
-    return over_seeds(ratios) if len(ratios) > 1 else Estimate(ratios[0], math.nan, math.nan, "seeds", 1)
+    # Costs are those of the shape, the same for all seeds.
+    times = found[0][1].seconds / found[0][0].seconds
+    timing = float(np.median(times))
+    values = [own.tokens / other.tokens * timing for own, other in found]
+    relative = float(np.std(np.median(times[resample(len(times))], axis=1))) / timing
+    texts = compare(results, point, reading, tokens_per_forward(temperature))
+    assert texts is not None  # or there would be no speed
+    error = math.hypot(relative, texts.error / float(np.mean([other.tokens for _, other in found])))
+    return estimated(values, texts.documents, error * float(np.mean(values)))

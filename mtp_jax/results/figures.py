@@ -29,7 +29,7 @@ TEMPERATURES = (0.0, MAIN_T, 1.0)
 
 def loss_by_rank(all_results: Sequence[Results]) -> Figure | None:
     """The joint loss of each rank over that of rank 1."""
-    found = list(_lines(rank_sweeps(all_results)))
+    found = list(_lines(all_results))
     if not found:
         return None
     figure, parts = panels([title for title, _, _ in found], "rank R", "joint loss over rank 1 (nats per window)")
@@ -45,7 +45,7 @@ def loss_by_rank(all_results: Sequence[Results]) -> Figure | None:
 
 def acceptance_by_rank(all_results: Sequence[Results]) -> Figure | None:
     """Tokens per forward of each rank, by temperature, at equal steps."""
-    found = list(_lines(rank_sweeps(all_results)))
+    found = list(_lines(all_results))
     if not found:
         return None
     figure, parts = panels([title for title, _, _ in found], "rank R", "tokens per forward, k = W-1")
@@ -60,7 +60,7 @@ def acceptance_by_rank(all_results: Sequence[Results]) -> Figure | None:
 
 def acceptance_by_offset(all_results: Sequence[Results]) -> Figure | None:
     """The share of forwards in which each draft was kept, by rank."""
-    found = list(_lines(rank_sweeps(all_results)))
+    found = list(_lines(all_results))
     if not found:
         return None
     figure, parts = panels([title for title, _, _ in found], "offset of the draft", f"share kept, T = {MAIN_T:g}")
@@ -82,7 +82,7 @@ def acceptance_by_offset(all_results: Sequence[Results]) -> Figure | None:
 def speed_by_k(all_results: Sequence[Results]) -> Figure | None:
     """Tokens/s over plain decoding by the number of drafts, as measured of one run of each rank."""
     found = []
-    for title, results, points in _lines(rank_sweeps(all_results)):
+    for title, results, points in _lines(all_results):
         rows = {point: speeds for point in points if (speeds := _speeds(results, point))}
         if rows:
             found.append((title, results, rows))
@@ -105,7 +105,7 @@ def frontier(all_results: Sequence[Results]) -> Figure | None:
     """What a rank costs in training against what it gives in decoding."""
     found = [
         (title, results, points)
-        for title, results, points in _lines(rank_sweeps(all_results))
+        for title, results, points in _lines(all_results)
         if any(speed_ratio(results, point, "steps", MAIN_T) for point in points)
     ]
     if not found:
@@ -141,7 +141,7 @@ def frontier(all_results: Sequence[Results]) -> Figure | None:
 def components(all_results: Sequence[Results]) -> Figure | None:
     """How much of the windows each component is responsible for, by rank."""
     found = []
-    for title, results, points in _lines(rank_sweeps(all_results)):
+    for title, results, points in _lines(all_results):
         shares = {point: [c["share"] for c in parts] for point in points if (parts := component_rows(results, point))}
         if any(len(of) > 1 for of in shares.values()):
             found.append((title, results, shares))
@@ -182,9 +182,8 @@ def balancing(all_results: Sequence[Results]) -> Figure | None:
                 gate = [f["gate"]["effective"] for run in results.of(point) if (f := run.at("steps"))]
                 axes.plot(np.mean(gate), y, "o", color=PALETTE[0])
             elif e := estimate(results, point, "steps", metric):
-                axes.errorbar(
-                    e.mean, y, xerr=[[e.mean - e.low], [e.high - e.mean]], fmt="o", color=PALETTE[0], capsize=3
-                )
+                error = [[abs(bound - e.mean)] for bound in e.interval()]
+                axes.errorbar(e.mean, y, xerr=error, fmt="o", color=PALETTE[0], capsize=3)
         axes.set_yticks(range(len(names)), names if axes is parts[0] else [""] * len(names))
         axes.invert_yaxis()
     parts[0].set_xlabel("nats per window")
@@ -201,14 +200,13 @@ FIGURES: dict[str, tuple[Callable[[Sequence[Results]], Any], str]] = {
     ),
     "speed_by_k": (
         speed_by_k,
-        "Tokens per second over plain decoding of the same model, measured at batch 1 in one process per run, at equal "
-        "wall-clock of training; one seed.",
+        "Tokens per second over plain decoding of the same model, measured at batch 1 in one process per run, at "
+        "equal wall-clock of training; one seed.",
     ),
     "frontier": (
         frontier,
         "What a rank costs, as the measured time of a training step, against what it gives, as tokens per second at "
-        "the "
-        "best k, both over rank 1.",
+        "the best k, both over rank 1.",
     ),
     "components": (components, "Share of the held-out windows that each component is responsible for, sorted."),
     "balancing": (balancing, "Kinds and weights of load balancing, at equal steps."),
@@ -225,19 +223,10 @@ def component_rows(results: Results, point: tuple[Any, ...]) -> list[dict[str, A
 
 
 def _lines(all_results: Sequence[Results]) -> Iterator[tuple[str, Results, list[tuple[Any, ...]]]]:
-    """The points of each line over rank: those that differ in rank alone; a panel each."""
-    for results in all_results:
-        at = results.fields.index(RANK)
-        others = list(dict.fromkeys(point[:at] + point[at + 1 :] for point in results.points))
-        for other in others:
-            points = [point for point in results.points if point[:at] + point[at + 1 :] == other]
-            if len(points) > 1:
-                label = ", ".join(str(value) for value in other)
-                yield (
-                    results.raw["sweep"] + (f": {label}" if label else ""),
-                    results,
-                    sorted(points, key=lambda p: p[at]),
-                )
+    """The sweeps over rank, a panel each: its title, and its points by rank."""
+    for frozen in (True, False):
+        for results in rank_sweeps(all_results, frozen):
+            yield results.raw["sweep"], results, sorted(results.points)
 
 
 def _rank_axis(axes: Axes, results: Results, points: Sequence[tuple[Any, ...]]) -> None:
@@ -261,7 +250,7 @@ def _errorbars(
     if not shown:
         return
     xs, es = zip(*shown, strict=True)
-    errors = np.nan_to_num([[e.mean - e.low for e in es], [e.high - e.mean for e in es]])
+    errors = [[abs(e.interval()[side] - e.mean) for e in es] for side in (0, 1)]
     axes.errorbar(
         xs, [e.mean for e in es], yerr=errors, color=PALETTE[index + 1], marker=MARKERS[index + 1], ms=5, lw=1.6,
         capsize=3, label=label,

@@ -11,7 +11,7 @@ from typing import Any
 
 from mtp_jax.config import ConfigError, require
 
-FORMAT, SEED, RANK = 1, "seed", "head.rank"
+FORMAT, SEED, RANK = 2, "seed", "head.rank"
 READINGS = {"steps": "equal steps", "flops": "equal training FLOPs", "seconds": "equal wall-clock"}
 NEEDED = ("format", "sweep", "size", "title", "command", "reference", "fields", "machine", "versions", "first", "runs")
 
@@ -35,11 +35,6 @@ class Run:
         """The head's config."""
         return self.raw["config"]["head"]
 
-    @property
-    def whole(self) -> bool:
-        """Whether speeds were measured of it."""
-        return any(found["speed"] for found in self.raw["measured"].values())
-
 
 @dataclass(frozen=True)
 class Results:
@@ -60,6 +55,11 @@ class Results:
     def frozen(self) -> bool:
         """Whether the heads were trained on a frozen trunk with one target."""
         return all(run.raw["config"]["freeze"] == "trunk" and run.head["target"] == "ntp" for run in self.runs)
+
+    @property
+    def is_code(self) -> bool:
+        """Whether the text is source code."""
+        return {run.raw["config"]["data"]["source"] for run in self.runs} <= {"stdlib", "packages"}
 
     @property
     def points(self) -> list[tuple[Any, ...]]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from mtp_jax.report import markdown_table
-from mtp_jax.results.claims import MAIN_T, RULE, Claim, claims, rank_sweeps
+from mtp_jax.results.claims import MAIN_T, Claim, above_one, claims, rank_sweeps
 from mtp_jax.results.compare import speed_ratio
 from mtp_jax.results.figures import FIGURES, component_rows
 from mtp_jax.results.load import Results, load_results
+from mtp_jax.results.verdict import RULE
 
 PAGE = "report.md"
 SHOWN = 4  # windows of each component
@@ -69,14 +68,15 @@ def _setting(all_results: Sequence[Results], command: str) -> str:
             for found in run.raw["measured"].values()
             for row in found["decoding"]
         ]
-        machine, versions = raw["machine"], raw["versions"]
+        machine, own = raw["machine"], [run.raw.get("versions", raw["versions"]) for run in results.runs]
+        versions = dict.fromkeys(f"mtp_jax {of.get('commit', of.get('mtp_jax'))}, jax {of.get('jax')}" for of in own)
         rows.append([
             results.label, raw["title"], f"{model['num_layers']} x {model['d_model']}, V = {model['vocab_size']:,}",
             f"{config['data']['source']}, {config['data']['tokenizer']}".replace("|", "\\|"),
             f"{len(results.runs)}, seeds {', '.join(map(str, results.seeds))}",
             f"{min(steps):,} to {max(steps):,}" if steps else "-",
             f"{machine.get('processor')}, {machine.get('cores')} cores, {machine.get('device')}",
-            f"mtp_jax {versions.get('commit', versions.get('mtp_jax'))}, jax {versions.get('jax')}",
+            "; ".join(versions),
         ])  # fmt: skip
     header = [
         "sweep",
@@ -89,16 +89,13 @@ def _setting(all_results: Sequence[Results], command: str) -> str:
         "versions",
     ]
     return "\n\n".join([
-        "All figures are of held-out documents. Runs are compared with the run of the same seed that the sweep names "
-        "as its "
-        "reference, at equal steps, at equal training FLOPs and at equal wall-clock of training, which are three "
-        "checkpoints "
-        "of one run at a constant learning rate: the last one that gives no run more than the reference had. With "
-        "several "
-        "seeds an interval is Student's, over the seeds' paired differences; with one it is the paired bootstrap over "
-        "documents (of losses, over sequences), and says nothing of other seeds. All are of 95%. Where the target is "
-        "the "
-        "frozen trunk's own head, all heads are asked to predict the same text; from scratch each run has its own.",
+        "All losses and texts are of held-out documents. Runs are compared with the run of the same seed that the "
+        "sweep names as its reference, at equal steps, at equal training FLOPs and at equal wall-clock of training: "
+        "three checkpoints of one run at a constant learning rate, each the last saved one that gives no run more "
+        "than the reference had. Intervals are of 95%: Student's over the seeds' paired differences, and the "
+        "bootstrap over the documents that the seeds share, added as variances; of one seed they say nothing of other "
+        "seeds. Where the target is the frozen trunk's own head, all heads are asked to predict the same text; from "
+        "scratch each run has its own.",
         markdown_table(header, rows),
         f"Written by `{command}`.",
     ])  # fmt: skip
@@ -107,7 +104,8 @@ def _setting(all_results: Sequence[Results], command: str) -> str:
 def _claim(claim: Claim) -> str:
     parts = [f"### {claim.title}: {claim.verdict}", claim.text, claim.table]
     if claim.sources:
-        parts.append(f"Runs: {', '.join(dict.fromkeys(claim.sources))}.")
+        commands = dict.fromkeys(f"`{results.raw['command']}`" for results in claim.sources)
+        parts.append(f"Runs: {', '.join(commands)}.")
     return "\n\n".join(part for part in parts if part)
 
 
@@ -117,27 +115,27 @@ def _figure(name: str, caption: str, all_results: Sequence[Results], command: st
 
 
 def recommendation(all_results: Sequence[Results]) -> str:
-    """The rank that decodes fastest at equal wall-clock of training, by data set, and whether rank 1 is excluded."""
+    """The rank that decodes fastest at equal wall-clock of training, by data set: rank 1, if none is surely faster."""
     lines = []
     for results in rank_sweeps(all_results):
-        ratios = {point: e for point in results.points if (e := speed_ratio(results, point, "seconds", MAIN_T))}
-        better = {point: e for point, e in ratios.items() if results.reference(point) != point}
-        if not better:
+        ratios = {point: e for point in above_one(results) if (e := speed_ratio(results, point, "seconds", MAIN_T))}
+        if not ratios:
             continue
-        point, e = max(better.items(), key=lambda at: at[1].mean)
+        point, e = max(ratios.items(), key=lambda at: at[1].mean)
+        low, high = e.interval(len(ratios))
+        surely = e.seeds > 1 and low > 1
         head = results.of(point)[0].head
-        interval = "" if math.isnan(e.low) else f" [{e.low:.3f}, {e.high:.3f}]"
-        surely = "which excludes rank 1" if e.low > 1 else "which does not exclude rank 1"
-        lines.append(
-            f"* {results.label}: {results.text(point)} (W = {head['window']}, `{head['factors']}`, target "
-            f"`{head['target']}`"
-            f", balance `{head['balance']}`), {e.mean:.3f}x{interval} the tokens/s of rank 1, {surely}."
-        )
+        shape = f"W = {head['window']}, `{head['factors']}`, target `{head['target']}`, balance `{head['balance']}`"
+        found = f"{results.text(point)} has {e.mean:.3f}x [{low:.3f}, {high:.3f}] its tokens per second ({e.how})"
+        best = results.text(point) if surely else results.text(results.reference(point))
+        lines.append(f"* {results.label}: {best} ({shape}). Beside R = 1, {found}.")
     if not lines:
-        return "No sweep over head.rank has speeds; there is nothing to recommend yet."
-    return f"The rank that decodes fastest at T = {MAIN_T:g} for the same wall-clock of training:\n\n" + "\n".join(
-        lines
+        return "No sweep over rank has timed decoding; there is nothing to recommend yet."
+    how = (
+        f"The rank that decodes fastest at T = {MAIN_T:g} for the same wall-clock of training, and R = 1 where no "
+        "other is surely faster (intervals widened for the number of ranks):"
     )
+    return "\n".join([how, "", *lines])
 
 
 def _examples(all_results: Sequence[Results]) -> list[str]:
@@ -165,10 +163,6 @@ def _examples(all_results: Sequence[Results]) -> list[str]:
             + markdown_table(["component", "share", "windows"], table)
         )
     return found
-
-
-def _windows(windows: Sequence[Any]) -> str:
-    return " ".join(f"{_code(text)} {lift:.1f}x" for text, lift in windows[:SHOWN])
 
 
 def _code(text: str) -> str:

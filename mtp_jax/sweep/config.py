@@ -28,13 +28,12 @@ class MeasureConfig:
 
     The checkpoints are those at the end, at equal training FLOPs and at equal wall-clock of training as the whole run
     of the reference, and after each of `lengths`, which names fractions of the steps.
-    Losses are over `held_out_sequences` sequences of held-out documents. Acceptance is over `prompts` stretches of
+    Losses are over `held_out_sequences` sequences of all held-out documents. Acceptance is over `prompts` stretches of
     them, `prompt_tokens` long, each continued by `new_tokens` in batches of `batch_size`, with W-1 drafts: at the end
     at every one of `temperatures`, and at the first of them with each kind of `drafts` (see `DecodeConfig.draft`); for
     the other checkpoints at the first temperature with the first kind.
     Speed is over `speed_prompts` held-out documents, one at a time, every temperature and k, `repetitions` times, at
-    equal wall-clock. Speed, `lengths`, other kinds of drafts and components are of one run of those that differ in
-    their seed alone.
+    equal wall-clock. Speed and components are of one run of those that differ in their seed alone.
     Training steps of all such runs and of next-token models are timed in turn, in one process, for `rounds` rounds; so
     are the iterations of decoding at the first temperature by k, which speeds of different runs are compared by.
     """

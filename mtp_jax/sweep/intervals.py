@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 RESAMPLES = 2_000
 
 
-def ratio_interval(numerator_N: np.ndarray, denominator_N: np.ndarray, seed: int = 0) -> dict[str, float]:
+@functools.lru_cache(maxsize=8)
+def resample(count: int) -> np.ndarray:
+    """Numbers of `count` units, drawn with replacement, `[RESAMPLES, count]`: always the same, so that what is compared
+    is drawn together."""
+    return np.random.default_rng(0).integers(0, count, (RESAMPLES, count))
+
+
+def ratio_interval(numerator_N: np.ndarray, denominator_N: np.ndarray) -> dict[str, float]:
     """sum(numerator) / sum(denominator) as `mean`, and its 95% interval as `low` and `high`.
 
-    The percentile bootstrap over the N units (documents, sequences), which are drawn whole: what one of them holds
-    is not independent. 0 / 0 is NaN.
+    The percentile bootstrap over the N units (documents), which are drawn whole: what one of them holds is not
+    independent. 0 / 0 is NaN.
     """
-    drawn_BN = np.random.default_rng(seed).integers(0, len(numerator_N), (RESAMPLES, len(numerator_N)))
+    drawn_BN = resample(len(numerator_N))
     with np.errstate(invalid="ignore", divide="ignore"):
         ratios_B = numerator_N[drawn_BN].sum(1) / denominator_N[drawn_BN].sum(1)
         mean = float(numerator_N.sum() / np.float64(denominator_N.sum()))

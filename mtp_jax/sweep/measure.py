@@ -18,7 +18,7 @@ from mtp_jax.bench.decode import bench_decode, bench_runs
 from mtp_jax.bench.train import NEXT_TOKEN, measure_steps, next_token
 from mtp_jax.checkpoint import Checkpoints
 from mtp_jax.config import MeshConfig, TrainConfig, require
-from mtp_jax.data import Mixture, Store, held_out_batches, load_tokenizer, prepare
+from mtp_jax.data import Mixture, Store, load_tokenizer, prepare
 from mtp_jax.decode import pick
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.generate import Generation, generate
@@ -52,8 +52,11 @@ def measure(
       CheckpointError: a checkpoint is damaged.
     """
     with Checkpoints(run_dir) as checkpoints:
-        kept = checkpoints.steps()
-    readings = {name: _saved(kept, step) for name, step in readings_of(variant, reference_steps, config, cost).items()}
+        kept, every = checkpoints.steps(), variant.config.checkpoint_every
+    readings = {
+        name: saved_step(kept, every, step)
+        for name, step in readings_of(variant.config.steps, reference_steps, config, cost).items()
+    }
     main = max(readings.values())
     measured = {}
     for step in sorted(set(readings.values()), reverse=True):
@@ -62,7 +65,7 @@ def measure(
         progress(f"step {step}: held-out loss")
         found = held_out_losses(run, store, config.held_out_sequences, variant.whole and step == main)
         found["decoding"] = []
-        for temperature, draft in _decoded(config, step == main, variant.whole):
+        for temperature, draft in _decoded(config, step == main):
             progress(f"step {step}: acceptance at T = {temperature:g}, {draft} drafts")
             found["decoding"].append(acceptance(run, store, config, temperature, draft))
         found["speed"] = []
@@ -73,37 +76,35 @@ def measure(
     return {"readings": readings, "measured": measured}
 
 
-def _decoded(config: MeasureConfig, at_end: bool, whole: bool) -> list[tuple[float, str]]:
+def _decoded(config: MeasureConfig, at_end: bool) -> list[tuple[float, str]]:
     """The temperatures and kinds of drafts at which acceptance is measured."""
     first, draft = config.temperatures[0], config.drafts[0]
     if not at_end:
         return [(first, draft)]
-    return [(t, draft) for t in config.temperatures] + [(first, other) for other in config.drafts[1:] if whole]
+    return [(t, draft) for t in config.temperatures] + [(first, other) for other in config.drafts[1:]]
 
 
-def readings_of(
-    variant: Variant, reference_steps: int, config: MeasureConfig, cost: Mapping[str, Any]
-) -> dict[str, float]:
+def readings_of(steps: int, reference_steps: int, config: MeasureConfig, cost: Mapping[str, Any]) -> dict[str, float]:
     """How many steps a run is read after, at most, by what is equal: steps, training FLOPs, wall-clock of training."""
-    steps, over = variant.config.steps, cost["over_reference"]
-    budget = reference_steps * (1 + 1e-9)
+    over, budget = cost["over_reference"], reference_steps * (1 + 1e-9)
     return {
         "steps": steps,
         "flops": min(steps, budget / over["predicted"]),
         "seconds": min(steps, budget / over["measured"]),
-        **{name: fraction * steps for name, fraction in config.lengths.items() if variant.whole},
+        **{name: fraction * steps for name, fraction in config.lengths.items()},
     }
 
 
-def _saved(kept: list[int], most: float) -> int:
-    """The last saved step that is not later: a comparison never gives a run more than its share."""
-    found = max((step for step in kept if step <= most), default=None)
+def saved_step(kept: list[int], every: int, most: float) -> int:
+    """The last step of those that are saved `every` so many that is not later than `most`: a comparison never gives a
+    run more than its share, and for want of a checkpoint no less. The end of a run is saved in any case."""
+    due = int(most) if int(most) == max(kept, default=0) else int(most) // every * every
     require(
-        found is not None,
-        f"A reading is due after at most {most:.0f} steps, and the run kept the checkpoints {kept}. Set "
-        "checkpoint_every lower, and keep_checkpoints so high that all stay.",
+        due in kept,
+        f"A reading is due after {due} steps (at most {most:.0f}), and the run has the checkpoints {kept}. Train it "
+        "again, with a checkpoint_every that is low enough and keep_checkpoints so high that all stay.",
     )
-    return found  # type: ignore[return-value]
+    return due
 
 
 def costs(sweep: Sweep, progress: Callable[[str], None] = lambda _: None) -> dict[str, dict[str, Any]]:
@@ -137,11 +138,12 @@ def costs(sweep: Sweep, progress: Callable[[str], None] = lambda _: None) -> dic
 def decoding_costs(
     configs: Mapping[str, TrainConfig], measure: MeasureConfig, progress: Callable[[str], None]
 ) -> dict[str, list[dict[str, Any]]]:
-    """How long an iteration with k drafts takes at batch 1, of models with these configs that nothing has trained."""
+    """How long an iteration with k drafts takes at batch 1, by round, of models with these configs that nothing has
+    trained."""
     bench = BenchConfig(
-        prompts=measure.speed_prompts,
+        prompts=1,  # what a prompt says does not change what an iteration takes
         prompt_tokens=measure.prompt_tokens,
-        new_tokens=max(2, measure.new_tokens // 4),
+        new_tokens=measure.new_tokens,
         temperatures=measure.temperatures[:1],
         repetitions=measure.rounds,
     )
@@ -160,32 +162,33 @@ def untrained(config: TrainConfig) -> LoadedRun:
 
 
 def held_out_losses(run: LoadedRun, store: Store | Mixture, sequences: int, components: bool) -> dict[str, Any]:
-    """`loss`, `sequences`, `gate` and `components` over the first held-out sequences, those of all runs."""
-    window, data = run.config.head.window, run.config.data
-    batches = held_out_batches(store.valid, seq_len=data.seq_len, window=window, batch_size=1, limit=sequences)
-    rows, seen = [], Components(run, window)
+    """`loss`, `documents`, `gate` and `components` over sequences of all held-out documents, the same for all runs."""
+    window, time = run.config.head.window, run.config.data.seq_len
+    found, seen, of = [], Components(run, window), []
     with jax.set_mesh(run.mesh):
-        for batch in batches:
-            found = jax.device_get(_held_out(run.model, place(batch, run.mesh)))
-            rows.append(found)
+        for document, tokens in stretches(store, sequences, time + window, 0):
+            batch = one_sequence(tokens, window)
+            row = jax.device_get(_held_out(run.model, place(batch, run.mesh)))
+            found.append(row)
+            of.append(document)
             if components:
-                seen.add(batch, found["posterior_BTR"])
-    sums_NW, counts_NW = (np.concatenate([row[name] for row in rows]) for name in ("loss_BW", "count_BW"))
-    first_N, first_count_N = (np.concatenate([row[name] for row in rows]) for name in ("first_B", "first_count_B"))
-    shares_R, entropy, positions = (
-        np.sum([row[name] for row in rows], axis=0) for name in ("gate_R", "entropy", "positions")
-    )
-    shares_R, entropy = shares_R / positions, entropy / positions
-    joint_N = np.sum(sums_NW / np.maximum(1, counts_NW), axis=1)
+                seen.add(batch, row["posterior_BTR"])
+    sums = {name: _by_document(of, np.concatenate([row[name] for row in found])) for name in SUMS}
+    losses_DW, counts_DW = sums["loss_BW"], sums["count_BW"]
+    windows_D, joint_D, first_D = sums["windows_B"], losses_DW.sum(1), sums["first_B"]
+    shares_R = sums["gate_BR"].sum(0) / windows_D.sum()
     return {
         "loss": {
-            "joint": ratio_interval(joint_N, np.ones_like(joint_N)),
-            "first_token": ratio_interval(first_N, first_count_N),
-            "offsets": [ratio_interval(*columns) for columns in zip(sums_NW.T, counts_NW.T, strict=True)],
+            "joint": ratio_interval(joint_D, windows_D),
+            "first_token": ratio_interval(first_D, windows_D),
+            "offsets": [ratio_interval(*columns) for columns in zip(losses_DW.T, counts_DW.T, strict=True)],
         },
-        "sequences": {"joint": _rounded(joint_N), "first_token": _rounded(first_N / np.maximum(1, first_count_N))},
+        "documents": {
+            name: _rounded(values)
+            for name, values in (("joint", joint_D), ("first_token", first_D), ("windows", windows_D))
+        },
         "gate": {
-            "entropy": float(entropy),
+            "entropy": float(sums["entropy_B"].sum() / windows_D.sum()),
             "effective": float(1 / np.sum(shares_R**2)),
             "shares": _rounded(shares_R),
         },
@@ -193,25 +196,36 @@ def held_out_losses(run: LoadedRun, store: Store | Mixture, sequences: int, comp
     }
 
 
+def one_sequence(tokens_S: np.ndarray, window: int) -> dict[str, np.ndarray]:
+    """A batch of one sequence of S - W tokens of one document, each with its next W."""
+    time = len(tokens_S) - window
+    return {
+        "tokens_BT": tokens_S[None, :time],
+        "targets_BTW": np.stack([tokens_S[s : s + time] for s in range(1, window + 1)], axis=1)[None],
+        "segments_BT": np.zeros((1, time), np.int32),
+    }
+
+
+SUMS = "loss_BW", "count_BW", "windows_B", "first_B", "gate_BR", "entropy_B"
+
+
 @jax.jit
 def _held_out(model: LanguageModel, batch: dict[str, Array]) -> dict[str, Array]:
     """Sums over the positions of each sequence: losses by offset and of the target, the gate; and the posterior of
-    the components given the window."""
+    the components given the window. What a shortlist has not counts in none of them."""
     x_BTD, targets_BTW, head = model(batch["tokens_BT"], batch["segments_BT"]), batch["targets_BTW"], model.head
     log_w_BTR = head.log_weights(x_BTD)
     logp_BTRW = head.factor_log_probs(x_BTD, targets_BTW)
     nll_BTW = -head.log_likelihood(x_BTD, targets_BTW) if head.shortlist else -conditionals(logp_BTRW, log_w_BTR)
-    valid_BTW = batch["valid_BTW"] & jnp.isfinite(nll_BTW)
-    first_BT = -pick.log_prob(head.target_log_probs(x_BTD), targets_BTW[..., 0])
-    some_BT = batch["valid_BTW"][..., 0]
+    listed_BTW = nll_BTW != jnp.inf
+    w_BTR = jnp.exp(log_w_BTR)
     return {
-        "loss_BW": jnp.sum(jnp.where(valid_BTW, nll_BTW, 0.0), axis=1),
-        "count_BW": jnp.sum(valid_BTW, axis=1),
-        "first_B": jnp.sum(jnp.where(some_BT, first_BT, 0.0), axis=1),
-        "first_count_B": jnp.sum(some_BT, axis=1),
-        "gate_R": jnp.sum(some_BT[..., None] * jnp.exp(log_w_BTR), axis=(0, 1)),
-        "entropy": -jnp.sum(some_BT[..., None] * jnp.exp(log_w_BTR) * log_w_BTR),
-        "positions": jnp.sum(some_BT),
+        "loss_BW": jnp.sum(jnp.where(listed_BTW, nll_BTW, 0.0), axis=1),
+        "count_BW": jnp.sum(listed_BTW, axis=1),
+        "windows_B": jnp.sum(jnp.ones_like(targets_BTW[..., 0]), axis=1),
+        "first_B": -jnp.sum(pick.log_prob(head.target_log_probs(x_BTD), targets_BTW[..., 0]), axis=1),
+        "gate_BR": jnp.sum(w_BTR, axis=1),
+        "entropy_B": -jnp.sum(w_BTR * log_w_BTR, axis=(1, 2)),
         "posterior_BTR": jax.nn.softmax(log_w_BTR + jnp.sum(logp_BTRW, axis=-1), axis=-1),
     }
 
@@ -225,10 +239,9 @@ class Components:
         self.count: collections.Counter[tuple[int, ...]] = collections.Counter()
 
     def add(self, batch: Mapping[str, np.ndarray], posterior_BTR: np.ndarray) -> None:
-        """Count the whole windows of a batch, each with its posterior."""
-        whole_BT = batch["valid_BTW"].all(-1)
-        windows = map(tuple, batch["targets_BTW"][whole_BT].tolist())
-        for key, weight_R in zip(windows, posterior_BTR[whole_BT], strict=True):
+        """Count the windows of a batch, each with its posterior."""
+        windows = map(tuple, batch["targets_BTW"].reshape(-1, self.window).tolist())
+        for key, weight_R in zip(windows, posterior_BTR.reshape(-1, posterior_BTR.shape[-1]), strict=True):
             self.mass[key] += weight_R
             self.count[key] += 1
 
@@ -258,12 +271,11 @@ class Components:
         ]
 
 
-def stretches(
-    store: Store | Mixture, count: int, length: int, more: int, seed: int = 0
-) -> list[tuple[int, np.ndarray]]:
-    """`count` prompts of `length` tokens: (document, tokens). No two overlap, nor does what follows them by `more`.
+def stretches(store: Store | Mixture, count: int, length: int, more: int) -> list[tuple[int, np.ndarray]]:
+    """`count` pieces of `length` tokens: (document, tokens). No two overlap, nor does what follows them by `more`.
 
-    The first stretch of every held-out document, in an order by `seed`, then the second ones, and so on.
+    The first stretch of every held-out document, in a random order that is always the same, then the second ones, and
+    so on.
 
     Raises `ConfigError` if the documents have not that many.
     """
@@ -273,8 +285,8 @@ def stretches(
     turns.sort(key=lambda at: at[0])  # stable: by turn, and in the order within
     require(
         len(turns) >= count,
-        f"{count} prompts were asked for, and the held-out documents have {len(turns)} stretches of {length} + {more} "
-        "tokens; ask for fewer or shorter ones, or hold out more (data.valid_fraction).",
+        f"{count} stretches were asked for, and the held-out documents have {len(turns)} of {length} + {more} tokens; "
+        "ask for fewer or shorter ones, or hold out more (data.valid_fraction).",
     )
     return [(i, documents[i][turn * size : turn * size + length]) for turn, i in turns[:count]]
 

@@ -9,6 +9,7 @@ DIR may be in a bucket; logs grow, which files in a bucket do not, and are then 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -19,11 +20,12 @@ from typing import Any
 from etils import epath
 
 from mtp_jax.config import to_dict
+from mtp_jax.manifest import MANIFEST, sealed_steps
 from mtp_jax.paths import is_local
-from mtp_jax.run_dir import replace_file
+from mtp_jax.run_dir import CHECKPOINTS_DIR, replace_file
 from mtp_jax.sweep.config import COSTS, NamedSweep
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,24 @@ class Place:
         return self.directory / "records" / f"{name}.json"
 
     def read(self, named: NamedSweep, name: str) -> dict[str, Any] | None:
-        """The record of a run, if it is of that config and of that measurement (and costs, of all shapes)."""
+        """The record of a run, if it is of all that it depends on now: see `subject`."""
         path = self.record(name)
-        if not path.exists():
-            return None
-        record = json.loads(path.read_text())
-        same = record["config"] == plain(named.config(name, self.directory))
-        shapes = {variant.shape for variant in named.sweep.variants.values()}
-        same = same and shapes <= set(record.get("costs", shapes))
-        same = same and (name in named.sweep.first or record["measure"] == plain(named.sweep.measure))
-        return record if same else None
+        record = json.loads(path.read_text()) if path.exists() else None
+        return record if record and record.get("subject") == self.subject(named, name) else None
+
+    def subject(self, named: NamedSweep, name: str) -> dict[str, Any]:
+        """What a record is of. The costs are of all shapes and what each is compared with; a variant is of its config,
+        of the trunk that it begins from and of the costs that it is read by, so that all are of one measurement."""
+        sweep = named.sweep
+        if name == COSTS:
+            shapes = [variant for variant in sweep.variants.values() if variant.whole]
+            found: dict[str, Any] = {shape.name: [plain(shape.config), shape.reference] for shape in shapes}
+        else:
+            found = {"config": plain(named.config(name, self.directory))}
+        if name in sweep.variants:
+            begin = named.config(name, self.directory).init_from
+            found |= {"begins_from": fingerprint(begin) if begin else "", "costs": _sha256(self.record(COSTS))}
+        return {"format": FORMAT, **found, **({} if name in sweep.first else {"measure": plain(sweep.measure)})}
 
     def done(self, named: NamedSweep, name: str) -> bool:
         """Whether a run is trained and measured."""
@@ -65,8 +75,22 @@ class Place:
 
     def write(self, named: NamedSweep, name: str, values: dict[str, Any]) -> None:
         """Write the record of a run, in one go."""
-        config = {"config": plain(named.config(name, self.directory)), "measure": plain(named.sweep.measure)}
-        write_json(self.record(name), {"name": name, **config, **values})
+        write_json(self.record(name), {"name": name, "subject": self.subject(named, name), **values})
+
+    def fail(self, named: NamedSweep, name: str, error: str) -> None:
+        """Write that a run failed. What was measured of something else, under the same name, stays."""
+        if self.read(named, name) or not self.record(name).exists():
+            self.write(named, name, {"state": "failed", "error": error})
+
+
+def fingerprint(run_dir: epath.PathLike) -> str:
+    """What tells a run's last step from that of any other: the hash of its manifest, which holds those of its files."""
+    root = epath.Path(run_dir) / CHECKPOINTS_DIR
+    return _sha256(root / str(max(sealed_steps(root), default=0)) / MANIFEST)
+
+
+def _sha256(path: epath.Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def plain(config: Any) -> Any:
@@ -83,17 +107,19 @@ def write_json(path: epath.Path, values: Any) -> None:
 def collect(named: NamedSweep, place: Place) -> dict[str, Any]:
     """The results file of a sweep, from the records that are there."""
     found = {name: record for name in named.runs if (record := place.read(named, name)) is not None}
-    shared = next((record for record in found.values() if record["state"] == "done"), {})
+    shared = found.get(COSTS, {})  # all times that are compared are of its machine
     first, runs = {}, []
     for name, record in found.items():
-        # The measurement is the same for all, and what differs from the file's machine and versions is kept.
-        said = {key: value for key, value in record.items() if key != "measure"}
-        for key in ("machine", "versions"):
+        said = {**record, "config": plain(named.config(name, place.directory))}
+        del said["subject"]
+        for key in ("machine", "versions"):  # what differs from the file's is kept
             if said.get(key) == shared.get(key):
                 said.pop(key, None)
         if name in named.sweep.variants:
-            runs.append({**said, "changes": dict(named.sweep.variants[name].changes)})
-        elif name != COSTS:  # those are with each run
+            variant = named.sweep.variants[name]
+            cost = {} if record["state"] == "failed" else {"cost": shared["costs"][variant.shape]}
+            runs.append({**said, "changes": dict(variant.changes), **cost})
+        elif name != COSTS:
             first[name] = said
     return {
         "format": FORMAT,

@@ -10,9 +10,7 @@ import jax
 
 from mtp_jax.commands import train
 from mtp_jax.config import ConfigError, PreemptedError, differences, require, shown
-from mtp_jax.manifest import unseal
-from mtp_jax.paths import children
-from mtp_jax.run_dir import CHECKPOINTS_DIR, read_config, versions
+from mtp_jax.run_dir import read_config, versions
 from mtp_jax.sweep.config import COSTS, NamedSweep
 from mtp_jax.sweep.measure import costs, measure
 from mtp_jax.sweep.records import Place, machine
@@ -22,8 +20,7 @@ from mtp_jax.train.loggers import read_metrics, series
 def run_one(named: NamedSweep, name: str, place: Place) -> None:
     """Train the run `name` from where it is to its end, measure it and write its record; nothing if it is done.
 
-    A run that is done stays as it is. A failure leaves a record of it, and the next call goes on from there. Of the
-    checkpoints those stay that were measured.
+    A run that is done stays as it is. A failure leaves a record of it, and the next call goes on from there.
 
     Raises:
       ConfigError: what it begins from is not finished, or its directory has a run with another config.
@@ -54,14 +51,13 @@ def _run_one(named: NamedSweep, name: str, place: Place) -> None:
             begun, variant = time.perf_counter(), named.sweep.variants[name]
             cost = (place.read(named, COSTS) or {})["costs"][variant.shape]
             steps = named.sweep.variants[variant.reference].config.steps
-            found |= {"cost": cost} | measure(place.run(name), variant, steps, cost, named.sweep.measure, say)
+            found |= measure(place.run(name), variant, steps, cost, named.sweep.measure, say)
             seconds["measuring"] = time.perf_counter() - begun
-            _keep(place, name, set(found["readings"].values()))
     except PreemptedError:
         raise
     except Exception as error:
         lines = str(error).strip().splitlines()
-        place.write(named, name, {"state": "failed", "error": lines[-1] if lines else type(error).__name__})
+        place.fail(named, name, lines[-1] if lines else type(error).__name__)
         raise
     device = jax.devices()[0].device_kind
     place.write(
@@ -110,9 +106,3 @@ def _check(named: NamedSweep, name: str, place: Place) -> None:
             place.done(named, other),
             f"{name} needs {other}, which is not finished in {place.directory}; give --only {other} first.",
         )
-
-
-def _keep(place: Place, name: str, steps: set[int]) -> None:
-    for path in children(place.run(name) / CHECKPOINTS_DIR):
-        if path.name.isdigit() and int(path.name) not in steps:
-            unseal(path)

@@ -120,6 +120,5 @@ def _reason(named: NamedSweep, name: str, place: Place, status: int) -> str:
         return record["error"]
     lines = place.log(name).read_text(errors="replace").strip().splitlines()
     error = f"status {status}: {lines[-1] if lines else 'it printed nothing'}"
-    if record or not place.record(name).exists():  # what was measured of another config stays
-        place.write(named, name, {"state": "failed", "error": error})
+    place.fail(named, name, error)
     return error
