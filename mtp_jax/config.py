@@ -161,13 +161,17 @@ class ModelConfig:
         return self.head_dim if self.head_dim is not None else self.d_model // self.num_heads
 
 
+WITH_TABLE = "shared", "lowrank"  # factors that go through the one table of V x D
+
+
 @dataclass(frozen=True)
 class HeadConfig:
     """The distribution over the next `window` tokens (arXiv 2410.17765).
 
     `kind` names an entry of `mtp_jax.heads.HEADS`: `independent` is rank 1, `cpd` a mixture of `rank` products.
     `factors`: `full` has an unembedding per (rank, offset); `shared` a D x D map per (rank, offset) under one
-    unembedding; `lowrank` a D x D map per offset plus a correction of width `factor_width` per rank.
+    unembedding; `lowrank` a D x D map per offset plus a correction of width `factor_width` per rank; `lora` an
+    unembedding per offset plus such a correction, for vocabularies below D.
     `target` is the law that decoding preserves: `marginal` is the head's own first-token marginal, `ntp` a separate
     next-token head whose cross-entropy is added with `ntp_weight`.
     Offset s is weighted by `gamma**(s-1)`; `z_weight` is on the mean square of the factors' log-normalisers. `balance`
@@ -184,7 +188,7 @@ class HeadConfig:
     kind: str = "cpd"
     window: int = 4
     rank: int = 4
-    factors: Literal["full", "shared", "lowrank"] = "full"
+    factors: Literal["full", "shared", "lowrank", "lora"] = "full"
     factor_width: int = 64
     target: Literal["marginal", "ntp"] = "marginal"
     ntp_weight: float = 1.0
@@ -218,7 +222,7 @@ class HeadConfig:
         )
         if self.shortlist:
             require(
-                self.factors != "full" and self.window > 1 and not self.backward_draws,
+                self.factors in WITH_TABLE and self.window > 1 and not self.backward_draws,
                 f"HeadConfig.shortlist is given, factors is {self.factors}, window is {self.window} and backward_draws "
                 f"is {self.backward_draws}; a shortlist serves the offsets after the first, of shared or lowrank "
                 "factors, without draws. Change them, or set shortlist to 0.",
@@ -244,7 +248,7 @@ class HeadConfig:
     @property
     def has_unembedding(self) -> bool:
         """Whether the head owns one table of V x D (which tied embeddings share)."""
-        return self.factors != "full" or self.target == "ntp"
+        return self.factors in WITH_TABLE or self.target == "ntp"
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,12 @@ class Rules:
     # The head. The D x D maps are not split over tensor: their output meets the vocabulary, which is.
     unembed_VD: P = P("tensor", "fsdp")
     u_DRWV: P = P("fsdp", None, None, "tensor")
+    u_DWV: P = P("fsdp", None, "tensor")
     map_DRWD: P = P("fsdp", None, None, None)
     map_DWD: P = P("fsdp", None, None)
     down_DRWE: P = P("fsdp", None, None, None)
     up_ED: P = P(None, "fsdp")
+    up_EV: P = P(None, "tensor")
     gate_DR: P = P("fsdp", None)
     # Activations.
     rows_B: P = P(BATCH)

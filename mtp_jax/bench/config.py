@@ -66,7 +66,7 @@ class LossBenchConfig:
     rank: int = 8
     tokens: int = 512
     dtype: Literal["float32", "bfloat16"] = "float32"
-    factors: Literal["full", "shared", "lowrank"] = "shared"
+    factors: Literal["full", "shared", "lowrank", "lora"] = "shared"
     factor_width: int = 64
     draws: int = 0
     shortlist: int = 0

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from mtp_jax.config import HeadConfig, ModelConfig
+from mtp_jax.config import WITH_TABLE, HeadConfig, ModelConfig
 from mtp_jax.heads.factors import FACTORS, NextToken, Tables
 from mtp_jax.heads.shortlist import SHORT, Shortlist, ShortlistForm, split
 from mtp_jax.losses.balance import balance_loss
@@ -66,7 +66,7 @@ class Head(nnx.Module):
     def params(self) -> Tables:
         """What the logits are computed from, by name."""
         found = self.factors.params()
-        if self.config.factors != "full":
+        if self.config.factors in WITH_TABLE:
             found["unembed_VD"] = self.unembed_VD[...]
         if self.shortlist:
             name = f"{SHORT}unembed_VD"

@@ -1,10 +1,11 @@
-"""The factors p_rs(x_s | h) of a head: three ways to give R x W logits vectors of size V to one hidden state.
+"""The factors p_rs(x_s | h) of a head: four ways to give R x W logits vectors of size V to one hidden state.
 
 | factors | logits at (r, s) | forward FLOPs per position |
 | --- | --- | --- |
 | `full` | U_rs h | 2 R W V D |
 | `shared` | U A_rs h | 2 R W V D + 2 R W D^2 |
 | `lowrank` | U A_s h + (U B) C_rs h | 2 W V (D + R E) + 2 W D (D + R E); U B once per call, or once for decoding |
+| `lora` | U_s h + B C_rs h | 2 W V (D + R E) + 2 W D R E |
 
 U is the head's unembedding. Components are drawn per offset, copied over R and told apart by a little noise.
 """
@@ -237,6 +238,63 @@ class LowRankFactors(Factors):
         return 2 * head.window * d * (d + own + table * model.vocab_size)
 
 
+class LoRAFactors(Factors):
+    """An unembedding for each offset, shared by all components, plus a correction of width E for each of them.
+
+    For vocabularies below D, where its tables are smaller than the maps of `lowrank`. LoRA: arXiv 2106.09685.
+    """
+
+    STACKED: ClassVar[dict[str, int]] = {"u_DWV": 1, "down_DRWE": 2}
+
+    def __init__(self, head: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+        d, r, w, e, v = model.d_model, head.rank, head.window, head.factor_width, model.vocab_size
+        self.u_DWV = init_weight(rngs, (d, w, v), inputs=1, spec=RULES.u_DWV)
+        self.down_DRWE = init_weight(rngs, (d, r, w, e), inputs=1, spec=RULES.down_DRWE, scale=head.init_noise)
+        self.up_EV = init_weight(rngs, (e, v), inputs=1, spec=RULES.up_EV)
+
+    @staticmethod
+    def tables(params: Tables) -> Tables:
+        """See `Factors.tables`: outputs first, as a few rows are multiplied fast by."""
+        return params if "up_VE" in params else params | {"up_VE": params["up_EV"].T}
+
+    def unstack(self, unembeddings: Tables) -> None:
+        """See `Factors.unstack`."""
+        super().unstack(unembeddings)
+        self.up_VE = nnx.Param(self.up_EV[...].T)
+        del self.up_EV
+
+    @staticmethod
+    def logits(tables: Tables, x_BTD: Array) -> Array:
+        """See `Factors.logits`."""
+        return LoRAFactors._sum(tables, x_BTD, LoRAFactors.rows(tables, x_BTD))
+
+    @staticmethod
+    def rows(tables: Tables, x_BTD: Array) -> Array:
+        """What B multiplies, `[B, T, R, W, E]`."""
+        return _by_offset("btd,drwe->btrwe", x_BTD, tables["down_DRWE"]).astype(x_BTD.dtype)
+
+    @classmethod
+    def of_component(cls, tables: Tables, x_B1D: Array, component_B: Array) -> Array:
+        """See `Factors.of_component`."""
+        return cls._sum(tables, x_B1D, pick.at(cls.rows(tables, x_B1D)[:, 0], component_B)[:, None, None])
+
+    @staticmethod
+    def _sum(tables: Tables, x_BTD: Array, own_BTRWE: Array) -> Array:
+        shared_BTWV = _by_offset("btd,dwv->btwv", x_BTD, tables["u_DWV"])
+        return shared_BTWV[:, :, None] + product("btrwe,ve->btrwv", own_BTRWE, tables["up_VE"])
+
+    @staticmethod
+    def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
+        """See `Factors.forward_flops`."""
+        d, own = model.d_model, head.rank * head.factor_width
+        return 2 * head.window * (model.vocab_size * (d + own) + d * own)
+
+    @staticmethod
+    def frozen_flops(head: HeadConfig, model: ModelConfig, table: bool) -> int:
+        """See `Factors.frozen_flops`."""
+        return 2 * head.window * model.d_model * (model.vocab_size + head.rank * head.factor_width)
+
+
 class NextToken(Factors):
     """An ordinary next-token head as a form: R = W = 1, and the unembedding is all there is."""
 
@@ -251,4 +309,9 @@ class NextToken(Factors):
         return 2 * model.vocab_size * model.d_model
 
 
-FACTORS: dict[str, type[Factors]] = {"full": FullFactors, "shared": SharedFactors, "lowrank": LowRankFactors}
+FACTORS: dict[str, type[Factors]] = {
+    "full": FullFactors,
+    "shared": SharedFactors,
+    "lowrank": LowRankFactors,
+    "lora": LoRAFactors,
+}

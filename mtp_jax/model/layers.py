@@ -27,10 +27,12 @@ MATRICES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "w_up_DF": ((0,), (1,)),
     "w_down_FD": ((0,), (1,)),
     "u_DRWV": ((0,), (3,)),
+    "u_DWV": ((0,), (2,)),
     "map_DRWD": ((0,), (3,)),
     "map_DWD": ((0,), (2,)),
     "down_DRWE": ((0,), (3,)),
     "up_ED": ((0,), (1,)),
+    "up_EV": ((0,), (1,)),
 }
 
 
