@@ -60,7 +60,7 @@ def main() -> None:
     sizes = {"d": 768, "ff": 2048, "layers": 8, "v": 4096, "rank": 8, "window": 4, "factor-width": 64, "batch": 1}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--factors", choices=["full", "shared", "lowrank"], default="lowrank")
+    parser.add_argument("--factors", choices=["full", "shared", "lowrank", "lora"], default="lowrank")
     parser.add_argument("--temperature", type=float, default=0.0)
     a = parser.parse_args()
     heads = a.d // 64

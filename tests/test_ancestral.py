@@ -35,7 +35,7 @@ def make(factors, **changes):
     return model
 
 
-@pytest.mark.parametrize("factors", ["full", "shared", "lowrank"])
+@pytest.mark.parametrize("factors", ["full", "shared", "lowrank", "lora"])
 def test_the_laws_are_those_of_the_component(factors):
     head = make(factors).head
     x_BD = np.random.default_rng(1).standard_normal((6, 16)).astype(np.float32)

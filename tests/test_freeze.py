@@ -132,7 +132,7 @@ def test_parts_are_put_together_again(target, tied):
     assert names == {"map_DRWD", "gate_DR"} | ({"unembed_VD"} if target == "marginal" and not tied else set())
 
 
-@pytest.mark.parametrize("factors", ["full", "shared", "lowrank"])
+@pytest.mark.parametrize("factors", ["full", "shared", "lowrank", "lora"])
 def test_nothing_goes_back_through_a_frozen_trunk(factors):
     """Matrix products in the text of the compiled step: one in a loop counts once."""
     jax.config.update("jax_disable_most_optimizations", False)

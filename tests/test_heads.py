@@ -123,6 +123,8 @@ def brute_logits(head, x_ND):
             return x_ND @ p["u_DRWV"][:, r, s]
         if config.factors == "shared":
             return x_ND @ p["map_DRWD"][:, r, s] @ p["unembed_VD"].T
+        if config.factors == "lora":
+            return x_ND @ p["u_DWV"][:, s] + x_ND @ p["down_DRWE"][:, r, s] @ p["up_EV"]
         correction_VE = p["unembed_VD"] @ p["up_ED"].T
         return x_ND @ p["map_DWD"][:, s] @ p["unembed_VD"].T + x_ND @ p["down_DRWE"][:, r, s] @ correction_VE.T
 
@@ -334,7 +336,7 @@ def test_rank_one_is_independent_offsets_and_plain_cross_entropies(factors):
     np.testing.assert_allclose(cpd[1]["loss_offset"], entropies_W, rtol=1e-6)
 
 
-BY_COMPONENT = {"full": "u_DRWV", "shared": "map_DRWD", "lowrank": "down_DRWE"}
+BY_COMPONENT = {"full": "u_DRWV", "shared": "map_DRWD", "lowrank": "down_DRWE", "lora": "down_DRWE"}
 
 
 @every_factors

@@ -59,11 +59,16 @@ def turned(model):
     return found, [n for n, (_, node) in zip(names, flat, strict=True) if n in MATRICES and n not in found]
 
 
-@pytest.mark.parametrize("factors", ["full", "shared", "lowrank"])
+@pytest.mark.parametrize("factors", ["full", "shared", "lowrank", "lora"])
 def test_one_cpu_turns_every_matrix(factors):
     head = tiny.head_config(factors=factors)
     layers = ["wq_DNH", "wk_DKH", "wv_DKH", "wo_NHD", "w_gate_DF", "w_up_DF", "w_down_FD"] * 2
-    offsets = {"full": ["u_DRWV"] * 4, "shared": ["map_DRWD"] * 4, "lowrank": ["map_DWD", "down_DRWE"] * 4}[factors]
+    offsets = {
+        "full": ["u_DRWV"] * 4,
+        "shared": ["map_DRWD"] * 4,
+        "lowrank": ["map_DWD", "down_DRWE"] * 4,
+        "lora": ["u_DWV", "down_DRWE"] * 4,
+    }[factors]
     for dtype in "bfloat16", "float32":
         made = for_decoding(make(head, dtype=dtype))
         found, left = turned(made)
@@ -87,7 +92,7 @@ def test_a_few_rows_in_float32_leave_the_weight_on_the_left(monkeypatch):
             assert "f32[48,4]" in jax.jit(few_rows).lower(x, w_NK).compile().as_text()
 
 
-@pytest.mark.parametrize("factors", ["full", "shared", "lowrank"])
+@pytest.mark.parametrize("factors", ["full", "shared", "lowrank", "lora"])
 def test_a_model_that_is_laid_out_has_the_laws_that_it_had(factors):
     tokens_BT = tiny.shard(np.random.default_rng(0).integers(0, tiny.VOCAB, (2, 5)).astype(np.int32))
     found = []

@@ -68,6 +68,7 @@ SHAPES = {
     "full": {"u_DRWV": (D, R, W, V)},
     "shared": {"map_DRWD": (D, R, W, D), "unembed_VD": (V, D)},
     "lowrank": {"map_DWD": (D, W, D), "down_DRWE": (D, R, W, E), "up_ED": (E, D), "unembed_VD": (V, D)},
+    "lora": {"u_DWV": (D, W, V), "down_DRWE": (D, R, W, E), "up_EV": (E, V)},
 }
 
 
@@ -100,6 +101,9 @@ def reference_logits(params, x_BTD):
         return jnp.einsum("btd,drwv->btrwv", x_BTD, params["u_DRWV"])
     if "map_DRWD" in params:
         return jnp.einsum("btd,drwe,ve->btrwv", x_BTD, params["map_DRWD"], params["unembed_VD"])
+    if "u_DWV" in params:
+        own_BTRWV = jnp.einsum("btd,drwe,ev->btrwv", x_BTD, params["down_DRWE"], params["up_EV"])
+        return jnp.einsum("btd,dwv->btwv", x_BTD, params["u_DWV"])[:, :, None] + own_BTRWV
     shared_BTWV = jnp.einsum("btd,dwe,ve->btwv", x_BTD, params["map_DWD"], params["unembed_VD"])
     own = "btd,drwe,ec,vc->btrwv", x_BTD, params["down_DRWE"], params["up_ED"], params["unembed_VD"]
     return shared_BTWV[:, :, None] + jnp.einsum(*own)
@@ -393,7 +397,7 @@ def test_fault_is_caught(fault, monkeypatch):
 def test_every_factor_gets_a_gradient(problem):
     """Of its own: each rank and each offset."""
     d_params, *_ = differentiate(mixture_loss, problem.form, problem.params, problem.arrays)[1]
-    d_own = {"full": "u_DRWV", "shared": "map_DRWD", "lowrank": "down_DRWE"}[problem.factors]
+    d_own = {"full": "u_DRWV", "shared": "map_DRWD"}.get(problem.factors, "down_DRWE")
     norm_RW = np.sqrt((d_params[d_own] ** 2).sum((0, 3)))
     assert norm_RW.shape == (R, W)
     assert (norm_RW > 1e-3).all()

@@ -685,6 +685,10 @@ def test_every_weight_starts_at_the_scale_of_its_inputs(monkeypatch):
     assert set(params) == set(expected)
     for path, std in expected.items():
         np.testing.assert_allclose(params[path], std, rtol=1e-6, err_msg=path)
+    lora = build_model(tiny.train_config(head=tiny.head_config(factors="lora", init_noise=0.25)), jax.random.key(0))
+    factors = names(split(lora)[1]["head"]["factors"])
+    for name, std in {"u_DWV": 16**-0.5, "down_DRWE": 0.25 * 16**-0.5, "up_EV": 8**-0.5}.items():
+        np.testing.assert_allclose(factors[name], std, rtol=1e-6, err_msg=name)
 
 
 def test_no_two_weights_are_drawn_from_one_key(monkeypatch):

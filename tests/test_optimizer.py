@@ -44,6 +44,11 @@ FACTORS = {
         "head.factors.down_DRWE": ((0,), (3,)),
         "head.factors.up_ED": ((0,), (1,)),
     },
+    "lora": {
+        "head.factors.u_DWV": ((0,), (2,)),
+        "head.factors.down_DRWE": ((0,), (3,)),
+        "head.factors.up_EV": ((0,), (1,)),
+    },
 }
 GROUPS = {kind: {**TRUNK, **factors} for kind, factors in FACTORS.items()}
 

@@ -28,6 +28,7 @@ MODELS = {
     "full": (dict(num_kv_heads=2, qkv_bias=True), dict(factors="full")),
     "shared": (dict(num_kv_heads=4, qk_norm=True, tie_embeddings=True), dict(factors="shared", balance="switch")),
     "lowrank": (dict(num_kv_heads=2, qkv_bias=True, qk_norm=True, remat="dots"), dict(factors="lowrank", target="ntp")),
+    "lora": (dict(num_layers=1), dict(factors="lora")),
 }
 
 
@@ -100,6 +101,8 @@ RULE_OF = {
     "map_DWD": "map_DWD",
     "down_DRWE": "down_DRWE",
     "up_ED": "up_ED",
+    "u_DWV": "u_DWV",
+    "up_EV": "up_EV",
 }
 
 
@@ -233,7 +236,7 @@ def test_moments_that_are_replicated_are_noticed(name):
 
 
 # What each kind of model is trained with.
-OPTIMIZERS = {"full": "muon", "shared": "adamw", "lowrank": "adamw"}
+OPTIMIZERS = {"full": "muon", "shared": "adamw", "lowrank": "adamw", "lora": "adamw"}
 
 
 def train(kind, shape):
@@ -272,7 +275,7 @@ def assert_close(tree, expected, tolerance):
 
 
 @pytest.mark.parametrize(
-    "kind, shape", [("full", (2, 2, 2)), ("shared", (1, 2, 4)), ("lowrank", (2, 2, 2)), ("lowrank", (1, 8, 1))]
+    "kind, shape", [("full", (2, 2, 2)), ("shared", (1, 2, 4)), ("lowrank", (2, 2, 2)), ("lora", (1, 4, 2))]
 )
 def test_loss_gradients_and_three_steps_are_those_of_one_device(kind, shape, on_one_device):
     (moments, moved, metrics), expected = train(kind, shape), on_one_device[kind]

@@ -55,8 +55,8 @@ def claims(all_results: Sequence[Results]) -> list[Claim]:
 
 
 def rank_sweeps(all_results: Sequence[Results], frozen: bool = True) -> list[Results]:
-    """The data sets: sweeps in which rank alone varies, on a frozen trunk or from scratch."""
-    return [r for r in all_results if r.fields == (RANK,) and r.raw["reference"] == {RANK: 1} and r.frozen == frozen]
+    """The data sets: sweeps over rank, on a frozen trunk or from scratch."""
+    return [r for r in all_results if r.over_rank and r.frozen == frozen]
 
 
 def above_one(results: Results) -> list[Point]:

@@ -18,7 +18,7 @@ from mtp_jax.results.compare import (
     speed_ratio,
     tokens_per_forward,
 )
-from mtp_jax.results.load import RANK, READINGS, Results
+from mtp_jax.results.load import READINGS, Results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -162,7 +162,7 @@ def components(all_results: Sequence[Results]) -> Figure | None:
                     lw=0.6,
                 )
                 bottom += share
-        axes.set_xticks(range(len(shares)), [str(point[results.fields.index(RANK)]) for point in shares])
+        axes.set_xticks(range(len(shares)), [str(results.rank(point)) for point in shares])
         axes.set(ylim=(0, 1), axisbelow=True)
     return figure
 
@@ -226,11 +226,11 @@ def _lines(all_results: Sequence[Results]) -> Iterator[tuple[str, Results, list[
     """The sweeps over rank, a panel each: its title, and its points by rank."""
     for frozen in (True, False):
         for results in rank_sweeps(all_results, frozen):
-            yield results.raw["sweep"], results, sorted(results.points)
+            yield results.raw["sweep"], results, sorted(results.points, key=results.rank)
 
 
 def _rank_axis(axes: Axes, results: Results, points: Sequence[tuple[Any, ...]]) -> None:
-    ranks = [point[results.fields.index(RANK)] for point in points]
+    ranks = [results.rank(point) for point in points]
     axes.set_xscale("log", base=2)
     axes.set_xticks(ranks, [str(rank) for rank in ranks])
     axes.minorticks_off()
@@ -245,8 +245,7 @@ def _errorbars(
     index: int,
     label: str,
 ) -> None:
-    at = results.fields.index(RANK)
-    shown = [(point[at] * 1.04**index, e) for point, e in zip(points, cells, strict=True) if e is not None]
+    shown = [(results.rank(point) * 1.04**index, e) for point, e in zip(points, cells, strict=True) if e is not None]
     if not shown:
         return
     xs, es = zip(*shown, strict=True)

@@ -57,6 +57,17 @@ class Results:
         return all(run.raw["config"]["freeze"] == "trunk" and run.head["target"] == "ntp" for run in self.runs)
 
     @property
+    def over_rank(self) -> bool:
+        """Whether points differ in one field and are of different ranks, all compared with rank 1."""
+        ranks = [self.rank(point) for point in self.points]
+        references = {self.reference(point) for point in self.points} & set(self.points)
+        return len(self.fields) == 1 and len(set(ranks)) == len(ranks) and {self.rank(p) for p in references} == {1}
+
+    def rank(self, point: tuple[Any, ...]) -> int:
+        """The rank of a point's heads."""
+        return self.of(point)[0].head["rank"]
+
+    @property
     def is_code(self) -> bool:
         """Whether the text is source code."""
         return {run.raw["config"]["data"]["source"] for run in self.runs} <= {"stdlib", "packages"}
