@@ -281,6 +281,20 @@ def test_the_page_has_every_claim_figure_and_command(tmp_path, capsys):
     assert re.search(best, page, re.MULTILINE)
 
 
+def test_ranks_of_heads_of_another_kind_are_a_sweep_over_rank(tmp_path):
+    value = results()
+    for run in value["runs"]:
+        run["changes"] = {"case": f"kind-{run['config']['head']['rank']}", "seed": run["changes"]["seed"]}
+    value |= {"fields": ["case", "seed"], "reference": {"case": "kind-1"}}
+    (tmp_path / "a.json").write_text(json.dumps(value))
+    page = write_page([tmp_path / "a.json"], tmp_path / "out").read_text()
+    assert "| rank_code (cpu) | kind-4 |" in page and "* rank_code (cpu): kind-4 (W = 4" in page
+    assert (tmp_path / "out" / "figures" / "loss_by_rank.png").exists()
+    # Not so where they are compared with another rank.
+    (tmp_path / "a.json").write_text(json.dumps(value | {"reference": {"case": "kind-2"}}))
+    assert not load_results([tmp_path / "a.json"])[0].over_rank
+
+
 def test_a_page_without_speeds_or_components_says_so(tmp_path):
     value = copy.deepcopy(results())
     for run in value["runs"]:

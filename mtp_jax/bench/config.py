@@ -10,7 +10,9 @@ from mtp_jax.config import HeadConfig, at_least, choices, positive, require
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What `mtp-jax bench decode` measures: every batch size x temperature x verifier x k of 0..W-1.
+    """What `mtp-jax bench decode` measures: every batch size x temperature x verifier x k.
+
+    k is each of 0..W-1, or those among them that `ks` names; 0 is what all are compared with.
 
     `prompts` documents are chosen by `seed`, among those held out or, given the glob `files`, among its files; each
     gives its first `prompt_tokens` tokens and is continued by `new_tokens`. They are decoded in batches of each of
@@ -27,6 +29,7 @@ class BenchConfig:
     temperatures: tuple[float, ...] = (0.0, 0.7)
     batch_sizes: tuple[int, ...] = (1,)
     verifiers: tuple[str, ...] = ()
+    ks: tuple[int, ...] = ()
     files: str = ""
     adaptive: bool = False
     compare: Literal["none", "hf"] = "none"
@@ -41,6 +44,10 @@ class BenchConfig:
         require(
             min(self.temperatures, default=-1.0) >= 0,
             f"BenchConfig.temperatures is {self.temperatures}; give one or more, each at least 0.",
+        )
+        require(
+            not self.ks or (0 in self.ks and min(self.ks) >= 0),
+            f"BenchConfig.ks is {self.ks}; give numbers of drafts, 0 among them, or none for all.",
         )
         require(
             min(self.batch_sizes, default=0) >= 1 and all(self.prompts % size == 0 for size in self.batch_sizes),

@@ -168,8 +168,9 @@ class _Bench:
         self.trials: dict[int, dict[str, float]] = {}
         with jax.set_mesh(run.mesh):
             self.session = Session(decoders(run), self.prompts, config)
+            ks = [k for k in range(run.config.head.window) if k in (config.ks or (k,))]
             for batch in config.batch_sizes:
-                grid = _grid(config, batch, dtype, [*range(run.config.head.window), *["adaptive"] * config.adaptive])
+                grid = _grid(config, batch, dtype, [*ks, *["adaptive"] * config.adaptive])
                 trial = self.trials[batch] = self.session.trial(grid[0])
                 progress(f"tried k = 0 in {' and '.join(trial)}")
                 (other,) = trial.keys() - {dtype}

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from mtp_jax.report import markdown_table
 from mtp_jax.results.claims import MAIN_T, Claim, above_one, claims, rank_sweeps
-from mtp_jax.results.compare import speed_ratio
-from mtp_jax.results.figures import FIGURES, component_rows
+from mtp_jax.results.compare import decoding, speed_ratio, speedup
+from mtp_jax.results.figures import FIGURES, TEMPERATURES, component_rows
 from mtp_jax.results.load import Results, load_results
 from mtp_jax.results.verdict import RULE
 
@@ -51,6 +54,8 @@ def markdown(all_results: Sequence[Results], drawn: dict[str, str], command: str
         *(_claim(claim) for claim in found),
         "## Figures",
         *(_figure(name, caption, all_results, command) for name, caption in drawn.items()),
+        "## Sweep by sweep",
+        *(_answer(results) for results in all_results),
         *_examples(all_results),
         *_failed(all_results),
     ]
@@ -136,6 +141,37 @@ def recommendation(all_results: Sequence[Results]) -> str:
         "other is surely faster (intervals widened for the number of ranks):"
     )
     return "\n".join([how, "", *lines])
+
+
+def _answer(results: Results) -> str:
+    """All that was measured of each point of a sweep at the end of its runs, as means over seeds."""
+    rows = []
+    for point in results.points:
+        ends = [end for run in results.of(point) if (end := run.at("steps"))]
+        kept = {t: [row for run in results.of(point) if (row := decoding(run, "steps", t))] for t in TEMPERATURES}
+        over_plain = [up for run in results.of(point) if (up := speedup(run, "steps", MAIN_T))]
+        rows.append([
+            results.text(point),
+            *(_mean([end["loss"][name]["mean"] for end in ends], 3) for name in ("joint", "first_token")),
+            _mean([[e["mean"] for e in end["loss"]["offsets"]] for end in ends]),
+            *(_mean([end["gate"][name] for end in ends]) for name in ("effective", "entropy")),
+            *(_mean([row["tokens_per_forward"]["mean"] for row in rows_T], 3) for rows_T in kept.values()),
+            _mean([[e["mean"] for e in row["acceptance"]] for row in kept[MAIN_T]]),
+            _mean(over_plain),
+            f"{1e3 * results.of(point)[0].raw['cost']['seconds']:.0f}",
+        ])  # fmt: skip
+    header = ["run", "joint loss", "first token", "by offset", "components in effect", "gate entropy"]
+    header += [f"tokens per forward, T = {t:g}" for t in TEMPERATURES]
+    header += [f"kept by offset, T = {MAIN_T:g}", f"tokens/s over plain, T = {MAIN_T:g}", "step, ms"]
+    seeds = f"Means over {len(results.seeds)} seed{'s' * (len(results.seeds) > 1)} at the end of the runs."
+    return "\n\n".join([f"### {results.label}", f"{results.raw['title']} {seeds}", markdown_table(header, rows)])
+
+
+def _mean(values: Sequence[Any], digits: int = 2) -> str:
+    """Of numbers, or of lists of them, entry by entry."""
+    if not len(values):
+        return "-"
+    return " ".join(f"{mean:.{digits}f}" for mean in np.atleast_1d(np.mean(values, axis=0)))
 
 
 def _examples(all_results: Sequence[Results]) -> list[str]:
