@@ -357,6 +357,11 @@ def test_every_cell_of_the_grid_decodes_all_prompts(measure):
     assert all(rows == asked[grid[0]] and len(rows) == 4 for rows in asked.values()), "the same prompts, the same seeds"
 
 
+def test_the_ks_that_are_named_are_measured_as_far_as_the_head_drafts(measure):
+    rows = measure(dataclasses.replace(CONFIG, ks=(0, 2, 7))).bench["rows"]
+    assert [(row["temperature"], row["k"]) for row in rows] == [(T, k) for T in (0.0, 0.7) for k in (0, 2)]
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
@@ -365,6 +370,7 @@ def test_every_cell_of_the_grid_decodes_all_prompts(measure):
         (dict(batch_sizes=(0,)), r"batch_sizes is \(0,\)"),
         (dict(verifiers=("greedy",)), r"verifiers is \('greedy',\).*temperature 0 always has greedy"),
         (dict(verifiers=("block",), temperatures=(0.0,)), r"temperatures is \(0\.0,\).*add a temperature"),
+        (dict(ks=(1, 2)), r"ks is \(1, 2\); give numbers of drafts, 0 among them"),
         (dict(compare="vllm"), r"compare is 'vllm'; it must be one of 'none', 'hf'"),
     ],
 )
@@ -459,6 +465,7 @@ def test_the_default_is_the_benchmark_that_is_published():
         **{
             "batch_sizes": (1,),
             "verifiers": (),
+            "ks": (),
             "files": "",
             "adaptive": False,
             "compare": "none",

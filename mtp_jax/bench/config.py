@@ -12,7 +12,7 @@ from mtp_jax.config import HeadConfig, at_least, choices, positive, require
 class BenchConfig:
     """What `mtp-jax bench decode` measures: every batch size x temperature x verifier x k.
 
-    k is each of 0..W-1, or those among them that `ks` names; 0 is what all are compared with.
+    k is each of 0..W-1, or those of them that `ks` names; 0 is what all are compared with.
 
     `prompts` documents are chosen by `seed`, among those held out or, given the glob `files`, among its files; each
     gives its first `prompt_tokens` tokens and is continued by `new_tokens`. They are decoded in batches of each of
