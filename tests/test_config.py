@@ -134,6 +134,7 @@ REFUSED = {
     ),
     "prompt_by_vocabulary": (lambda: decode([3, 32]), ["Prompt 0 has token ids 3..32", "0..31"]),
     "negative_token": (lambda: decode([-1, 3]), ["Prompt 0 has token ids -1..3", "0..31"]),
+    "ks_without_0": (lambda: BenchConfig(ks=(1, 3)), ["BenchConfig.ks is (1, 3)", "0 among them"]),
     "no_temperatures": (lambda: BenchConfig(temperatures=()), ["BenchConfig.temperatures is ()", "one or more"]),
     "k_in_words": (lambda: DecodeConfig(8, k="best"), ["DecodeConfig.k is 'best'", "give numbers"]),
     "batches_that_do_not_divide": (

@@ -240,6 +240,13 @@ def test_sizes_are_compared_at_the_ranks_that_all_have(verdicts):
     assert verdicts(one, longer)("sizes") == "undecided"
 
 
+def test_every_rank_has_a_row_in_every_table_over_rank(load):
+    tables = [claim.table for claim in claims(load(results())) if claim.table]
+    assert len(tables) == 6
+    for table in tables:
+        assert [table.count(f"| rank_code (cpu) | R = {rank} |") for rank in (1, 2, 4)] == [1, 1, 1], table
+
+
 def test_lengths_are_three_readings(verdicts):
     assert verdicts(results(lengths=True))("goes on") == "confirmed"
     assert verdicts(results(lengths=True, kept=-0.1))("goes on") == "not confirmed"

@@ -162,10 +162,10 @@ def faster(all_results: Sequence[Results]) -> Claim:
                     _over(results, point, speed_ratio(results, point, reading, MAIN_T), _ratio) for reading in READINGS
                 ]
                 measured = [
-                    max(row["speedup"] for row in rows if row["temperature"] == MAIN_T)
+                    max(row["speedup"] for row in at["speed"] if row["temperature"] == MAIN_T)
                     for run in results.of(point)
-                    for found in run.raw["measured"].values()
-                    if (rows := found["speed"])
+                    for at in run.raw["measured"].values()
+                    if at["speed"]
                 ]
                 derived = f"{np.mean([up for _, up in own]):.2f}x"
                 direct = f"{measured[0]:.2f}x" if measured else "-"
