@@ -6,12 +6,13 @@
 
 `@gpu` for one GPU. With `full` factors a component costs as much as a head of rank 1, in training and in every draft:
 of bytes, 16 of them weigh more than this trunk. With `lora` they share an unembedding for each offset, and differ by
-corrections of width 16. The reference is rank 1 with `full` factors, the cheapest head there is.
+corrections of width 16. The reference is rank 1 with `full` factors, so
+rank is not all that differs; there is no `lora` of rank 1, which would be such a head with a useless correction.
 
-Cost: about 45 minutes on two cores, 20 for the costs and the first seed, 12 for each of the others.
-Found (results/lora_code-cpu.json, three seeds): at equal wall-clock of training ranks 4, 8 and 16 give 1.06, 1.12 and
-1.06 times the tokens per second of rank 1 at T = 0.7; the intervals of the last two, 1.032 to 1.197 and 0.996 to 1.133,
-are mostly those of the clock and of the seeds. Tokens per forward: 1.78 for rank 1, and 0.21, 0.27 and 0.34 more.
+Cost: about an hour on two cores, a third of it for each seed, and 5 minutes for the costs of a step and an iteration.
+Found (results/lora_code-cpu.json; T = 0.7, three seeds): at equal steps ranks 4, 8 and 16 give 0.21, 0.31 and 0.38 more
+tokens per forward than the 1.78 of rank 1, and at equal wall-clock of training about 1.05 to 1.12 times its tokens per
+second; the clock of that machine leaves 0.98 to 1.22 (intervals widened for three comparisons).
 """
 
 from dataclasses import replace

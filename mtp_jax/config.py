@@ -511,8 +511,8 @@ class TrainConfig:
         )
         require(
             not self.model.tie_embeddings or self.head.has_unembedding,
-            "model.tie_embeddings is True and head.factors is full with target marginal, which has no single "
-            "unembedding to tie. Set head.factors to shared or lowrank, head.target to ntp, or untie.",
+            f"model.tie_embeddings is True and head.factors is {self.head.factors} with target marginal, which has no "
+            "single unembedding to tie. Set head.factors to shared or lowrank, head.target to ntp, or untie.",
         )
 
         listed = self.head.shortlist_ids

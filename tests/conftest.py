@@ -13,7 +13,8 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # Compiled functions outlive the run: the second `make test` skips most of the compiling.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Without LLVM's optimizations: tests of tiny shapes compile for longer than they run. Twice as fast with no cache.
+# Without LLVM's optimizations: tests of tiny shapes compile for longer than they run. Twice as fast with no cache. What
+# the caller's XLA_FLAGS say comes after it and wins.
 os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
 
 # A shell that runs the suite in the background has Ctrl-C ignored, and nohup a closed terminal; what the tests start

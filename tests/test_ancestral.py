@@ -70,7 +70,8 @@ def test_components_are_drawn_from_the_posterior():
 
 
 @pytest.mark.parametrize(("factors", "draft"), [
-    ("full", "ancestral"), ("shared", "ancestral"), ("lowrank", "ancestral"), ("full", "unconditioned"),
+    ("full", "ancestral"), ("shared", "ancestral"), ("lowrank", "ancestral"), ("lora", "ancestral"),
+    ("full", "unconditioned"),
 ])  # fmt: skip
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.9, "seed": 3}], ids=["greedy", "coupled"])
 def test_the_output_is_that_of_plain_decoding(factors, draft, options):

@@ -169,6 +169,14 @@ REFUSED = {
         lambda: TrainConfig(model=ModelConfig(tie_embeddings=True)),
         ["tie_embeddings is True", "factors is full", "marginal", "untie"],
     ),
+    "tied_without_table_lora": (
+        lambda: TrainConfig(model=ModelConfig(tie_embeddings=True), head=HeadConfig(factors="lora")),
+        ["tie_embeddings is True", "factors is lora", "shared or lowrank"],
+    ),
+    "a shortlist under lora": (
+        lambda: HeadConfig(factors="lora", shortlist=9),
+        ["shortlist", "factors is lora", "shared or lowrank"],
+    ),
     "tokenizer": (
         lambda: TrainConfig(model=ModelConfig(vocab_size=100)).check_tokenizer(256),
         ["vocab_size is 100", "has 256", "'bytes'"],

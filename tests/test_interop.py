@@ -14,6 +14,7 @@ ONE_TABLE = {
     "independent": dict(rank=1, kind="independent"),
     "shared": dict(rank=1, factors="shared"),
     "lowrank": dict(rank=1, factors="lowrank"),
+    "lora": dict(rank=1, factors="lora"),
 }
 TRUNKS = {
     "plain": {},

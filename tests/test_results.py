@@ -284,6 +284,14 @@ def test_the_page_has_every_claim_figure_and_command(tmp_path, capsys):
         assert png.read_bytes().startswith(b"\x89PNG") and f"(figures/{name}.png)" in page
     assert len(re.findall(r"^### .+: (confirmed|not confirmed|undecided)$", page, re.MULTILINE)) == 11
     assert "nan" not in page and "None" not in page
+    # Loss falls by 0.3 with each doubling, and tokens per forward rise by 0.2 from 1.8, times 0.93 at T = 0.7.
+    (end,) = re.findall(r"^\| R = 4 \| 3 \| ([\d.]+) \| ([\d.]+) \|.*?\| 3\.00 \| 1\.00 \|(.*)$", page.split(
+        "### rank_code (cpu)\n")[1].split("###")[0], re.MULTILINE)  # fmt: skip
+    kept = [float(cell) for cell in end[2].split("|")[:3]]
+    assert kept[0] > kept[1] > kept[2] and kept[1] == pytest.approx(2.2 * 0.93, abs=0.05)
+    assert (
+        float(end[0]) == pytest.approx(9 - 0.6, abs=0.5) and end[1] != end[0] and end[2].split("|")[-2].strip() == "120"
+    )
     best = r"^\* rank_code \(cpu\): R = 4 \(W = 4, .*\. Beside R = 1, R = 4 has 1\.\d+x \[1\.\d+, 1\.\d+\] its tokens"
     assert re.search(best, page, re.MULTILINE)
 

@@ -28,7 +28,7 @@ MODELS = {
     "full": (dict(num_kv_heads=2, qkv_bias=True), dict(factors="full")),
     "shared": (dict(num_kv_heads=4, qk_norm=True, tie_embeddings=True), dict(factors="shared", balance="switch")),
     "lowrank": (dict(num_kv_heads=2, qkv_bias=True, qk_norm=True, remat="dots"), dict(factors="lowrank", target="ntp")),
-    "lora": (dict(num_layers=1), dict(factors="lora")),
+    "lora": ({}, dict(factors="lora")),
 }
 
 
@@ -275,7 +275,8 @@ def assert_close(tree, expected, tolerance):
 
 
 @pytest.mark.parametrize(
-    "kind, shape", [("full", (2, 2, 2)), ("shared", (1, 2, 4)), ("lowrank", (2, 2, 2)), ("lora", (1, 4, 2))]
+    "kind, shape",
+    [("full", (2, 2, 2)), ("shared", (1, 2, 4)), ("lowrank", (2, 2, 2)), ("lowrank", (1, 8, 1)), ("lora", (1, 4, 2))],
 )
 def test_loss_gradients_and_three_steps_are_those_of_one_device(kind, shape, on_one_device):
     (moments, moved, metrics), expected = train(kind, shape), on_one_device[kind]

@@ -61,8 +61,7 @@ BASE = replace(
 )
 MEASURE = MeasureConfig(
     held_out_sequences=8, prompts=4, prompt_tokens=8, new_tokens=12, batch_size=2, temperatures=(0.7, 0.0),
-    drafts=("joint", "unconditioned"), speed_prompts=2, repetitions=1, rounds=2, decoding_rounds=2,
-    lengths={{"half": 0.5}},
+    drafts=("joint", "unconditioned"), speed_prompts=2, repetitions=1, rounds=2, lengths={{"half": 0.5}},
 )
 """
 TINY = TrainConfig(optimizer=OptimizerConfig(warmup_steps=0))

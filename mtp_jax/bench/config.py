@@ -64,7 +64,7 @@ class BenchConfig:
 @dataclass(frozen=True)
 class LossBenchConfig:
     """What `mtp-jax bench loss` measures: loss and gradient of a head of `rank` x `window` factors over a vocabulary of
-    `v`, on `tokens` positions of width `d`, on one device. `factor_width` is that of `lowrank` factors, `draws` the
+    `v`, on `tokens` positions of width `d`, on one device. `factor_width` is that of `lowrank` and `lora`, `draws` the
     `backward_draws` of `shared` ones, `shortlist` the number of tokens that the offsets after the first know."""
 
     d: int = 256

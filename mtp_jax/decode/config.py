@@ -22,7 +22,8 @@ class DecodeConfig:
     largest of them. A row stops drafting before a token whose law (the head's, given the drafts before it) has no
     probability of `min_confidence` or more. `verifier` names an entry of `mtp_jax.decode.verify.VERIFIERS`.
     Drafts are of the `joint` law, or `ancestral`: of one component, drawn from its posterior, with an R-th of the
-    draft's products with the unembedding (factors other than `full`) and somewhat lower acceptance; or
+    draft's products with the unembedding (`shared`; of `lowrank` and `lora` those of the corrections) and somewhat
+    lower acceptance; or
     `unconditioned`: of the joint law that knows not which token the target chose, to measure what knowing it is worth.
     """
 

@@ -215,8 +215,8 @@ class Head(nnx.Module):
         A token that a shortlist has not is never drafted; it tells nothing.
         """
         _within(state)
-        if self.config.rank == 1:
-            return state.skip()  # it tells nothing, and what is not asked for is not computed
+        if state.log_alpha_BR.shape[-1] == 1:
+            return state.skip()  # it tells nothing; a product of this offset's own is then not computed
         logp_BRV = state.logp_BRV[state.offset]
         if self.shortlist and state.offset:
             token_B = self.shortlist.columns(token_B)

@@ -205,11 +205,11 @@ class LowRankFactors(Factors):
     @staticmethod
     def logits(tables: Tables, x_BTD: Array) -> Array:
         """See `Factors.logits`."""
-        shared_BTWD, own_BTRWE = LowRankFactors.rows(tables, x_BTD)
+        shared_BTWD, own_BTRWE = LowRankFactors._rows(tables, x_BTD)
         return LowRankFactors._sum(tables, shared_BTWD, own_BTRWE)
 
     @staticmethod
-    def rows(tables: Tables, x_BTD: Array) -> tuple[Array, Array]:
+    def _rows(tables: Tables, x_BTD: Array) -> tuple[Array, Array]:
         """What the unembedding multiplies, `[B, T, W, D]`, and what U B does, `[B, T, R, W, E]`."""
         shared_BTWD = _by_offset("btd,dwe->btwe", x_BTD, tables["map_DWD"]).astype(x_BTD.dtype)
         return shared_BTWD, _by_offset("btd,drwe->btrwe", x_BTD, tables["down_DRWE"]).astype(x_BTD.dtype)
@@ -217,7 +217,7 @@ class LowRankFactors(Factors):
     @classmethod
     def of_component(cls, tables: Tables, x_B1D: Array, component_B: Array) -> Array:
         """See `Factors.of_component`."""
-        shared_B1WD, own_B1RWE = cls.rows(tables, x_B1D)
+        shared_B1WD, own_B1RWE = cls._rows(tables, x_B1D)
         return cls._sum(tables, shared_B1WD, pick.at(own_B1RWE[:, 0], component_B)[:, None, None])
 
     @staticmethod
@@ -266,17 +266,17 @@ class LoRAFactors(Factors):
     @staticmethod
     def logits(tables: Tables, x_BTD: Array) -> Array:
         """See `Factors.logits`."""
-        return LoRAFactors._sum(tables, x_BTD, LoRAFactors.rows(tables, x_BTD))
+        return LoRAFactors._sum(tables, x_BTD, LoRAFactors._rows(tables, x_BTD))
 
     @staticmethod
-    def rows(tables: Tables, x_BTD: Array) -> Array:
+    def _rows(tables: Tables, x_BTD: Array) -> Array:
         """What B multiplies, `[B, T, R, W, E]`."""
         return _by_offset("btd,drwe->btrwe", x_BTD, tables["down_DRWE"]).astype(x_BTD.dtype)
 
     @classmethod
     def of_component(cls, tables: Tables, x_B1D: Array, component_B: Array) -> Array:
         """See `Factors.of_component`."""
-        return cls._sum(tables, x_B1D, pick.at(cls.rows(tables, x_B1D)[:, 0], component_B)[:, None, None])
+        return cls._sum(tables, x_B1D, pick.at(cls._rows(tables, x_B1D)[:, 0], component_B)[:, None, None])
 
     @staticmethod
     def _sum(tables: Tables, x_BTD: Array, own_BTRWE: Array) -> Array:

@@ -59,9 +59,12 @@ class Results:
     @property
     def over_rank(self) -> bool:
         """Whether points differ in one field and are of different ranks, all compared with rank 1."""
+        if self.fields == (RANK,):
+            return self.raw["reference"] == {RANK: 1}
         ranks = [self.rank(point) for point in self.points]
-        references = {self.reference(point) for point in self.points} & set(self.points)
-        return len(self.fields) == 1 and len(set(ranks)) == len(ranks) and {self.rank(p) for p in references} == {1}
+        reference = self.reference(self.points[0])
+        alone = len(self.fields) == 1 and 1 < len(ranks) == len(set(ranks))
+        return alone and reference in self.points and self.rank(reference) == 1
 
     def rank(self, point: tuple[Any, ...]) -> int:
         """The rank of a point's heads."""

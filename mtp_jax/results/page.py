@@ -129,11 +129,11 @@ def recommendation(all_results: Sequence[Results]) -> str:
         point, e = max(ratios.items(), key=lambda at: at[1].mean)
         low, high = e.interval(len(ratios))
         surely = e.seeds > 1 and low > 1
-        head = results.of(point)[0].head
+        best = point if surely else results.reference(point)
+        head = results.of(best)[0].head
         shape = f"W = {head['window']}, `{head['factors']}`, target `{head['target']}`, balance `{head['balance']}`"
         found = f"{results.text(point)} has {e.mean:.3f}x [{low:.3f}, {high:.3f}] its tokens per second ({e.how})"
-        best = results.text(point) if surely else results.text(results.reference(point))
-        lines.append(f"* {results.label}: {best} ({shape}). Beside R = 1, {found}.")
+        lines.append(f"* {results.label}: {results.text(best)} ({shape}). Beside R = 1, {found}.")
     if not lines:
         return "No sweep over rank has timed decoding; there is nothing to recommend yet."
     how = (
@@ -152,6 +152,7 @@ def _answer(results: Results) -> str:
         over_plain = [up for run in results.of(point) if (up := speedup(run, "steps", MAIN_T))]
         rows.append([
             results.text(point),
+            f"{len(ends)}",
             *(_mean([end["loss"][name]["mean"] for end in ends], 3) for name in ("joint", "first_token")),
             _mean([[e["mean"] for e in end["loss"]["offsets"]] for end in ends]),
             *(_mean([end["gate"][name] for end in ends]) for name in ("effective", "entropy")),
@@ -160,11 +161,11 @@ def _answer(results: Results) -> str:
             _mean(over_plain),
             f"{1e3 * results.of(point)[0].raw['cost']['seconds']:.0f}",
         ])  # fmt: skip
-    header = ["run", "joint loss", "first token", "by offset", "components in effect", "gate entropy"]
+    header = ["joint loss", "first token", "by offset", "components in effect", "gate entropy"]
     header += [f"tokens per forward, T = {t:g}" for t in TEMPERATURES]
     header += [f"kept by offset, T = {MAIN_T:g}", f"tokens/s over plain, T = {MAIN_T:g}", "step, ms"]
-    seeds = f"Means over {len(results.seeds)} seed{'s' * (len(results.seeds) > 1)} at the end of the runs."
-    return "\n\n".join([f"### {results.label}", f"{results.raw['title']} {seeds}", markdown_table(header, rows)])
+    text = f"{results.raw['title']} Means over the seeds of each run, at its end."
+    return "\n\n".join([f"### {results.label}", text, markdown_table(["run", "seeds", *header], rows)])
 
 
 def _mean(values: Sequence[Any], digits: int = 2) -> str:

@@ -34,9 +34,9 @@ class MeasureConfig:
     the other checkpoints at the first temperature with the first kind.
     Speed is over `speed_prompts` held-out documents, one at a time, every temperature and k, `repetitions` times, at
     equal wall-clock. Speed and components are of one run of those that differ in their seed alone.
-    Training steps of all such runs and of next-token models are timed in turn, in one process, for `rounds` rounds; so
-    are iterations of decoding at the first temperature with W-1 drafts and with none, for `decoding_rounds`: speeds of
-    different runs are compared by them.
+    Training steps of all such runs and of next-token models are timed in turn, in one process, for `rounds` rounds, and
+    so are iterations of decoding at the first temperature, with W-1 drafts and with none: speeds of different runs are
+    compared by them.
     """
 
     held_out_sequences: int = 48
@@ -48,13 +48,12 @@ class MeasureConfig:
     drafts: tuple[str, ...] = ("joint",)
     speed_prompts: int = 6
     repetitions: int = 3
-    rounds: int = 7
-    decoding_rounds: int = 40
+    rounds: int = 40
     lengths: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "held_out_sequences", "prompts", "prompt_tokens", "batch_size", "speed_prompts")
-        at_least(self, 1, "repetitions", "rounds", "decoding_rounds")
+        at_least(self, 1, "repetitions", "rounds")
         at_least(self, 2, "new_tokens")
         require(
             bool(self.temperatures) and min(self.temperatures) >= 0,

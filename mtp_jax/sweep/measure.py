@@ -146,7 +146,7 @@ def decoding_costs(
         new_tokens=measure.new_tokens,
         temperatures=measure.temperatures[:1],
         ks=(0, *sorted({config.head.window - 1 for config in configs.values()} - {0})),
-        repetitions=measure.decoding_rounds,
+        repetitions=measure.rounds,
     )
     found = bench_runs({name: untrained(config) for name, config in configs.items()}, bench, progress)
     names = ("temperature", "k", "dtype", "iteration_seconds")
