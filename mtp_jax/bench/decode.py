@@ -128,13 +128,21 @@ def bench_decode(
     `logit_gap` by how much at most plain decoding preferred its own token where they parted (see `Session.gap`). All
     three are None for verifiers that keep the law of the output and not its tokens.
     """
+    most = run.config.head.window - 1
+    require(
+        max(config.ks, default=0) <= most,
+        f"BenchConfig.ks is {config.ks} and the head of the run drafts at most {most} tokens; leave out what is more.",
+    )
     return bench_runs({"": run}, config, progress)[""]
 
 
 def bench_runs(
     runs: Mapping[str, LoadedRun], config: BenchConfig, progress: Callable[[str], None] = lambda _: None
 ) -> dict[str, dict[str, Any]]:
-    """`bench_decode` of several runs in one process, prompt by prompt in turn: their speeds compare with each other."""
+    """`bench_decode` of several runs in one process, prompt by prompt in turn: their speeds compare with each other.
+
+    Of `config.ks` each has those that it can draft.
+    """
     for run in runs.values():
         check(config, run.config)
     benches = {name: _Bench(run, config, progress) for name, run in runs.items()}
