@@ -24,6 +24,7 @@ import mtp_jax
 from mtp_jax import DecodeConfig, HeadConfig, ModelConfig
 from mtp_jax.decode.generate import for_decoding, make_request, start
 from mtp_jax.decode.loop import run
+from mtp_jax.heads.factors import FACTORS
 from mtp_jax.model.transformer import LanguageModel, in_dtype
 
 DTYPES = "float32", "bfloat16"
@@ -60,7 +61,7 @@ def main() -> None:
     sizes = {"d": 768, "ff": 2048, "layers": 8, "v": 4096, "rank": 8, "window": 4, "factor-width": 64, "batch": 1}
     for name, value in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=value)
-    parser.add_argument("--factors", choices=["full", "shared", "lowrank", "lora"], default="lowrank")
+    parser.add_argument("--factors", choices=list(FACTORS), default="lowrank")
     parser.add_argument("--temperature", type=float, default=0.0)
     a = parser.parse_args()
     heads = a.d // 64

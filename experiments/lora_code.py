@@ -6,8 +6,8 @@
 
 `@gpu` for one GPU. With `full` factors a component costs as much as a head of rank 1, in training and in every draft:
 of bytes, 16 of them weigh more than this trunk. With `lora` they share an unembedding for each offset, and differ by
-corrections of width 16. The reference is rank 1 with `full` factors, so
-rank is not all that differs; there is no `lora` of rank 1, which would be such a head with a useless correction.
+corrections of width 16. The reference is rank 1 with `full` factors, so rank is not all that differs; there is no
+`lora` of rank 1, which would be such a head with a useless correction.
 
 Cost: about an hour on two cores, a third of it for each seed, and 5 minutes for the costs of a step and an iteration.
 Found (results/lora_code-cpu.json; T = 0.7, three seeds): at equal steps ranks 4, 8 and 16 give 0.21, 0.31 and 0.38 more

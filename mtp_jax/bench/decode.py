@@ -176,7 +176,7 @@ class _Bench:
         self.trials: dict[int, dict[str, float]] = {}
         with jax.set_mesh(run.mesh):
             self.session = Session(decoders(run), self.prompts, config)
-            ks = [k for k in range(run.config.head.window) if k in (config.ks or (k,))]
+            ks = [k for k in range(run.config.head.window) if not config.ks or k in config.ks]
             for batch in config.batch_sizes:
                 grid = _grid(config, batch, dtype, [*ks, *["adaptive"] * config.adaptive])
                 trial = self.trials[batch] = self.session.trial(grid[0])

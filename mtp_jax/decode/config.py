@@ -23,8 +23,8 @@ class DecodeConfig:
     probability of `min_confidence` or more. `verifier` names an entry of `mtp_jax.decode.verify.VERIFIERS`.
     Drafts are of the `joint` law, or `ancestral`: of one component, drawn from its posterior, with an R-th of the
     draft's products with the unembedding (`shared`; of `lowrank` and `lora` those of the corrections) and somewhat
-    lower acceptance; or
-    `unconditioned`: of the joint law that knows not which token the target chose, to measure what knowing it is worth.
+    lower acceptance; or `unconditioned`: of the joint law that knows not which token the target chose, to measure what
+    knowing it is worth.
     """
 
     max_new_tokens: Rows[int]

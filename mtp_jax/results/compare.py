@@ -68,8 +68,8 @@ def estimated(values: Sequence[float], documents: int, error: float) -> Estimate
 
 
 def over(pairs: Sequence[tuple[Units, ...]], combine: Callable[..., Any]) -> Estimate:
-    """What `combine` makes of one or two means, for each seed: the documents are the same for all and drawn "
-    "together."""
+    """What `combine` makes of one or two means, for each seed: the documents are the same for all and drawn
+    together."""
     values = [float(combine(*(a.sum() / b.sum() for a, b in units))) for units in pairs]
     pooled = [tuple(np.sum([units[i][j] for units in pairs], axis=0) for j in (0, 1)) for i in range(len(pairs[0]))]
     drawn_BD = resample(len(pooled[0][0]))
