@@ -47,10 +47,10 @@ TRUNK_CPU = TrainConfig(
         final_lr_fraction=0.02,
         weight_decay=0.05,
     ),
-    steps=400,
-    eval_every=100,
+    steps=600,
+    eval_every=150,
     eval_batches=16,
-    checkpoint_every=100,
+    checkpoint_every=150,
 )
 TRUNK_GPU = replace(
     TRUNK_CPU,
@@ -83,6 +83,7 @@ def heads(trunk: TrainConfig, *, steps: int, batch_size: int, learning_rate: flo
         eval_batches=8,
         checkpoint_every=steps // 12,
         keep_checkpoints=12,
+        ema_decay=1 - 12 / steps,  # what is read is the average of about the steps since the checkpoint before
         init_from=init_from,
         freeze="trunk",
     )

@@ -98,13 +98,13 @@ def results(
                 "cost": {
                     "seconds": 0.1 * cost, "flops": 1e9, "peak_bytes": 2**26,
                     "over_next_token": {"predicted": 0.4, "measured": 0.4 * cost},
-                    "over_reference": {"predicted": cost, "measured": cost},
+                    "over_reference": {"predicted": cost, "measured": cost, "error": 0.01},
                     "decoding": iterations(verify * effect),
                 },
                 "readings": readings, "measured": measured,
             })  # fmt: skip
     return {
-        "format": 2, "sweep": sweep, "size": "cpu", "title": "Does it pay?",
+        "format": 3, "sweep": sweep, "size": "cpu", "title": "Does it pay?",
         "command": f"mtp-jax sweep experiments/{sweep}.py@cpu",
         "reference": {"case": next(iter(cases))} if cases else {"head.rank": 1},
         "fields": (["case"] if cases else []) + ["head.rank", "seed"],

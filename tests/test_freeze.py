@@ -55,8 +55,8 @@ def on_trunk(trunk, **changes):
     return dataclasses.replace(config, **{**values, **changes})
 
 
-def parameters(run_dir, step="latest"):
-    return flatten_dict(jax.device_get(split(load(run_dir, step).model)[1]))
+def parameters(run_dir, step="latest", weights="params"):
+    return flatten_dict(jax.device_get(split(load(run_dir, step, weights=weights).model)[1]))
 
 
 def same(a, b):
@@ -73,7 +73,9 @@ def heads(trunk, tmp_path_factory):
 
 def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(trunk, heads):
     before, early, late = parameters(trunk[1]), parameters(heads, 2), parameters(heads)
+    average = parameters(heads, weights="ema")
     for path, leaf in late.items():
+        assert same(leaf, average[path]) == (path[0] != "head" or path[-1] == "unembed_VD"), path
         if path[0] != "head":
             assert same(leaf, before[path]) and same(leaf, early[path]), path
         elif path[-1] != "unembed_VD":

@@ -57,7 +57,7 @@ TRUNK = TrainConfig(
 )
 BASE = replace(
     TRUNK, head=HeadConfig(window=2, rank=1, target="ntp"), steps=6, checkpoint_every=1, keep_checkpoints=6,
-    init_from="trunk", freeze="trunk",
+    init_from="trunk", freeze="trunk", ema_decay=0.5,
 )
 MEASURE = MeasureConfig(
     held_out_sequences=8, prompts=4, prompt_tokens=8, new_tokens=12, batch_size=2, temperatures=(0.7, 0.0),
@@ -100,7 +100,7 @@ def go(file, *names):
             main(["sweep", f"{file}@tiny", "--only", name, "--dir", str(file.parent / "runs")])
         main(["sweep", f"{file}@tiny", "--collect", "--dir", str(file.parent / "runs")])
     results = json.loads((file.parent / "results" / "ranks-tiny.json").read_text())
-    return types.SimpleNamespace(place=Place(file.parent / "runs"), results=results, out=out.getvalue())
+    return types.SimpleNamespace(file=file, place=Place(file.parent / "runs"), results=results, out=out.getvalue())
 
 
 def test_the_runs_of_a_grid():
@@ -139,7 +139,8 @@ def test_fields_with_one_last_name_are_told_apart():
             {"grid": {"seed": (0,)}, "first": {"seed=0": TINY}},
             "Sweep.first has the names ['seed=0'], which",
         ),
-        ({"measure": {"prompts": 3, "batch_size": 2}}, "MeasureConfig.prompts is 3 and batch_size is 2, which must"),
+        ({"measure": {"prompts": 9, "batch_size": 2}}, "MeasureConfig.prompts is 9, batch_size 2 and speed_prompts 8:"),
+        ({"measure": {"prompts": 4, "batch_size": 2}}, "MeasureConfig.prompts is 4, batch_size 2 and speed_prompts 8:"),
         ({"measure": {"temperatures": ()}}, "MeasureConfig.temperatures is (); give one or more"),
         ({"measure": {"lengths": {"half": 0.0}}}, "MeasureConfig.lengths has half at 0.0; it must lie in (0, 1]."),
     ],
@@ -183,7 +184,7 @@ def test_a_run_that_there_is_not_is_named(file, text, message):
 
 def test_every_run_is_trained_measured_and_collected(done):
     results = done.results
-    assert (results["sweep"], results["size"], results["format"]) == ("ranks", "tiny", 2)
+    assert (results["sweep"], results["size"], results["format"]) == ("ranks", "tiny", 3)
     assert results["title"] == "What does rank do to a tiny model?" and results["reference"] == {"head.rank": 1}
     assert [run["name"] for run in results["runs"]] == ["rank=3,seed=0"]
     assert {run["state"] for run in results["runs"]} == {"done"} == {results["first"]["trunk"]["state"]}
@@ -201,6 +202,7 @@ def test_what_is_measured_of_a_run(done):
     own = [(row["temperature"], row["k"]) for row in cost["decoding"] if row["dtype"] == "float32"]
     assert own == [(0.7, 0), (0.7, 1)]
     assert all(min(row["iteration_seconds"]) > 0 and len(row["iteration_seconds"]) == 2 for row in cost["decoding"])
+    assert cost["over_reference"]["error"] >= 0  # of the clock
     assert cost["over_reference"]["predicted"] > 1 and cost["seconds"] > 0 and cost["peak_bytes"] > 0
     assert [row["step"] for row in run["curve"]] == [2, 4, 6] or [row["step"] for row in run["curve"]][-1] == 6
     end = run["measured"]["6"]
@@ -414,6 +416,25 @@ def test_a_reading_gives_no_run_more_than_its_share_and_no_less():
     for kept, most in (([40], 19.9), ([20, 60], 59.9)):
         with pytest.raises(ConfigError, match=r"due after \d+ steps \(at most \d+\), and the run has the checkpoints"):
             measuring.saved_step(kept, 20, most)
+
+
+def test_what_is_measured_is_the_average_and_the_same_text_by_all(done):
+    found = next(run for run in done.results["runs"] if run["name"] == "rank=3,seed=0")["measured"]["6"]
+    config = dataclasses.replace(load_sweep(f"{done.file}@tiny").sweep.measure, prompts=2)
+    losses = {}
+    for weights in ("ema", "params"):
+        run = load(done.place.run("rank=3,seed=0"), weights=weights)
+        store = prepare(run.config.data, tokenizer=run.tokenizer)
+        losses[weights] = measuring.held_out_losses(run, store, config.held_out_sequences, False)["loss"]["joint"]
+        if weights == "ema":
+            together = measuring.acceptance(run, store, config, 0.7, "joint")["tokens_per_forward"]["mean"]
+            (alone,) = [
+                row["block_efficiency"]
+                for row in measuring.speed(run, store, config)
+                if (row["temperature"], row["k"], row["dtype"]) == (0.7, 1, "float32")
+            ]
+            assert alone == pytest.approx(together)
+    assert losses["ema"] == pytest.approx(found["loss"]["joint"]) and losses["ema"] != losses["params"]
 
 
 def test_prompts_do_not_overlap(done):

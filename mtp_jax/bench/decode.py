@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -109,6 +109,16 @@ def file_prompts(files: str, tokenizer: Tokenizer, count: int, length: int, seed
     return long[:count]
 
 
+def chosen_prompts(run: LoadedRun, config: BenchConfig) -> list[Any]:
+    """The prompts that `config` asks for, as token ids."""
+    if config.files:
+        named = file_prompts(config.files, run.tokenizer, config.prompts, config.prompt_tokens, config.seed)
+    else:
+        store = prepare(run.config.data, tokenizer=run.tokenizer)
+        named = held_out_prompts(store, config.prompts, config.prompt_tokens, config.seed)
+    return [tokens for _, tokens in named]
+
+
 def check(config: BenchConfig, run: TrainConfig) -> None:
     """Refuse what cannot be measured of such a run."""
     for name in config.verifiers:
@@ -118,9 +128,14 @@ def check(config: BenchConfig, run: TrainConfig) -> None:
 
 
 def bench_decode(
-    run: LoadedRun, config: BenchConfig, progress: Callable[[str], None] = lambda _: None
+    run: LoadedRun,
+    config: BenchConfig,
+    progress: Callable[[str], None] = lambda _: None,
+    prompts: Sequence[Any] | None = None,
 ) -> dict[str, Any]:
     """Measure and return `{"rows": [...], ...}`, the object that the command prints last.
+
+    `prompts` are token ids to continue in place of those that `config` chooses, `config.prompts` of them.
 
     A row's `speedup` is its tokens/s over those of k = 0 in the dtype `plain_dtype`, the fastest for k = 0, all else
     being equal; `verify_cost` the time of one of its iterations over one of that. `identical_to_plain` says whether its
@@ -133,11 +148,14 @@ def bench_decode(
         max(config.ks, default=0) <= most,
         f"BenchConfig.ks is {config.ks} and the head of the run drafts at most {most} tokens; leave out what is more.",
     )
-    return bench_runs({"": run}, config, progress)[""]
+    return bench_runs({"": run}, config, progress, prompts)[""]
 
 
 def bench_runs(
-    runs: Mapping[str, LoadedRun], config: BenchConfig, progress: Callable[[str], None] = lambda _: None
+    runs: Mapping[str, LoadedRun],
+    config: BenchConfig,
+    progress: Callable[[str], None] = lambda _: None,
+    prompts: Sequence[Any] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """`bench_decode` of several runs in one process, prompt by prompt in turn: their speeds compare with each other.
 
@@ -145,7 +163,7 @@ def bench_runs(
     """
     for run in runs.values():
         check(config, run.config)
-    benches = {name: _Bench(run, config, progress) for name, run in runs.items()}
+    benches = {name: _Bench(run, config, progress, prompts) for name, run in runs.items()}
     for repetition in range(config.repetitions):
         for bench in benches.values():
             bench.begin()
@@ -163,14 +181,11 @@ def bench_runs(
 class _Bench:
     """One run that is measured: its cells are compiled when it is made."""
 
-    def __init__(self, run: LoadedRun, config: BenchConfig, progress: Callable[[str], None]):
+    def __init__(
+        self, run: LoadedRun, config: BenchConfig, progress: Callable[[str], None], prompts: Sequence[Any] | None
+    ):
         self.run, self.config = run, config
-        if config.files:
-            named = file_prompts(config.files, run.tokenizer, config.prompts, config.prompt_tokens, config.seed)
-        else:
-            store = prepare(run.config.data, tokenizer=run.tokenizer)
-            named = held_out_prompts(store, config.prompts, config.prompt_tokens, config.seed)
-        self.prompts, dtype = [tokens for _, tokens in named], run.config.model.dtype
+        self.prompts, dtype = list(prompts or chosen_prompts(run, config)), run.config.model.dtype
         self.prefill_seconds: list[float] = []
         self.cells: list[Cell] = []
         self.trials: dict[int, dict[str, float]] = {}

@@ -208,6 +208,7 @@ def low_overhead(all_results: Sequence[Results]) -> Claim:
                 cost[over][kind] for over in ("over_next_token", "over_reference") for kind in ("predicted", "measured")
             ]
             cells = [f"{ratio:.2f}" for ratio in ratios]
+            cells[-1] += f" +- {cost['over_reference']['error']:.2f}"
             rows.append([results.label, results.text(point), *cells, f"{cost['peak_bytes'] / 2**20:,.0f}", *times])
     steps = "step / next-token step, predicted", "measured", "step / rank-1 step, predicted", "measured"
     header = ["sweep", "run", *steps, "peak MiB of a step", "plain iteration, ms", "with W-1 drafts"]
@@ -215,7 +216,7 @@ def low_overhead(all_results: Sequence[Results]) -> Claim:
         f"Low is taken to mean at most {CHEAP:g} times a training step of rank 1: confirmed if all ranks are below "
         "that, not confirmed if none is, else it depends on the rank. Predictions are in FLOPs. The next-token step "
         "trains the whole trunk, so a frozen one is cheaper. With one target, the plain iteration is the same work for "
-        "all ranks: its spread is the noise of the clock."
+        "all ranks: its spread is the noise of the clock. After +- stands a standard error of the clock."
     )
     return Claim(title, judge(good), text, markdown_table(header, rows), found)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from mtp_jax.config import ConfigError, require
 
-FORMAT, SEED, RANK = 2, "seed", "head.rank"
+FORMAT, SEED, RANK = 3, "seed", "head.rank"
 READINGS = {"steps": "equal steps", "flops": "equal training FLOPs", "seconds": "equal wall-clock"}
 NEEDED = ("format", "sweep", "size", "title", "command", "reference", "fields", "machine", "versions", "first", "runs")
 

@@ -31,23 +31,24 @@ class MeasureConfig:
     Losses are over `held_out_sequences` sequences of all held-out documents. Acceptance is over `prompts` stretches of
     them, `prompt_tokens` long, each continued by `new_tokens` in batches of `batch_size`, with W-1 drafts: at the end
     at every one of `temperatures`, and at the first of them with each kind of `drafts` (see `DecodeConfig.draft`); for
-    the other checkpoints at the first temperature with the first kind.
-    Speed is over `speed_prompts` held-out documents, one at a time, every temperature and k, `repetitions` times, at
-    equal wall-clock. Speed and components are of one run of those that differ in their seed alone.
+    the other checkpoints at the first temperature with the first kind. By default that is 10,000 verification steps of
+    a window of 4 even where all drafts are accepted.
+    Speed is over the first `speed_prompts` of those stretches, one at a time, every temperature and k, `repetitions`
+    times, at equal wall-clock. Speed and components are of one run of those that differ in their seed alone.
     Training steps of all such runs and of next-token models are timed in turn, in one process, for `rounds` rounds, and
     so are iterations of decoding at the first temperature, with W-1 drafts and with none: speeds of different runs are
     compared by them.
     """
 
     held_out_sequences: int = 48
-    prompts: int = 120
+    prompts: int = 160
     prompt_tokens: int = 96
     new_tokens: int = 256
     batch_size: int = 40
     temperatures: tuple[float, ...] = (0.7, 0.0, 1.0)
     drafts: tuple[str, ...] = ("joint",)
-    speed_prompts: int = 6
-    repetitions: int = 3
+    speed_prompts: int = 8
+    repetitions: int = 2
     rounds: int = 40
     lengths: Mapping[str, float] = field(default_factory=dict)
 
@@ -60,8 +61,9 @@ class MeasureConfig:
             f"MeasureConfig.temperatures is {self.temperatures}; give one or more, each at least 0.",
         )
         require(
-            self.prompts % self.batch_size == 0,
-            f"MeasureConfig.prompts is {self.prompts} and batch_size is {self.batch_size}, which must divide it.",
+            self.prompts % self.batch_size == 0 and self.speed_prompts <= self.prompts,
+            f"MeasureConfig.prompts is {self.prompts}, batch_size {self.batch_size} and speed_prompts "
+            f"{self.speed_prompts}: the second must divide the first, and the third be no more.",
         )
         for name, fraction in self.lengths.items():
             require(0 < fraction <= 1, f"MeasureConfig.lengths has {name} at {fraction}; it must lie in (0, 1].")

@@ -27,7 +27,7 @@ from mtp_jax.losses.mixture import conditionals
 from mtp_jax.mesh import make_mesh
 from mtp_jax.model.transformer import LanguageModel
 from mtp_jax.sweep.config import MeasureConfig, Sweep, Variant
-from mtp_jax.sweep.intervals import ratio_interval
+from mtp_jax.sweep.intervals import ratio_interval, resample
 from mtp_jax.train.evaluate import place
 from mtp_jax.train.step import build_model
 
@@ -45,7 +45,7 @@ def measure(
     """The `readings` and what was `measured` of a finished run, as a results file has them.
 
     `cost` is that of its shape (see `costs`), and `reference_steps` how many the run has that it is compared with.
-    Nothing of `run_dir` is changed.
+    Measured are the averaged parameters where the run keeps them. Nothing of `run_dir` is changed.
 
     Raises:
       ConfigError: the run kept no checkpoint early enough for a reading, or there is too little held-out text.
@@ -60,7 +60,7 @@ def measure(
     main = max(readings.values())
     measured = {}
     for step in sorted(set(readings.values()), reverse=True):
-        run = load(run_dir, step)
+        run = load(run_dir, step, weights="ema" if variant.config.ema_decay else "params")
         store = prepare(run.config.data, tokenizer=run.tokenizer)
         progress(f"step {step}: held-out loss")
         found = held_out_losses(run, store, config.held_out_sequences, variant.whole and step == main)
@@ -71,7 +71,7 @@ def measure(
         found["speed"] = []
         if variant.whole and step == readings["seconds"]:
             progress(f"step {step}: speed")
-            found["speed"] = speed(run, config)
+            found["speed"] = speed(run, store, config)
         measured[str(step)] = found
     return {"readings": readings, "measured": measured}
 
@@ -120,7 +120,8 @@ def costs(sweep: Sweep, progress: Callable[[str], None] = lambda _: None) -> dic
     def over(name: str, other: str) -> dict[str, float]:
         own, base = found[name], found[other]
         ratios = np.array(own["rounds"]) / np.array(base["rounds"])
-        return {"predicted": own["flops"] / base["flops"], "measured": float(np.median(ratios))}
+        error = float(np.std(np.median(ratios[resample(len(ratios))], axis=1)))  # of the clock
+        return {"predicted": own["flops"] / base["flops"], "measured": float(np.median(ratios)), "error": error}
 
     return {
         name: {
@@ -292,6 +293,11 @@ def stretches(store: Store | Mixture, count: int, length: int, more: int) -> lis
     return [(i, documents[i][turn * size : turn * size + length]) for turn, i in turns[:count]]
 
 
+def prompts_of(store: Store | Mixture, config: MeasureConfig) -> list[tuple[int, np.ndarray]]:
+    """What acceptance is measured on: (document, tokens)."""
+    return stretches(store, config.prompts, config.prompt_tokens, config.new_tokens)
+
+
 def acceptance(
     run: LoadedRun, store: Store | Mixture, config: MeasureConfig, temperature: float, draft: str
 ) -> dict[str, Any]:
@@ -299,7 +305,7 @@ def acceptance(
 
     Prompt i is sampled with seed i, whatever the run: where the target is the same, so is the text.
     """
-    prompts = stretches(store, config.prompts, config.prompt_tokens, config.new_tokens)
+    prompts = prompts_of(store, config)
     options = {"max_new_tokens": config.new_tokens, "temperature": temperature, "draft": draft}
     parts: list[Generation] = []
     with jax.set_mesh(run.mesh):
@@ -334,8 +340,11 @@ def _by_document(of: list[int], values_P: np.ndarray) -> np.ndarray:
     return sums
 
 
-def speed(run: LoadedRun, config: MeasureConfig) -> list[dict[str, Any]]:
-    """The entries of `speed`: tokens/s of one prompt at a time by k, against plain decoding, in one process."""
+def speed(run: LoadedRun, store: Store | Mixture, config: MeasureConfig) -> list[dict[str, Any]]:
+    """The entries of `speed`: tokens/s of one prompt at a time by k, against plain decoding, in one process.
+
+    The prompts and seeds are the first ones of `acceptance`, and so is the text.
+    """
     bench = bench_decode(
         run,
         BenchConfig(
@@ -345,6 +354,7 @@ def speed(run: LoadedRun, config: MeasureConfig) -> list[dict[str, Any]]:
             temperatures=config.temperatures,
             repetitions=config.repetitions,
         ),
+        prompts=[tokens for _, tokens in prompts_of(store, config)[: config.speed_prompts]],
     )
     names = ("temperature", "k", "dtype", "plain_dtype", "tokens_per_second", "speedup", "verify_cost")
     return [{name: row[name] for name in (*names, "block_efficiency")} for row in bench["rows"]]

@@ -142,7 +142,8 @@ def train_step(
         ((loss, aux), grads), _ = lax.scan(part, zeros, (jnp.arange(parts), dealt))
 
     updates, opt_state = _update(optimizer, grads, state.opt_state, trained)
-    params = merge(optax.apply_updates(trained, updates), frozen)  # type: ignore[arg-type]
+    trained: Any = optax.apply_updates(trained, updates)  # type: ignore[arg-type]
+    params = merge(trained, frozen)
     metrics = {
         "loss": loss,
         **aux,
@@ -155,7 +156,10 @@ def train_step(
     if config.optimizer.skip_limit:
         metrics["skipped"] = opt_state.skipped
     step = state.step + 1
-    ema = average(config.ema_decay, state.ema, params, step) if config.ema_decay else None
+    ema = None
+    if config.ema_decay:
+        averaged, constant = partition(config, state.ema)  # what is frozen is its own average
+        ema = merge(average(config.ema_decay, averaged, trained, step), constant)
     return TrainState(step, params, opt_state, ema), metrics
 
 
