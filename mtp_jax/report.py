@@ -140,13 +140,17 @@ def plot_acceptance(rows: Sequence[Row]) -> Figure:
 
 
 def plot_speed(rows: Sequence[Row]) -> Figure:
-    """Tokens per second by k, one panel per batch size; dashed lines are what the speed-ups are against."""
-    rows = [row for row in rows if row["dtype"] == rows[0]["dtype"]]
+    """Tokens per second by k, one panel per batch size, in the dtype of its fastest row; dashed lines are what the
+    speed-ups are against."""
     batches = sorted({row["batch"] for row in rows})
-    titles = [f"Decoding speed, batch {batch}, {rows[0]['dtype']}" for batch in batches]
+    dtypes = {
+        batch: max((row for row in rows if row["batch"] == batch), key=lambda row: row["tokens_per_second"])["dtype"]
+        for batch in batches
+    }
+    titles = [f"Decoding speed, batch {batch}, {dtypes[batch]}" for batch in batches]
     figure, parts = panels(titles, "drafts per forward, k", "tokens/s")
     for batch, axes in zip(batches, parts, strict=True):
-        panel = [row for row in rows if row["batch"] == batch]
+        panel = [row for row in rows if (row["batch"], row["dtype"]) == (batch, dtypes[batch])]
         for points, style in _lines(panel):
             axes.plot([row["k"] for row in points], [row["tokens_per_second"] for row in points], **style)
         for row in panel:

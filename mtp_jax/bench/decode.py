@@ -191,14 +191,15 @@ class _Bench:
         self.trials: dict[int, dict[str, float]] = {}
         with jax.set_mesh(run.mesh):
             self.session = Session(decoders(run), self.prompts, config)
-            ks = [k for k in range(run.config.head.window) if not config.ks or k in config.ks]
+            ks: list[Any] = [k for k in range(run.config.head.window) if not config.ks or k in config.ks]
+            ks += ["adaptive"] * config.adaptive
             for batch in config.batch_sizes:
-                grid = _grid(config, batch, dtype, [*ks, *["adaptive"] * config.adaptive])
+                grid = _grid(config, batch, dtype, ks)
                 trial = self.trials[batch] = self.session.trial(grid[0])
                 progress(f"tried k = 0 in {' and '.join(trial)}")
                 (other,) = trial.keys() - {dtype}
                 if trial[other] > MARGIN * trial[dtype]:
-                    grid += _grid(config, batch, other, [0])
+                    grid += _grid(config, batch, other, ks)
                 self.cells += grid
             for cell in self.cells:
                 self.session.compile(cell)

@@ -142,17 +142,14 @@ def pairs(results: Results, point: tuple[Any, ...]) -> list[tuple[Run, Run]]:
 
 
 def iteration_seconds(run: Run, temperature: float) -> dict[int, np.ndarray]:
-    """The times of an iteration by round, for k = W-1 in the run's own dtype and k = 0 in the one that is faster for
-    it."""
+    """The times of an iteration by round, for k = 0 and k = W-1, each in the dtype that is faster for it."""
     rows = [row for row in run.raw["cost"]["decoding"] if row["temperature"] == temperature]
     most = run.head["window"] - 1
-    plain = min((row["iteration_seconds"] for row in rows if row["k"] == 0), key=np.median, default=None)
-    own = [
-        row["iteration_seconds"]
-        for row in rows
-        if (row["k"], row["dtype"]) == (most, run.raw["config"]["model"]["dtype"])
-    ]
-    return {0: np.array(plain), most: np.array(own[0])} if plain and own else {}
+    found = {
+        k: min((row["iteration_seconds"] for row in rows if row["k"] == k), key=np.median, default=None)
+        for k in (0, most)
+    }
+    return {k: np.array(of) for k, of in found.items()} if all(found.values()) else {}
 
 
 @dataclass(frozen=True)

@@ -33,11 +33,11 @@ class MeasureConfig:
     at every one of `temperatures`, and at the first of them with each kind of `drafts` (see `DecodeConfig.draft`); for
     the other checkpoints at the first temperature with the first kind. By default that is 10,000 verification steps of
     a window of 4 even where all drafts are accepted.
-    Speed is over the first `speed_prompts` of those stretches, one at a time, every temperature and k, `repetitions`
-    times, at equal wall-clock. Speed and components are of one run of those that differ in their seed alone.
-    Training steps of all such runs and of next-token models are timed in turn, in one process, for `rounds` rounds, and
-    so are iterations of decoding at the first temperature, with W-1 drafts and with none: speeds of different runs are
-    compared by them.
+    Speed is over the first `speed_prompts` of those stretches, one at a time, at the first temperature and every k,
+    `repetitions` times, at equal wall-clock. Speed and components are of one run of those that differ in their seed
+    alone. Training steps of all such runs and of next-token models are timed in turn, in one process, for `rounds`
+    rounds, and so are iterations of decoding at the first temperature, with W-1 drafts and with none: speeds of
+    different runs are compared by them.
     """
 
     held_out_sequences: int = 48
@@ -48,7 +48,7 @@ class MeasureConfig:
     temperatures: tuple[float, ...] = (0.7, 0.0, 1.0)
     drafts: tuple[str, ...] = ("joint",)
     speed_prompts: int = 8
-    repetitions: int = 2
+    repetitions: int = 3
     rounds: int = 40
     lengths: Mapping[str, float] = field(default_factory=dict)
 

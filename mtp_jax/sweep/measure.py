@@ -351,7 +351,7 @@ def speed(run: LoadedRun, store: Store | Mixture, config: MeasureConfig) -> list
             prompts=config.speed_prompts,
             prompt_tokens=config.prompt_tokens,
             new_tokens=config.new_tokens,
-            temperatures=config.temperatures,
+            temperatures=config.temperatures[:1],
             repetitions=config.repetitions,
         ),
         prompts=[tokens for _, tokens in prompts_of(store, config)[: config.speed_prompts]],
