@@ -12,7 +12,8 @@ corrections of width 16. The reference is rank 1 with `full` factors, so rank is
 Cost: about an hour on two cores, a third of it for each seed, and 5 minutes for the costs of a step and an iteration.
 Found (results/lora_code-cpu.json; T = 0.7, three seeds): at equal steps ranks 4, 8 and 16 give 0.21, 0.31 and 0.38 more
 tokens per forward than the 1.78 of rank 1, and at equal wall-clock of training about 1.05 to 1.12 times its tokens per
-second; the clock of that machine leaves 0.98 to 1.22 (intervals widened for three comparisons).
+second; the clock of that machine leaves 0.98 to 1.22 (intervals widened for three comparisons). That was at commit
+c3e91f8, on a trunk of 400 steps, of the parameters and not of their average.
 """
 
 from dataclasses import replace

@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
+from jax.interpreters import partial_eval
 from jax.sharding import PartitionSpec as P
 
-from mtp_jax.config import HeadConfig, ModelConfig
-from mtp_jax.heads.factors import SharedFactors
+from mtp_jax.config import WITH_TABLE, HeadConfig, ModelConfig
+from mtp_jax.heads.factors import FACTORS, SharedFactors
 from mtp_jax.train.costs import (
     Costs,
     costs,
@@ -119,6 +120,28 @@ def test_the_heads_flops_are_those_of_its_matrix_products(head):
     x_BTD = tiny.shard(np.zeros((BATCH, TIME, MODEL["d_model"]), np.float32))
     counted = dot_flops(loss, params, x_BTD, tiny.make_batch(config)) - per_batch(config)
     assert counted == BATCH * TIME * head_forward_flops(config.head, config.model)
+
+
+@pytest.mark.parametrize("target", ["ntp", "marginal"])
+@pytest.mark.parametrize("factors", FACTORS)
+def test_what_backward_saves_on_a_frozen_trunk(factors, target):
+    """Of the factors' own products: neither hidden states nor a table that is the target need a gradient."""
+    config, rows = make_config(factors), 6
+    model, form, table = config.model, FACTORS[factors], target == "ntp"
+    params = {**form(config.head, model, rngs=nnx.Rngs(0)).params(), "unembed_VD": jnp.ones((34, 20))}
+    trained = {name for name in params if name != "unembed_VD" or (factors in WITH_TABLE and not table)}
+
+    def logits(own, rest, x_BTD):
+        return jnp.sum(form.logits(form.tables({**own, **rest}), x_BTD) ** 2)
+
+    own, rest = ({name: a for name, a in params.items() if (name in trained) is of} for of in (True, False))
+    jaxpr = jax.jit(jax.value_and_grad(logits)).trace(own, rest, jnp.ones((1, rows, 20))).jaxpr.jaxpr
+    # The rule of a product gives both gradients, and the compiler leaves out what nobody asks for.
+    counted = count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
+    forward, saved = form.forward_flops(config.head, model), form.frozen_flops(config.head, model, table)
+    # U B is computed once for all positions; the prediction leaves it out, and its gradients: of B, and of U.
+    once = (3 - table) * per_batch(config)
+    assert counted - once == rows * (3 * forward - saved)
 
 
 @pytest.mark.parametrize("head", HEADS)

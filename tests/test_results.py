@@ -56,7 +56,7 @@ def verdicts(load):
     ("change", "message"),
     [
         (lambda r: r.pop("fields"), "has no field 'fields'; give a file that `mtp-jax sweep` has written."),
-        (lambda r: r.update(format=4), "is of format 4 and this is for 3; write it anew."),
+        (lambda r: r.update(format=4), "is of format 4 and this is for 2 and 3; write it anew."),
         (lambda r: r["runs"][0].pop("state"), "a run has no field 'state' (rank=1,seed=0)."),
         (lambda r: r["runs"][0].pop("cost"), "the run rank=1,seed=0 is done and has no field 'cost'."),
         (lambda r: r.update(runs=[]), "has no finished run (0 failed); start the sweep again."),

@@ -208,7 +208,8 @@ def low_overhead(all_results: Sequence[Results]) -> Claim:
                 cost[over][kind] for over in ("over_next_token", "over_reference") for kind in ("predicted", "measured")
             ]
             cells = [f"{ratio:.2f}" for ratio in ratios]
-            cells[-1] += f" +- {cost['over_reference']['error']:.2f}"
+            if "error" in cost["over_reference"]:
+                cells[-1] += f" +- {cost['over_reference']['error']:.2f}"
             rows.append([results.label, results.text(point), *cells, f"{cost['peak_bytes'] / 2**20:,.0f}", *times])
     steps = "step / next-token step, predicted", "measured", "step / rank-1 step, predicted", "measured"
     header = ["sweep", "run", *steps, "peak MiB of a step", "plain iteration, ms", "with W-1 drafts"]

@@ -11,7 +11,8 @@ from typing import Any
 
 from mtp_jax.config import ConfigError, require
 
-FORMAT, SEED, RANK = 3, "seed", "head.rank"
+SEED, RANK = "seed", "head.rank"
+FORMATS = 2, 3  # the former lacks the clock's error of a step's costs
 READINGS = {"steps": "equal steps", "flops": "equal training FLOPs", "seconds": "equal wall-clock"}
 NEEDED = ("format", "sweep", "size", "title", "command", "reference", "fields", "machine", "versions", "first", "runs")
 
@@ -129,7 +130,8 @@ def _load(path: Path) -> Results:
             isinstance(raw, dict) and name in raw,
             f"{path} has no field {name!r}; give a file that `mtp-jax sweep` has written.",
         )
-    require(raw["format"] == FORMAT, f"{path} is of format {raw['format']} and this is for {FORMAT}; write it anew.")
+    known = " and ".join(map(str, FORMATS))
+    require(raw["format"] in FORMATS, f"{path} is of format {raw['format']} and this is for {known}; write it anew.")
     fields = tuple(field for field in raw["fields"] if field != SEED)
     runs, failed = [], {}
     for run in raw["runs"]:
