@@ -167,6 +167,15 @@ def test_where_drafts_do_not_pay_a_speed_is_that_of_plain_decoding(load):
     assert fast and (fast.k, fast.tokens) == (0, 1.0) and speedup(found.of((4,))[0], "seconds", 0.7) == pytest.approx(1)
 
 
+def test_results_without_the_clocks_error_are_read_too(load):
+    older, newer = results(), results()
+    older["format"] = 2
+    for run in older["runs"]:
+        del run["cost"]["over_reference"]["error"]
+    found = [next(c for c in claims(load(value)) if "overhead" in c.title).table for value in (older, newer)]
+    assert "+-" not in found[0] and found[1].count("+- 0.01") >= len(newer["runs"]) // 3
+
+
 def test_a_gain_is_confirmed(verdicts):
     text = results(sweep="rank_text", source="text")
     of = verdicts(results(), text, results(freeze="none", sweep="scratch_code", noise=1e-3))

@@ -434,7 +434,7 @@ def test_what_is_measured_is_the_average_and_the_same_text_by_all(done):
                 if (row["temperature"], row["k"], row["dtype"]) == (0.7, 1, "float32")
             ]
             assert alone == pytest.approx(together)
-    assert losses["ema"] == pytest.approx(found["loss"]["joint"]) and losses["ema"] != losses["params"]
+    assert losses["ema"] == pytest.approx(found["loss"]["joint"]) and losses["ema"] != pytest.approx(losses["params"])
 
 
 def test_prompts_do_not_overlap(done):

@@ -159,7 +159,7 @@ def bench_runs(
 ) -> dict[str, dict[str, Any]]:
     """`bench_decode` of several runs in one process, prompt by prompt in turn: their speeds compare with each other.
 
-    Of `config.ks` each has those that it can draft.
+    Of `config.ks` each has those that it can draft; `prompts` are the same for all.
     """
     for run in runs.values():
         check(config, run.config)
@@ -185,7 +185,11 @@ class _Bench:
         self, run: LoadedRun, config: BenchConfig, progress: Callable[[str], None], prompts: Sequence[Any] | None
     ):
         self.run, self.config = run, config
-        self.prompts, dtype = list(prompts or chosen_prompts(run, config)), run.config.model.dtype
+        self.prompts, dtype = list(chosen_prompts(run, config) if prompts is None else prompts), run.config.model.dtype
+        require(
+            len(self.prompts) == config.prompts,
+            f"BenchConfig.prompts is {config.prompts} and {len(self.prompts)} were given; make them as many.",
+        )
         self.prefill_seconds: list[float] = []
         self.cells: list[Cell] = []
         self.trials: dict[int, dict[str, float]] = {}
@@ -292,7 +296,7 @@ class Session:
         return asked, state, t1 - t0, time.perf_counter() - t1
 
     def trial(self, plain: Cell) -> dict[str, float]:
-        """Forwards per second of a cell of k = 0 in each dtype, in a few short runs: only the fastest is worth more."""
+        """Forwards per second of a cell of k = 0 in each dtype, in a few short runs: a slower one gets no more."""
         cells = {dtype: dataclasses.replace(plain, dtype=dtype) for dtype in self.models}
         forwards = min(TRIAL_FORWARDS, self.config.new_tokens - 1)
         for cell in cells.values():

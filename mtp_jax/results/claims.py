@@ -175,7 +175,8 @@ def faster(all_results: Sequence[Results]) -> Claim:
     text = (
         f"Tokens per second at T = {MAIN_T:g} and batch 1, with W-1 drafts or with none if that is faster, over rank "
         "1: the tokens of an iteration over its time, which is taken for all ranks in one process, in turn; intervals "
-        "hold the rounds of that too. Beside it what one run of each rank gave at its best k in a process of its own; "
+        "hold the rounds of that too. Iterations are timed in the faster of two dtypes and acceptance is that of the "
+        "run's own. Beside it what one run of each rank gave at its best k in a process of its own; "
         f"where the two differ by more than the effect, neither tells. {' '.join(bars)}"
     )
     header = ["sweep", "run", "over plain, equal wall-clock", "the same, one run", "k"]

@@ -142,7 +142,8 @@ def pairs(results: Results, point: tuple[Any, ...]) -> list[tuple[Run, Run]]:
 
 
 def iteration_seconds(run: Run, temperature: float) -> dict[int, np.ndarray]:
-    """The times of an iteration by round, for k = 0 and k = W-1, each in the dtype that is faster for it."""
+    """The times of an iteration by round, for k = 0 and k = W-1, each in the dtype that is faster for it; acceptance is
+    measured in the run's own."""
     rows = [row for row in run.raw["cost"]["decoding"] if row["temperature"] == temperature]
     most = run.head["window"] - 1
     found = {
