@@ -8,12 +8,12 @@ The primary comparison: one target for all ranks. Acceptance is measured too wit
 the target chose (`unconditioned`).
 
 Cost on two cores: 17 minutes for the trunk (with other work beside it), 8 for the costs of a step and an iteration, 4
-to 7 for each run of the first seed; the others take less where nothing runs beside them. `--only NAME` does one at a
-time.
+to 7 for each run of the first seed (7 to 9 for those of the others, which had other work beside them). `--only NAME`
+does one at a time.
 Found (results/rank_code-cpu.json; ranks 1 and 4 with three seeds, ranks 2, 8 and 16 with one; T = 0.7): at equal
 wall-clock of training rank 4 has a joint loss lower by 0.79 nats a window than rank 1, 0.17 more tokens per forward
-than its 1.72, and 0.84 times its tokens per second: where decoding is bound by reading weights, each component of
-`full` factors costs a table for each offset. lora_code.py has cheaper ones.
+than its 1.72, and 0.84 times its tokens per second: each component of `full` factors adds a table for each offset to
+what is read in every iteration. lora_code.py has cheaper ones.
 """
 
 from setting import HEADS_CPU, HEADS_GPU, TRUNK_CPU, TRUNK_GPU

@@ -202,7 +202,7 @@ def test_what_is_measured_of_a_run(done):
     own = [(row["temperature"], row["k"]) for row in cost["decoding"] if row["dtype"] == "float32"]
     assert own == [(0.7, 0), (0.7, 1)]
     assert all(min(row["iteration_seconds"]) > 0 and len(row["iteration_seconds"]) == 2 for row in cost["decoding"])
-    assert cost["over_reference"]["error"] >= 0  # of the clock
+    assert cost["over_reference"]["error"] > 0  # of the clock, which no two rounds agree on
     assert cost["over_reference"]["predicted"] > 1 and cost["seconds"] > 0 and cost["peak_bytes"] > 0
     assert [row["step"] for row in run["curve"]] == [2, 4, 6] or [row["step"] for row in run["curve"]][-1] == 6
     end = run["measured"]["6"]
