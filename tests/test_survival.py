@@ -29,19 +29,27 @@ def assert_same_run(run_dir, straight):
     jax.tree.map(np.testing.assert_array_equal, parameters(run_dir), parameters(straight))
 
 
-def survive(file, run_dir, kills, options):
-    """Start the command again and again, and kill it `kills` times: while it starts, trains, saves, or cleans up."""
+def survive(file, run_dir, kills, steps, options):
+    """Start the command again and again, and kill it `kills` times: while it starts, trains, saves, or cleans up.
+
+    A kill comes after a time drawn, and never later than at its share of the steps: however fast the machine, no run
+    ends before its kill.
+    """
     dice = random.Random(0)
     for number in range(kills):
         with Processes(file, run_dir, "--auto-resume", *options, count=1) as one:
             (process,) = one.processes
-            if number % 4:
-                seen = len(metrics(run_dir))
-                while len(metrics(run_dir)) <= seen and process.poll() is None:
-                    time.sleep(0.01)
-                time.sleep(dice.uniform(0, 1.5))
-            else:
-                time.sleep(dice.uniform(0, 8))
+            last = steps * (number + 1) // (kills + 1)
+            seen = len(metrics(run_dir))
+            starting = number % 4 == 0
+            wait, start = dice.uniform(0, 8 if starting else 1.5), time.monotonic()
+            while time.monotonic() < start + wait and process.poll() is None:
+                time.sleep(0.01)
+                lines = metrics(run_dir)
+                if lines and lines[-1]["step"] >= last:
+                    break
+                if not starting and len(lines) <= seen:
+                    start = time.monotonic()
             assert process.poll() is None, one.said()
             process.send_signal(signal.SIGKILL)
     with Processes(file, run_dir, "--auto-resume", *options, count=1) as one:
@@ -54,7 +62,7 @@ def test_a_run_that_is_killed_ends_as_one_that_was_not(root, kills, steps):  # n
     options = ["--steps", str(steps), "--eval-every", "40", "--checkpoint-every", "20", "--log-every", "10"]
     with Processes(file, root / f"straight{kills}", *options, count=1) as one:
         assert one.wait(600) == [0], one.said()
-    survive(file, root / f"killed{kills}", kills, options)
+    survive(file, root / f"killed{kills}", kills, steps, options)
     assert_same_run(root / f"killed{kills}", root / f"straight{kills}")
 
 
