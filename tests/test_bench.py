@@ -22,6 +22,7 @@ from mtp_jax.config import ConfigError, DataConfig
 from mtp_jax.data import ByteTokenizer, Documents, Store
 from mtp_jax.decode.generate import Generation, for_decoding, generate
 from mtp_jax.decode.verify import VERIFIERS
+from mtp_jax.sweep.measure import untrained
 from mtp_jax.train.step import build_model
 
 
@@ -340,6 +341,19 @@ def test_the_other_dtype_is_measured_where_it_is_faster(measure):
     assert sorted(plain) == [(T, dtype) for T in (0.0, 0.7) for dtype in ("bfloat16", "float32")]
     ks = [(row["dtype"], row["k"]) for row in found["rows"] if row["temperature"] == 0.7]
     assert ks == [(dtype, k) for dtype in ("float32", "bfloat16") for k in range(3)]
+
+
+def test_runs_that_are_measured_together_have_the_same_cells(monkeypatch):
+    """One of them is faster in the other dtype, so both are measured in it: else their speeds would not compare."""
+    trials = iter([{"float32": 1.0, "bfloat16": 0.5}, {"float32": 1.0, "bfloat16": 2.0}])
+    monkeypatch.setattr(bench.Session, "trial", lambda *_: next(trials))
+    config = BenchConfig(prompts=1, prompt_tokens=4, new_tokens=3, temperatures=(0.0,), ks=(0, 1), repetitions=1)
+    runs = {name: untrained(tiny.train_config()) for name in ("one", "other")}
+    found = bench.bench_runs(runs, config, prompts=[np.array([1, 2, 3, 4])])
+    cells = [(dtype, k) for dtype in ("float32", "bfloat16") for k in (0, 1)]
+    assert {name: [(row["dtype"], row["k"]) for row in of["rows"]] for name, of in found.items()} == {
+        name: cells for name in runs
+    }
 
 
 def test_every_cell_of_the_grid_decodes_all_prompts(measure):

@@ -159,11 +159,15 @@ def bench_runs(
 ) -> dict[str, dict[str, Any]]:
     """`bench_decode` of several runs in one process, prompt by prompt in turn: their speeds compare with each other.
 
-    Of `config.ks` each has those that it can draft; `prompts` are the same for all.
+    Of `config.ks` each has those that it can draft; `prompts` are the same for all, and so are the dtypes.
     """
     for run in runs.values():
         check(config, run.config)
-    benches = {name: _Bench(run, config, progress, prompts) for name, run in runs.items()}
+    benches = {name: _Bench(run, config, prompts) for name, run in runs.items()}
+    for batch in config.batch_sizes:
+        both = any([bench.tries(batch, progress) for bench in benches.values()])  # the same cells for all
+        for bench in benches.values():
+            bench.add(batch, both, progress)
     for repetition in range(config.repetitions):
         for bench in benches.values():
             bench.begin()
@@ -179,13 +183,11 @@ def bench_runs(
 
 
 class _Bench:
-    """One run that is measured: its cells are compiled when it is made."""
+    """One run that is measured."""
 
-    def __init__(
-        self, run: LoadedRun, config: BenchConfig, progress: Callable[[str], None], prompts: Sequence[Any] | None
-    ):
+    def __init__(self, run: LoadedRun, config: BenchConfig, prompts: Sequence[Any] | None):
         self.run, self.config = run, config
-        self.prompts, dtype = list(chosen_prompts(run, config) if prompts is None else prompts), run.config.model.dtype
+        self.prompts = list(chosen_prompts(run, config) if prompts is None else prompts)
         require(
             len(self.prompts) == config.prompts,
             f"BenchConfig.prompts is {config.prompts} and {len(self.prompts)} were given; make them as many.",
@@ -195,19 +197,26 @@ class _Bench:
         self.trials: dict[int, dict[str, float]] = {}
         with jax.set_mesh(run.mesh):
             self.session = Session(decoders(run), self.prompts, config)
-            ks: list[Any] = [k for k in range(run.config.head.window) if not config.ks or k in config.ks]
-            ks += ["adaptive"] * config.adaptive
-            for batch in config.batch_sizes:
-                grid = _grid(config, batch, dtype, ks)
-                trial = self.trials[batch] = self.session.trial(grid[0])
-                progress(f"tried k = 0 in {' and '.join(trial)}")
-                (other,) = trial.keys() - {dtype}
-                if trial[other] > MARGIN * trial[dtype]:
-                    grid += _grid(config, batch, other, ks)
-                self.cells += grid
-            for cell in self.cells:
+
+    def tries(self, batch: int, progress: Callable[[str], None]) -> bool:
+        """Whether plain decoding is faster in the other dtype."""
+        dtype = self.run.config.model.dtype
+        with jax.set_mesh(self.run.mesh):
+            trial = self.trials[batch] = self.session.trial(_grid(self.config, batch, dtype, [0])[0])
+        progress(f"tried k = 0 in {' and '.join(trial)}")
+        return max(trial.values()) > MARGIN * trial[dtype]
+
+    def add(self, batch: int, both: bool, progress: Callable[[str], None]) -> None:
+        """Compile the cells of a batch size, in the run's own dtype or in both."""
+        ks: list[Any] = [k for k in range(self.run.config.head.window) if not self.config.ks or k in self.config.ks]
+        ks += ["adaptive"] * self.config.adaptive
+        own = self.run.config.model.dtype
+        cells = [cell for d in self.session.models if both or d == own for cell in _grid(self.config, batch, d, ks)]
+        with jax.set_mesh(self.run.mesh):
+            for cell in cells:
                 self.session.compile(cell)
                 progress(f"compiled T = {cell.temperature:g}, k = {cell.k}{_batch(cell.batch)}")
+        self.cells += cells
 
     def begin(self) -> None:
         """Begin a repetition."""
