@@ -36,7 +36,7 @@ def loss_by_rank(all_results: Sequence[Results]) -> Figure | None:
     for axes, (_, results, points) in zip(parts, found, strict=True):
         for shift, (reading, text) in enumerate(READINGS.items()):
             cells = [compare(results, point, reading, joint_loss) for point in points]
-            _errorbars(axes, results, points, cells, shift - 1, text)
+            _errorbars(axes, _ranks(results, points, shift), cells, shift, text)
         _rank_axis(axes, results, points)
         axes.axhline(0, color="0.4", lw=1)
     legend(figure, [handle for axes in parts for handle in axes.get_legend_handles_labels()[0]])
@@ -52,7 +52,7 @@ def acceptance_by_rank(all_results: Sequence[Results]) -> Figure | None:
     for axes, (_, results, points) in zip(parts, found, strict=True):
         for shift, temperature in enumerate(TEMPERATURES):
             cells = [estimate(results, point, "steps", tokens_per_forward(temperature)) for point in points]
-            _errorbars(axes, results, points, cells, shift - 1, f"T = {temperature:g}")
+            _errorbars(axes, _ranks(results, points, shift), cells, shift, f"T = {temperature:g}")
         _rank_axis(axes, results, points)
     legend(figure, [handle for axes in parts for handle in axes.get_legend_handles_labels()[0]])
     return figure
@@ -113,27 +113,23 @@ def frontier(all_results: Sequence[Results]) -> Figure | None:
     titles = [title for title, _, _ in found]
     figure, parts = panels(titles, "training step over that of rank 1", f"tokens/s over rank 1, T = {MAIN_T:g}")
     for axes, (_, results, points) in zip(parts, found, strict=True):
-        for index, (reading, text) in enumerate((name, READINGS[name]) for name in ("steps", "seconds")):
-            xs, ys, names = [], [], []
-            for point in points:
-                ratio = speed_ratio(results, point, reading, MAIN_T)
-                if ratio:
-                    xs.append(results.of(point)[0].raw["cost"]["over_reference"]["measured"])
-                    ys.append(ratio.mean)
-                    names.append(results.text(point))
-            style: dict[str, Any] = {
-                "color": PALETTE[index],
-                "marker": MARKERS[index],
-                "ms": 5,
-                "lw": 1.4,
-                "label": text,
-            }
-            axes.plot(xs, ys, **style)
-            if index == 0:
-                for x, y, name in zip(xs, ys, names, strict=True):
-                    axes.annotate(name, (x, y), xytext=(4, 6), textcoords="offset points", size="small", color="0.3")
+        steps = {p: results.of(p)[0].raw["cost"]["over_reference"]["measured"] for p in points}
+        apart = 0.012 * (max(steps.values()) - min(steps.values()))  # so that the intervals do not hide each other
+        for index, reading in enumerate(("steps", "seconds")):
+            ratios = [speed_ratio(results, point, reading, MAIN_T) for point in points]
+            xs = [x + index * apart for x in steps.values()]
+            _errorbars(axes, xs, ratios, index, READINGS[reading])
+            for x, ratio, point in zip(xs, ratios, points, strict=True):
+                if ratio and index == 1:
+                    # Below its interval; the reference, which has none, beside it.
+                    whole = results.reference(point) == point
+                    xytext, place = ((7, 4), ("left", "bottom")) if whole else ((0, -4), ("center", "top"))
+                    axes.annotate(
+                        results.text(point), (x, ratio.interval()[0]), xytext=xytext, textcoords="offset points",
+                        ha=place[0], va=place[1], size="small", color="0.3",
+                    )  # fmt: skip
         axes.axhline(1, color="0.4", lw=1)
-        axes.margins(x=0.14, y=0.14)
+        axes.margins(x=0.1, y=0.12)
     legend(figure, [handle for axes in parts for handle in axes.get_legend_handles_labels()[0]])
     return figure
 
@@ -206,7 +202,7 @@ FIGURES: dict[str, tuple[Callable[[Sequence[Results]], Any], str]] = {
     "frontier": (
         frontier,
         "What a rank costs, as the measured time of a training step, against what it gives, as tokens per second at "
-        "the best k, both over rank 1.",
+        "the best k, both over rank 1, with intervals of 95%.",
     ),
     "components": (components, "Share of the held-out windows that each component is responsible for, sorted."),
     "balancing": (balancing, "Kinds and weights of load balancing, at equal steps."),
@@ -237,22 +233,20 @@ def _rank_axis(axes: Axes, results: Results, points: Sequence[tuple[Any, ...]]) 
     axes.set_xlim(min(ranks) / 1.3, max(ranks) * 1.3)
 
 
-def _errorbars(
-    axes: Axes,
-    results: Results,
-    points: Sequence[tuple[Any, ...]],
-    cells: Sequence[Estimate | None],
-    index: int,
-    label: str,
-) -> None:
-    shown = [(results.rank(point) * 1.04**index, e) for point, e in zip(points, cells, strict=True) if e is not None]
+def _ranks(results: Results, points: Sequence[tuple[Any, ...]], shift: int) -> list[float]:
+    """Where the points are on the axis of ranks, the second of three series in the middle."""
+    return [results.rank(point) * 1.04 ** (shift - 1) for point in points]
+
+
+def _errorbars(axes: Axes, xs: Sequence[float], cells: Sequence[Estimate | None], index: int, label: str) -> None:
+    shown = [(x, e) for x, e in zip(xs, cells, strict=True) if e is not None]
     if not shown:
         return
     xs, es = zip(*shown, strict=True)
     errors = [[abs(e.interval()[side] - e.mean) for e in es] for side in (0, 1)]
     axes.errorbar(
-        xs, [e.mean for e in es], yerr=errors, color=PALETTE[index + 1], marker=MARKERS[index + 1], ms=5, lw=1.6,
-        capsize=3, label=label,
+        xs, [e.mean for e in es], yerr=errors, color=PALETTE[index], marker=MARKERS[index], ms=5, lw=1.6, capsize=3,
+        label=label,
     )  # fmt: skip
 
 
