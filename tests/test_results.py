@@ -139,16 +139,16 @@ def test_runs_are_compared_with_the_reference_of_their_seed(load):
 def test_a_speed_is_tokens_per_iteration_over_what_the_iteration_takes(load):
     (found,) = load(results(kept=0.0, noise=0.0, verify=0.1))
     run, plain = found.of((2,))[1], found.of((1,))[1]
-    seconds = iteration_seconds(run, 0.7)
+    seconds = iteration_seconds(found, run, 0.7)
     assert {k: np.median(of) for k, of in seconds.items()} == pytest.approx({0: 0.0019 * 1.03, 3: 0.002 * 1.475 * 1.03})
     tokens = np.mean(run.at("seconds")["decoding"][0]["documents"]["emitted"]) / 250
-    fast = speed(run, "seconds", 0.7)
+    fast = speed(found, run, "seconds", 0.7)
     assert fast and fast.k == 3 and fast.rate == pytest.approx(tokens / (0.00295 * 1.03))
-    assert speedup(run, "seconds", 0.7) == pytest.approx(tokens / 1.475 * 0.95)
+    assert speedup(found, run, "seconds", 0.7) == pytest.approx(tokens / 1.475 * 0.95)
     e = speed_ratio(found, (2,), "seconds", 0.7)
     # Rounds that are slower for all alike say nothing against the ratio.
     assert e and e.seeds == 3 and e.mean == pytest.approx(1.375 / 1.475) and e.error < 1e-9
-    assert speed(plain, "seconds", 0.7).rate > fast.rate
+    assert speed(found, plain, "seconds", 0.7).rate > fast.rate
 
 
 def test_noise_of_the_clock_is_in_the_interval_of_a_speed(load):
@@ -163,8 +163,22 @@ def test_noise_of_the_clock_is_in_the_interval_of_a_speed(load):
 
 def test_where_drafts_do_not_pay_a_speed_is_that_of_plain_decoding(load):
     (found,) = load(results(verify=3.0))
-    fast = speed(found.of((4,))[0], "seconds", 0.7)
-    assert fast and (fast.k, fast.tokens) == (0, 1.0) and speedup(found.of((4,))[0], "seconds", 0.7) == pytest.approx(1)
+    run = found.of((4,))[0]
+    fast = speed(found, run, "seconds", 0.7)
+    assert fast and (fast.k, fast.tokens) == (0, 1.0) and speedup(found, run, "seconds", 0.7) == pytest.approx(1)
+
+
+def test_plain_decoding_that_is_the_same_work_has_one_time(load):
+    """Of one trunk and its own head; from scratch each rank has a law of its own, which another head computes."""
+    fast, slow = 0.0019 * 1.03, 3 * 0.0019 * 1.03
+    for freeze, expected in (("trunk", [fast] * 3), ("none", [fast, slow, fast])):
+        value = results(freeze=freeze)
+        for run in value["runs"]:
+            for row in run["cost"]["decoding"] if run["changes"]["head.rank"] == 2 else []:
+                row["iteration_seconds"] = [3 * seconds for seconds in row["iteration_seconds"]]
+        (found,) = load(value)
+        times = [iteration_seconds(found, found.of((rank,))[0], 0.7)[0] for rank in (1, 2, 4)]
+        assert [float(np.median(of)) for of in times] == pytest.approx(expected)
 
 
 def test_results_without_the_clocks_error_are_read_too(load):

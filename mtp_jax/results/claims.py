@@ -16,12 +16,12 @@ from mtp_jax.results.compare import (
     decoding,
     estimate,
     first_token_loss,
-    iteration_seconds,
     joint_loss,
     over,
     speed,
     speed_ratio,
     speedup,
+    timed,
     tokens_per_forward,
 )
 from mtp_jax.results.load import RANK, READINGS, Results
@@ -155,8 +155,8 @@ def faster(all_results: Sequence[Results]) -> Claim:
             met = "is met" if surely else "is reached by the mean, not surely" if mean else "is not met"
             bars.append(f"The project's own bar of {BAR:.2f}x on code {met} ({results.label}).")
         for point in results.points:
-            own = [(s, up) for run in results.of(point) if (s := speed(run, "seconds", MAIN_T))
-                   and (up := speedup(run, "seconds", MAIN_T))]  # fmt: skip
+            own = [(s, up) for run in results.of(point) if (s := speed(results, run, "seconds", MAIN_T))
+                   and (up := speedup(results, run, "seconds", MAIN_T))]  # fmt: skip
             if own:
                 cells = [
                     _over(results, point, speed_ratio(results, point, reading, MAIN_T), _ratio) for reading in READINGS
@@ -175,9 +175,10 @@ def faster(all_results: Sequence[Results]) -> Claim:
     text = (
         f"Tokens per second at T = {MAIN_T:g} and batch 1, with W-1 drafts or with none if that is faster, over rank "
         "1: the tokens of an iteration over its time, which is taken for all ranks in one process, in turn; intervals "
-        "hold the rounds of that too. Iterations are timed in the faster of two dtypes and acceptance is that of the "
-        "run's own. Beside it what one run of each rank gave at its best k in a process of its own; "
-        f"where the two differ by more than the effect, neither tells. {' '.join(bars)}"
+        "hold the rounds of that too (plain decoding of one trunk is one work: its time is the median over ranks). "
+        "Iterations are timed in the faster of two dtypes and acceptance is that of the run's own. Beside it what one "
+        "run of each rank gave at its best k in a process of its own; where the two differ by more than the effect, "
+        f"neither tells. {' '.join(bars)}"
     )
     header = ["sweep", "run", "over plain, equal wall-clock", "the same, one run", "k"]
     header += [f"over rank 1, {reading}" for reading in READINGS.values()]
@@ -203,8 +204,9 @@ def low_overhead(all_results: Sequence[Results]) -> Claim:
         cheap = {costs[point]["over_reference"]["measured"] <= CHEAP for point in above_one(results)}
         good.append(cheap.pop() if len(cheap) == 1 else None)
         for point, cost in costs.items():
-            seconds = iteration_seconds(results.of(point)[0], MAIN_T)
-            times = [f"{1e3 * float(np.median(of)):.2f}" for of in seconds.values()] or ["-", "-"]
+            run = results.of(point)[0]
+            seconds = [timed(run, MAIN_T, k) for k in (0, run.head["window"] - 1)]
+            times = [f"{1e3 * float(np.median(of)):.2f}" if len(of) else "-" for of in seconds]
             ratios = [
                 cost[over][kind] for over in ("over_next_token", "over_reference") for kind in ("predicted", "measured")
             ]

@@ -141,16 +141,19 @@ def pairs(results: Results, point: tuple[Any, ...]) -> list[tuple[Run, Run]]:
 # shapes of a sweep in turn, in rounds: a ratio of two is formed within each round.
 
 
-def iteration_seconds(run: Run, temperature: float) -> dict[int, np.ndarray]:
-    """The times of an iteration by round, for k = 0 and k = W-1, each in the dtype that is faster for it; acceptance is
-    measured in the run's own."""
-    rows = [row for row in run.raw["cost"]["decoding"] if row["temperature"] == temperature]
+def timed(run: Run, temperature: float, k: int) -> np.ndarray:
+    """The times of an iteration with k drafts by round, in the dtype that is faster for it; none where it was not
+    timed. (Acceptance is measured in the run's own dtype.)"""
+    rows = [row for row in run.raw["cost"]["decoding"] if (row["temperature"], row["k"]) == (temperature, k)]
+    return np.array(min((row["iteration_seconds"] for row in rows), key=np.median, default=()))
+
+
+def iteration_seconds(results: Results, run: Run, temperature: float) -> dict[int, np.ndarray]:
+    """The times of an iteration by round, for k = 0 and k = W-1. Where plain decoding of other runs is the same work,
+    it is the median over them."""
     most = run.head["window"] - 1
-    found = {
-        k: min((row["iteration_seconds"] for row in rows if row["k"] == k), key=np.median, default=None)
-        for k in (0, most)
-    }
-    return {k: np.array(of) for k, of in found.items()} if all(found.values()) else {}
+    own, plain = timed(run, temperature, most), [timed(other, temperature, 0) for other in results.plain_alike(run)]
+    return {most: own, 0: np.median(plain, axis=0)} if len(own) and all(map(len, plain)) else {}
 
 
 @dataclass(frozen=True)
@@ -167,19 +170,19 @@ class Speed:
         return self.tokens / float(np.median(self.seconds))
 
 
-def speed(run: Run, reading: str, temperature: float) -> Speed | None:
+def speed(results: Results, run: Run, reading: str, temperature: float) -> Speed | None:
     """With W-1 drafts, or with none where that is faster."""
-    units, seconds = tokens_per_forward(temperature)(run, reading), iteration_seconds(run, temperature)
+    units, seconds = tokens_per_forward(temperature)(run, reading), iteration_seconds(results, run, temperature)
     if units is None or not seconds:
         return None
     tokens = {0: 1.0, max(seconds): float(units[0].sum() / units[1].sum())}
     return max((Speed(k, tokens[k], seconds[k]) for k in seconds), key=lambda found: found.rate)
 
 
-def speedup(run: Run, reading: str, temperature: float) -> float | None:
+def speedup(results: Results, run: Run, reading: str, temperature: float) -> float | None:
     """Tokens per second over plain decoding."""
-    found = speed(run, reading, temperature)
-    return found and found.rate * float(np.median(iteration_seconds(run, temperature)[0]))
+    found = speed(results, run, reading, temperature)
+    return found and found.rate * float(np.median(iteration_seconds(results, run, temperature)[0]))
 
 
 def speed_ratio(results: Results, point: tuple[Any, ...], reading: str, temperature: float) -> Estimate | None:
@@ -187,7 +190,8 @@ def speed_ratio(results: Results, point: tuple[Any, ...], reading: str, temperat
     found = [
         (own, other)
         for run, reference in pairs(results, point)
-        if (own := speed(run, reading, temperature)) and (other := speed(reference, reading, temperature))
+        if (own := speed(results, run, reading, temperature))
+        and (other := speed(results, reference, reading, temperature))
     ]
     if not found:
         return None

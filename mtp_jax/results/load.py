@@ -90,6 +90,14 @@ class Results:
         """The runs of a point, by seed."""
         return sorted((run for run in self.runs if run.point == point), key=lambda run: run.seed)
 
+    def plain_alike(self, run: Run) -> list[Run]:
+        """Runs whose decoding without drafts is the same work, one of each point: of one model with a head of its own
+        for the next token."""
+        own = run.raw["config"]["model"]
+        firsts = [self.of(point)[0] for point in self.points]
+        alike = [other for other in firsts if other.head["target"] == "ntp" and other.raw["config"]["model"] == own]
+        return alike if run.head["target"] == "ntp" else [run]
+
     def reference(self, point: tuple[Any, ...]) -> tuple[Any, ...]:
         """The point that one is compared with."""
         changes = self.raw["reference"]

@@ -149,7 +149,7 @@ def _answer(results: Results) -> str:
     for point in results.points:
         ends = [end for run in results.of(point) if (end := run.at("steps"))]
         kept = {t: [row for run in results.of(point) if (row := decoding(run, "steps", t))] for t in TEMPERATURES}
-        over_plain = [up for run in results.of(point) if (up := speedup(run, "steps", MAIN_T))]
+        over_plain = [up for run in results.of(point) if (up := speedup(results, run, "steps", MAIN_T))]
         rows.append([
             results.text(point),
             f"{len(ends)}",
