@@ -56,7 +56,7 @@ def verdicts(load):
     ("change", "message"),
     [
         (lambda r: r.pop("fields"), "has no field 'fields'; give a file that `mtp-jax sweep` has written."),
-        (lambda r: r.update(format=4), "is of format 4 and this is for 2 and 3; write it anew."),
+        (lambda r: r.update(format=5), "is of format 5 and this is for 2, 3, 4; write it anew."),
         (lambda r: r["runs"][0].pop("state"), "a run has no field 'state' (rank=1,seed=0)."),
         (lambda r: r["runs"][0].pop("cost"), "the run rank=1,seed=0 is done and has no field 'cost'."),
         (lambda r: r.update(runs=[]), "has no finished run (0 failed); start the sweep again."),
@@ -138,17 +138,28 @@ def test_runs_are_compared_with_the_reference_of_their_seed(load):
 
 def test_a_speed_is_tokens_per_iteration_over_what_the_iteration_takes(load):
     (found,) = load(results(kept=0.0, noise=0.0, verify=0.1))
-    run, plain = found.of((2,))[1], found.of((1,))[1]
-    seconds = iteration_seconds(found, run, 0.7)
-    assert {k: np.median(of) for k, of in seconds.items()} == pytest.approx({0: 0.0019 * 1.03, 3: 0.002 * 1.475 * 1.03})
-    tokens = np.mean(run.at("seconds")["decoding"][0]["documents"]["emitted"]) / 250
-    fast = speed(found, run, "seconds", 0.7)
+    seconds = iteration_seconds(found, (2,), 0.7)
+    assert {k: np.median(of) for k, of in seconds.items()} == pytest.approx(
+        {0: 0.0019 * 1.03} | {k: 0.002 * (1.1 + k / 8) * 1.03 for k in (1, 2, 3)}
+    )
+    tokens = np.mean(found.of((2,))[1].at("seconds")["decoding"][0]["documents"]["emitted"]) / 250
+    fast = speed(found, (2,), "seconds", 0.7)
     assert fast and fast.k == 3 and fast.rate == pytest.approx(tokens / (0.00295 * 1.03))
-    assert speedup(found, run, "seconds", 0.7) == pytest.approx(tokens / 1.475 * 0.95)
+    assert speedup(found, (2,), "seconds", 0.7) == pytest.approx(tokens / 1.475 * 0.95)
     e = speed_ratio(found, (2,), "seconds", 0.7)
     # Rounds that are slower for all alike say nothing against the ratio.
     assert e and e.seeds == 3 and e.mean == pytest.approx(1.375 / 1.475) and e.error < 1e-9
-    assert speed(found, plain, "seconds", 0.7).rate > fast.rate
+    assert speed(found, (1,), "seconds", 0.7).rate > fast.rate
+
+
+def test_each_point_decodes_with_the_k_that_is_best_for_it(load):
+    """Two drafts give the most here: a third is worth less than it takes."""
+    (found,) = load(results(kept=0.0, noise=0.0, verify=0.1, fewer=True))
+    best = [speed(found, (rank,), "steps", 0.7) for rank in (1, 2)]
+    tokens = [of.at("steps")["decoding"][4]["documents"]["emitted"] for of in (found.of((1,))[0], found.of((2,))[0])]
+    assert [at.k for at in best] == [2, 2] and [at.tokens for at in best] == pytest.approx(np.mean(tokens, 1) / 250)
+    e = speed_ratio(found, (2,), "steps", 0.7)
+    assert e and e.mean == pytest.approx(best[1].rate / best[0].rate) == pytest.approx(1.25 / 1.35)
 
 
 def test_noise_of_the_clock_is_in_the_interval_of_a_speed(load):
@@ -163,9 +174,8 @@ def test_noise_of_the_clock_is_in_the_interval_of_a_speed(load):
 
 def test_where_drafts_do_not_pay_a_speed_is_that_of_plain_decoding(load):
     (found,) = load(results(verify=3.0))
-    run = found.of((4,))[0]
-    fast = speed(found, run, "seconds", 0.7)
-    assert fast and (fast.k, fast.tokens) == (0, 1.0) and speedup(found, run, "seconds", 0.7) == pytest.approx(1)
+    fast = speed(found, (4,), "seconds", 0.7)
+    assert fast and (fast.k, fast.tokens) == (0, 1.0) and speedup(found, (4,), "seconds", 0.7) == pytest.approx(1)
 
 
 def test_plain_decoding_that_is_the_same_work_has_one_time(load):
@@ -177,7 +187,7 @@ def test_plain_decoding_that_is_the_same_work_has_one_time(load):
             for row in run["cost"]["decoding"] if run["changes"]["head.rank"] == 2 else []:
                 row["iteration_seconds"] = [3 * seconds for seconds in row["iteration_seconds"]]
         (found,) = load(value)
-        times = [iteration_seconds(found, found.of((rank,))[0], 0.7)[0] for rank in (1, 2, 4)]
+        times = [iteration_seconds(found, (rank,), 0.7)[0] for rank in (1, 2, 4)]
         assert [float(np.median(of)) for of in times] == pytest.approx(expected)
 
 

@@ -56,7 +56,7 @@ TRUNK = TrainConfig(
     steps=4, eval_every=2, eval_batches=1, checkpoint_every=2,
 )
 BASE = replace(
-    TRUNK, head=HeadConfig(window=2, rank=1, target="ntp"), steps=6, checkpoint_every=1, keep_checkpoints=6,
+    TRUNK, head=HeadConfig(window=3, rank=1, target="ntp"), steps=6, checkpoint_every=1, keep_checkpoints=6,
     init_from="trunk", freeze="trunk", ema_decay=0.5,
 )
 MEASURE = MeasureConfig(
@@ -184,7 +184,7 @@ def test_a_run_that_there_is_not_is_named(file, text, message):
 
 def test_every_run_is_trained_measured_and_collected(done):
     results = done.results
-    assert (results["sweep"], results["size"], results["format"]) == ("ranks", "tiny", 3)
+    assert (results["sweep"], results["size"], results["format"]) == ("ranks", "tiny", 4)
     assert results["title"] == "What does rank do to a tiny model?" and results["reference"] == {"head.rank": 1}
     assert [run["name"] for run in results["runs"]] == ["rank=3,seed=0"]
     assert {run["state"] for run in results["runs"]} == {"done"} == {results["first"]["trunk"]["state"]}
@@ -200,18 +200,19 @@ def test_what_is_measured_of_a_run(done):
     cost = run["cost"]
     assert cost["over_next_token"]["predicted"] != cost["over_reference"]["predicted"]
     own = [(row["temperature"], row["k"]) for row in cost["decoding"] if row["dtype"] == "float32"]
-    assert own == [(0.7, 0), (0.7, 1)]
+    assert own == [(0.7, 0), (0.7, 1), (0.7, 2)]
     assert all(min(row["iteration_seconds"]) > 0 and len(row["iteration_seconds"]) == 2 for row in cost["decoding"])
     assert cost["over_reference"]["error"] > 0  # of the clock, which no two rounds agree on
     assert cost["over_reference"]["predicted"] > 1 and cost["seconds"] > 0 and cost["peak_bytes"] > 0
     assert [row["step"] for row in run["curve"]] == [2, 4, 6] or [row["step"] for row in run["curve"]][-1] == 6
     end = run["measured"]["6"]
-    assert len(end["loss"]["offsets"]) == 2
+    assert len(end["loss"]["offsets"]) == 3
     mean = sum(offset["mean"] for offset in end["loss"]["offsets"])
     assert end["loss"]["joint"]["mean"] == pytest.approx(mean)
-    assert [(row["temperature"], row["draft"]) for row in end["decoding"]] == [
-        (0.7, "joint"), (0.0, "joint"), (0.7, "unconditioned"),
+    assert [(row["temperature"], row["draft"], row["k"]) for row in end["decoding"]] == [
+        (0.7, "joint", 2), (0.7, "joint", 1), (0.0, "joint", 2), (0.7, "unconditioned", 2),
     ]  # fmt: skip
+    assert [len(row["acceptance"]) for row in end["decoding"]] == [2, 1, 2, 2]
     for row in end["decoding"]:
         # 4 prompts of 12 tokens, of which prefill gives the first.
         assert sum(row["documents"]["emitted"]) == 44 and row["verification_steps"] == sum(row["documents"]["forwards"])
@@ -222,7 +223,7 @@ def test_what_is_measured_of_a_run(done):
         [0.7] * len(run["measured"])
     )
     speed = run["measured"][str(run["readings"]["seconds"])]["speed"]
-    assert {(row["temperature"], row["k"]) for row in speed} == {(0.7, k) for k in (0, 1)}
+    assert {(row["temperature"], row["k"]) for row in speed} == {(0.7, k) for k in (0, 1, 2)}
 
 
 @pytest.mark.slow
@@ -247,12 +248,14 @@ def test_what_was_measured_is_what_the_model_says(done):
     store = prepare(run.config.data)
     joint, first = [], []
     with jax.set_mesh(run.mesh):
-        for _, tokens in measuring.stretches(store, 8, 16 + 2, 0):
+        for _, tokens in measuring.stretches(store, 8, 16 + 3, 0):
             x = run.model(tokens[None, :16].astype(np.int32))
             gate = np.asarray(run.model.head.log_weights(x), np.float64)[0]
             logp = [np.asarray(jax.nn.log_softmax(of)[0], np.float64) for of in run.model.head.logits(x)]
             for t in range(16):
-                scores = gate[t] + logp[0][t, :, tokens[t + 1]] + logp[1][t, :, tokens[t + 2]]
+                scores = (
+                    gate[t] + logp[0][t, :, tokens[t + 1]] + logp[1][t, :, tokens[t + 2]] + logp[2][t, :, tokens[t + 3]]
+                )
                 joint.append(-np.logaddexp.reduce(scores))
             law = np.asarray(run.model.head.target_log_probs(x))[0]
             first += (-law[np.arange(16), tokens[1:17]]).tolist()
@@ -309,7 +312,7 @@ def test_a_run_that_is_done_is_not_run_again(done, file):
 def test_a_run_with_another_config_is_neither_taken_nor_lost(done, file, capsys):
     text = file.with_name("beside.py").read_text()
     try:
-        file.with_name("beside.py").write_text(text.replace("window=2", "window=3"))
+        file.with_name("beside.py").write_text(text.replace("window=3", "window=2"))
         sys.modules.pop("beside", None)
         with pytest.raises(SystemExit) as stopped:
             main(["sweep", f"{file}@tiny", "--only", "rank=3,seed=0", "--dir", str(done.place.directory)])
@@ -318,7 +321,7 @@ def test_a_run_with_another_config_is_neither_taken_nor_lost(done, file, capsys)
         sys.modules.pop("beside", None)
     assert stopped.value.code == 2
     assert (
-        "is a run with head.window 2, and the sweep has 3; delete it, or give another --dir" in capsys.readouterr().err
+        "is a run with head.window 3, and the sweep has 2; delete it, or give another --dir" in capsys.readouterr().err
     )
     assert (done.place.run("rank=3,seed=0") / "checkpoints" / "6").is_dir()
     assert json.loads(done.place.record("rank=3,seed=0").read_text())["state"] == "done"
@@ -427,7 +430,7 @@ def test_what_is_measured_is_the_average_and_the_same_text_by_all(done):
         store = prepare(run.config.data, tokenizer=run.tokenizer)
         losses[weights] = measuring.held_out_losses(run, store, config.held_out_sequences, False)["loss"]["joint"]
         if weights == "ema":
-            together = measuring.acceptance(run, store, config, 0.7, "joint")["tokens_per_forward"]["mean"]
+            together = measuring.acceptance(run, store, config, 0.7, "joint", 1)["tokens_per_forward"]["mean"]
             (alone,) = [
                 row["block_efficiency"]
                 for row in measuring.speed(run, store, config)

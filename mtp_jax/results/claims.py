@@ -155,8 +155,7 @@ def faster(all_results: Sequence[Results]) -> Claim:
             met = "is met" if surely else "is reached by the mean, not surely" if mean else "is not met"
             bars.append(f"The project's own bar of {BAR:.2f}x on code {met} ({results.label}).")
         for point in results.points:
-            own = [(s, up) for run in results.of(point) if (s := speed(results, run, "seconds", MAIN_T))
-                   and (up := speedup(results, run, "seconds", MAIN_T))]  # fmt: skip
+            own = speed(results, point, "seconds", MAIN_T)
             if own:
                 cells = [
                     _over(results, point, speed_ratio(results, point, reading, MAIN_T), _ratio) for reading in READINGS
@@ -167,18 +166,19 @@ def faster(all_results: Sequence[Results]) -> Claim:
                     for at in run.raw["measured"].values()
                     if at["speed"]
                 ]
-                derived = f"{np.mean([up for _, up in own]):.2f}x"
-                direct = f"{measured[0]:.2f}x" if measured else "-"
-                rows.append([results.label, results.text(point), derived, direct, f"{own[0][0].k}", *cells])
+                up = speedup(results, point, "seconds", MAIN_T)
+                over_plain = [f"{ratio:.2f}x" if ratio else "-" for ratio in (up, next(iter(measured), None))]
+                rows.append([results.label, results.text(point), *over_plain, f"{own.k}", *cells])
     if not rows:
         return _undecided(title, "no sweep over rank on a frozen trunk with timed decoding")
     text = (
-        f"Tokens per second at T = {MAIN_T:g} and batch 1, with W-1 drafts or with none if that is faster, over rank "
-        "1: the tokens of an iteration over its time, which is taken for all ranks in one process, in turn; intervals "
-        "hold the rounds of that too (plain decoding of one trunk is one work: its time is the median over ranks). "
-        "Iterations are timed in the faster of two dtypes and acceptance is that of the run's own. Beside it what one "
-        "run of each rank gave at its best k in a process of its own; where the two differ by more than the effect, "
-        f"neither tells. {' '.join(bars)}"
+        f"Tokens per second at T = {MAIN_T:g} and batch 1 over those of rank 1, each with the number of drafts, k, "
+        "that is best for it of those measured (files before format 4 know k = W-1 and 0 alone): the tokens of an "
+        "iteration over its time, which is taken for all ranks in one process, in turn; intervals hold the rounds of "
+        "that too (plain decoding of one trunk is one work: its time is the median over ranks). Iterations are timed "
+        "in the faster of two dtypes and acceptance is that of the run's own. Beside it what one run of each rank gave "
+        "at its best k in a process of its own; where the two differ by more than the effect, neither tells. "
+        f"{' '.join(bars)}"
     )
     header = ["sweep", "run", "over plain, equal wall-clock", "the same, one run", "k"]
     header += [f"over rank 1, {reading}" for reading in READINGS.values()]

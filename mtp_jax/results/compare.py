@@ -97,22 +97,26 @@ def _losses(run: Run, reading: str, name: str) -> Units | None:
     return np.array(found["documents"][name]), np.array(found["documents"]["windows"], float)
 
 
-def tokens_per_forward(temperature: float, draft: str = "joint") -> Metric:
-    """Tokens that a forward with W-1 drafts gives."""
+def tokens_per_forward(temperature: float, draft: str = "joint", k: int | None = None) -> Metric:
+    """Tokens that a forward with k drafts gives, W-1 if no number is given."""
 
     def units(run: Run, reading: str) -> Units | None:
-        row = decoding(run, reading, temperature, draft)
+        row = decoding(run, reading, temperature, draft, k or None)
         if row is None:
             return None
-        return np.array(row["documents"]["emitted"], float), np.array(row["documents"]["forwards"], float)
+        forwards = np.array(row["documents"]["forwards"], float)
+        return np.array(row["documents"]["emitted"], float) if k != 0 else forwards, forwards
 
     return units
 
 
-def decoding(run: Run, reading: str, temperature: float, draft: str = "joint") -> Mapping[str, Any] | None:
-    """The row of a temperature and a kind of drafts."""
+def decoding(
+    run: Run, reading: str, temperature: float, draft: str = "joint", k: int | None = None
+) -> Mapping[str, Any] | None:
+    """The row of a temperature and a kind of drafts, and their number, W-1 if none is given."""
+    which = temperature, draft, run.head["window"] - 1 if k is None else k
     rows = (run.at(reading) or {}).get("decoding", [])
-    return next((row for row in rows if (row["temperature"], row["draft"]) == (temperature, draft)), None)
+    return next((row for row in rows if (row["temperature"], row["draft"], row["k"]) == which), None)
 
 
 def estimate(results: Results, point: tuple[Any, ...], reading: str, metric: Metric) -> Estimate | None:
@@ -137,8 +141,8 @@ def pairs(results: Results, point: tuple[Any, ...]) -> list[tuple[Run, Run]]:
     return [(run, others[run.seed]) for run in results.of(point) if run.seed in others]
 
 
-# Speed: tokens per iteration, with W-1 drafts or with none, over what such an iteration takes. That is timed for all
-# shapes of a sweep in turn, in rounds: a ratio of two is formed within each round.
+# Speed: tokens per iteration over what such an iteration takes, at the number of drafts that is best of those measured.
+# Iterations are timed for all shapes of a sweep in turn, in rounds: a ratio of two is formed within each round.
 
 
 def timed(run: Run, temperature: float, k: int) -> np.ndarray:
@@ -148,17 +152,20 @@ def timed(run: Run, temperature: float, k: int) -> np.ndarray:
     return np.array(min((row["iteration_seconds"] for row in rows), key=np.median, default=()))
 
 
-def iteration_seconds(results: Results, run: Run, temperature: float) -> dict[int, np.ndarray]:
-    """The times of an iteration by round, for k = 0 and k = W-1. Where plain decoding of other runs is the same work,
-    it is the median over them."""
-    most = run.head["window"] - 1
-    own, plain = timed(run, temperature, most), [timed(other, temperature, 0) for other in results.plain_alike(run)]
-    return {most: own, 0: np.median(plain, axis=0)} if len(own) and all(map(len, plain)) else {}
+def iteration_seconds(results: Results, point: tuple[Any, ...], temperature: float) -> dict[int, np.ndarray]:
+    """The times of an iteration by round, by k. Where plain decoding of other points is the same work, its time is the
+    median over them."""
+    run = results.of(point)[0]  # what it costs does not depend on the seed
+    found = {k: timed(run, temperature, k) for k in range(run.head["window"])}
+    plain = [timed(other, temperature, 0) for other in results.plain_alike(run)]
+    if all(map(len, plain)):
+        found[0] = np.median(plain, axis=0)
+    return {k: seconds for k, seconds in found.items() if len(seconds)}
 
 
 @dataclass(frozen=True)
 class Speed:
-    """How a run decodes: k, the tokens of an iteration and its times by round."""
+    """How a point decodes: k, the tokens of an iteration and its times by round."""
 
     k: int
     tokens: float
@@ -170,37 +177,40 @@ class Speed:
         return self.tokens / float(np.median(self.seconds))
 
 
-def speed(results: Results, run: Run, reading: str, temperature: float) -> Speed | None:
-    """With W-1 drafts, or with none where that is faster."""
-    units, seconds = tokens_per_forward(temperature)(run, reading), iteration_seconds(results, run, temperature)
-    if units is None or not seconds:
-        return None
-    tokens = {0: 1.0, max(seconds): float(units[0].sum() / units[1].sum())}
-    return max((Speed(k, tokens[k], seconds[k]) for k in seconds), key=lambda found: found.rate)
+def speed(results: Results, point: tuple[Any, ...], reading: str, temperature: float) -> Speed | None:
+    """At the k that is fastest on average over the seeds."""
+    found = [
+        Speed(k, tokens.mean, seconds)
+        for k, seconds in iteration_seconds(results, point, temperature).items()
+        if (tokens := estimate(results, point, reading, tokens_per_forward(temperature, k=k)))
+    ]
+    return max(found, key=lambda at: at.rate, default=None)
 
 
-def speedup(results: Results, run: Run, reading: str, temperature: float) -> float | None:
+def speedup(results: Results, point: tuple[Any, ...], reading: str, temperature: float) -> float | None:
     """Tokens per second over plain decoding."""
-    found = speed(results, run, reading, temperature)
-    return found and found.rate * float(np.median(iteration_seconds(results, run, temperature)[0]))
+    found, seconds = speed(results, point, reading, temperature), iteration_seconds(results, point, temperature)
+    return found.rate * float(np.median(seconds[0])) if found and 0 in seconds else None
 
 
 def speed_ratio(results: Results, point: tuple[Any, ...], reading: str, temperature: float) -> Estimate | None:
-    """The tokens per second of a point over those of its reference."""
+    """The tokens per second of a point over those of its reference, each at its own best k."""
+    reference = results.reference(point)
+    own = speed(results, point, reading, temperature) if results.of(point) else None
+    other = speed(results, reference, reading, temperature) if results.of(reference) else None
+    if own is None or other is None:
+        return None
+    metrics = [tokens_per_forward(temperature, k=at.k) for at in (own, other)]
     found = [
-        (own, other)
-        for run, reference in pairs(results, point)
-        if (own := speed(results, run, reading, temperature))
-        and (other := speed(results, reference, reading, temperature))
+        (mine, theirs)
+        for runs in pairs(results, point)
+        if (mine := metrics[0](runs[0], reading)) is not None and (theirs := metrics[1](runs[1], reading)) is not None
     ]
     if not found:
         return None
-    # Costs are those of the shape, the same for all seeds.
-    times = found[0][1].seconds / found[0][0].seconds
+    tokens = over(found, lambda mine, theirs: mine / theirs)
+    times = other.seconds / own.seconds
     timing = float(np.median(times))
-    values = [own.tokens / other.tokens * timing for own, other in found]
-    relative = float(np.std(np.median(times[resample(len(times))], axis=1))) / timing
-    texts = compare(results, point, reading, tokens_per_forward(temperature))
-    assert texts is not None  # or there would be no speed
-    error = math.hypot(relative, texts.error / float(np.mean([other.tokens for _, other in found])))
-    return estimated(values, texts.documents, error * float(np.mean(values)))
+    clock = float(np.std(np.median(times[resample(len(times))], axis=1))) / timing
+    mean, error = tokens.mean * timing, math.hypot(clock, tokens.error / tokens.mean)
+    return Estimate(mean, tokens.seeds, tokens.documents, tokens.seed_error * timing, error * mean)

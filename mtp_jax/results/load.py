@@ -12,7 +12,7 @@ from typing import Any
 from mtp_jax.config import ConfigError, require
 
 SEED, RANK = "seed", "head.rank"
-FORMATS = 2, 3  # the former lacks the clock's error of a step's costs
+FORMATS = 2, 3, 4  # 2 lacks the clock's error of a step's costs, and before 4 decoding knew k = 0 and W-1 alone
 READINGS = {"steps": "equal steps", "flops": "equal training FLOPs", "seconds": "equal wall-clock"}
 NEEDED = ("format", "sweep", "size", "title", "command", "reference", "fields", "machine", "versions", "first", "runs")
 
@@ -138,7 +138,7 @@ def _load(path: Path) -> Results:
             isinstance(raw, dict) and name in raw,
             f"{path} has no field {name!r}; give a file that `mtp-jax sweep` has written.",
         )
-    known = " and ".join(map(str, FORMATS))
+    known = ", ".join(map(str, FORMATS))
     require(raw["format"] in FORMATS, f"{path} is of format {raw['format']} and this is for {known}; write it anew.")
     fields = tuple(field for field in raw["fields"] if field != SEED)
     runs, failed = [], {}

@@ -149,7 +149,7 @@ def _answer(results: Results) -> str:
     for point in results.points:
         ends = [end for run in results.of(point) if (end := run.at("steps"))]
         kept = {t: [row for run in results.of(point) if (row := decoding(run, "steps", t))] for t in TEMPERATURES}
-        over_plain = [up for run in results.of(point) if (up := speedup(results, run, "steps", MAIN_T))]
+        over_plain = speedup(results, point, "steps", MAIN_T)
         rows.append([
             results.text(point),
             f"{len(ends)}",
@@ -158,7 +158,7 @@ def _answer(results: Results) -> str:
             *(_mean([end["gate"][name] for end in ends]) for name in ("effective", "entropy")),
             *(_mean([row["tokens_per_forward"]["mean"] for row in rows_T], 3) for rows_T in kept.values()),
             _mean([[e["mean"] for e in row["acceptance"]] for row in kept[MAIN_T]]),
-            _mean(over_plain),
+            f"{over_plain:.2f}" if over_plain else "-",
             f"{1e3 * results.of(point)[0].raw['cost']['seconds']:.0f}",
         ])  # fmt: skip
     header = ["joint loss", "first token", "by offset", "components in effect", "gate entropy"]

@@ -29,15 +29,15 @@ class MeasureConfig:
     The checkpoints are those at the end, at equal training FLOPs and at equal wall-clock of training as the whole run
     of the reference, and after each of `lengths`, which names fractions of the steps.
     Losses are over `held_out_sequences` sequences of all held-out documents. Acceptance is over `prompts` stretches of
-    them, `prompt_tokens` long, each continued by `new_tokens` in batches of `batch_size`, with W-1 drafts: at the end
-    at every one of `temperatures`, and at the first of them with each kind of `drafts` (see `DecodeConfig.draft`); for
-    the other checkpoints at the first temperature with the first kind. By default that is 10,000 verification steps of
-    a window of 4 even where all drafts are accepted.
+    them, `prompt_tokens` long, each continued by `new_tokens` in batches of `batch_size`: of every checkpoint at the
+    first of `temperatures` with the first kind of `drafts` (see `DecodeConfig.draft`) and each k in 1..W-1, and at the
+    end with W-1 drafts at the other temperatures and of the other kinds too. By default that is 10,000 verification
+    steps of a window of 4 even where all drafts are accepted.
     Speed is over the first `speed_prompts` of those stretches, one at a time, at the first temperature and every k,
     `repetitions` times, at equal wall-clock. Speed and components are of one run of those that differ in their seed
     alone. Training steps of all such runs and of next-token models are timed in turn, in one process, for `rounds`
-    rounds, and so are iterations of decoding at the first temperature, with W-1 drafts and with none: speeds of
-    different runs are compared by them.
+    rounds, and so are iterations of decoding at the first temperature, with each k: speeds of different runs are
+    compared by them.
     """
 
     held_out_sequences: int = 48

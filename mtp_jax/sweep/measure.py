@@ -65,9 +65,9 @@ def measure(
         progress(f"step {step}: held-out loss")
         found = held_out_losses(run, store, config.held_out_sequences, variant.whole and step == main)
         found["decoding"] = []
-        for temperature, draft in _decoded(config, step == main):
-            progress(f"step {step}: acceptance at T = {temperature:g}, {draft} drafts")
-            found["decoding"].append(acceptance(run, store, config, temperature, draft))
+        for temperature, draft, k in _decoded(config, run.config.head.window - 1, step == main):
+            progress(f"step {step}: acceptance at T = {temperature:g}, {k} {draft} drafts")
+            found["decoding"].append(acceptance(run, store, config, temperature, draft, k))
         found["speed"] = []
         if variant.whole and step == readings["seconds"]:
             progress(f"step {step}: speed")
@@ -76,12 +76,13 @@ def measure(
     return {"readings": readings, "measured": measured}
 
 
-def _decoded(config: MeasureConfig, at_end: bool) -> list[tuple[float, str]]:
-    """The temperatures and kinds of drafts at which acceptance is measured."""
+def _decoded(config: MeasureConfig, most: int, at_end: bool) -> list[tuple[float, str, int]]:
+    """The temperatures, kinds and numbers of drafts at which acceptance is measured."""
     first, draft = config.temperatures[0], config.drafts[0]
-    if not at_end:
-        return [(first, draft)]
-    return [(t, draft) for t in config.temperatures] + [(first, other) for other in config.drafts[1:]]
+    found = [(first, draft, k) for k in range(most, 0, -1)] or [(first, draft, 0)]
+    if at_end:
+        found += [(t, draft, most) for t in config.temperatures[1:]] + [(first, d, most) for d in config.drafts[1:]]
+    return found
 
 
 def readings_of(steps: int, reference_steps: int, config: MeasureConfig, cost: Mapping[str, Any]) -> dict[str, float]:
@@ -139,14 +140,14 @@ def costs(sweep: Sweep, progress: Callable[[str], None] = lambda _: None) -> dic
 def decoding_costs(
     configs: Mapping[str, TrainConfig], measure: MeasureConfig, progress: Callable[[str], None]
 ) -> dict[str, list[dict[str, Any]]]:
-    """How long an iteration with k drafts takes at batch 1, by round, of models with these configs that nothing has
+    """How long an iteration with each k takes at batch 1, by round, of models with these configs that nothing has
     trained."""
     bench = BenchConfig(
         prompts=1,  # what a prompt says does not change what an iteration takes
         prompt_tokens=measure.prompt_tokens,
         new_tokens=measure.new_tokens,
         temperatures=measure.temperatures[:1],
-        ks=(0, *sorted({config.head.window - 1 for config in configs.values()} - {0})),
+        ks=tuple(range(max(config.head.window for config in configs.values()))),
         repetitions=measure.rounds,
     )
     found = bench_runs({name: untrained(config) for name, config in configs.items()}, bench, progress)
@@ -299,14 +300,14 @@ def prompts_of(store: Store | Mixture, config: MeasureConfig) -> list[tuple[int,
 
 
 def acceptance(
-    run: LoadedRun, store: Store | Mixture, config: MeasureConfig, temperature: float, draft: str
+    run: LoadedRun, store: Store | Mixture, config: MeasureConfig, temperature: float, draft: str, k: int
 ) -> dict[str, Any]:
-    """An entry of `decoding`: how many tokens a forward gives with W-1 drafts, with intervals over documents.
+    """An entry of `decoding`: how many tokens a forward gives with k drafts, with intervals over documents.
 
     Prompt i is sampled with seed i, whatever the run: where the target is the same, so is the text.
     """
     prompts = prompts_of(store, config)
-    options = {"max_new_tokens": config.new_tokens, "temperature": temperature, "draft": draft}
+    options = {"max_new_tokens": config.new_tokens, "temperature": temperature, "draft": draft, "k": k}
     parts: list[Generation] = []
     with jax.set_mesh(run.mesh):
         for first in range(0, len(prompts), config.batch_size):
@@ -324,7 +325,7 @@ def acceptance(
         "temperature": temperature,
         "verifier": DecodeConfig(1, temperature).rule,
         "draft": draft,
-        "k": run.config.head.window - 1,
+        "k": k,
         "verification_steps": int(forwards_P.sum()),
         "tokens_per_forward": ratio_interval(emitted_D, forwards_D),
         "acceptance": [ratio_interval(accepted_D, drafted_D) for accepted_D, drafted_D in columns],

@@ -25,7 +25,7 @@ from mtp_jax.paths import is_local
 from mtp_jax.run_dir import CHECKPOINTS_DIR, replace_file
 from mtp_jax.sweep.config import COSTS, NamedSweep
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
