@@ -19,6 +19,7 @@ c3e91f8, on a trunk of 400 steps, of the parameters and not of their average.
 from dataclasses import replace
 
 from balance import SWEEPS as ON_TRUNK
+from setting import for_steps
 
 from mtp_jax import Sweep
 
@@ -35,7 +36,8 @@ CASES = {"full-1": {"head.factors": "full", "head.rank": 1}} | {
 
 def cheap(sweep: Sweep) -> Sweep:
     """All of them against rank 1."""
-    return replace(sweep, grid={"seed": (0, 1, 2)}, cases=CASES, reference={"case": "full-1"})
+    longer = for_steps(sweep.base, 3 * sweep.base.steps)
+    return replace(sweep, base=longer, grid={"seed": (0, 1, 2)}, cases=CASES, reference={"case": "full-1"})
 
 
 SWEEPS = {size: cheap(sweep) for size, sweep in ON_TRUNK.items()}

@@ -63,9 +63,22 @@ TRUNK_GPU = replace(
 )
 
 
-def heads(trunk: TrainConfig, *, steps: int, batch_size: int, learning_rate: float, init_from: str) -> TrainConfig:
-    """Runs of heads on a frozen `trunk`, the run `init_from`. Twelve checkpoints are kept to read a run by."""
+def for_steps(config: TrainConfig, steps: int) -> TrainConfig:
+    """The run with so many steps. Twelve checkpoints are kept to read it by."""
     return replace(
+        config,
+        steps=steps,
+        optimizer=replace(config.optimizer, warmup_steps=steps // 20),
+        eval_every=steps // 12,
+        checkpoint_every=steps // 12,
+        keep_checkpoints=12,
+        ema_decay=1 - 12 / steps,  # what is read is the average of about the steps since the checkpoint before
+    )
+
+
+def heads(trunk: TrainConfig, *, steps: int, batch_size: int, learning_rate: float, init_from: str) -> TrainConfig:
+    """Runs of heads on a frozen `trunk`, the run `init_from`."""
+    config = replace(
         trunk,
         # Balanced strongly: else components that begin alike stay so for a third of such a short run.
         head=HeadConfig(window=4, rank=4, factors="full", target="ntp", ntp_weight=0.0, balance_weight=1.0),
@@ -75,18 +88,13 @@ def heads(trunk: TrainConfig, *, steps: int, batch_size: int, learning_rate: flo
             name="adamw",
             learning_rate=learning_rate,
             schedule="constant",
-            warmup_steps=steps // 20,
             weight_decay=0.0,
         ),
-        steps=steps,
-        eval_every=steps // 12,
         eval_batches=8,
-        checkpoint_every=steps // 12,
-        keep_checkpoints=12,
-        ema_decay=1 - 12 / steps,  # what is read is the average of about the steps since the checkpoint before
         init_from=init_from,
         freeze="trunk",
     )
+    return for_steps(config, steps)
 
 
 HEADS_CPU = heads(TRUNK_CPU, steps=480, batch_size=2, learning_rate=2e-3, init_from="trunk")
