@@ -11,7 +11,7 @@ from results import results
 
 from mtp_jax.cli import main
 from mtp_jax.config import ConfigError
-from mtp_jax.results.claims import claims, lower_loss, more_acceptance
+from mtp_jax.results.claims import claims, faster, lower_loss, more_acceptance
 from mtp_jax.results.compare import (
     Estimate,
     compare,
@@ -341,6 +341,19 @@ def test_ranks_of_heads_of_another_kind_are_a_sweep_over_rank(tmp_path):
     # Not so where they are compared with another rank.
     (tmp_path / "a.json").write_text(json.dumps(value | {"reference": {"case": "kind-2"}}))
     assert not load_results([tmp_path / "a.json"])[0].over_rank
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"kept": 0.4}, "some rank above 1 is faster, and the project's own bar of 1.10x on code is met."),
+        ({"seeds": (0,)}, "it is undecided, and the project's own bar of 1.10x on code is reached by the mean, not"),
+        ({"verify": 0.5}, "none above 1 is faster, and the project's own bar of 1.10x on code is not met."),
+        ({"source": "text"}, "some rank above 1 is faster."),
+    ],
+)
+def test_what_is_faster_is_said_of_each_file(load, changes, words):
+    assert f"In rank_code (cpu) {words}" in faster(load(results(**changes))).text
 
 
 def test_a_page_without_speeds_or_components_says_so(tmp_path):
