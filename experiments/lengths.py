@@ -10,16 +10,16 @@
 from dataclasses import replace
 
 from balance import SWEEPS as ON_TRUNK
+from setting import for_steps
 
 from mtp_jax import Sweep
 
 
 def longer(sweep: Sweep) -> Sweep:
     """Rank 1 and 4, four times as long as in rank_code.py."""
-    steps = 4 * sweep.base.steps
     return replace(
         sweep,
-        base=replace(sweep.base, steps=steps, eval_every=steps // 12, checkpoint_every=steps // 12),
+        base=for_steps(sweep.base, 4 * sweep.base.steps),
         grid={"head.rank": (1, 4), "seed": (0, 1, 2)},
         cases={},
         reference={"head.rank": 1},

@@ -9,7 +9,7 @@ rank_code.py: a higher acceptance may be one of a model that is easier to predic
 
 from dataclasses import replace
 
-from setting import HEADS_CPU, HEADS_GPU, MODEL_CPU, TRUNK_CPU, TRUNK_GPU
+from setting import HEADS_CPU, HEADS_GPU, MODEL_CPU, TRUNK_CPU, TRUNK_GPU, for_steps
 
 from mtp_jax import HeadConfig, MeasureConfig, Sweep
 
@@ -19,28 +19,21 @@ FRESH = {"head": HEAD, "init_from": "", "freeze": "none"}
 
 SWEEPS = {
     "cpu": Sweep(
-        replace(
-            HEADS_CPU,
-            **FRESH,
-            model=replace(MODEL_CPU, d_model=256, d_ff=512, num_heads=4),
-            optimizer=replace(TRUNK_CPU.optimizer, schedule="constant"),
-            steps=360,
-            eval_every=30,
-            checkpoint_every=30,
+        for_steps(
+            replace(
+                HEADS_CPU,
+                **FRESH,
+                model=replace(MODEL_CPU, d_model=256, d_ff=512, num_heads=4),
+                optimizer=replace(TRUNK_CPU.optimizer, schedule="constant"),
+            ),
+            360,
         ),
         GRID,
         reference={"head.rank": 1},
         measure=MeasureConfig(),
     ),
     "gpu": Sweep(
-        replace(
-            HEADS_GPU,
-            **FRESH,
-            optimizer=replace(TRUNK_GPU.optimizer, schedule="constant"),
-            steps=6000,
-            eval_every=500,
-            checkpoint_every=500,
-        ),
+        for_steps(replace(HEADS_GPU, **FRESH, optimizer=replace(TRUNK_GPU.optimizer, schedule="constant")), 6000),
         {**GRID, "head.rank": (1, 2, 4, 8, 16)},
         reference={"head.rank": 1},
         measure=MeasureConfig(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -30,14 +31,15 @@ def results(
     lengths: bool = False,
     cases: dict[str, dict[str, Any]] | None = None,
     draw: int = 0,
-    fewer: bool = False,
+    second: float = 0.75,
+    older: bool = False,
 ) -> dict[str, Any]:
     """A sweep over ranks: each doubling changes the joint loss by `loss` nats and tokens per forward by `kept`, the
     first token's loss by `first`, and the time of an iteration with drafts by `verify` plain ones; `noise` is the
     spread between seeds.
 
-    With `cases`, named changes of the head's config, the effects are those of the cases in order, at the one rank. With
-    `fewer` acceptance is there for fewer drafts than 3 too: two give 0.85 of what they give, and one 0.6.
+    With `cases`, named changes of the head's config, the effects are those of the cases in order, at the one rank.
+    Two drafts give `second` of what three give, and one 0.4 of it; `older` files know three and none alone.
     """
     rng = np.random.default_rng(draw)
     difficulty = rng.normal(0, 2.0, DOCUMENTS)  # what runs share: a paired comparison does not see it
@@ -55,20 +57,16 @@ def results(
                 joint = 9 + difficulty + part * loss * effect + more[0] + rng.normal(0, noise, DOCUMENTS)
                 forwards = np.full(DOCUMENTS, 250.0)
                 rate = ease * (1.8 + part * kept * effect + more[1])
-                decoding = [
-                    row(
-                        temperature,
-                        draft,
-                        rate * (1 - 0.1 * temperature - 0.05 * (draft != "joint") * effect),
-                        forwards,
-                    )
-                    for temperature, draft in ((0.7, "joint"), (0.0, "joint"), (1.0, "joint"), (0.7, "unconditioned"))
-                ]
+                three = rate * (1 - 0.1 * 0.7)
+                shares = {3: 1.0} if older else {3: 1.0, 2: second, 1: 0.4}
+                decoding = [row(0.7, "joint", 1 + share * (three - 1), forwards, k) for k, share in shares.items()]
                 decoding += [
-                    row(0.7, "joint", 1 + part * (rate * 0.93 - 1), forwards, k)
-                    for k, part in ((2, 0.85), (1, 0.6))
-                    if fewer
-                ]
+                    row(temperature, draft, rate * (1 - 0.1 * temperature - worse), forwards)
+                    for temperature, draft, worse in (
+                        (0.0, "joint", 0), (1.0, "joint", 0), (0.7, "unconditioned", 0.05 * effect),
+                    )
+                    if reading == "480"
+                ]  # fmt: skip
                 whole = seed == seeds[0] and reading == "240"
                 measured[reading] = {
                     "loss": {"joint": interval(float(joint.mean())), "first_token": interval(1.7), "offsets": []},
@@ -79,7 +77,7 @@ def results(
                     },
                     "gate": {"entropy": 1.0, "effective": 1.0 if point.get("head.balance") == "none" else 3.0,
                              "shares": [1.0]},
-                    "decoding": decoding if reading == "480" else decoding[:1],
+                    "decoding": decoding,
                     "speed": speeds() if whole else [],
                     "components": [
                         {"share": 1 / point["head.rank"], "windows": [["if |x\n", 3.0], ["self", 2.0]]}
@@ -106,12 +104,12 @@ def results(
                     "seconds": 0.1 * cost, "flops": 1e9, "peak_bytes": 2**26,
                     "over_next_token": {"predicted": 0.4, "measured": 0.4 * cost},
                     "over_reference": {"predicted": cost, "measured": cost, "error": 0.01},
-                    "decoding": iterations(verify * effect),
+                    "decoding": iterations(verify * effect, (0, 3) if older else range(4)),
                 },
                 "readings": readings, "measured": measured,
             })  # fmt: skip
     return {
-        "format": 4, "sweep": sweep, "size": "cpu", "title": "Does it pay?",
+        "format": 3 if older else 4, "sweep": sweep, "size": "cpu", "title": "Does it pay?",
         "command": f"mtp-jax sweep experiments/{sweep}.py@cpu",
         "reference": {"case": next(iter(cases))} if cases else {"head.rank": 1},
         "fields": (["case"] if cases else []) + ["head.rank", "seed"],
@@ -141,7 +139,7 @@ def speeds() -> list[dict[str, Any]]:
     ]
 
 
-def iterations(more: float, rounds: int = 7) -> list[dict[str, Any]]:
+def iterations(more: float, ks: Iterable[int], rounds: int = 7) -> list[dict[str, Any]]:
     """The costs of decoding: a draft takes an eighth of a plain iteration, and what a rank costs `more`. Plain decoding
     is faster in the other dtype. Each round is a hundredth slower than the one before, for all alike."""
     drift = [1 + r / 100 for r in range(rounds)]
@@ -149,5 +147,5 @@ def iterations(more: float, rounds: int = 7) -> list[dict[str, Any]]:
     def row(t: float, k: int, dtype: str, seconds: float) -> dict[str, Any]:
         return {"temperature": t, "k": k, "dtype": dtype, "iteration_seconds": [seconds * d for d in drift]}
 
-    own = [row(0.7, k, "float32", 0.002 * (1 + k / 8 + more * (k > 0))) for k in range(4)]
+    own = [row(0.7, k, "float32", 0.002 * (1 + k / 8 + more * (k > 0))) for k in ks]
     return [*own, row(0.7, 0, "bfloat16", 0.0019)]

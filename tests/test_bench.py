@@ -1,6 +1,6 @@
 """The decode benchmark: what a row says follows from what was timed, and only decoding is timed.
 
-The decoder is a fake whose every part takes a known time on a clock that only the fake moves; two tests have a model.
+The decoder is a fake whose every part takes a known time on a clock that only the fake moves; three tests have a model.
 """
 
 import dataclasses
@@ -343,19 +343,6 @@ def test_the_other_dtype_is_measured_where_it_is_faster(measure):
     assert ks == [(dtype, k) for dtype in ("float32", "bfloat16") for k in range(3)]
 
 
-def test_runs_that_are_measured_together_have_the_same_cells(monkeypatch):
-    """One of them is faster in the other dtype, so both are measured in it: else their speeds would not compare."""
-    trials = iter([{"float32": 1.0, "bfloat16": 0.5}, {"float32": 1.0, "bfloat16": 2.0}])
-    monkeypatch.setattr(bench.Session, "trial", lambda *_: next(trials))
-    config = BenchConfig(prompts=1, prompt_tokens=4, new_tokens=3, temperatures=(0.0,), ks=(0, 1), repetitions=1)
-    runs = {name: untrained(tiny.train_config()) for name in ("one", "other")}
-    found = bench.bench_runs(runs, config, prompts=[np.array([1, 2, 3, 4])])
-    cells = [(dtype, k) for dtype in ("float32", "bfloat16") for k in (0, 1)]
-    assert {name: [(row["dtype"], row["k"]) for row in of["rows"]] for name, of in found.items()} == {
-        name: cells for name in runs
-    }
-
-
 def test_every_cell_of_the_grid_decodes_all_prompts(measure):
     config = dataclasses.replace(
         CONFIG, prompts=4, prompt_tokens=7, batch_sizes=(1, 2, 4), verifiers=("token", "block")
@@ -429,6 +416,19 @@ def test_two_decoders_are_timed_in_turn(monkeypatch):
 
 
 # A model
+
+
+def test_runs_that_are_measured_together_have_the_same_cells(monkeypatch):
+    """One of them is faster in the other dtype, so both are measured in it: else their speeds would not compare."""
+    trials = iter([{"float32": 1.0, "bfloat16": 0.5}, {"float32": 1.0, "bfloat16": 2.0}])
+    monkeypatch.setattr(bench.Session, "trial", lambda *_: next(trials))
+    config = BenchConfig(prompts=1, prompt_tokens=4, new_tokens=3, temperatures=(0.0,), ks=(0, 1), repetitions=1)
+    runs = {name: untrained(tiny.train_config()) for name in ("one", "other")}
+    found = bench.bench_runs(runs, config, prompts=[np.array([1, 2, 3, 4])])
+    cells = [(dtype, k) for dtype in ("float32", "bfloat16") for k in (0, 1)]
+    assert {name: [(row["dtype"], row["k"]) for row in of["rows"]] for name, of in found.items()} == {
+        name: cells for name in runs
+    }
 
 
 def test_the_gap_is_that_of_what_plain_decoding_chooses_by():

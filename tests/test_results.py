@@ -137,7 +137,7 @@ def test_runs_are_compared_with_the_reference_of_their_seed(load):
 
 
 def test_a_speed_is_tokens_per_iteration_over_what_the_iteration_takes(load):
-    (found,) = load(results(kept=0.0, noise=0.0, verify=0.1))
+    (found,) = load(results(kept=0.0, noise=0.0, verify=0.1, second=0.5))
     seconds = iteration_seconds(found, (2,), 0.7)
     assert {k: np.median(of) for k, of in seconds.items()} == pytest.approx(
         {0: 0.0019 * 1.03} | {k: 0.002 * (1.1 + k / 8) * 1.03 for k in (1, 2, 3)}
@@ -147,19 +147,26 @@ def test_a_speed_is_tokens_per_iteration_over_what_the_iteration_takes(load):
     assert fast and fast.k == 3 and fast.rate == pytest.approx(tokens / (0.00295 * 1.03))
     assert speedup(found, (2,), "seconds", 0.7) == pytest.approx(tokens / 1.475 * 0.95)
     e = speed_ratio(found, (2,), "seconds", 0.7)
-    # Rounds that are slower for all alike say nothing against the ratio.
-    assert e and e.seeds == 3 and e.mean == pytest.approx(1.375 / 1.475) and e.error < 1e-9
+    # Rounds that are slower for all alike say nothing against the ratio; the best k is another one in few of the draws.
+    assert e and e.seeds == 3 and e.mean == pytest.approx(1.375 / 1.475) and e.error < 2e-3
     assert speed(found, (1,), "seconds", 0.7).rate > fast.rate
 
 
 def test_each_point_decodes_with_the_k_that_is_best_for_it(load):
-    """Two drafts give the most here: a third is worth less than it takes."""
-    (found,) = load(results(kept=0.0, noise=0.0, verify=0.1, fewer=True))
-    best = [speed(found, (rank,), "steps", 0.7) for rank in (1, 2)]
-    tokens = [of.at("steps")["decoding"][4]["documents"]["emitted"] for of in (found.of((1,))[0], found.of((2,))[0])]
-    assert [at.k for at in best] == [2, 2] and [at.tokens for at in best] == pytest.approx(np.mean(tokens, 1) / 250)
-    e = speed_ratio(found, (2,), "steps", 0.7)
-    assert e and e.mean == pytest.approx(best[1].rate / best[0].rate) == pytest.approx(1.25 / 1.35)
+    """Two drafts are best for rank 1, and three for rank 4, of which each is worth more."""
+    (found,) = load(results(kept=1.0, noise=0.0, verify=0.0, second=0.85))
+    best = {rank: speed(found, (rank,), "seconds", 0.7) for rank in (1, 4)}
+    rate = {1: 1.8 * 0.93, 4: (1.8 + 0.8 * 2) * 0.93}
+    ease = best[4].tokens / rate[4]  # of the documents, the same for all
+    assert [at.k for at in best.values()] == [2, 3]
+    assert best[1].tokens == pytest.approx(1 + 0.85 * (ease * rate[1] - 1))
+    e = speed_ratio(found, (4,), "seconds", 0.7)
+    assert e and e.mean == pytest.approx(best[4].tokens / 1.375 / (best[1].tokens / 1.25))
+
+
+def test_older_files_know_the_most_drafts_and_none(load):
+    (found,) = load(results(older=True, second=0.99))
+    assert list(iteration_seconds(found, (1,), 0.7)) == [0, 3] and speed(found, (1,), "seconds", 0.7).k == 3
 
 
 def test_noise_of_the_clock_is_in_the_interval_of_a_speed(load):
@@ -347,7 +354,7 @@ def test_ranks_of_heads_of_another_kind_are_a_sweep_over_rank(tmp_path):
     ("changes", "words"),
     [
         ({"kept": 0.4}, "some rank above 1 is faster, and the project's own bar of 1.10x on code is met."),
-        ({"seeds": (0,)}, "it is undecided, and the project's own bar of 1.10x on code is reached by the mean, not"),
+        ({"seeds": (0,)}, "it is undecided, and the project's own bar of 1.10x on code is undecided."),
         ({"verify": 0.5}, "none above 1 is faster, and the project's own bar of 1.10x on code is not met."),
         ({"source": "text"}, "some rank above 1 is faster."),
     ],

@@ -32,23 +32,24 @@ def assert_same_run(run_dir, straight):
 def survive(file, run_dir, kills, steps, options):
     """Start the command again and again, and kill it `kills` times: while it starts, trains, saves, or cleans up.
 
-    A kill comes after a time drawn, and never later than at its share of the steps: however fast the machine, no run
-    ends before its kill.
+    A kill comes after a time that is drawn, or at a step that is drawn from its share of the steps, whichever comes
+    first: however fast the machine, no run ends before its kill.
     """
     dice = random.Random(0)
     for number in range(kills):
+        before = metrics(run_dir)
         with Processes(file, run_dir, "--auto-resume", *options, count=1) as one:
             (process,) = one.processes
-            last = steps * (number + 1) // (kills + 1)
-            seen = len(metrics(run_dir))
+            last = int(steps * (number + dice.uniform(0.3, 1)) / (kills + 1))
             starting = number % 4 == 0
             wait, start = dice.uniform(0, 8 if starting else 1.5), time.monotonic()
             while time.monotonic() < start + wait and process.poll() is None:
                 time.sleep(0.01)
                 lines = metrics(run_dir)
-                if lines and lines[-1]["step"] >= last:
+                if lines != before and lines and lines[-1]["step"] >= last:
+                    time.sleep(dice.uniform(0, 0.05))
                     break
-                if not starting and len(lines) <= seen:
+                if not starting and len(lines) <= len(before):
                     start = time.monotonic()
             assert process.poll() is None, one.said()
             process.send_signal(signal.SIGKILL)

@@ -165,7 +165,9 @@ def bench_runs(
         check(config, run.config)
     benches = {name: _Bench(run, config, prompts) for name, run in runs.items()}
     for batch in config.batch_sizes:
-        both = any([bench.tries(batch, progress) for bench in benches.values()])  # the same cells for all
+        # The same cells for all.
+        both = any([bench.tries(batch, progress) for bench in benches.values()])
+        both |= len({run.config.model.dtype for run in runs.values()}) > 1
         for bench in benches.values():
             bench.add(batch, both, progress)
     for repetition in range(config.repetitions):

@@ -104,7 +104,7 @@ def tokens_per_forward(temperature: float, draft: str = "joint", k: int | None =
         row = decoding(run, reading, temperature, draft, k or None)
         if row is None:
             return None
-        forwards = np.array(row["documents"]["forwards"], float)
+        forwards = np.array(row["documents"]["forwards"], float)  # one token each if k is 0, in whichever row
         return np.array(row["documents"]["emitted"], float) if k != 0 else forwards, forwards
 
     return units
@@ -145,46 +145,70 @@ def pairs(results: Results, point: tuple[Any, ...]) -> list[tuple[Run, Run]]:
 # Iterations are timed for all shapes of a sweep in turn, in rounds: a ratio of two is formed within each round.
 
 
-def timed(run: Run, temperature: float, k: int) -> np.ndarray:
-    """The times of an iteration with k drafts by round, in the dtype that is faster for it; none where it was not
-    timed. (Acceptance is measured in the run's own dtype.)"""
+def timed(run: Run, temperature: float, k: int) -> dict[str, np.ndarray]:
+    """The times of an iteration with k drafts by round, for each dtype in which it was timed. (Acceptance is measured
+    in the run's own dtype.)"""
     rows = [row for row in run.raw["cost"]["decoding"] if (row["temperature"], row["k"]) == (temperature, k)]
-    return np.array(min((row["iteration_seconds"] for row in rows), key=np.median, default=()))
+    return {row["dtype"]: np.array(row["iteration_seconds"]) for row in rows}
+
+
+def fastest(times: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """Those of the dtype that is fastest; None if there is none."""
+    return min(times.values(), key=np.median, default=None)
 
 
 def iteration_seconds(results: Results, point: tuple[Any, ...], temperature: float) -> dict[int, np.ndarray]:
-    """The times of an iteration by round, by k. Where plain decoding of other points is the same work, its time is the
-    median over them."""
+    """The times of an iteration by round, by k, in the dtype that is fastest for it. Where plain decoding of other
+    points is the same work, its time is the median over them."""
     run = results.of(point)[0]  # what it costs does not depend on the seed
-    found = {k: timed(run, temperature, k) for k in range(run.head["window"])}
     plain = [timed(other, temperature, 0) for other in results.plain_alike(run)]
-    if all(map(len, plain)):
-        found[0] = np.median(plain, axis=0)
-    return {k: seconds for k, seconds in found.items() if len(seconds)}
+    pooled = {
+        dtype: np.median([times[dtype] for times in plain], axis=0)
+        for dtype in plain[0]
+        if all(dtype in times for times in plain)
+    }
+    times = {k: timed(run, temperature, k) for k in range(run.head["window"])}
+    if pooled:
+        times[0] = pooled
+    return {k: seconds for k, of in times.items() if (seconds := fastest(of)) is not None}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Speed:
-    """How a point decodes: k, the tokens of an iteration and its times by round."""
+    """How a point decodes: k, the tokens of an iteration, its times by round, and what the tokens are a mean of, by
+    seed."""
 
     k: int
     tokens: float
     seconds: np.ndarray
+    units: Sequence[Units]
 
     @property
     def rate(self) -> float:
         """Tokens per second."""
         return self.tokens / float(np.median(self.seconds))
 
+    def drawn_tokens(self) -> np.ndarray:
+        """The tokens of an iteration on documents that are drawn anew, the same for all."""
+        emitted_D, forwards_D = np.sum(self.units, axis=0)
+        drawn_BD = resample(len(forwards_D))
+        return emitted_D[drawn_BD].sum(1) / forwards_D[drawn_BD].sum(1)
+
+
+def speeds(results: Results, point: tuple[Any, ...], reading: str, temperature: float) -> list[Speed]:
+    """For each k of which both tokens and times are known."""
+    found = []
+    for k, seconds in iteration_seconds(results, point, temperature).items():
+        metric = tokens_per_forward(temperature, k=k)
+        units = [of for run in results.of(point) if (of := metric(run, reading)) is not None]
+        if units:
+            found.append(Speed(k, float(np.mean([a.sum() / b.sum() for a, b in units])), seconds, units))
+    return found
+
 
 def speed(results: Results, point: tuple[Any, ...], reading: str, temperature: float) -> Speed | None:
     """At the k that is fastest on average over the seeds."""
-    found = [
-        Speed(k, tokens.mean, seconds)
-        for k, seconds in iteration_seconds(results, point, temperature).items()
-        if (tokens := estimate(results, point, reading, tokens_per_forward(temperature, k=k)))
-    ]
-    return max(found, key=lambda at: at.rate, default=None)
+    return max(speeds(results, point, reading, temperature), key=lambda at: at.rate, default=None)
 
 
 def speedup(results: Results, point: tuple[Any, ...], reading: str, temperature: float) -> float | None:
@@ -194,12 +218,17 @@ def speedup(results: Results, point: tuple[Any, ...], reading: str, temperature:
 
 
 def speed_ratio(results: Results, point: tuple[Any, ...], reading: str, temperature: float) -> Estimate | None:
-    """The tokens per second of a point over those of its reference, each at its own best k."""
-    reference = results.reference(point)
-    own = speed(results, point, reading, temperature) if results.of(point) else None
-    other = speed(results, reference, reading, temperature) if results.of(reference) else None
-    if own is None or other is None:
+    """The tokens per second of a point over those of its reference, each at its own best k.
+
+    In its error the documents, the rounds and with them the best k are drawn anew, together for both.
+    """
+    both = [
+        speeds(results, which, reading, temperature) if results.of(which) else []
+        for which in (point, results.reference(point))
+    ]
+    if not all(both):
         return None
+    own, other = (max(of, key=lambda at: at.rate) for of in both)
     metrics = [tokens_per_forward(temperature, k=at.k) for at in (own, other)]
     found = [
         (mine, theirs)
@@ -209,8 +238,18 @@ def speed_ratio(results: Results, point: tuple[Any, ...], reading: str, temperat
     if not found:
         return None
     tokens = over(found, lambda mine, theirs: mine / theirs)
-    times = other.seconds / own.seconds
-    timing = float(np.median(times))
-    clock = float(np.std(np.median(times[resample(len(times))], axis=1))) / timing
-    mean, error = tokens.mean * timing, math.hypot(clock, tokens.error / tokens.mean)
-    return Estimate(mean, tokens.seeds, tokens.documents, tokens.seed_error * timing, error * mean)
+    timing, error = float(np.median(other.seconds / own.seconds)), float(np.std(_drawn_ratios(*both)))
+    return Estimate(tokens.mean * timing, tokens.seeds, tokens.documents, tokens.seed_error * timing, error)
+
+
+def _drawn_ratios(own: Sequence[Speed], other: Sequence[Speed]) -> np.ndarray:
+    """Ratios of the best of each on documents and rounds that are drawn anew."""
+    drawn_BN = resample(len(own[0].seconds))
+    tokens = {at: at.drawn_tokens() for at in (*own, *other)}
+    best_2B = [
+        np.argmax([tokens[at] / np.median(at.seconds[drawn_BN], axis=1) for at in of], axis=0) for of in (own, other)
+    ]
+    ratios_kkB = np.array(
+        [[tokens[a] / tokens[b] * np.median((b.seconds / a.seconds)[drawn_BN], axis=1) for b in other] for a in own]
+    )
+    return ratios_kkB[*best_2B, np.arange(len(drawn_BN))]

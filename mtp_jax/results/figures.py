@@ -122,8 +122,8 @@ def frontier(all_results: Sequence[Results]) -> Figure | None:
             for x, ratio, point in zip(xs, ratios, points, strict=True):
                 if ratio and index == 1:
                     # Below its interval; the reference, which has none, beside it.
-                    whole = results.reference(point) == point
-                    xytext, place = ((7, 4), ("left", "bottom")) if whole else ((0, -4), ("center", "top"))
+                    alone = results.reference(point) == point
+                    xytext, place = ((7, 4), ("left", "bottom")) if alone else ((0, -4), ("center", "top"))
                     axes.annotate(
                         results.text(point), (x, ratio.interval()[0]), xytext=xytext, textcoords="offset points",
                         ha=place[0], va=place[1], size="small", color="0.3",

@@ -91,8 +91,8 @@ class Results:
         return sorted((run for run in self.runs if run.point == point), key=lambda run: run.seed)
 
     def plain_alike(self, run: Run) -> list[Run]:
-        """Runs whose decoding without drafts is the same work, one of each point: of one model with a head of its own
-        for the next token."""
+        """Runs, one of each point, whose decoding without drafts is the same work as that of `run`: the same model with
+        a next-token head (`ntp`)."""
         own = run.raw["config"]["model"]
         firsts = [self.of(point)[0] for point in self.points]
         alike = [other for other in firsts if other.head["target"] == "ntp" and other.raw["config"]["model"] == own]

@@ -110,7 +110,7 @@ def saved_step(kept: list[int], every: int, most: float) -> int:
 
 def costs(sweep: Sweep, progress: Callable[[str], None] = lambda _: None) -> dict[str, dict[str, Any]]:
     """What a run of every shape costs, whatever it learns: a training step, beside next-token models of the same
-    trunks, and `iteration_seconds` of decoding with and without drafts. All in one process, in turn."""
+    trunks, and `iteration_seconds` of decoding with each k, 0 included. All in one process, in turn."""
     shapes = {name: variant.config for name, variant in sweep.variants.items() if variant.whole}
     plain = {name: next_token(config) for name, config in shapes.items()}
     trunks = {config: f"{NEXT_TOKEN} of {name}" for name, config in plain.items()}  # one for each trunk
