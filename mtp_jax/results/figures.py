@@ -123,13 +123,13 @@ def frontier(all_results: Sequence[Results]) -> Figure | None:
                 if ratio and index == 1:
                     # Below its interval; the reference, which has none, beside it.
                     alone = results.reference(point) == point
-                    xytext, place = ((7, 4), ("left", "bottom")) if alone else ((0, -4), ("center", "top"))
+                    xytext, place = ((-5, 3), ("right", "bottom")) if alone else ((0, -4), ("center", "top"))
                     axes.annotate(
                         results.text(point), (x, ratio.interval()[0]), xytext=xytext, textcoords="offset points",
                         ha=place[0], va=place[1], size="small", color="0.3",
                     )  # fmt: skip
         axes.axhline(1, color="0.4", lw=1)
-        axes.margins(x=0.1, y=0.12)
+        axes.margins(x=0.15, y=0.12)
     legend(figure, [handle for axes in parts for handle in axes.get_legend_handles_labels()[0]])
     return figure
 
