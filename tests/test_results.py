@@ -14,6 +14,7 @@ from mtp_jax.config import ConfigError
 from mtp_jax.results.claims import claims, faster, lower_loss, more_acceptance
 from mtp_jax.results.compare import (
     Estimate,
+    _drawn_ratios,
     compare,
     estimated,
     iteration_seconds,
@@ -21,6 +22,7 @@ from mtp_jax.results.compare import (
     over,
     speed,
     speed_ratio,
+    speeds,
     speedup,
 )
 from mtp_jax.results.figures import FIGURES
@@ -167,6 +169,24 @@ def test_each_point_decodes_with_the_k_that_is_best_for_it(load):
 def test_older_files_know_the_most_drafts_and_none(load):
     (found,) = load(results(older=True, second=0.99))
     assert list(iteration_seconds(found, (1,), 0.7)) == [0, 3] and speed(found, (1,), "seconds", 0.7).k == 3
+
+
+def test_the_best_k_is_drawn_anew_with_the_rounds(load):
+    """Where drafts are as fast as none but for the clock, some draws are better with drafts, and none is worse."""
+    value = results(ranks=(1, 4), kept=0.0, noise=0.0, verify=0.1078, second=0.5)
+    wobble = np.array([0.9, 1.1, 0.95, 1.0, 1.05, 0.9, 1.1])
+    for run in value["runs"]:
+        for row in run["cost"]["decoding"]:
+            steady = row["iteration_seconds"][0]
+            drafts = run["changes"]["head.rank"] == 4 and row["k"] == 3
+            row["iteration_seconds"] = (steady * (wobble if drafts else np.ones(7))).tolist()
+    (found,) = load(value)
+    own, other = (speeds(found, (rank,), "seconds", 0.7) for rank in (4, 1))
+    plain, drafts = ([at for at in own if at.k == k] for k in (0, 3))
+    reference = [at for at in other if at.k == 3]
+    best, *alone = (_drawn_ratios(of, reference) for of in (own, plain, drafts))
+    np.testing.assert_allclose(best, np.maximum(*alone))
+    assert all(np.mean(best > of + 1e-6) > 0.1 for of in alone)
 
 
 def test_noise_of_the_clock_is_in_the_interval_of_a_speed(load):
