@@ -9,8 +9,7 @@ the target chose (`unconditioned`).
 
 Cost on two cores: 17 minutes for the trunk (with other work beside it), 8 for the costs of a step and an iteration, 4
 to 7 for each run of the first seed (7 to 9 for those of the others, which had other work beside them). `--only NAME`
-does one at a time. That was before acceptance and iterations were measured at every k, which takes about half as long
-again.
+does one at a time. That was before acceptance and iterations were measured at every k, which takes longer.
 Found (results/rank_code-cpu.json; ranks 1 and 4 with three seeds, ranks 2, 8 and 16 with one; T = 0.7): at equal
 wall-clock of training rank 4 has a joint loss lower by 0.79 nats a window than rank 1, 0.17 more tokens per forward
 than its 1.72, and 0.84 times its tokens per second: each component of `full` factors adds a table for each offset to

@@ -418,17 +418,23 @@ def test_two_decoders_are_timed_in_turn(monkeypatch):
 # A model
 
 
-def test_runs_that_are_measured_together_have_the_same_cells(monkeypatch):
-    """One of them is faster in the other dtype, so both are measured in it: else their speeds would not compare."""
-    trials = iter([{"float32": 1.0, "bfloat16": 0.5}, {"float32": 1.0, "bfloat16": 2.0}])
+@pytest.mark.parametrize(
+    "own, faster",
+    [(("float32", "float32"), ("float32", "bfloat16")), (("float32", "bfloat16"), ("float32", "bfloat16"))],
+)
+def test_runs_that_are_measured_together_have_the_same_cells(monkeypatch, own, faster):
+    """If one of them is faster in the other dtype, or has it, both are measured in both: else their speeds would not
+    compare."""
+    trials = iter([{dtype: 1.0 + (dtype == best) for dtype in bench.DTYPES} for best in faster])
     monkeypatch.setattr(bench.Session, "trial", lambda *_: next(trials))
     config = BenchConfig(prompts=1, prompt_tokens=4, new_tokens=3, temperatures=(0.0,), ks=(0, 1), repetitions=1)
-    runs = {name: untrained(tiny.train_config()) for name in ("one", "other")}
-    found = bench.bench_runs(runs, config, prompts=[np.array([1, 2, 3, 4])])
-    cells = [(dtype, k) for dtype in ("float32", "bfloat16") for k in (0, 1)]
-    assert {name: [(row["dtype"], row["k"]) for row in of["rows"]] for name, of in found.items()} == {
-        name: cells for name in runs
+    runs = {
+        name: untrained(tiny.train_config(tiny.model_config(dtype=dtype)))
+        for name, dtype in zip(("one", "other"), own, strict=True)
     }
+    found = bench.bench_runs(runs, config, prompts=[np.array([1, 2, 3, 4])])
+    cells = {(dtype, k) for dtype in bench.DTYPES for k in (0, 1)}
+    assert all({(row["dtype"], row["k"]) for row in of["rows"]} == cells for of in found.values())
 
 
 def test_the_gap_is_that_of_what_plain_decoding_chooses_by():

@@ -176,9 +176,10 @@ def faster(all_results: Sequence[Results]) -> Claim:
         f"Tokens per second at T = {MAIN_T:g} and batch 1 over those of rank 1, each with the number of drafts, k, "
         "that is best for it of those measured (files before format 4 know k = W-1 and 0 alone): the tokens of an "
         "iteration over its time, which is taken for all ranks in one process, in turn; intervals hold the rounds of "
-        "that too (plain decoding of one trunk is one work: its time is the median over ranks). Iterations are timed "
-        "in the faster of two dtypes and acceptance is that of the run's own. Beside it what one run of each rank gave "
-        "at its best k in a process of its own; where the two differ by more than the effect, neither tells. "
+        "that and the choice of k too (plain decoding of one trunk is one work: its time is the median over ranks). "
+        "Iterations are timed in the faster of two dtypes and acceptance is that of the run's own. Beside it what one "
+        "run of each rank gave at its best k in a process of its own; where the two differ by more than the effect, "
+        "neither tells. "
         f"{' '.join(where)}"
     )
     header = ["sweep", "run", "k, equal wall-clock", "over plain, equal wall-clock", "the same, one run"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -127,18 +128,17 @@ def estimate(results: Results, point: tuple[Any, ...], reading: str, metric: Met
 
 def compare(results: Results, point: tuple[Any, ...], reading: str, metric: Metric) -> Estimate | None:
     """The difference of a point to its reference at one reading, paired by seed."""
-    found = [
-        (own, other)
-        for run, reference in pairs(results, point)
-        if (own := metric(run, reading)) is not None and (other := metric(reference, reading)) is not None
-    ]
+    found = paired(results, point, reading, metric, metric)
     return over(found, lambda own, other: own - other) if found else None
 
 
-def pairs(results: Results, point: tuple[Any, ...]) -> list[tuple[Run, Run]]:
-    """The runs of a point and the runs that they are compared with, by seed."""
+def paired(
+    results: Results, point: tuple[Any, ...], reading: str, own: Metric, other: Metric
+) -> list[tuple[Units, Units]]:
+    """A metric of a point's runs and one of those that they are compared with, where both are known, by seed."""
     others = {run.seed: run for run in results.of(results.reference(point))}
-    return [(run, others[run.seed]) for run in results.of(point) if run.seed in others]
+    both = [(own(run, reading), other(others[run.seed], reading)) for run in results.of(point) if run.seed in others]
+    return [(mine, theirs) for mine, theirs in both if mine is not None and theirs is not None]
 
 
 # Speed: tokens per iteration over what such an iteration takes, at the number of drafts that is best of those measured.
@@ -195,6 +195,9 @@ class Speed:
         return emitted_D[drawn_BD].sum(1) / forwards_D[drawn_BD].sum(1)
 
 
+RATE = operator.attrgetter("rate")
+
+
 def speeds(results: Results, point: tuple[Any, ...], reading: str, temperature: float) -> list[Speed]:
     """For each k of which both tokens and times are known."""
     found = []
@@ -208,7 +211,7 @@ def speeds(results: Results, point: tuple[Any, ...], reading: str, temperature: 
 
 def speed(results: Results, point: tuple[Any, ...], reading: str, temperature: float) -> Speed | None:
     """At the k that is fastest on average over the seeds."""
-    return max(speeds(results, point, reading, temperature), key=lambda at: at.rate, default=None)
+    return max(speeds(results, point, reading, temperature), key=RATE, default=None)
 
 
 def speedup(results: Results, point: tuple[Any, ...], reading: str, temperature: float) -> float | None:
@@ -228,13 +231,8 @@ def speed_ratio(results: Results, point: tuple[Any, ...], reading: str, temperat
     ]
     if not all(both):
         return None
-    own, other = (max(of, key=lambda at: at.rate) for of in both)
-    metrics = [tokens_per_forward(temperature, k=at.k) for at in (own, other)]
-    found = [
-        (mine, theirs)
-        for runs in pairs(results, point)
-        if (mine := metrics[0](runs[0], reading)) is not None and (theirs := metrics[1](runs[1], reading)) is not None
-    ]
+    own, other = (max(of, key=RATE) for of in both)
+    found = paired(results, point, reading, *(tokens_per_forward(temperature, k=at.k) for at in (own, other)))
     if not found:
         return None
     tokens = over(found, lambda mine, theirs: mine / theirs)

@@ -22,10 +22,11 @@ from etils import epath
 from mtp_jax.config import to_dict
 from mtp_jax.manifest import MANIFEST, sealed_steps
 from mtp_jax.paths import is_local
+from mtp_jax.results.load import FORMATS
 from mtp_jax.run_dir import CHECKPOINTS_DIR, replace_file
 from mtp_jax.sweep.config import COSTS, NamedSweep
 
-FORMAT = 4
+FORMAT = FORMATS[-1]
 
 
 @dataclass(frozen=True)
