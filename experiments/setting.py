@@ -81,7 +81,15 @@ def heads(trunk: TrainConfig, *, steps: int, batch_size: int, learning_rate: flo
     config = replace(
         trunk,
         # Balanced strongly: else components that begin alike stay so for a third of such a short run.
-        head=HeadConfig(window=4, rank=4, factors="full", target="ntp", ntp_weight=0.0, balance_weight=1.0),
+        head=HeadConfig(
+            window=4,
+            rank=4,
+            factors="full",
+            target="ntp",
+            ntp_weight=0.0,
+            balance_weight=1.0,
+            init_noise=0.02,
+        ),
         data=replace(trunk.data, batch_size=batch_size),
         # Not Muon: for small batches its products with every factor's matrix cost more than the gradients, R times.
         optimizer=OptimizerConfig(

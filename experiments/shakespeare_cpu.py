@@ -26,7 +26,7 @@ CONFIG = TrainConfig(
         context_length=512,
         dtype="float32",
     ),
-    head=HeadConfig(kind="cpd", window=4, rank=4, factors="full", target="marginal"),
+    head=HeadConfig(window=4, rank=4, factors="full", target="marginal", balance_weight=0.05, init_noise=0.02),
     data=DataConfig(source="data/shakespeare.txt", separator=r"\n\n", seq_len=256, batch_size=6),
     optimizer=OptimizerConfig(
         name="muon",

@@ -29,7 +29,15 @@ CONFIG = TrainConfig(
         context_length=512,
         dtype="float32",
     ),
-    head=HeadConfig(kind="cpd", window=4, rank=4, factors="lowrank", factor_width=64, target="marginal"),
+    head=HeadConfig(
+        window=4,
+        rank=4,
+        factors="lowrank",
+        factor_width=64,
+        target="marginal",
+        balance_weight=0.05,
+        init_noise=0.02,
+    ),
     data=DataConfig(
         source="data/stories.txt",
         separator="<|endoftext|>",

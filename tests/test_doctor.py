@@ -299,9 +299,8 @@ def test_advice_names_what_is_left():
 
 def llama(*shape, batch, mesh):
     model = ModelConfig(128256, *shape, context_length=4096, rope_theta=500_000.0, remat="full")
-    return TrainConfig(
-        model, HeadConfig(factors="lowrank"), DataConfig(seq_len=4096, batch_size=batch), mesh=MeshConfig(*mesh)
-    )
+    head = HeadConfig(rank=4, factors="lowrank", factor_width=64)
+    return TrainConfig(model, head, DataConfig(seq_len=4096, batch_size=batch), mesh=MeshConfig(*mesh))
 
 
 BIG = {

@@ -50,14 +50,14 @@ from mtp_jax import DataConfig, HeadConfig, MeasureConfig, ModelConfig, Optimize
 TRUNK = TrainConfig(
     model=ModelConfig(vocab_size=264, d_model=16, d_ff=32, num_layers=1, num_heads=2, num_kv_heads=1,
                       context_length=64, dtype="float32"),
-    head=HeadConfig(kind="independent", window=1, rank=1, balance="none"),
+    head=HeadConfig(kind="independent", window=1, rank=1, factors="full", balance="none"),
     data=DataConfig(source={source!r}, seq_len=16, batch_size=8, valid_fraction=0.5, cache_dir={cache!r}),
     optimizer=OptimizerConfig(schedule="constant", warmup_steps=0),
     steps=4, eval_every=2, eval_batches=1, checkpoint_every=2,
 )
 BASE = replace(
-    TRUNK, head=HeadConfig(window=3, rank=1, target="ntp"), steps=6, checkpoint_every=1, keep_checkpoints=6,
-    init_from="trunk", freeze="trunk", ema_decay=0.5,
+    TRUNK, head=HeadConfig(window=3, rank=1, factors="full", target="ntp"), steps=6, checkpoint_every=1,
+    keep_checkpoints=6, init_from="trunk", freeze="trunk", ema_decay=0.5,
 )
 MEASURE = MeasureConfig(
     held_out_sequences=8, prompts=4, prompt_tokens=8, new_tokens=12, batch_size=2, temperatures=(0.7, 0.0),

@@ -28,7 +28,8 @@ def model_config(**changes: Any) -> ModelConfig:
 
 def head_config(**changes: Any) -> HeadConfig:
     """Rank 3, window 4; the components differ from the start, so that they matter."""
-    return HeadConfig(**{**dict(window=WINDOW, rank=RANK, factor_width=8, init_noise=1.0), **changes})
+    values = dict(window=WINDOW, rank=RANK, factors="full", factor_width=8, balance_weight=0.05, init_noise=1.0)
+    return HeadConfig(**{**values, **changes})
 
 
 def train_config(
