@@ -11,7 +11,7 @@ from results import results
 
 from mtp_jax.cli import main
 from mtp_jax.config import ConfigError
-from mtp_jax.results.claims import claims, faster, lower_loss, more_acceptance
+from mtp_jax.results.claims import balance, claims, faster, lower_loss, more_acceptance
 from mtp_jax.results.compare import (
     Estimate,
     _drawn_ratios,
@@ -319,6 +319,24 @@ def test_balancing_must_help(verdicts, effect, verdict):
     assert verdicts(value)("balancing") == verdict
     alone = results(ranks=(4,), cases=cases, loss=-effect, kept=effect, seeds=(0,))
     assert verdicts(alone)("balancing") == "undecided"
+
+
+@pytest.mark.parametrize(
+    ("effective", "effect", "verdict", "text"),
+    [
+        (1.0, 0.2, "confirmed", "the components collapse without balancing, and balancing helps."),
+        (2.0, 0.2, "not confirmed", "the components do not collapse without balancing, and balancing helps."),
+        (1.0, -0.2, "not confirmed", "the components collapse without balancing, and balancing does not help."),
+    ],
+)
+def test_the_halves_of_the_claim_about_balancing_are_told_apart(load, effective, effect, verdict, text):
+    cases = {"none": {"head.balance": "none"}, "squared": {"head.balance": "squared", "head.balance_weight": 0.1}}
+    value = results(ranks=(4,), cases=cases, loss=-effect, kept=effect)
+    for run in value["runs"]:
+        for found in run["measured"].values():
+            found["gate"]["effective"] = effective if run["changes"]["head.balance"] == "none" else 3.0
+    claim = balance(load(value))
+    assert claim.verdict == verdict and text in claim.text
 
 
 def test_the_page_has_every_claim_figure_and_command(tmp_path, capsys):

@@ -33,6 +33,7 @@ CHEAP = 1.25  # of a training step, over rank 1
 COLLAPSED = 1.5  # effective components
 TOKENS_T = tokens_per_forward(MAIN_T)
 FASTER = {True: "some rank above 1 is faster", False: "none above 1 is faster", None: "it is undecided"}
+HELPS = {True: "balancing helps", False: "balancing does not help", None: "whether balancing helps is undecided"}
 BARS = {True: "is met", False: "is not met", None: "is undecided"}
 Point = tuple[Any, ...]
 
@@ -307,7 +308,7 @@ def balance(all_results: Sequence[Results]) -> Claim:
     found = [r for r in all_results if len({(run.head["balance"], run.head["balance_weight"]) for run in r.runs}) > 1]
     if not found:
         return _undecided(title, "no sweep over head.balance")
-    rows, good = [], []
+    rows, good, where = [], [], []
     for results in found:
         effective = {
             point: float(np.mean([f["gate"]["effective"] for run in results.of(point) if (f := run.at("steps"))]))
@@ -325,6 +326,8 @@ def balance(all_results: Sequence[Results]) -> Claim:
         ]
         helped = True if True in helps else False if helps and set(helps) == {False} else None
         good.append(both(collapsed, helped))
+        collapse = "collapse" if collapsed else "do not collapse"
+        where.append(f"In {results.label} the components {collapse} without balancing, and {HELPS[helped]}.")
         for point in results.points:
             cells = (_over(results, point, compare(results, point, "steps", m)) for m in (joint_loss, TOKENS_T))
             rank = results.of(point)[0].head["rank"]
@@ -334,7 +337,7 @@ def balance(all_results: Sequence[Results]) -> Claim:
     text = (
         f"Equal steps, T = {MAIN_T:g}. Confirmed if fewer than {COLLAPSED:g} components are in effect without "
         "balancing and some balancing lowers the loss and raises tokens per forward; a component that is used is not "
-        "yet of use."
+        f"yet of use. {' '.join(where)}"
     )
     return Claim(title, judge(good), text, markdown_table(header, rows), found)
 
