@@ -89,7 +89,8 @@ def in_process(*args: object) -> dict[str, float]:
 def overhead(steps: int, rounds: int = 5) -> dict[str, float]:
     """Seconds that one save adds to the `steps` steps from it to the next, its work in the background included."""
     model = ModelConfig(vocab_size=264, d_model=256, d_ff=704, num_layers=4, context_length=128, dtype="float32")
-    config = TrainConfig(model, HeadConfig(), DataConfig(batch_size=8, seq_len=128), mesh=MeshConfig(1, 1, 1))
+    head = HeadConfig(window=4, rank=4, factors="full")
+    config = TrainConfig(model, head, DataConfig(batch_size=8, seq_len=128), mesh=MeshConfig(1, 1, 1))
     mesh = make_mesh(config.mesh, jax.devices()[:1])
     with jax.set_mesh(mesh), tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(config)

@@ -29,7 +29,7 @@ CONFIG = TrainConfig(
         context_length=512,
         dtype="float32",
     ),
-    head=HeadConfig(window=4, rank=4, factors="full", target="marginal", balance_weight=0.05, init_noise=0.02),
+    head=HeadConfig(window=4, rank=8, factors="lora", factor_width=16, balance_weight=1.0, init_noise=1.0),
     data=DataConfig(source="stdlib", seq_len=384, batch_size=3),
     optimizer=OptimizerConfig(
         name="muon",

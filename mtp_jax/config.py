@@ -168,6 +168,9 @@ WITH_TABLE = "shared", "lowrank"  # factors that go through the one table of V x
 class HeadConfig:
     """The distribution over the next `window` tokens (arXiv 2410.17765).
 
+    The defaults are what the sweeps speak for where the vocabulary is smaller than the model's width (README, "Which
+    head"). Where it is larger every table of V x D weighs, and `lowrank` has one for all offsets.
+
     `kind` names an entry of `mtp_jax.heads.HEADS`: `independent` is rank 1, `cpd` a mixture of `rank` products.
     `factors`: `full` has an unembedding per (rank, offset); `shared` a D x D map per (rank, offset) under one
     unembedding; `lowrank` a D x D map per offset plus a correction of width `factor_width` per rank; `lora` an
@@ -187,16 +190,16 @@ class HeadConfig:
 
     kind: str = "cpd"
     window: int = 4
-    rank: int = 4
-    factors: Literal["full", "shared", "lowrank", "lora"] = "full"
-    factor_width: int = 64
+    rank: int = 8
+    factors: Literal["full", "shared", "lowrank", "lora"] = "lora"
+    factor_width: int = 16
     target: Literal["marginal", "ntp"] = "marginal"
     ntp_weight: float = 1.0
     gamma: float = 1.0
     z_weight: float = 0.0
     balance: Literal["none", "squared", "switch"] = "squared"
-    balance_weight: float = 0.05
-    init_noise: float = 0.02
+    balance_weight: float = 1.0
+    init_noise: float = 1.0
     loss_fraction: float = 1.0
     backward_draws: int = 0
     shortlist: int | tuple[int, ...] = 0

@@ -44,7 +44,7 @@ from mtp_jax import DataConfig, HeadConfig, ModelConfig, OptimizerConfig, TrainC
 
 CONFIG = TrainConfig(
     ModelConfig(258, d_model=16, d_ff=32, num_layers=1, num_heads=4, context_length=128, dtype="float32"),
-    HeadConfig(window=3, rank=2, init_noise=1.0),
+    HeadConfig(window=3, rank=2, factors="full", balance_weight=0.05, init_noise=1.0),
     DataConfig("text", "{root}/corpus/*.txt", batch_size=8, seq_len=16, valid_fraction=0.2, cache_dir="{root}/cache"),
     OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
     steps=8,

@@ -71,7 +71,7 @@ REFUSED = {
     "gamma_zero": (lambda: HeadConfig(gamma=0.0), ["gamma is 0.0", "(0, 1]"]),
     "gamma_above": (lambda: HeadConfig(gamma=1.5), ["gamma is 1.5", "(0, 1]"]),
     "a shortlist under tables of their own": (
-        lambda: HeadConfig(shortlist=9),
+        lambda: HeadConfig(factors="full", shortlist=9),
         ["shortlist", "factors is full", "shared or lowrank", "shortlist to 0"],
     ),
     "a shortlist that has a token twice": (
@@ -91,7 +91,7 @@ REFUSED = {
         ["shortlist is 11", "v is 10"],
     ),
     "draws": (
-        lambda: HeadConfig(backward_draws=2),
+        lambda: HeadConfig(factors="full", backward_draws=2),
         ["backward_draws is 2", "factors is full", "shared", "backward_draws to 0"],
     ),
     "valid_fraction_zero": (lambda: DataConfig(valid_fraction=0.0), ["valid_fraction is 0.0", "(0, 1)"]),
@@ -166,7 +166,7 @@ REFUSED = {
         ["warmup_steps is 11", "steps is 10"],
     ),
     "tied_without_table": (
-        lambda: TrainConfig(model=ModelConfig(tie_embeddings=True)),
+        lambda: TrainConfig(model=ModelConfig(tie_embeddings=True), head=HeadConfig(factors="full")),
         ["tie_embeddings is True", "factors is full", "marginal", "untie"],
     ),
     "tied_without_table_lora": (
@@ -345,6 +345,14 @@ def test_what_fits_is_accepted():
     decode([0, 31] * 4, seed=2**32 - 1)
     for k in (None, 0, 3):
         decode([0], [31] * 8, k=k, temperature=0.7, seed=2**32 - 2)
+
+
+def test_the_head_that_the_readme_recommends_is_the_default():
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    (line,) = re.findall(r"^    (HeadConfig\(.+\))$", text, re.MULTILINE)
+    call = ast.parse(line, mode="eval").body
+    assert isinstance(call, ast.Call) and len(call.keywords) >= 5
+    assert HeadConfig(**{str(word.arg): ast.literal_eval(word.value) for word in call.keywords}) == HeadConfig()
 
 
 def test_the_verifier_is_greedy_only_without_temperature():

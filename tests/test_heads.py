@@ -55,9 +55,9 @@ def make(seed=0, *, gate=1.0, values=None, **changes):
 def make_fresh(factors):
     """Heads as a run starts with them: of rank 4, and by the same key, without noise, of rank 4 and of rank 1."""
     model = tiny.model_config(vocab_size=64, d_model=64)
-    common = dict(factors=factors, balance="none")
+    common = dict(factors=factors, factor_width=64, balance="none")
     configs = {
-        "start": HeadConfig(**common, rank=4),
+        "start": HeadConfig(**common, rank=4, init_noise=0.02),
         "equal": HeadConfig(**common, rank=4, init_noise=0.0),
         "single": HeadConfig(**common, rank=1, init_noise=0.0),
     }
