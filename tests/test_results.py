@@ -401,6 +401,19 @@ def test_what_is_faster_is_said_of_each_file(load, changes, words):
     assert f"In rank_code (cpu) {words}" in faster(load(results(**changes))).text
 
 
+def test_a_page_names_every_size_of_a_sweep_and_how_fast_it_is(tmp_path):
+    value = results(ranks=(1, 4))
+    value["runs"] += results(ranks=(1, 4), d_model=32)["runs"]
+    for run, size in zip(value["runs"], 6 * ["wide"] + 6 * ["slim"], strict=True):
+        run["changes"]["case"] = size
+    value["fields"] = ["case", *value["fields"]]
+    (tmp_path / "a.json").write_text(json.dumps(value))
+    page = write_page([tmp_path / "a.json"], tmp_path / "out").read_text()
+    assert re.search(r"\| \d x 64, V = \d+; \d x 32, V = \d+ \|", page)
+    rows = re.findall(r"^\| rank_code \(cpu\) \| \d x (\d+) \| 4 \|.*\| \d\.\d+x \[", page, re.MULTILINE)
+    assert rows == ["32", "64"]
+
+
 def test_a_page_without_speeds_or_components_says_so(tmp_path):
     value = copy.deepcopy(results())
     for run in value["runs"]:

@@ -66,7 +66,8 @@ def _setting(all_results: Sequence[Results], command: str) -> str:
     rows = []
     for results in all_results:
         config, raw = results.runs[0].raw["config"], results.raw
-        model = config["model"]
+        models = [run.raw["config"]["model"] for run in results.runs]
+        shapes = dict.fromkeys(f"{m['num_layers']} x {m['d_model']}, V = {m['vocab_size']:,}" for m in models)
         steps = [
             row["verification_steps"]
             for run in results.runs
@@ -76,7 +77,7 @@ def _setting(all_results: Sequence[Results], command: str) -> str:
         machine, own = raw["machine"], [run.raw.get("versions", raw["versions"]) for run in results.runs]
         versions = dict.fromkeys(f"mtp_jax {of.get('commit', of.get('mtp_jax'))}, jax {of.get('jax')}" for of in own)
         rows.append([
-            results.label, raw["title"], f"{model['num_layers']} x {model['d_model']}, V = {model['vocab_size']:,}",
+            results.label, raw["title"], "; ".join(shapes),
             f"{config['data']['source']}, {config['data']['tokenizer']}".replace("|", "\\|"),
             f"{len(results.runs)}, seeds {', '.join(map(str, results.seeds))}",
             f"{min(steps):,} to {max(steps):,}" if steps else "-",
