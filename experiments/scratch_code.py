@@ -9,13 +9,12 @@ rank_code.py: a higher acceptance may be one of a model that is easier to predic
 
 from dataclasses import replace
 
-from setting import HEADS_CPU, HEADS_GPU, MODEL_CPU, TRUNK_CPU, TRUNK_GPU, for_steps
+from setting import HEADS_CPU, HEADS_GPU, MODEL_CPU, PLAIN, TRUNK_CPU, TRUNK_GPU, for_steps
 
-from mtp_jax import HeadConfig, MeasureConfig, Sweep
+from mtp_jax import MeasureConfig, Sweep
 
-HEAD = HeadConfig(window=4, rank=4, factors="full", target="marginal")
 GRID = {"head.rank": (1, 2, 4, 8), "seed": (0, 1, 2)}
-FRESH = {"head": HEAD, "init_from": "", "freeze": "none"}
+FRESH = {"head": PLAIN, "init_from": "", "freeze": "none"}
 
 SWEEPS = {
     "cpu": Sweep(

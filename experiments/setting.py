@@ -9,7 +9,9 @@ from dataclasses import replace
 
 from mtp_jax import DataConfig, HeadConfig, ModelConfig, OptimizerConfig, TrainConfig
 
-NEXT_TOKEN = HeadConfig(kind="independent", window=1, rank=1, factors="full", balance="none")
+# Every field that runs here depend on: whatever the defaults become, they go on and are measured again.
+PLAIN = HeadConfig(window=4, rank=4, factors="full", factor_width=64, balance_weight=1.0, init_noise=0.02)
+NEXT_TOKEN = replace(PLAIN, kind="independent", window=1, rank=1, balance="none", balance_weight=0.05)
 
 MODEL_CPU = ModelConfig(
     vocab_size=264,
@@ -81,15 +83,7 @@ def heads(trunk: TrainConfig, *, steps: int, batch_size: int, learning_rate: flo
     config = replace(
         trunk,
         # Balanced strongly: else components that begin alike stay so for a third of such a short run.
-        head=HeadConfig(
-            window=4,
-            rank=4,
-            factors="full",
-            target="ntp",
-            ntp_weight=0.0,
-            balance_weight=1.0,
-            init_noise=0.02,
-        ),
+        head=replace(PLAIN, target="ntp", ntp_weight=0.0),
         data=replace(trunk.data, batch_size=batch_size),
         # Not Muon: for small batches its products with every factor's matrix cost more than the gradients, R times.
         optimizer=OptimizerConfig(

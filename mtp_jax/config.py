@@ -168,8 +168,8 @@ WITH_TABLE = "shared", "lowrank"  # factors that go through the one table of V x
 class HeadConfig:
     """The distribution over the next `window` tokens (arXiv 2410.17765).
 
-    The defaults are what the sweeps speak for where the vocabulary is smaller than the model's width (README, "Which
-    head"). Where it is larger every table of V x D weighs, and `lowrank` has one for all offsets.
+    The defaults are what the sweeps over bytes speak for (README, "Which head"). Where the vocabulary is larger than
+    the model's width every table of V x D weighs, and `lowrank` has one for all offsets.
 
     `kind` names an entry of `mtp_jax.heads.HEADS`: `independent` is rank 1, `cpd` a mixture of `rank` products.
     `factors`: `full` has an unembedding per (rank, offset); `shared` a D x D map per (rank, offset) under one
@@ -179,7 +179,8 @@ class HeadConfig:
     next-token head whose cross-entropy is added with `ntp_weight`.
     Offset s is weighted by `gamma**(s-1)`; `z_weight` is on the mean square of the factors' log-normalisers. `balance`
     keeps components in use, with coefficient `balance_weight`.
-    `init_noise` is the relative noise by which the components differ at the start.
+    `init_noise` is how far the components differ at the start, relative to what they have in common: with 1 a
+    correction of `lora` begins as large as what it corrects; `full` and `shared` ones were measured with 0.02.
     Two ways to train with less work, whose gradients are right on average: `loss_fraction` of the positions, drawn
     anew in every step, have the loss of the offsets; `backward_draws` components, drawn from the posterior for each
     position and offset, go through the backward pass (0: all of them, exactly; needs `shared` factors).

@@ -351,7 +351,7 @@ def test_the_head_that_the_readme_recommends_is_the_default():
     text = (Path(__file__).parents[1] / "README.md").read_text()
     (line,) = re.findall(r"^    (HeadConfig\(.+\))$", text, re.MULTILINE)
     call = ast.parse(line, mode="eval").body
-    assert isinstance(call, ast.Call) and len(call.keywords) >= 5
+    assert isinstance(call, ast.Call) and not call.args and len(call.keywords) >= 5
     assert HeadConfig(**{str(word.arg): ast.literal_eval(word.value) for word in call.keywords}) == HeadConfig()
 
 

@@ -1,6 +1,7 @@
 """Every experiment file says how it is run and what to expect, fits one device, and its step can be traced."""
 
 import ast
+import json
 import re
 import runpy
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import tiny
 
 from mtp_jax.commands.experiment import load_experiment, load_sweep
+from mtp_jax.config import to_dict
 from mtp_jax.data import load_tokenizer
 from mtp_jax.train.step import make_trainer
 
@@ -20,6 +22,7 @@ FILES = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "experimen
 FILES = [path for path in FILES if path.stem not in SCRIPTS | SHARED]
 RECIPES = [path for path in FILES if "SWEEPS = " in (REPOSITORY / path).read_text()]
 EXPERIMENTS = [path for path in FILES if path not in RECIPES]
+RESULTS = sorted((REPOSITORY / "experiments" / "results").glob("*.json"))
 
 
 @pytest.fixture(params=EXPERIMENTS, ids=lambda path: path.stem)
@@ -103,6 +106,18 @@ def test_a_recipe_is_for_two_cores_and_for_a_gpu(recipe):
             assert variant.config.optimizer.schedule == "constant"
             measure = named.sweep.measure
             assert measure.prompt_tokens + measure.new_tokens <= variant.config.model.context_length
+
+
+@pytest.mark.parametrize("file", RESULTS, ids=lambda path: path.stem)
+def test_the_heads_of_a_recipe_are_those_of_its_results(file, monkeypatch):
+    """A default that changes must not change what a recipe trains: its runs could not go on."""
+    monkeypatch.chdir(REPOSITORY)
+    recipe, size = file.stem.rsplit("-", 1)
+    named, found = load_sweep(f"experiments/{recipe}.py@{size}"), json.loads(file.read_text())
+    configs = {run["name"]: run["config"] for run in found["runs"]}
+    configs |= {name: run["config"] for name, run in found["first"].items()}
+    for name, config in configs.items():
+        assert to_dict(named.config(name))["head"] == config["head"], name
 
 
 def test_the_ranks_of_the_primary_comparison_have_one_target():

@@ -53,7 +53,7 @@ def make(seed=0, *, gate=1.0, values=None, **changes):
 
 
 def make_fresh(factors):
-    """Heads as a run starts with them: of rank 4, and by the same key, without noise, of rank 4 and of rank 1."""
+    """Heads whose components begin as near copies, of rank 4, and by the same key, without noise, of rank 4 and 1."""
     model = tiny.model_config(vocab_size=64, d_model=64)
     common = dict(factors=factors, factor_width=64, balance="none")
     configs = {
