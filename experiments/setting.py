@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from mtp_jax import DataConfig, HeadConfig, ModelConfig, OptimizerConfig, TrainConfig
 
-# Every field that runs here depend on: whatever the defaults become, they go on and are measured again.
+# Every field that runs here depend on: whatever the defaults become, they go on and are measured again. Balanced
+# strongly: else components that begin alike stay so for a third of such short runs.
 PLAIN = HeadConfig(window=4, rank=4, factors="full", factor_width=64, balance_weight=1.0, init_noise=0.02)
 NEXT_TOKEN = replace(PLAIN, kind="independent", window=1, rank=1, balance="none", balance_weight=0.05)
 
@@ -82,7 +83,6 @@ def heads(trunk: TrainConfig, *, steps: int, batch_size: int, learning_rate: flo
     """Runs of heads on a frozen `trunk`, the run `init_from`."""
     config = replace(
         trunk,
-        # Balanced strongly: else components that begin alike stay so for a third of such a short run.
         head=replace(PLAIN, target="ntp", ntp_weight=0.0),
         data=replace(trunk.data, batch_size=batch_size),
         # Not Muon: for small batches its products with every factor's matrix cost more than the gradients, R times.

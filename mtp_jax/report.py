@@ -135,7 +135,7 @@ def plot_acceptance(rows: Sequence[Row]) -> Figure:
     for group, style in _lines([row for row in rows if (row["k"], row["batch"], row["dtype"]) == setting]):
         axes.plot(range(1, k + 1), group[0]["acceptance"], **style)
     axes.set(ylim=(0, 1.02), xticks=range(1, k + 1))
-    legend(figure, axes.lines)
+    legend(figure)
     return figure
 
 
@@ -160,7 +160,7 @@ def plot_speed(rows: Sequence[Row]) -> Figure:
                 dashed["label"] = f"k = 0, plain decoding in {row['plain_dtype']}"
                 axes.axhline(row["tokens_per_second"] / row["speedup"], **dashed)
         axes.set(ylim=(0, 1.06 * axes.dataLim.ymax), xticks=sorted({row["k"] for row in rows}))
-    legend(figure, [line for axes in parts for line in axes.lines])
+    legend(figure)
     return figure
 
 
@@ -184,8 +184,10 @@ def dress(axes: Axes, title: str) -> None:
     axes.grid(color="0.92")
 
 
-def legend(figure: Figure, handles: Iterable[Any]) -> None:
-    """One legend for all panels, to their right: each label once."""
+def legend(figure: Figure, handles: Iterable[Any] | None = None) -> None:
+    """One legend for all panels, to their right: each label once. `handles` are all that the panels have, if None."""
+    if handles is None:
+        handles = (handle for axes in figure.axes for handle in axes.get_legend_handles_labels()[0])
     unique = {str(handle.get_label()): handle for handle in handles}
     figure.legend(unique.values(), unique.keys(), loc="outside right upper", frameon=False)
 

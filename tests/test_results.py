@@ -360,6 +360,9 @@ def test_the_page_has_every_claim_figure_and_command(tmp_path, capsys):
     for name in FIGURES:
         png = tmp_path / "out" / "figures" / f"{name}.png"
         assert png.read_bytes().startswith(b"\x89PNG") and f"(figures/{name}.png)" in page
+    captions = dict(re.findall(r"\(figures/(\w+)\.png\)\n\n\*[^*]+\* Data: (.*); drawn by", page))
+    drawn = {name: re.findall(r"experiments/(\w+)\.py", data) for name, data in captions.items()}
+    assert drawn == {name: ["rank_code", "rank_text"] for name in FIGURES} | {"balancing": ["balance"]}
     assert len(re.findall(r"^### .+: (confirmed|not confirmed|undecided)$", page, re.MULTILINE)) == 11
     assert "nan" not in page and "None" not in page
     # Loss falls by 0.3 with each doubling, and tokens per forward rise by 0.2 from 1.8, times 0.93 at T = 0.7.

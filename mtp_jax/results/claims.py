@@ -310,7 +310,7 @@ def both_ways(all_results: Sequence[Results]) -> Claim:
 def balance(all_results: Sequence[Results]) -> Claim:
     """Load balancing is needed."""
     title = "Without load balancing the components collapse, and balancing helps"
-    found = [r for r in all_results if len({(run.head["balance"], run.head["balance_weight"]) for run in r.runs}) > 1]
+    found = [results for results in all_results if results.over_balance]
     if not found:
         return _undecided(title, "no sweep over head.balance")
     rows, good, where = [], [], []

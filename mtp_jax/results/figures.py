@@ -1,8 +1,9 @@
-"""The figures of the page. Each function returns None where the results have not what it shows."""
+"""The figures of the page, each drawn of the results that have what it shows."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,44 +28,47 @@ if TYPE_CHECKING:
 TEMPERATURES = (0.0, MAIN_T, 1.0)
 
 
-def loss_by_rank(all_results: Sequence[Results]) -> Figure | None:
+@dataclass(frozen=True)
+class Drawing:
+    """A figure: which of all results it is of, what draws those, and its caption. Of none there is no figure."""
+
+    of: Callable[[Sequence[Results]], list[Results]]
+    draw: Callable[[Sequence[Results]], Figure]
+    caption: str
+
+
+def loss_by_rank(found: Sequence[Results]) -> Figure:
     """The joint loss of each rank over that of rank 1."""
-    found = list(_lines(all_results))
-    if not found:
-        return None
-    figure, parts = panels([title for title, _, _ in found], "rank R", "joint loss over rank 1 (nats per window)")
-    for axes, (_, results, points) in zip(parts, found, strict=True):
+    figure, parts = panels(_titles(found), "rank R", "joint loss over rank 1 (nats per window)")
+    for axes, results in zip(parts, found, strict=True):
+        points = _by_rank(results)
         for shift, (reading, text) in enumerate(READINGS.items()):
             cells = [compare(results, point, reading, joint_loss) for point in points]
             _errorbars(axes, _ranks(results, points, shift), cells, shift, text)
         _rank_axis(axes, results, points)
         axes.axhline(0, color="0.4", lw=1)
-    legend(figure, [handle for axes in parts for handle in axes.get_legend_handles_labels()[0]])
+    legend(figure)
     return figure
 
 
-def acceptance_by_rank(all_results: Sequence[Results]) -> Figure | None:
+def acceptance_by_rank(found: Sequence[Results]) -> Figure:
     """Tokens per forward of each rank, by temperature, at equal steps."""
-    found = list(_lines(all_results))
-    if not found:
-        return None
-    figure, parts = panels([title for title, _, _ in found], "rank R", "tokens per forward, k = W-1")
-    for axes, (_, results, points) in zip(parts, found, strict=True):
+    figure, parts = panels(_titles(found), "rank R", "tokens per forward, k = W-1")
+    for axes, results in zip(parts, found, strict=True):
+        points = _by_rank(results)
         for shift, temperature in enumerate(TEMPERATURES):
             cells = [estimate(results, point, "steps", tokens_per_forward(temperature)) for point in points]
             _errorbars(axes, _ranks(results, points, shift), cells, shift, f"T = {temperature:g}")
         _rank_axis(axes, results, points)
-    legend(figure, [handle for axes in parts for handle in axes.get_legend_handles_labels()[0]])
+    legend(figure)
     return figure
 
 
-def acceptance_by_offset(all_results: Sequence[Results]) -> Figure | None:
+def acceptance_by_offset(found: Sequence[Results]) -> Figure:
     """The share of forwards in which each draft was kept, by rank."""
-    found = list(_lines(all_results))
-    if not found:
-        return None
-    figure, parts = panels([title for title, _, _ in found], "offset of the draft", f"share kept, T = {MAIN_T:g}")
-    for axes, (_, results, points) in zip(parts, found, strict=True):
+    figure, parts = panels(_titles(found), "offset of the draft", f"share kept, T = {MAIN_T:g}")
+    for axes, results in zip(parts, found, strict=True):
+        points = _by_rank(results)
         shades = _shades(len(points))
         for point, shade in zip(points, shades, strict=True):
             rows = [row for run in results.of(point) if (row := decoding(run, "steps", MAIN_T))]
@@ -75,44 +79,30 @@ def acceptance_by_offset(all_results: Sequence[Results]) -> Figure | None:
                 )
                 axes.set_xticks(range(1, len(kept) + 1))
         axes.set_ylim(0, 1.02)
-    legend(figure, [handle for axes in parts for handle in axes.get_legend_handles_labels()[0]])
+    legend(figure)
     return figure
 
 
-def speed_by_k(all_results: Sequence[Results]) -> Figure | None:
+def speed_by_k(found: Sequence[Results]) -> Figure:
     """Tokens/s over plain decoding by the number of drafts, as measured of one run of each rank."""
-    found = []
-    for title, results, points in _lines(all_results):
-        rows = {point: speeds for point in points if (speeds := _speeds(results, point))}
-        if rows:
-            found.append((title, results, rows))
-    if not found:
-        return None
-    titles = [title for title, _, _ in found]
-    figure, parts = panels(titles, "drafts per forward, k", f"tokens/s over plain decoding, T = {MAIN_T:g}")
-    for axes, (_, results, rows) in zip(parts, found, strict=True):
+    figure, parts = panels(_titles(found), "drafts per forward, k", f"tokens/s over plain decoding, T = {MAIN_T:g}")
+    for axes, results in zip(parts, found, strict=True):
+        rows = _speeds(results)
         for (point, speeds), shade in zip(rows.items(), _shades(len(rows)), strict=True):
             ks = sorted(speeds)
             axes.plot(ks, [speeds[k] for k in ks], color=shade, marker="o", ms=4, lw=1.8, label=results.text(point))
             axes.set_xticks(ks)
         axes.axhline(1, color="0.4", lw=1, ls=(0, (4, 3)))
         axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
-    legend(figure, [handle for axes in parts for handle in axes.get_legend_handles_labels()[0]])
+    legend(figure)
     return figure
 
 
-def frontier(all_results: Sequence[Results]) -> Figure | None:
+def frontier(found: Sequence[Results]) -> Figure:
     """What a rank costs in training against what it gives in decoding."""
-    found = [
-        (title, results, points)
-        for title, results, points in _lines(all_results)
-        if any(speed_ratio(results, point, "steps", MAIN_T) for point in points)
-    ]
-    if not found:
-        return None
-    titles = [title for title, _, _ in found]
-    figure, parts = panels(titles, "training step over that of rank 1", f"tokens/s over rank 1, T = {MAIN_T:g}")
-    for axes, (_, results, points) in zip(parts, found, strict=True):
+    figure, parts = panels(_titles(found), "training step over that of rank 1", f"tokens/s over rank 1, T = {MAIN_T:g}")
+    for axes, results in zip(parts, found, strict=True):
+        points = _by_rank(results)
         steps = {p: results.of(p)[0].raw["cost"]["over_reference"]["measured"] for p in points}
         apart = 0.012 * (max(steps.values()) - min(steps.values()))  # so that the intervals do not hide each other
         for index, reading in enumerate(("steps", "seconds")):
@@ -130,45 +120,29 @@ def frontier(all_results: Sequence[Results]) -> Figure | None:
                     )  # fmt: skip
         axes.axhline(1, color="0.4", lw=1)
         axes.margins(x=0.15, y=0.12)
-    legend(figure, [handle for axes in parts for handle in axes.get_legend_handles_labels()[0]])
+    legend(figure)
     return figure
 
 
-def components(all_results: Sequence[Results]) -> Figure | None:
+def components(found: Sequence[Results]) -> Figure:
     """How much of the windows each component is responsible for, by rank."""
-    found = []
-    for title, results, points in _lines(all_results):
-        shares = {point: [c["share"] for c in parts] for point in points if (parts := component_rows(results, point))}
-        if any(len(of) > 1 for of in shares.values()):
-            found.append((title, results, shares))
-    if not found:
-        return None
-    figure, parts = panels([title for title, _, _ in found], "rank R", "share of the windows, by posterior")
-    for axes, (_, results, shares) in zip(parts, found, strict=True):
+    figure, parts = panels(_titles(found), "rank R", "share of the windows, by posterior")
+    for axes, results in zip(parts, found, strict=True):
+        shares = _shares(results)
+        shades = _shades(max(map(len, shares.values())))
         for x, of in enumerate(shares.values()):
             bottom = 0.0
             for index, share in enumerate(sorted(of, reverse=True)):
-                axes.bar(
-                    x,
-                    share,
-                    0.7,
-                    bottom=bottom,
-                    color=_shades(max(map(len, shares.values())))[index],
-                    ec="white",
-                    lw=0.6,
-                )
+                axes.bar(x, share, 0.7, bottom=bottom, color=shades[index], ec="white", lw=0.6)
                 bottom += share
         axes.set_xticks(range(len(shares)), [str(results.rank(point)) for point in shares])
         axes.set(ylim=(0, 1), axisbelow=True)
     return figure
 
 
-def balancing(all_results: Sequence[Results]) -> Figure | None:
+def balancing(found: Sequence[Results]) -> Figure:
     """Loss, acceptance and components in use by kind and weight of balancing."""
-    found = [r for r in all_results if len({(run.head["balance"], run.head["balance_weight"]) for run in r.runs}) > 1]
-    if not found:
-        return None
-    results = found[0]
+    (results,) = found
     titles = ["Joint loss", f"Tokens per forward, T = {MAIN_T:g}", "Effective components"]
     figure, parts = panels(titles, "", "")
     names = [results.text(point).partition(",")[0] for point in results.points]
@@ -187,28 +161,6 @@ def balancing(all_results: Sequence[Results]) -> Figure | None:
     return figure
 
 
-FIGURES: dict[str, tuple[Callable[[Sequence[Results]], Any], str]] = {
-    "loss_by_rank": (loss_by_rank, "Held-out joint loss against that of rank 1, in three readings of the same runs."),
-    "acceptance_by_rank": (acceptance_by_rank, "Tokens per forward with all W-1 drafts, at equal steps."),
-    "acceptance_by_offset": (
-        acceptance_by_offset,
-        "Share of forwards in which the draft at an offset, and all before it, were kept; at equal steps.",
-    ),
-    "speed_by_k": (
-        speed_by_k,
-        "Tokens per second over plain decoding of the same model, measured at batch 1 in one process per run, at "
-        "equal wall-clock of training; one seed.",
-    ),
-    "frontier": (
-        frontier,
-        "What a rank costs, as the measured time of a training step, against what it gives, as tokens per second at "
-        "the best k, both over rank 1, with intervals of 95%.",
-    ),
-    "components": (components, "Share of the held-out windows that each component is responsible for, sorted."),
-    "balancing": (balancing, "Kinds and weights of load balancing, at equal steps."),
-}
-
-
 def component_rows(results: Results, point: tuple[Any, ...]) -> list[dict[str, Any]]:
     """What the components of a point are responsible for, of the run that it was measured of."""
     for run in results.of(point):
@@ -218,11 +170,17 @@ def component_rows(results: Results, point: tuple[Any, ...]) -> list[dict[str, A
     return []
 
 
-def _lines(all_results: Sequence[Results]) -> Iterator[tuple[str, Results, list[tuple[Any, ...]]]]:
-    """The sweeps over rank, a panel each: its title, and its points by rank."""
-    for frozen in (True, False):
-        for results in rank_sweeps(all_results, frozen):
-            yield results.raw["sweep"], results, sorted(results.points, key=results.rank)
+def _over_rank(all_results: Sequence[Results]) -> list[Results]:
+    """The sweeps over rank, a panel each."""
+    return rank_sweeps(all_results) + rank_sweeps(all_results, frozen=False)
+
+
+def _titles(found: Sequence[Results]) -> list[str]:
+    return [results.raw["sweep"] for results in found]
+
+
+def _by_rank(results: Results) -> list[tuple[Any, ...]]:
+    return sorted(results.points, key=results.rank)
 
 
 def _rank_axis(axes: Axes, results: Results, points: Sequence[tuple[Any, ...]]) -> None:
@@ -256,10 +214,72 @@ def _shades(count: int) -> list[Any]:
     return list(colormaps["viridis"](np.linspace(0, 0.88, max(1, count))))
 
 
-def _speeds(results: Results, point: tuple[Any, ...]) -> dict[int, float]:
-    for run in results.of(point):
-        for found in run.raw["measured"].values():
-            rows = [row for row in found["speed"] if row["temperature"] == MAIN_T]
-            if rows:  # in whichever dtype is faster
-                return {k: max(row["speedup"] for row in rows if row["k"] == k) for k in {row["k"] for row in rows}}
-    return {}
+def _with_speed(all_results: Sequence[Results]) -> list[Results]:
+    return [results for results in _over_rank(all_results) if _speeds(results)]
+
+
+def _speeds(results: Results) -> dict[tuple[Any, ...], dict[int, float]]:
+    """Of each point the speed-up by k, in whichever dtype is faster, of the run that it was measured of."""
+    found = {}
+    for point in _by_rank(results):
+        measured = (at for run in results.of(point) for at in run.raw["measured"].values())
+        rows = ([row for row in at["speed"] if row["temperature"] == MAIN_T] for at in measured)
+        if first := next(filter(None, rows), None):
+            found[point] = {k: max(row["speedup"] for row in first if row["k"] == k) for k in {r["k"] for r in first}}
+    return found
+
+
+def _with_cost(all_results: Sequence[Results]) -> list[Results]:
+    return [
+        results
+        for results in _over_rank(all_results)
+        if any(speed_ratio(results, point, "steps", MAIN_T) for point in results.points)
+    ]
+
+
+def _with_components(all_results: Sequence[Results]) -> list[Results]:
+    return [results for results in _over_rank(all_results) if any(len(of) > 1 for of in _shares(results).values())]
+
+
+def _shares(results: Results) -> dict[tuple[Any, ...], list[float]]:
+    """Of each point the shares of the components, of the run that they were measured of."""
+    rows = {point: component_rows(results, point) for point in _by_rank(results)}
+    return {point: [component["share"] for component in of] for point, of in rows.items() if of}
+
+
+def _balanced(all_results: Sequence[Results]) -> list[Results]:
+    """The first sweep over load balancing."""
+    return [results for results in all_results if results.over_balance][:1]
+
+
+FIGURES = {
+    "loss_by_rank": Drawing(
+        _over_rank, loss_by_rank, "Held-out joint loss against that of rank 1, in three readings of the same runs."
+    ),
+    "acceptance_by_rank": Drawing(
+        _over_rank, acceptance_by_rank, "Tokens per forward with all W-1 drafts, at equal steps."
+    ),
+    "acceptance_by_offset": Drawing(
+        _over_rank,
+        acceptance_by_offset,
+        "Share of forwards in which the draft at an offset, and all before it, were kept; at equal steps.",
+    ),
+    "speed_by_k": Drawing(
+        _with_speed,
+        speed_by_k,
+        "Tokens per second over plain decoding of the same model, measured at batch 1 in one process per run, at "
+        "equal wall-clock of training; one seed.",
+    ),
+    "frontier": Drawing(
+        _with_cost,
+        frontier,
+        "What a rank costs, as the measured time of a training step, against what it gives, as tokens per second at "
+        "the best k, both over rank 1, with intervals of 95%.",
+    ),
+    "components": Drawing(
+        _with_components,
+        components,
+        "Share of the held-out windows that each component is responsible for, sorted.",
+    ),
+    "balancing": Drawing(_balanced, balancing, "Kinds and weights of load balancing, at equal steps."),
+}

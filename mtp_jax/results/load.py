@@ -58,6 +58,11 @@ class Results:
         return all(run.raw["config"]["freeze"] == "trunk" and run.head["target"] == "ntp" for run in self.runs)
 
     @property
+    def over_balance(self) -> bool:
+        """Whether runs differ in the kind or the weight of load balancing."""
+        return len({(run.head["balance"], run.head["balance_weight"]) for run in self.runs}) > 1
+
+    @property
     def over_rank(self) -> bool:
         """Whether points differ in one field and are of different ranks, all compared with rank 1."""
         if self.fields == (RANK,):

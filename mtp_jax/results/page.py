@@ -28,19 +28,18 @@ def write_page(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[s
     all_results, directory = load_results(paths), Path(out)
     (directory / "figures").mkdir(parents=True, exist_ok=True)
     drawn = {}
-    for name, (draw, caption) in FIGURES.items():
-        figure = draw(all_results)
-        if figure is not None:
-            figure.savefig(directory / "figures" / f"{name}.png", dpi=150)
-            drawn[name] = caption
+    for name, drawing in FIGURES.items():
+        if found := drawing.of(all_results):
+            drawing.draw(found).savefig(directory / "figures" / f"{name}.png", dpi=150)
+            drawn[name] = found
     command = f"mtp-jax report {' '.join(str(path) for path in paths)} --out {out}"
     page = directory / PAGE
     page.write_text(markdown(all_results, drawn, command))
     return page
 
 
-def markdown(all_results: Sequence[Results], drawn: dict[str, str], command: str) -> str:
-    """The text of the page; `drawn` are the figures that there are, with their captions."""
+def markdown(all_results: Sequence[Results], drawn: dict[str, list[Results]], command: str) -> str:
+    """The text of the page; `drawn` are the figures that there are, with what each is of."""
     found = claims(all_results)
     sections = [
         "# What rank gives",
@@ -53,7 +52,7 @@ def markdown(all_results: Sequence[Results], drawn: dict[str, str], command: str
         "## Claim by claim",
         *(_claim(claim) for claim in found),
         "## Figures",
-        *(_figure(name, caption, all_results, command) for name, caption in drawn.items()),
+        *(_figure(name, of, command) for name, of in drawn.items()),
         "## Sweep by sweep",
         *(_answer(results) for results in all_results),
         *_examples(all_results),
@@ -115,8 +114,8 @@ def _claim(claim: Claim) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def _figure(name: str, caption: str, all_results: Sequence[Results], command: str) -> str:
-    data = ", ".join(dict.fromkeys(f"`{results.raw['command']}`" for results in all_results))
+def _figure(name: str, found: list[Results], command: str) -> str:
+    caption, data = FIGURES[name].caption, ", ".join(dict.fromkeys(f"`{results.raw['command']}`" for results in found))
     return f"![{caption}](figures/{name}.png)\n\n*{caption}* Data: {data}; drawn by `{command}`."
 
 
