@@ -7,24 +7,20 @@
 `@gpu` for one GPU. The learning rate is constant, so the three lengths are three readings of one run.
 """
 
-from dataclasses import replace
-
 from setting import for_steps
-from sizes import SWEEPS as OF_SIZES
+from sizes import on
 
-from mtp_jax import Sweep
+from mtp_jax import MeasureConfig, Sweep, TrainConfig
 
 
-def longer(size: str, trunk: str) -> Sweep:
+def longer(heads: TrainConfig) -> Sweep:
     """Rank 1 and 4, four times as long as in sizes.py."""
-    sweep = OF_SIZES[size]
-    heads = replace(sweep.base, model=sweep.first[trunk].model, init_from=f"runs/sizes/{size}/{trunk}")
     return Sweep(
         for_steps(heads, 4 * heads.steps),
         {"head.rank": (1, 4), "seed": (0, 1, 2)},
         reference={"head.rank": 1},
-        measure=replace(sweep.measure, lengths={"quarter": 0.25, "half": 0.5}),
+        measure=MeasureConfig(lengths={"quarter": 0.25, "half": 0.5}),
     )
 
 
-SWEEPS = {"cpu": longer("cpu", "trunk-d256"), "gpu": longer("gpu", "trunk-d768")}
+SWEEPS = {"cpu": longer(on("cpu", "trunk-d256")), "gpu": longer(on("gpu", "trunk-d768"))}

@@ -49,4 +49,10 @@ def sweep(name: str, trunk: TrainConfig, heads: TrainConfig) -> Sweep:
     )
 
 
+def on(size: str, trunk: str) -> TrainConfig:
+    """Heads on a trunk that this sweep has left."""
+    found = SWEEPS[size]
+    return replace(found.base, model=found.first[trunk].model, init_from=f"runs/sizes/{size}/{trunk}")
+
+
 SWEEPS = {"cpu": sweep("cpu", TRUNK_CPU, HEADS_CPU), "gpu": sweep("gpu", TRUNK_GPU, HEADS_GPU)}

@@ -1,23 +1,29 @@
-"""How far ahead? Windows of 2, 4 and 8 tokens, rank 1 and 4, on the frozen trunk of rank_code.py.
+"""How far ahead? Windows of 2, 4 and 8 tokens, rank 1 and cheap components of rank 8, on a frozen trunk of sizes.py.
 
-    mtp-jax sweep experiments/rank_code.py --only trunk      # what the heads are trained on, once
+    mtp-jax sweep experiments/sizes.py --only trunk-d256     # what the heads are trained on, once (`@gpu`: trunk-d768)
     mtp-jax sweep experiments/windows.py
     mtp-jax report experiments/results/windows-cpu.json --out reports/windows
 
-`@gpu` for one GPU. Joint losses of different windows are of different texts: compare tokens per forward.
+`@gpu` for one GPU. The heads are two of lora_code.py, with as many steps. Joint losses of different windows are of
+different texts: compare tokens per forward and tokens per second.
 """
 
-from dataclasses import replace
+from lora_code import CASES
+from setting import for_steps
+from sizes import on
 
-from balance import SWEEPS as ON_TRUNK
-
-from mtp_jax import Sweep
-
-
-def widths(sweep: Sweep) -> Sweep:
-    """Both ranks at each width."""
-    grid = {"head.window": (2, 4, 8), "head.rank": (1, 4), "seed": (0, 1, 2)}
-    return replace(sweep, grid=grid, cases={}, reference={"head.rank": 1})
+from mtp_jax import MeasureConfig, Sweep, TrainConfig
 
 
-SWEEPS = {size: widths(sweep) for size, sweep in ON_TRUNK.items()}
+def widths(heads: TrainConfig) -> Sweep:
+    """Both heads at each width."""
+    return Sweep(
+        for_steps(heads, 3 * heads.steps),
+        {"head.window": (2, 4, 8), "seed": (0, 1, 2)},
+        {name: CASES[name] for name in ("full-1", "lora-8")},
+        reference={"case": "full-1"},
+        measure=MeasureConfig(),
+    )
+
+
+SWEEPS = {"cpu": widths(on("cpu", "trunk-d256")), "gpu": widths(on("gpu", "trunk-d768"))}
