@@ -97,7 +97,8 @@ def results(
                 "changes": {**point, "seed": seed},
                 "config": {
                     "model": {"d_model": d_model, "num_layers": 2, "vocab_size": 264, "dtype": "float32"},
-                    "head": head, "data": {"source": source, "tokenizer": "bytes"}, "freeze": freeze, "steps": 480,
+                    "head": head, "freeze": freeze, "steps": 480, "optimizer": {"learning_rate": 1e-3},
+                    "data": {"source": source, "tokenizer": "bytes", "seq_len": 16, "batch_size": 2},
                 },
                 "state": "done", "seconds": {"training": 1.0}, "curve": [],
                 "cost": {

@@ -294,8 +294,8 @@ def measured(measure):
 def test_all_cells_of_a_prompt_follow_one_another(measured):
     """So that a machine whose speed drifts slows all of them."""
     assert measured.fake.timed == [(r, index, cell) for r in range(3) for index in range(3) for cell in CELLS]
-    tried, *lines = measured.lines
-    assert tried == "tried k = 0 in float32 and bfloat16"
+    *tried, lines = measured.lines[0], measured.lines[1], measured.lines[2:]
+    assert tried == [f"tried k = {k} in float32 and bfloat16" for k in (0, 2)]
     assert lines[:6] == [f"compiled T = {temperature:g}, k = {k}" for temperature, k in CELLS]
     assert lines[6] == "prompt 1 of 3, repetition 1 of 3" and len(lines) == 6 + 9
 
@@ -326,17 +326,19 @@ def test_only_the_loop_is_timed(measured):
         assert (row["rows_that_differ"], row["logit_gap"]) == ((1, 8 / 9) if wrong else (0, None))
     assert rows[0.0, 2]["speedup"] == pytest.approx((2 * 8 * 3 + 3) / (2 * 3 * 3 + 3))
     assert measured.bench["prefill_seconds"] == 100
-    # The first cell was tried before, in both dtypes: its code is there when its turn comes.
-    plans, calls = len(CELLS) + 1, len(CELLS) + 2
-    assert measured.bench["compile_seconds"] == calls * (10_000 + 100 + 1) + 1 + plans * 2000
+    # The first cell and the one with the most drafts were tried before, in both dtypes: their code is there when their
+    # turn comes.
+    plans, calls = len(CELLS) + 2, len(CELLS) + 4
+    assert measured.bench["compile_seconds"] == calls * (10_000 + 100 + 1) + 2 + plans * 2000
 
 
 def test_the_other_dtype_is_measured_where_it_is_faster(measure):
-    (trial,) = measure().bench["plain_trials"]
-    assert trial == {"batch": 1, "forwards_per_second": {"float32": 1.0, "bfloat16": 0.5}}
+    plain, drafted = measure().bench["trials"]
+    assert plain == {"batch": 1, "k": 0, "forwards_per_second": {"float32": 1.0, "bfloat16": 0.5}}
+    assert (drafted["batch"], drafted["k"]) == (1, 2)
     assert {row["dtype"] for row in measure(bfloat16=0.97).bench["rows"]} == {"float32"}, "that may be noise"
     found = measure(bfloat16=0.25).bench
-    assert found["plain_trials"][0]["forwards_per_second"] == {"float32": 1.0, "bfloat16": 4.0}
+    assert found["trials"][0]["forwards_per_second"] == {"float32": 1.0, "bfloat16": 4.0}
     plain = [(row["temperature"], row["dtype"]) for row in found["rows"] if row["k"] == 0]
     assert sorted(plain) == [(T, dtype) for T in (0.0, 0.7) for dtype in ("bfloat16", "float32")]
     ks = [(row["dtype"], row["k"]) for row in found["rows"] if row["temperature"] == 0.7]
@@ -420,7 +422,11 @@ def test_two_decoders_are_timed_in_turn(monkeypatch):
 
 @pytest.mark.parametrize(
     "own, faster",
-    [(("float32", "float32"), ("float32", "bfloat16")), (("float32", "bfloat16"), ("float32", "bfloat16"))],
+    [
+        (("float32", "float32"), ("float32", "float32", "bfloat16", "float32")),
+        (("float32", "float32"), ("float32", "float32", "float32", "bfloat16")),  # with drafts alone
+        (("float32", "bfloat16"), ("float32", "float32", "bfloat16", "bfloat16")),
+    ],
 )
 def test_runs_that_are_measured_together_have_the_same_cells(monkeypatch, own, faster):
     """If one of them is faster in the other dtype, or has it, both are measured in both: else their speeds would not

@@ -92,15 +92,18 @@ def test_the_command_of_the_training_step(tmp_path, capsys):
 
 def test_rounds_are_interleaved_and_ratios_are_of_one_round(monkeypatch):
     order, now = [], [0.0]
-    costs = {"a": iter([9, 1, 2, 8]), "b": iter([9, 1, 1, 2])}
+    times = {"a": [9, 1, 2, 8, 4, 4], "b": [9, 1, 1, 2, 2, 2]}
+    costs = {name: iter(of) for name, of in times.items()}
 
     def run(name):
         order.append(name)
         now[0] += next(costs[name])
 
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-    seconds = timing.interleave({name: lambda name=name: run(name) for name in costs}, 3)
-    assert order == list("ab" * 4) and seconds == {"a": [1, 2, 8], "b": [1, 1, 2]}
+    seconds = timing.interleave({name: lambda name=name: run(name) for name in costs}, 5)
+    rounds = {a + b for a, b in zip(order[::2], order[1::2], strict=True)}
+    assert len(order) == 12 and rounds == {"ab", "ba"}, "in turn, and neither is always the first"
+    assert seconds == {name: of[1:] for name, of in times.items()}
     assert timing.ratio(seconds, "a", "b") == 2
     assert timing.summary([1, 2, 8]) == {"median": 2, "quartile_1": 1.5, "quartile_3": 5}
 

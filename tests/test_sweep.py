@@ -389,8 +389,10 @@ def test_a_run_that_fails_is_kept_apart_and_tried_again(fake):
     assert progress.rows["rank=3,seed=0"].error == "status 1: rank=3,seed=0 has ended"
     record = fake.place.read(fake.named, "rank=3,seed=0")
     assert record is not None and record["state"] == "failed"
+    fake.statuses["rank=3,seed=0"] = -9
+    assert fake.go()[1].rows["rank=3,seed=0"].error == "status -9: rank=3,seed=0 has ended", "not the error of before"
     fake.statuses.clear()
-    assert fake.go()[0] == [] and fake.ran[6:] == ["rank=3,seed=0"]
+    assert fake.go()[0] == [] and fake.ran[6:] == 2 * ["rank=3,seed=0"]
 
 
 def test_a_preemption_ends_the_sweep_and_fails_nothing(fake):
@@ -414,9 +416,10 @@ def test_a_reading_gives_no_run_more_than_its_share_and_no_less():
     cost = {"over_reference": {"predicted": 2.0, "measured": 0.9}}
     found = measuring.readings_of(100, 100, MeasureConfig(lengths={"third": 1 / 3}), cost)
     assert found == pytest.approx({"steps": 100, "flops": 50, "seconds": 100, "third": 100 / 3})
-    assert measuring.saved_step([20, 40, 60], 20, 59.9) == 40
-    assert measuring.saved_step([20, 40, 50], 20, 50) == 50  # the end, which is always saved
-    for kept, most in (([40], 19.9), ([20, 60], 59.9)):
+    assert measuring.saved_step([20, 40, 60], 20, 59) == 40
+    assert measuring.saved_step([20, 40, 60], 20, 59.5) == 60  # within a hundredth
+    assert measuring.saved_step([20, 40, 50], 20, 50) == measuring.saved_step([20, 40, 50], 20, 49.8) == 50  # the end
+    for kept, most in (([40], 19), ([20, 60], 59), ([20], 59)):
         with pytest.raises(ConfigError, match=r"due after \d+ steps \(at most \d+\), and the run has the checkpoints"):
             measuring.saved_step(kept, 20, most)
 

@@ -196,22 +196,28 @@ class _Bench:
         )
         self.prefill_seconds: list[float] = []
         self.cells: list[Cell] = []
-        self.trials: dict[int, dict[str, float]] = {}
+        self.trials: dict[tuple[int, int], dict[str, float]] = {}
         with jax.set_mesh(run.mesh):
             self.session = Session(decoders(run), self.prompts, config)
 
     def tries(self, batch: int, progress: Callable[[str], None]) -> bool:
-        """Whether plain decoding is faster in the other dtype."""
-        dtype = self.run.config.model.dtype
-        with jax.set_mesh(self.run.mesh):
-            trial = self.trials[batch] = self.session.trial(_grid(self.config, batch, dtype, [0])[0])
-        progress(f"tried k = 0 in {' and '.join(trial)}")
-        return max(trial.values()) > MARGIN * trial[dtype]
+        """Whether the other dtype is faster, for plain decoding or with the most drafts."""
+        dtype, won = self.run.config.model.dtype, False
+        for k in sorted({0, max(self.ks)}):
+            with jax.set_mesh(self.run.mesh):
+                trial = self.trials[batch, k] = self.session.trial(_grid(self.config, batch, dtype, [k])[0])
+            progress(f"tried k = {k} in {' and '.join(trial)}")
+            won |= max(trial.values()) > MARGIN * trial[dtype]
+        return won
+
+    @property
+    def ks(self) -> list[int]:
+        """The numbers of drafts that are measured."""
+        return [k for k in range(self.run.config.head.window) if not self.config.ks or k in self.config.ks]
 
     def add(self, batch: int, both: bool, progress: Callable[[str], None]) -> None:
         """Compile the cells of a batch size, in the run's own dtype or in both."""
-        ks: list[Any] = [k for k in range(self.run.config.head.window) if not self.config.ks or k in self.config.ks]
-        ks += ["adaptive"] * self.config.adaptive
+        ks = [*self.ks, *["adaptive"] * self.config.adaptive]
         own = self.run.config.model.dtype
         cells = [cell for d in self.session.models if both or d == own for cell in _grid(self.config, batch, d, ks)]
         with jax.set_mesh(self.run.mesh):
@@ -250,7 +256,7 @@ class _Bench:
             **{name: getattr(config, name) for name in shared},
             "compile_seconds": self.session.compile_seconds,
             "prefill_seconds": float(np.median(self.prefill_seconds)),
-            "plain_trials": [{"batch": batch, "forwards_per_second": trial} for batch, trial in self.trials.items()],
+            "trials": [{"batch": b, "k": k, "forwards_per_second": trial} for (b, k), trial in self.trials.items()],
             "hf": compared,
             "device": run.mesh.devices.flat[0].device_kind,
             "versions": versions(),
@@ -306,10 +312,11 @@ class Session:
         jax.block_until_ready(state)
         return asked, state, t1 - t0, time.perf_counter() - t1
 
-    def trial(self, plain: Cell) -> dict[str, float]:
-        """Forwards per second of a cell of k = 0 in each dtype, in a few short runs: a slower one gets no more."""
-        cells = {dtype: dataclasses.replace(plain, dtype=dtype) for dtype in self.models}
-        forwards = min(TRIAL_FORWARDS, self.config.new_tokens - 1)
+    def trial(self, cell: Cell) -> dict[str, float]:
+        """Forwards per second of a cell in each dtype, in a few short runs: a slower one gets no more."""
+        cells = {dtype: dataclasses.replace(cell, dtype=dtype) for dtype in self.models}
+        # So few that they are needed even if all drafts are accepted.
+        forwards = max(1, min(TRIAL_FORWARDS, (self.config.new_tokens - 1) // (int(cell.k) + 1)))
         for cell in cells.values():
             self.compile(cell)
         rounds = [[self.decode(cell, 0, forwards)[-1] for cell in cells.values()] for _ in range(TRIAL_ROUNDS)]

@@ -13,12 +13,16 @@ Seconds = dict[str, list[float]]
 
 
 def interleave(functions: Mapping[str, Callable[[], Any]], repetitions: int) -> Seconds:
-    """Run the functions in turn, `repetitions` rounds after one that does not count. Seconds of each, by round."""
+    """Run the functions in turn, `repetitions` rounds after one that does not count. Seconds of each, by round.
+
+    Each round has an order of its own, always the same ones: none is always measured in the caches that another leaves.
+    """
     seconds: Seconds = {name: [] for name in functions}
+    rng = np.random.default_rng(0)
     for round_number in range(repetitions + 1):
-        for name, function in functions.items():
+        for name in rng.permutation(list(functions)):
             begun = time.perf_counter()
-            jax.block_until_ready(function())
+            jax.block_until_ready(functions[name]())
             if round_number:
                 seconds[name].append(time.perf_counter() - begun)
     return seconds

@@ -15,8 +15,10 @@ from mtp_jax.results.compare import (
     compare,
     decoding,
     estimate,
+    iteration_seconds,
     joint_loss,
     speed_ratio,
+    speeds,
     tokens_per_forward,
 )
 from mtp_jax.results.load import READINGS, Results
@@ -68,15 +70,11 @@ def acceptance_by_offset(found: Sequence[Results]) -> Figure:
     """The share of forwards in which each draft was kept, by rank."""
     figure, parts = panels(_titles(found), "offset of the draft", f"share kept, T = {MAIN_T:g}")
     for axes, results in zip(parts, found, strict=True):
-        points = _by_rank(results)
-        shades = _shades(len(points))
-        for point, shade in zip(points, shades, strict=True):
+        for point in _by_rank(results):
             rows = [row for run in results.of(point) if (row := decoding(run, "steps", MAIN_T))]
             if rows:
                 kept = np.mean([[e["mean"] for e in row["acceptance"]] for row in rows], axis=0)
-                axes.plot(
-                    range(1, len(kept) + 1), kept, color=shade, marker="o", ms=4, lw=1.8, label=results.text(point)
-                )
+                axes.plot(range(1, len(kept) + 1), kept, **_line(results, point))
                 axes.set_xticks(range(1, len(kept) + 1))
         axes.set_ylim(0, 1.02)
     legend(figure)
@@ -84,14 +82,13 @@ def acceptance_by_offset(found: Sequence[Results]) -> Figure:
 
 
 def speed_by_k(found: Sequence[Results]) -> Figure:
-    """Tokens/s over plain decoding by the number of drafts, as measured of one run of each rank."""
+    """Tokens/s over plain decoding by the number of drafts, each the tokens of an iteration over its time."""
     figure, parts = panels(_titles(found), "drafts per forward, k", f"tokens/s over plain decoding, T = {MAIN_T:g}")
     for axes, results in zip(parts, found, strict=True):
-        rows = _speeds(results)
-        for (point, speeds), shade in zip(rows.items(), _shades(len(rows)), strict=True):
-            ks = sorted(speeds)
-            axes.plot(ks, [speeds[k] for k in ks], color=shade, marker="o", ms=4, lw=1.8, label=results.text(point))
-            axes.set_xticks(ks)
+        for point in _by_rank(results):
+            over_plain = _over_plain(results, point)
+            axes.plot(*zip(*over_plain.items(), strict=True), **_line(results, point))
+            axes.set_xticks(list(over_plain))
         axes.axhline(1, color="0.4", lw=1, ls=(0, (4, 3)))
         axes.set_ylim(0, 1.08 * axes.dataLim.ymax)
     legend(figure)
@@ -141,9 +138,10 @@ def components(found: Sequence[Results]) -> Figure:
 
 
 def balancing(found: Sequence[Results]) -> Figure:
-    """Loss, acceptance and components in use by kind and weight of balancing."""
+    """What kinds and weights of balancing change of loss and acceptance, and the components in use."""
     (results,) = found
     titles = ["Joint loss", f"Tokens per forward, T = {MAIN_T:g}", "Effective components"]
+    reference = results.text(results.reference(results.points[0])).partition(",")[0]
     figure, parts = panels(titles, "", "")
     names = [results.text(point).partition(",")[0] for point in results.points]
     for axes, metric in zip(parts, (joint_loss, tokens_per_forward(MAIN_T), None), strict=True):
@@ -151,12 +149,15 @@ def balancing(found: Sequence[Results]) -> Figure:
             if metric is None:
                 gate = [f["gate"]["effective"] for run in results.of(point) if (f := run.at("steps"))]
                 axes.plot(np.mean(gate), y, "o", color=PALETTE[0])
-            elif e := estimate(results, point, "steps", metric):
+            elif e := compare(results, point, "steps", metric):
                 error = [[abs(bound - e.mean)] for bound in e.interval()]
-                axes.errorbar(e.mean, y, xerr=error, fmt="o", color=PALETTE[0], capsize=3)
+                axes.errorbar(e.mean, y, xerr=error, fmt="o", color=PALETTE[0], mfc=_filling(e, PALETTE[0]), capsize=3)
         axes.set_yticks(range(len(names)), names if axes is parts[0] else [""] * len(names))
         axes.invert_yaxis()
-    parts[0].set_xlabel("nats per window")
+    parts[0].set_xlabel(f"nats per window over {reference}")
+    parts[1].set_xlabel(f"over {reference}")
+    for axes in parts[:2]:
+        axes.axvline(0, color="0.4", lw=1)
     parts[2].set_xlabel(f"of {results.runs[0].head['rank']}")
     return figure
 
@@ -202,10 +203,15 @@ def _errorbars(axes: Axes, xs: Sequence[float], cells: Sequence[Estimate | None]
         return
     xs, es = zip(*shown, strict=True)
     errors = [[abs(e.interval()[side] - e.mean) for e in es] for side in (0, 1)]
-    axes.errorbar(
-        xs, [e.mean for e in es], yerr=errors, color=PALETTE[index], marker=MARKERS[index], ms=5, lw=1.6, capsize=3,
-        label=label,
-    )  # fmt: skip
+    style: dict[str, Any] = {"color": PALETTE[index], "marker": MARKERS[index], "ms": 5}
+    axes.errorbar(xs, [e.mean for e in es], yerr=errors, lw=1.6, capsize=3, label=label, **style)
+    for x, e in zip(xs, es, strict=True):
+        axes.plot(x, e.mean, mfc=_filling(e, PALETTE[index]), zorder=3, **style)
+
+
+def _filling(e: Estimate, color: str) -> str:
+    """Of one seed a marker is hollow: its interval says nothing of other seeds."""
+    return color if e.seeds > 1 else "white"
 
 
 def _shades(count: int) -> list[Any]:
@@ -214,19 +220,29 @@ def _shades(count: int) -> list[Any]:
     return list(colormaps["viridis"](np.linspace(0, 0.88, max(1, count))))
 
 
+def _line(results: Results, point: tuple[Any, ...]) -> dict[str, Any]:
+    """How a point is drawn: the colour is that of its rank in all panels, from 1, the darkest, to 32."""
+    from matplotlib import colormaps
+
+    shade = colormaps["viridis"](0.18 * min(5.0, np.log2(results.rank(point))))
+    return {"color": shade, "marker": "o", "ms": 4, "lw": 1.8, "label": results.text(point)}
+
+
 def _with_speed(all_results: Sequence[Results]) -> list[Results]:
-    return [results for results in _over_rank(all_results) if _speeds(results)]
+    return [
+        results
+        for results in _over_rank(all_results)
+        if all(len(_over_plain(results, point)) > 1 for point in results.points)
+    ]
 
 
-def _speeds(results: Results) -> dict[tuple[Any, ...], dict[int, float]]:
-    """Of each point the speed-up by k, in whichever dtype is faster, of the run that it was measured of."""
-    found = {}
-    for point in _by_rank(results):
-        measured = (at for run in results.of(point) for at in run.raw["measured"].values())
-        rows = ([row for row in at["speed"] if row["temperature"] == MAIN_T] for at in measured)
-        if first := next(filter(None, rows), None):
-            found[point] = {k: max(row["speedup"] for row in first if row["k"] == k) for k in {r["k"] for r in first}}
-    return found
+def _over_plain(results: Results, point: tuple[Any, ...]) -> dict[int, float]:
+    """Tokens/s of each k over plain decoding, at equal wall-clock."""
+    plain = iteration_seconds(results, point, MAIN_T).get(0)
+    if plain is None:
+        return {}
+    found = {at.k: at.rate * float(np.median(plain)) for at in speeds(results, point, "seconds", MAIN_T)}
+    return {0: 1.0, **dict(sorted(found.items()))}
 
 
 def _with_cost(all_results: Sequence[Results]) -> list[Results]:
@@ -252,12 +268,17 @@ def _balanced(all_results: Sequence[Results]) -> list[Results]:
     return [results for results in all_results if results.over_balance][:1]
 
 
+HOLLOW = "Hollow: of one seed."
 FIGURES = {
     "loss_by_rank": Drawing(
-        _over_rank, loss_by_rank, "Held-out joint loss against that of rank 1, in three readings of the same runs."
+        _over_rank,
+        loss_by_rank,
+        f"Held-out joint loss against that of rank 1, in three readings of the same runs. {HOLLOW}",
     ),
     "acceptance_by_rank": Drawing(
-        _over_rank, acceptance_by_rank, "Tokens per forward with all W-1 drafts, at equal steps."
+        _over_rank,
+        acceptance_by_rank,
+        f"Tokens per forward with all W-1 drafts, at equal steps. {HOLLOW}",
     ),
     "acceptance_by_offset": Drawing(
         _over_rank,
@@ -267,19 +288,19 @@ FIGURES = {
     "speed_by_k": Drawing(
         _with_speed,
         speed_by_k,
-        "Tokens per second over plain decoding of the same model, measured at batch 1 in one process per run, at "
-        "equal wall-clock of training; one seed.",
+        "Tokens per second over plain decoding of the same trunk at batch 1: the tokens of an iteration over its time, "
+        "at equal wall-clock of training.",
     ),
     "frontier": Drawing(
         _with_cost,
         frontier,
         "What a rank costs, as the measured time of a training step, against what it gives, as tokens per second at "
-        "the best k, both over rank 1, with intervals of 95%.",
+        f"the best k, both over rank 1, with intervals of 95%. {HOLLOW}",
     ),
     "components": Drawing(
         _with_components,
         components,
         "Share of the held-out windows that each component is responsible for, sorted.",
     ),
-    "balancing": Drawing(_balanced, balancing, "Kinds and weights of load balancing, at equal steps."),
+    "balancing": Drawing(_balanced, balancing, f"Kinds and weights of load balancing, at equal steps. {HOLLOW}"),
 }

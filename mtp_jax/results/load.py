@@ -12,7 +12,7 @@ from typing import Any
 from mtp_jax.config import ConfigError, require
 
 SEED, RANK = "seed", "head.rank"
-FORMATS = 2, 3, 4  # 2 lacks the clock's error of a step's costs, and before 4 decoding knew k = 0 and W-1 alone
+FORMATS = 3, 4  # in 3 decoding knows k = 0 and W-1 alone
 READINGS = {"steps": "equal steps", "flops": "equal training FLOPs", "seconds": "equal wall-clock"}
 NEEDED = ("format", "sweep", "size", "title", "command", "reference", "fields", "machine", "versions", "first", "runs")
 
@@ -116,9 +116,18 @@ class Results:
         words = (str(value) if field == "case" else f"{_short(field)} = {value}" for field, value in pairs)
         return ", ".join(words)
 
-    def varies(self, field: str) -> bool:
-        """Whether runs differ in a field."""
-        return field in self.fields and len({run.point[self.fields.index(field)] for run in self.runs}) > 1
+    def share(self, point: tuple[Any, ...], reading: str) -> float:
+        """What part of the steps, FLOPs or seconds of its reference a point had spent at a reading."""
+        run, other = self.of(point)[0], self.of(self.reference(point) if self.of(self.reference(point)) else point)[0]
+        over = {"flops": "predicted", "seconds": "measured"}.get(reading)
+        cost = run.raw["cost"]["over_reference"][over] if over else 1.0
+        return cost * run.raw["readings"][reading] / other.raw["config"]["steps"]
+
+    @property
+    def besides_rank(self) -> list[str]:
+        """The fields of the head, other than rank, in which a point differs from its reference."""
+        pairs = [(self.of(point)[0].head, self.of(self.reference(point))[0].head) for point in self.points]
+        return [f"head.{n}" for n in pairs[0][0] if n != "rank" and any(own.get(n) != o.get(n) for own, o in pairs)]
 
 
 def _short(field: str) -> str:
@@ -153,7 +162,7 @@ def _load(path: Path) -> Results:
         if run["state"] != "done":
             failed[run["name"]] = run.get("error", "")
             continue
-        for name in ("config", "cost", "readings", "measured", "curve"):
+        for name in ("config", "cost", "readings", "measured"):
             require(name in run, f"{path}: the run {run['name']} is done and has no field {name!r}.")
         point = tuple(run["changes"][field] for field in fields)
         runs.append(Run(run["name"], point, run["changes"].get(SEED, 0), run))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mtp_jax.report import markdown_table
-from mtp_jax.results.claims import MAIN_T, Claim, above_one, claims, rank_sweeps
-from mtp_jax.results.compare import decoding, speed_ratio, speedup
+from mtp_jax.results.claims import MAIN_T, TOKENS_T, Claim, above_one, claims, rank_sweeps, ratio_text, signed
+from mtp_jax.results.compare import compare, decoding, joint_loss, speed_ratio, speedup
 from mtp_jax.results.figures import FIGURES, TEMPERATURES, component_rows
 from mtp_jax.results.load import Results, load_results
 from mtp_jax.results.verdict import RULE
@@ -78,7 +78,7 @@ def _setting(all_results: Sequence[Results], command: str) -> str:
         rows.append([
             results.label, raw["title"], "; ".join(shapes),
             f"{config['data']['source']}, {config['data']['tokenizer']}".replace("|", "\\|"),
-            f"{len(results.runs)}, seeds {', '.join(map(str, results.seeds))}",
+            _runs(results),
             f"{min(steps):,} to {max(steps):,}" if steps else "-",
             f"{machine.get('processor')}, {machine.get('cores')} cores, {machine.get('device')}",
             "; ".join(versions),
@@ -97,13 +97,23 @@ def _setting(all_results: Sequence[Results], command: str) -> str:
         "All losses and texts are of held-out documents. Runs are compared with the run of the same seed that the "
         "sweep names as its reference, at equal steps, at equal training FLOPs and at equal wall-clock of training: "
         "three checkpoints of one run at a constant learning rate, each the last saved one that gives no run more "
-        "than the reference had. Intervals are of 95%: Student's over the seeds' paired differences, and the "
+        "than the reference had (in brackets how much of that it was, where it is less than all). Intervals are of "
+        "95%: Student's over the seeds' paired differences, and the "
         "bootstrap over the documents that the seeds share, added as variances; of one seed they say nothing of other "
         "seeds. Where the target is the frozen trunk's own head, all heads are asked to predict the same text; from "
-        "scratch each run has its own.",
+        "scratch each run has its own. Where a run averages its weights (`ema_decay`), the averages are measured.",
         markdown_table(header, rows),
         f"Written by `{command}`.",
     ])  # fmt: skip
+
+
+def _runs(results: Results) -> str:
+    """How many there are, and of what: points of fewer seeds than others are easily taken for as sure."""
+    points: dict[int, list[str]] = {}
+    for point in results.points:
+        points.setdefault(len(results.of(point)), []).append(results.text(point))
+    seeds = (f"{n} seed{'s' * (n > 1)} of {' / '.join(of)}" for n, of in sorted(points.items(), reverse=True))
+    return f"{len(results.runs)}: {'; '.join(seeds)}"
 
 
 def _claim(claim: Claim) -> str:
@@ -126,14 +136,14 @@ def recommendation(all_results: Sequence[Results]) -> str:
         ratios = {point: e for point in above_one(results) if (e := speed_ratio(results, point, "seconds", MAIN_T))}
         if not ratios:
             continue
-        point, e = max(ratios.items(), key=lambda at: at[1].mean)
-        low, high = e.interval(len(ratios))
-        surely = e.seeds > 1 and low > 1
-        best = point if surely else results.reference(point)
-        head = results.of(best)[0].head
-        shape = f"W = {head['window']}, `{head['factors']}`, target `{head['target']}`, balance `{head['balance']}`"
+        widened = {point: e.interval(len(ratios)) for point, e in ratios.items()}
+        sure = {point: e for point, e in ratios.items() if e.seeds > 1 and widened[point][0] > 1}
+        point, e = max((sure or ratios).items(), key=lambda at: at[1].mean)
+        low, high = widened[point]
+        best = point if sure else results.reference(point)
         found = f"{results.text(point)} has {e.mean:.3f}x [{low:.3f}, {high:.3f}] its tokens per second ({e.how})"
-        lines.append(f"* {results.label}: {results.text(best)} ({shape}). Beside R = 1, {found}.")
+        reference = results.text(results.reference(point))
+        lines.append(f"* {results.label}: {results.text(best)} ({_head(results, best)}). Beside {reference}, {found}.")
     if not lines:
         return "No sweep over rank has timed decoding; there is nothing to recommend yet."
     how = (
@@ -141,6 +151,13 @@ def recommendation(all_results: Sequence[Results]) -> str:
         "other is surely faster (intervals widened for the number of ranks):"
     )
     return "\n".join([how, "", *lines])
+
+
+def _head(results: Results, point: tuple[Any, ...]) -> str:
+    head = results.of(point)[0].head
+    width = ["factor_width"] if head["factors"] in ("lowrank", "lora") else []
+    names = "window", "rank", "factors", *width, "target", "balance", "balance_weight", "init_noise"
+    return ", ".join(f"`{name}` {head[name]}" for name in names if name in head)
 
 
 def _answer(results: Results) -> str:
@@ -164,8 +181,47 @@ def _answer(results: Results) -> str:
     header = ["joint loss", "first token", "by offset", "components in effect", "gate entropy"]
     header += [f"tokens per forward, T = {t:g}" for t in TEMPERATURES]
     header += [f"kept by offset, T = {MAIN_T:g}", f"tokens/s over plain, T = {MAIN_T:g}", "step, ms"]
-    text = f"{results.raw['title']} Means over the seeds of each run, at its end."
-    return "\n\n".join([f"### {results.label}", text, markdown_table(["run", "seeds", *header], rows)])
+    text = f"{results.raw['title']} Means over the seeds of each run, at its end; speeds as in the claim about them."
+    parts = [f"### {results.label}", text, markdown_table(["run", "seeds", *header], rows)]
+    return "\n\n".join([*parts, *_over_reference(results), _by_offset(results)])
+
+
+def _over_reference(results: Results) -> list[str]:
+    """Differences to the reference, whatever the sweep asks."""
+    rows = []
+    for point in above_one(results):
+        loss = compare(results, point, "steps", joint_loss)
+        kept = [compare(results, point, reading, TOKENS_T) for reading in ("steps", "seconds")]
+        ratio = speed_ratio(results, point, "seconds", MAIN_T)
+        against = results.text(results.reference(point))
+        rows.append(
+            [results.text(point), against, *map(signed, (loss, *kept)), ratio_text(ratio), loss.how if loss else "-"]
+        )
+    header = ["run", "against", "joint loss", "tokens per forward", "at equal wall-clock", "tokens/s, equal wall-clock"]
+    return [f"Against its reference, T = {MAIN_T:g}, at equal steps where nothing else is said:",
+            markdown_table([*header, "interval over"], rows)] if rows else []  # fmt: skip
+
+
+def _by_offset(results: Results) -> str:
+    """Losses and kept drafts by offset, with their intervals."""
+    rows = []
+    for point in results.points:
+        ends = [end for run in results.of(point) if (end := run.at("steps"))]
+        rows.append([results.text(point), "loss", _intervals([end["loss"]["offsets"] for end in ends])])
+        for t in TEMPERATURES:
+            kept = [row["acceptance"] for run in results.of(point) if (row := decoding(run, "steps", t))]
+            rows.append([results.text(point), f"kept, T = {t:g}", _intervals(kept)])
+    text = (
+        "Held-out loss in nats and share of drafts kept, offset by offset, at the end of the runs: means over the "
+        "seeds, and intervals of 95% over the documents of one seed, on average."
+    )
+    return f"{text}\n\n{markdown_table(['run', 'what', 'by offset'], rows)}"
+
+
+def _intervals(found: Sequence[Sequence[Mapping[str, float]]]) -> str:
+    """Of lists of numbers with intervals, one for each seed, entry by entry."""
+    means = [{key: np.mean([e[key] for e in of]) for key in ("mean", "low", "high")} for of in zip(*found, strict=True)]
+    return ", ".join(f"{e['mean']:.3f} [{e['low']:.3f}, {e['high']:.3f}]" for e in means) or "-"
 
 
 def _mean(values: Sequence[Any], digits: int = 2) -> str:

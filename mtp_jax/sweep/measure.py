@@ -31,6 +31,7 @@ from mtp_jax.sweep.intervals import ratio_interval, resample
 from mtp_jax.train.evaluate import place
 from mtp_jax.train.step import build_model
 
+SLACK = 0.01  # by which a reading may be late
 WINDOWS, SEEN = 6, 8  # windows that are shown of each component, and how often one was seen at least
 
 
@@ -42,7 +43,7 @@ def measure(
     config: MeasureConfig,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """The `readings` and what was `measured` of a finished run, as a results file has them.
+    """The `readings` and what was `measured` of a finished run, as a results file has them, and its training tokens.
 
     `cost` is that of its shape (see `costs`), and `reference_steps` how many the run has that it is compared with.
     Measured are the averaged parameters where the run keeps them. Nothing of `run_dir` is changed.
@@ -53,6 +54,7 @@ def measure(
     """
     with Checkpoints(run_dir) as checkpoints:
         kept, every = checkpoints.steps(), variant.config.checkpoint_every
+        data_sha256 = checkpoints.meta()["data_sha256"]
     readings = {
         name: saved_step(kept, every, step)
         for name, step in readings_of(variant.config.steps, reference_steps, config, cost).items()
@@ -73,7 +75,7 @@ def measure(
             progress(f"step {step}: speed")
             found["speed"] = speed(run, store, config)
         measured[str(step)] = found
-    return {"readings": readings, "measured": measured}
+    return {"data_sha256": data_sha256, "readings": readings, "measured": measured}
 
 
 def _decoded(config: MeasureConfig, most: int, at_end: bool) -> list[tuple[float, str, int]]:
@@ -87,7 +89,7 @@ def _decoded(config: MeasureConfig, most: int, at_end: bool) -> list[tuple[float
 
 def readings_of(steps: int, reference_steps: int, config: MeasureConfig, cost: Mapping[str, Any]) -> dict[str, float]:
     """How many steps a run is read after, at most, by what is equal: steps, training FLOPs, wall-clock of training."""
-    over, budget = cost["over_reference"], reference_steps * (1 + 1e-9)
+    over, budget = cost["over_reference"], reference_steps
     return {
         "steps": steps,
         "flops": min(steps, budget / over["predicted"]),
@@ -97,9 +99,11 @@ def readings_of(steps: int, reference_steps: int, config: MeasureConfig, cost: M
 
 
 def saved_step(kept: list[int], every: int, most: float) -> int:
-    """The last step of those that are saved `every` so many that is not later than `most`: a comparison never gives a
-    run more than its share, and for want of a checkpoint no less. The end of a run is saved in any case."""
-    due = int(most) if int(most) == max(kept, default=0) else int(most) // every * every
+    """The last step of those that are saved `every` so many that is not later than `most`, but for `SLACK`: a
+    comparison gives a run no more than its share, and for want of a checkpoint no less. The end of a run is saved in
+    any case."""
+    latest, end = most * (1 + SLACK), max(kept, default=0)
+    due = end if most <= end <= latest else int(latest) // every * every
     require(
         due in kept,
         f"A reading is due after {due} steps (at most {most:.0f}), and the run has the checkpoints {kept}. Train it "

@@ -27,6 +27,7 @@ from mtp_jax.run_dir import CHECKPOINTS_DIR, replace_file
 from mtp_jax.sweep.config import COSTS, NamedSweep
 
 FORMAT = FORMATS[-1]
+VECTORS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve"}  # what decides how fast a core is
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ class Place:
         if self.read(named, name) or not self.record(name).exists():
             self.write(named, name, {"state": "failed", "error": error})
 
+    def forget(self, named: NamedSweep, name: str) -> None:
+        """Forget that a run failed: it is tried again, and may end without a word."""
+        if (self.read(named, name) or {}).get("state") == "failed":
+            self.record(name).unlink()
+
 
 def fingerprint(run_dir: epath.PathLike) -> str:
     """What tells a run's last step from that of any other: the hash of its manifest, which holds those of its files."""
@@ -112,7 +118,7 @@ def collect(named: NamedSweep, place: Place) -> dict[str, Any]:
     first, runs = {}, []
     for name, record in found.items():
         said = {**record, "config": plain(named.config(name, place.directory))}
-        del said["subject"]
+        said["begins_from"] = said.pop("subject").get("begins_from", "")
         for key in ("machine", "versions"):  # what differs from the file's is kept
             if said.get(key) == shared.get(key):
                 said.pop(key, None)
@@ -142,14 +148,15 @@ def machine(device: str) -> dict[str, Any]:
     """What the numbers of a record depend on: the accelerator by JAX's name, and the computer around it."""
     return {
         "device": device,
-        "processor": _processor(),
+        "processor": _cpuinfo("model name") or platform.processor(),
+        "vectors": " ".join(sorted(VECTORS & set(_cpuinfo("flags").split()))),
         "cores": os.cpu_count(),
         "system": f"{platform.system()} {platform.machine()}",
     }
 
 
-def _processor() -> str:
+def _cpuinfo(field: str) -> str:
+    """What Linux says of the first core."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor())
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")

@@ -75,6 +75,7 @@ def run_all(
     for name, row in progress.rows.items():
         if row.state == "done":
             continue
+        place.forget(named, name)
         row.state, progress.begun = "running", time.monotonic()
         show()
         status = _run_in_process(named, name, place, show, stop)
