@@ -88,6 +88,8 @@ def test_a_recipe_says_how_it_is_run_and_reported(recipe):
     text = ast.get_docstring(ast.parse(recipe.read_text())) or ""
     assert re.search(rf"^ *mtp-jax sweep {re.escape(str(recipe))}( |$)", text, re.MULTILINE)
     assert f"mtp-jax report experiments/results/{recipe.stem}-cpu.json" in text
+    if any(file.stem == f"{recipe.stem}-cpu" for file in RESULTS):
+        assert "\nCost on two" in text and f"\nFound (results/{recipe.stem}-cpu.json" in text
 
 
 def test_a_recipe_is_for_two_cores_and_for_a_gpu(recipe):
