@@ -13,9 +13,9 @@ rank_code.py: rank 1 has learnt most of what it can by then (a held-out joint lo
 
 Cost on two cores: 6 minutes for the costs of a step and an iteration, 4 to 6 for each run of the first seed, and 11 for
 two of the others at a time.
-Found (results/lora_code-cpu.json; ranks 8 and 16, three seeds, T = 0.7; the trunk was trained anew): at equal steps they give 0.40 and 0.53 more
-tokens per forward than the 1.80 of rank 1, and at equal wall-clock of training 1.135 [1.102, 1.167] and 1.172 [1.151,
-1.194] times its tokens per second, each at its best k, which is 3.
+Found (results/lora_code-cpu.json; ranks 8 and 16, three seeds, T = 0.7; the trunk was trained anew): at equal steps
+they give 0.40 and 0.53 more tokens per forward than the 1.80 of rank 1, and at equal wall-clock of training 1.135
+[1.102, 1.167] and 1.172 [1.151, 1.194] times its tokens per second, each at its best k, which is 3.
 """
 
 from dataclasses import replace

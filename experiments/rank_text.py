@@ -5,7 +5,7 @@
     mtp-jax report experiments/results/rank_text-cpu.json --out reports/rank_text
 
 As rank_code.py, on stories in data/stories.txt with <|endoftext|> between them (TinyStories, arXiv 2305.07759, say),
-read as bytes, and on a narrower trunk.
+read as bytes, and on a narrower trunk. The results are of 8,578,169 bytes of them.
 
 Cost on two cores: 10 minutes for the trunk, with another run beside it, 4 for the costs of a step and an iteration, and
 3 to 7 for each run, with another beside it.

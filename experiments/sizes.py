@@ -8,9 +8,9 @@
 Cost on two cores: 12 minutes for both trunks at the same time, 8 for the costs of a step and an iteration, alone, and
 28 for the 12 runs, two at a time.
 Found (results/sizes-cpu.json; three seeds, T = 0.7, equal wall-clock of training): rank 4 has a joint loss lower by
-0.77, 0.75 and 0.79 nats a window at widths 256, 384 and 512 (of rank_code.py, on another machine), and 0.19, 0.17 and 0.17 more tokens per forward, so what
-it gives holds across these sizes. With `full` factors it is not faster: 0.90, 0.95 and 0.84 times the tokens per
-second.
+0.77, 0.75 and 0.79 nats a window at widths 256, 384 and 512 (of rank_code.py, on another machine), and 0.19, 0.17 and
+0.17 more tokens per forward, so what it gives holds across these sizes. With `full` factors it is not faster: 0.90,
+0.95 and 0.84 times the tokens per second.
 """
 
 from dataclasses import replace
