@@ -299,6 +299,14 @@ def test_one_kind_of_head_that_is_faster_on_a_kind_of_text_is_enough(verdicts):
     assert verdicts(fast, results(sweep="rank_text", source="text", verify=0.5))("speeds up") == "not confirmed"
 
 
+def test_a_speed_that_was_measured_on_a_busy_machine_says_so(load):
+    value = results(ranks=(1, 2))
+    for run, load_of in zip(value["runs"], (0.9, 2.1), strict=False):
+        run["measured"]["240"]["load"] = load_of
+    rows = [line for line in faster(load(value)).table.splitlines() if "R = " in line]
+    assert [line.split("|")[5].strip() for line in rows] == ["1.30x", "1.30x (busy)"]
+
+
 def test_it_is_said_if_the_reference_has_another_head_in_more_than_its_rank(load):
     value = results()
     assert "rank is not all that differs" not in faster(load(value)).text

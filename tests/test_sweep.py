@@ -24,7 +24,7 @@ from mtp_jax.sweep import measure as measuring
 from mtp_jax.sweep import runner
 from mtp_jax.sweep.config import with_fields
 from mtp_jax.sweep.intervals import ratio_interval
-from mtp_jax.sweep.records import Place
+from mtp_jax.sweep.records import Place, fingerprint
 
 EXPERIMENT = '''"""What does rank do to a tiny model?
 
@@ -222,8 +222,10 @@ def test_what_is_measured_of_a_run(done):
     assert [row["decoding"] and row["decoding"][0]["temperature"] for row in run["measured"].values()] == (
         [0.7] * len(run["measured"])
     )
-    speed = run["measured"][str(run["readings"]["seconds"])]["speed"]
-    assert {(row["temperature"], row["k"]) for row in speed} == {(0.7, k) for k in (0, 1, 2)}
+    at = run["measured"][str(run["readings"]["seconds"])]
+    assert {(row["temperature"], row["k"]) for row in at["speed"]} == {(0.7, k) for k in (0, 1, 2)} and at["load"] > 0
+    assert run["data_sha256"] == prepare(load_sweep(f"{done.file}@tiny").sweep.base.data).sha256
+    assert run["begins_from"] == fingerprint(done.place.run("trunk"))
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from mtp_jax.results.load import RANK, READINGS, Results
 from mtp_jax.results.verdict import LOSS, SPEED, TOKENS, Verdict, both, equal, holds, judge, negative
 
 BAR, MAIN_T = 1.10, 0.7
+BUSY = 1.5  # threads that are ready, of each core: those of one process are about 1
 CHEAP = 1.25  # of a training step, over rank 1
 WHOLE = 0.97  # of the steps, FLOPs or seconds that a reading is to be equal in
 COLLAPSED = 1.5  # effective components
@@ -179,14 +180,15 @@ def faster(all_results: Sequence[Results]) -> Claim:
                     _over(results, point, speed_ratio(results, point, reading, MAIN_T), ratio_text)
                     for reading in READINGS
                 ]
-                measured = [
-                    max(row["speedup"] for row in at["speed"] if row["temperature"] == MAIN_T)
+                direct = (
+                    f"{max(row['speedup'] for row in at['speed'] if row['temperature'] == MAIN_T):.2f}x"
+                    + " (busy)" * (at.get("load", 0) > BUSY)
                     for run in results.of(point)
                     for at in run.raw["measured"].values()
                     if at["speed"]
-                ]
+                )
                 up = speedup(results, point, "seconds", MAIN_T)
-                over_plain = [f"{ratio:.2f}x" if ratio else "-" for ratio in (up, next(iter(measured), None))]
+                over_plain = [f"{up:.2f}x" if up else "-", next(direct, "-")]
                 rows.append([results.label, results.text(point), f"{own.k}", *over_plain, *cells])
     if not rows:
         return _undecided(title, "no sweep over rank on a frozen trunk with timed decoding")
@@ -196,9 +198,10 @@ def faster(all_results: Sequence[Results]) -> Claim:
         "over its time, which is taken for all ranks in one process, in turn; intervals hold the rounds of that and "
         "the choice of k too (plain decoding of one trunk is one work: its time is the median over ranks). Each k is "
         "in the faster of the dtypes in which it was timed, and acceptance is that of the run's own. Beside it what "
-        "one run of each rank gave at its best k in a process of its own, with whatever else the machine did then; "
-        "where the two differ by more than the effect, neither tells. Sweeps of code are one data set here, and those "
-        "of text: that one kind of head does not pay does not say that none does. "
+        "one run of each rank gave at its best k in a process of its own, with whatever else the machine did then "
+        "(busy: that was much; older sweeps do not say); where the two differ by more than the effect, neither tells. "
+        "Sweeps of code are one data set here, and those of text: that one kind of head does not pay does not say that "
+        "none does. "
         f"{' '.join(where)}"
     )
     header = ["sweep", "run", "k, equal wall-clock", "over plain, equal wall-clock", "the same, one run"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -74,6 +75,7 @@ def measure(
         if variant.whole and step == readings["seconds"]:
             progress(f"step {step}: speed")
             found["speed"] = speed(run, store, config)
+            found["load"] = os.getloadavg()[0] / (os.cpu_count() or 1)  # above 1 others had to share the cores
         measured[str(step)] = found
     return {"data_sha256": data_sha256, "readings": readings, "measured": measured}
 
