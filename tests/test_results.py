@@ -411,6 +411,15 @@ def test_the_page_has_every_claim_figure_and_command(tmp_path, capsys):
     assert drawn == {name: ["rank_code", "rank_text"] for name in FIGURES} | {"balancing": ["balance"]}
     assert len(re.findall(r"^### .+: (confirmed|not confirmed|undecided)$", page, re.MULTILINE)) == 11
     assert "nan" not in page and "None" not in page
+    assert (
+        "| 9: 3 seeds of R = 1 / R = 2 / R = 4 |" in page
+        and "| 8: 3 seeds of R = 1 / R = 2; 2 seeds of R = 4 |" in page
+    )
+    assert re.search(
+        r"^\| squared, R = 4 \| none, R = 4 \| -0\.3\d\d \[.* \| \+0\.\d+ \[.*x \[.*\| 3 seeds, 40", page, re.M
+    )
+    interval = r"(?:, )?\d\.\d{3} \[\d\.\d{3}, \d\.\d{3}\]"
+    assert re.search(rf"^\| R = 4 \| kept, T = 0\.7 \| (?:{interval}){{3}} \|$", page, re.MULTILINE)
     # Loss falls by 0.3 with each doubling, and tokens per forward rise by 0.2 from 1.8, times 0.93 at T = 0.7.
     (end,) = re.findall(r"^\| R = 4 \| 3 \| ([\d.]+) \| ([\d.]+) \|.*?\| 3\.00 \| 1\.00 \|(.*)$", page.split(
         "### rank_code (cpu)\n")[1].split("###")[0], re.MULTILINE)  # fmt: skip
