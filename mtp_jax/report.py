@@ -165,16 +165,21 @@ def plot_speed(rows: Sequence[Row]) -> Figure:
 
 
 def panels(titles: Sequence[str], xlabel: str, ylabel: str) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with one panel for each title, in the house style."""
+    """A figure with one panel for each title, up to three in a row, in the house style."""
     from matplotlib.figure import Figure
 
     # Not pyplot: a figure of its own needs no display and no global state, and is freed like any object.
-    figure = Figure(figsize=(2.6 + 4.6 * len(titles), 4.0), layout="constrained")
-    parts = figure.subplots(1, len(titles), squeeze=False)[0]
-    for title, axes in zip(titles, parts, strict=True):
+    columns = min(3, len(titles))
+    rows = -(-len(titles) // columns)
+    figure = Figure(figsize=(2.6 + 4.6 * columns, 4.0 * rows), layout="constrained")
+    parts = figure.subplots(rows, columns, squeeze=False).ravel()
+    for title, axes in itertools.zip_longest(titles, parts):
+        if title is None:
+            axes.remove()
+            continue
         axes.set(xlabel=xlabel, ylabel=ylabel)
         dress(axes, title)
-    return figure, parts
+    return figure, list(parts[: len(titles)])
 
 
 def dress(axes: Axes, title: str) -> None:
