@@ -6,6 +6,7 @@
     mtp-jax report experiments/results/factors-cpu.json --out reports/factors
 
 `@gpu` for one GPU. The vocabulary is of 4,096 byte pairs of stories (see rank_text.py): over bytes all three are cheap.
+There are no results yet.
 """
 
 from dataclasses import replace

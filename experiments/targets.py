@@ -3,7 +3,8 @@
     mtp-jax sweep experiments/targets.py
     mtp-jax report experiments/results/targets-cpu.json --out reports/targets
 
-`@gpu` for one GPU.
+`@gpu` for one GPU. There are no results yet; on two cores it should take as long as half of scratch_code.py, an hour or
+so.
 """
 
 from dataclasses import replace

@@ -5,7 +5,8 @@
     mtp-jax report experiments/results/windows-cpu.json --out reports/windows
 
 `@gpu` for one GPU. The heads are two of lora_code.py, with as many steps. Joint losses of different windows are of
-different texts: compare tokens per forward and tokens per second.
+different texts: compare tokens per forward and tokens per second. There are no results yet; the costs of a step and an
+iteration take 8 minutes on two cores, two runs at a time perhaps 6 to 15.
 """
 
 from lora_code import CASES
