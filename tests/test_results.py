@@ -27,7 +27,7 @@ from mtp_jax.results.compare import (
 )
 from mtp_jax.results.figures import FIGURES
 from mtp_jax.results.load import load_results
-from mtp_jax.results.page import _code, recommendation, write_page
+from mtp_jax.results.page import _code, markdown, recommendation, write_page
 
 
 @pytest.fixture
@@ -430,6 +430,12 @@ def test_the_page_has_every_claim_figure_and_command(tmp_path, capsys):
     )
     best = r"^\* rank_code \(cpu\): R = 4 \(`window` 4, .*\. Beside R = 1, R = 4 has 1\.\d+x \[1\.\d+, 1\.\d+\] its"
     assert re.search(best, page, re.MULTILINE)
+
+
+def test_a_sweep_whose_reference_has_not_run_yet_has_a_page(load):
+    found = load(results(ranks=(2, 4)))
+    page = markdown(found, {}, "the command")
+    assert "| rank_code (cpu) | R = 4 |" in page and "nothing to recommend yet" in page and "nan" not in page
 
 
 def test_ranks_of_heads_of_another_kind_are_a_sweep_over_rank(tmp_path):

@@ -235,18 +235,16 @@ def low_overhead(all_results: Sequence[Results]) -> Claim:
         low = ", ".join(results.text(point) for point, is_low in cheap.items() if is_low) or "none"
         where.append(f"In {results.label} it is low for {low}.")
         for point, cost in costs.items():
-            run, one = results.of(point)[0], results.of(results.reference(point))[0]
+            run, others = results.of(point)[0], results.of(results.reference(point))
             ratios = [
                 cost[over][kind] for over in ("over_next_token", "over_reference") for kind in ("predicted", "measured")
             ]
             cells = [f"{ratio:.2f}" for ratio in ratios]
             cells[-1] += f" +- {cost['over_reference']['error']:.2f}"
             for k in (0, run.head["window"] - 1):
-                seconds, ones = (fastest(timed(of, MAIN_T, k)) for of in (run, one))
-                if seconds is None or ones is None:
-                    cells.append("-")
-                else:
-                    cells.append(f"{1e3 * np.median(seconds):.2f} ({np.median(seconds / ones):.2f}x)")
+                seconds, ones = (fastest(timed(of[0], MAIN_T, k)) if of else None for of in ([run], others))
+                ratio = "" if seconds is None or ones is None else f" ({np.median(seconds / ones):.2f}x)"
+                cells.append("-" if seconds is None else f"{1e3 * np.median(seconds):.2f}{ratio}")
             rows.append([results.label, results.text(point), *cells, f"{cost['peak_bytes'] / 2**20:,.0f}"])
     steps = "step / next-token step, predicted", "measured", "step / rank-1 step, predicted", "measured"
     header = ["sweep", "run", *steps, "plain iteration, ms (over rank 1)", "with W-1 drafts", "peak MiB of a step"]
