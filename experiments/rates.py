@@ -10,8 +10,8 @@ rate: if rank 1 had gained by another, what they say of higher ranks would be to
 Cost on two cores: 8 minutes for the costs of a step and an iteration, 4 to 7 for two runs at a time.
 Found (results/rates-cpu.json; one seed, without four times the rate; T = 0.7): by twice the rate rank 1 has a joint
 loss lower by 0.032 [0.018, 0.047] nats a window and +0.015 [+0.011, +0.019] tokens per forward, rank 8 one lower by
-0.056 [0.033, 0.080] and +0.022 [+0.010, +0.035]; half the rate is worse for both. Rank 8 gains more by either, so the
-recipes' rate does not favour it.
+0.056 [0.033, 0.080] and +0.022 [+0.010, +0.035]; half the rate is worse for both. So between these rates the recipes'
+own does not favour rank 8.
 """
 
 from lora_code import CASES

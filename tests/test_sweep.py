@@ -223,7 +223,7 @@ def test_what_is_measured_of_a_run(done):
         [0.7] * len(run["measured"])
     )
     at = run["measured"][str(run["readings"]["seconds"])]
-    assert {(row["temperature"], row["k"]) for row in at["speed"]} == {(0.7, k) for k in (0, 1, 2)} and at["load"] > 0
+    assert {(row["temperature"], row["k"]) for row in at["speed"]} == {(0.7, k) for k in (0, 1, 2)} and at["load"] >= 0
     assert run["data_sha256"] == prepare(load_sweep(f"{done.file}@tiny").sweep.base.data).sha256
     assert run["begins_from"] == fingerprint(done.place.run("trunk"))
 
@@ -420,6 +420,7 @@ def test_a_reading_gives_no_run_more_than_its_share_and_no_less():
     assert found == pytest.approx({"steps": 100, "flops": 50, "seconds": 100, "third": 100 / 3})
     assert measuring.saved_step([20, 40, 60], 20, 59) == 40
     assert measuring.saved_step([20, 40, 60], 20, 59.5) == 60  # within a hundredth
+    assert measuring.saved_step(list(range(1, 121)), 1, 110.4) == 110  # the nearest, not the latest that may be
     assert measuring.saved_step([20, 40, 50], 20, 50) == measuring.saved_step([20, 40, 50], 20, 49.8) == 50  # the end
     for kept, most in (([40], 19), ([20, 60], 59), ([20], 59)):
         with pytest.raises(ConfigError, match=r"due after \d+ steps \(at most \d+\), and the run has the checkpoints"):

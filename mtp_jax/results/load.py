@@ -118,7 +118,7 @@ class Results:
 
     def share(self, point: tuple[Any, ...], reading: str) -> float:
         """What part of the steps, FLOPs or seconds of its reference a point had spent at a reading."""
-        run, other = self.of(point)[0], self.of(self.reference(point) if self.of(self.reference(point)) else point)[0]
+        run, other = self.of(point)[0], self.of(self.reference(point))[0]
         over = {"flops": "predicted", "seconds": "measured"}.get(reading)
         cost = run.raw["cost"]["over_reference"][over] if over else 1.0
         return cost * run.raw["readings"][reading] / other.raw["config"]["steps"]
@@ -126,8 +126,15 @@ class Results:
     @property
     def besides_rank(self) -> list[str]:
         """The fields of the head, other than rank, in which a point differs from its reference."""
-        pairs = [(self.of(point)[0].head, self.of(self.reference(point))[0].head) for point in self.points]
-        return [f"head.{n}" for n in pairs[0][0] if n != "rank" and any(own.get(n) != o.get(n) for own, o in pairs)]
+        others = {point: self.of(self.reference(point)) for point in self.points}
+        pairs = [(self.of(point)[0].head, of[0].head) for point, of in others.items() if of]
+        read = {"rank", *([] if self._all_low_rank else ["factor_width"])}
+        names = dict.fromkeys(name for own, _ in pairs for name in own if name not in read)
+        return [f"head.{name}" for name in names if any(own.get(name) != other.get(name) for own, other in pairs)]
+
+    @property
+    def _all_low_rank(self) -> bool:
+        return all(run.head["factors"] in ("lowrank", "lora") for run in self.runs)
 
 
 def _short(field: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mtp_jax.report import markdown_table
-from mtp_jax.results.claims import MAIN_T, TOKENS_T, Claim, above_one, claims, rank_sweeps, ratio_text, signed
+from mtp_jax.results.claims import MAIN_T, TOKENS_T, WHOLE, Claim, above_one, claims, rank_sweeps, ratio_text, signed
 from mtp_jax.results.compare import compare, decoding, joint_loss, speed_ratio, speedup
 from mtp_jax.results.figures import FIGURES, TEMPERATURES, component_rows
 from mtp_jax.results.load import Results, load_results
@@ -97,12 +97,19 @@ def _setting(all_results: Sequence[Results], command: str) -> str:
         "All losses and texts are of held-out documents. Runs are compared with the run of the same seed that the "
         "sweep names as its reference, at equal steps, at equal training FLOPs and at equal wall-clock of training: "
         "three checkpoints of one run at a constant learning rate, each the last saved one that gives no run more "
-        "than the reference had (in brackets how much of that it was, where it is less than all). Intervals are of "
-        "95%: Student's over the seeds' paired differences, and the "
+        "than the reference had, but for a hundredth (the tables of losses and acceptance say in brackets how much of "
+        f"it that was, where it is less than {WHOLE:.0%}). Intervals are of 95%: Student's over the seeds' paired "
+        "differences, and the "
         "bootstrap over the documents that the seeds share, added as variances; of one seed they say nothing of other "
         "seeds. Where the target is the frozen trunk's own head, all heads are asked to predict the same text; from "
         "scratch each run has its own. Where a run averages its weights (`ema_decay`), the averages are measured.",
         markdown_table(header, rows),
+        *(
+            f"In {results.label} the reference has another {', '.join(f'`{name}`' for name in results.besides_rank)} "
+            "too, so rank is not all that differs."
+            for results in rank_sweeps(all_results) + rank_sweeps(all_results, frozen=False)
+            if results.besides_rank
+        ),
         f"Written by `{command}`.",
     ])  # fmt: skip
 
@@ -136,7 +143,8 @@ def recommendation(all_results: Sequence[Results]) -> str:
         ratios = {point: e for point in above_one(results) if (e := speed_ratio(results, point, "seconds", MAIN_T))}
         if not ratios:
             continue
-        widened = {point: e.interval(len(ratios)) for point, e in ratios.items()}
+        tests = max(1, sum(e.seeds > 1 for e in ratios.values()))
+        widened = {point: e.interval(tests) for point, e in ratios.items()}
         sure = {point: e for point, e in ratios.items() if e.seeds > 1 and widened[point][0] > 1}
         point, e = max((sure or ratios).items(), key=lambda at: at[1].mean)
         low, high = widened[point]

@@ -32,7 +32,7 @@ from mtp_jax.sweep.intervals import ratio_interval, resample
 from mtp_jax.train.evaluate import place
 from mtp_jax.train.step import build_model
 
-SLACK = 0.01  # by which a reading may be late
+SLACK = 0.01  # of its steps, by which a reading may be late
 WINDOWS, SEEN = 6, 8  # windows that are shown of each component, and how often one was seen at least
 
 
@@ -75,7 +75,7 @@ def measure(
         if variant.whole and step == readings["seconds"]:
             progress(f"step {step}: speed")
             found["speed"] = speed(run, store, config)
-            found["load"] = os.getloadavg()[0] / (os.cpu_count() or 1)  # above 1 others had to share the cores
+            found["load"] = os.getloadavg()[0] / (os.cpu_count() or 1)  # of one process alone about 1
         measured[str(step)] = found
     return {"data_sha256": data_sha256, "readings": readings, "measured": measured}
 
@@ -101,11 +101,11 @@ def readings_of(steps: int, reference_steps: int, config: MeasureConfig, cost: M
 
 
 def saved_step(kept: list[int], every: int, most: float) -> int:
-    """The last step of those that are saved `every` so many that is not later than `most`, but for `SLACK`: a
-    comparison gives a run no more than its share, and for want of a checkpoint no less. The end of a run is saved in
-    any case."""
-    latest, end = most * (1 + SLACK), max(kept, default=0)
-    due = end if most <= end <= latest else int(latest) // every * every
+    """The step of those that are saved `every` so many that is nearest to `most`, if it is not later by more than
+    `SLACK`, else the last one before: a comparison gives a run hardly more than its share, and for want of a checkpoint
+    no less. The end of a run is saved in any case."""
+    latest, end, nearest = most * (1 + SLACK), max(kept, default=0), round(most / every) * every
+    due = end if most <= end <= latest else nearest if nearest <= latest else int(most) // every * every
     require(
         due in kept,
         f"A reading is due after {due} steps (at most {most:.0f}), and the run has the checkpoints {kept}. Train it "

@@ -27,7 +27,7 @@ from mtp_jax.run_dir import CHECKPOINTS_DIR, replace_file
 from mtp_jax.sweep.config import COSTS, NamedSweep
 
 FORMAT = FORMATS[-1]
-VECTORS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve"}  # what decides how fast a core is
+VECTORS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}  # what decides how fast an x86 core is
 
 
 @dataclass(frozen=True)
