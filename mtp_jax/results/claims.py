@@ -65,6 +65,11 @@ def rank_sweeps(all_results: Sequence[Results], frozen: bool = True) -> list[Res
     return [r for r in all_results if r.over_rank and r.frozen == frozen]
 
 
+def all_rank_sweeps(all_results: Sequence[Results]) -> list[Results]:
+    """Both kinds, those on a frozen trunk first."""
+    return rank_sweeps(all_results) + rank_sweeps(all_results, frozen=False)
+
+
 def above_one(results: Results) -> list[Point]:
     """The points that are not their own reference."""
     others = {point: results.reference(point) for point in results.points}

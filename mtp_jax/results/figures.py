@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mtp_jax.report import MARKERS, PALETTE, legend, panels
-from mtp_jax.results.claims import MAIN_T, rank_sweeps
+from mtp_jax.results.claims import MAIN_T, all_rank_sweeps
 from mtp_jax.results.compare import (
     Estimate,
     compare,
@@ -171,11 +171,6 @@ def component_rows(results: Results, point: tuple[Any, ...]) -> list[dict[str, A
     return []
 
 
-def _over_rank(all_results: Sequence[Results]) -> list[Results]:
-    """The sweeps over rank, a panel each."""
-    return rank_sweeps(all_results) + rank_sweeps(all_results, frozen=False)
-
-
 def _titles(found: Sequence[Results]) -> list[str]:
     return [results.raw["sweep"] for results in found]
 
@@ -231,7 +226,7 @@ def _line(results: Results, point: tuple[Any, ...]) -> dict[str, Any]:
 def _with_speed(all_results: Sequence[Results]) -> list[Results]:
     return [
         results
-        for results in _over_rank(all_results)
+        for results in all_rank_sweeps(all_results)
         if all(len(_over_plain(results, point)) > 1 for point in results.points)
     ]
 
@@ -248,13 +243,13 @@ def _over_plain(results: Results, point: tuple[Any, ...]) -> dict[int, float]:
 def _with_cost(all_results: Sequence[Results]) -> list[Results]:
     return [
         results
-        for results in _over_rank(all_results)
+        for results in all_rank_sweeps(all_results)
         if any(speed_ratio(results, point, "steps", MAIN_T) for point in results.points)
     ]
 
 
 def _with_components(all_results: Sequence[Results]) -> list[Results]:
-    return [results for results in _over_rank(all_results) if any(len(of) > 1 for of in _shares(results).values())]
+    return [results for results in all_rank_sweeps(all_results) if any(len(of) > 1 for of in _shares(results).values())]
 
 
 def _shares(results: Results) -> dict[tuple[Any, ...], list[float]]:
@@ -271,17 +266,17 @@ def _balanced(all_results: Sequence[Results]) -> list[Results]:
 HOLLOW = "Hollow: of one seed."
 FIGURES = {
     "loss_by_rank": Drawing(
-        _over_rank,
+        all_rank_sweeps,
         loss_by_rank,
         f"Held-out joint loss against that of rank 1, in three readings of the same runs. {HOLLOW}",
     ),
     "acceptance_by_rank": Drawing(
-        _over_rank,
+        all_rank_sweeps,
         acceptance_by_rank,
         f"Tokens per forward with all W-1 drafts, at equal steps. {HOLLOW}",
     ),
     "acceptance_by_offset": Drawing(
-        _over_rank,
+        all_rank_sweeps,
         acceptance_by_offset,
         "Share of forwards in which the draft at an offset, and all before it, were kept; at equal steps.",
     ),

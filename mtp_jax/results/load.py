@@ -128,13 +128,11 @@ class Results:
         """The fields of the head, other than rank, in which a point differs from its reference."""
         others = {point: self.of(self.reference(point)) for point in self.points}
         pairs = [(self.of(point)[0].head, of[0].head) for point, of in others.items() if of]
-        read = {"rank", *([] if self._all_low_rank else ["factor_width"])}
-        names = dict.fromkeys(name for own, _ in pairs for name in own if name not in read)
+        unread = (
+            {"rank"} if {run.head["factors"] for run in self.runs} <= {"lowrank", "lora"} else {"rank", "factor_width"}
+        )
+        names = dict.fromkeys(name for own, _ in pairs for name in own if name not in unread)
         return [f"head.{name}" for name in names if any(own.get(name) != other.get(name) for own, other in pairs)]
-
-    @property
-    def _all_low_rank(self) -> bool:
-        return all(run.head["factors"] in ("lowrank", "lora") for run in self.runs)
 
 
 def _short(field: str) -> str:

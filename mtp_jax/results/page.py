@@ -10,7 +10,18 @@ from typing import Any
 import numpy as np
 
 from mtp_jax.report import markdown_table
-from mtp_jax.results.claims import MAIN_T, TOKENS_T, WHOLE, Claim, above_one, claims, rank_sweeps, ratio_text, signed
+from mtp_jax.results.claims import (
+    MAIN_T,
+    TOKENS_T,
+    WHOLE,
+    Claim,
+    above_one,
+    all_rank_sweeps,
+    claims,
+    rank_sweeps,
+    ratio_text,
+    signed,
+)
 from mtp_jax.results.compare import compare, decoding, joint_loss, speed_ratio, speedup
 from mtp_jax.results.figures import FIGURES, TEMPERATURES, component_rows
 from mtp_jax.results.load import Results, load_results
@@ -107,7 +118,7 @@ def _setting(all_results: Sequence[Results], command: str) -> str:
         *(
             f"In {results.label} the reference has another {', '.join(f'`{name}`' for name in results.besides_rank)} "
             "too, so rank is not all that differs."
-            for results in rank_sweeps(all_results) + rank_sweeps(all_results, frozen=False)
+            for results in all_rank_sweeps(all_results)
             if results.besides_rank
         ),
         f"Written by `{command}`.",
