@@ -193,19 +193,18 @@ def test_bench_decode_measures_and_reports(run):
     )
     bench = last_line(output)
     assert bench["step"] == 8
-    adaptive = [row for row in bench["rows"] if row["k"] == "adaptive"]
-    assert [(row["temperature"], row["identical_to_plain"]) for row in adaptive] == [(0, True), (0.7, True)]
-    assert all(len(row["acceptance"]) == 2 and row["block_efficiency"] >= 1 for row in adaptive)
-    fixed = [row for row in bench["rows"] if row not in adaptive]
-    ours, others = ([row for row in fixed if (row["dtype"] == "float32") is own] for own in (True, False))
-    assert [(row["temperature"], row["k"]) for row in ours] == [(t, k) for t in (0, 0.7) for k in (0, 1, 2)]
-    assert [(row["temperature"], row["k"]) for row in others] in ([], [(0, 0), (0.7, 0)]), "bfloat16, if it was faster"
-    for row in fixed:
+    dtypes = list(dict.fromkeys(row["dtype"] for row in bench["rows"]))
+    assert dtypes in (["float32"], ["float32", "bfloat16"]), "the run's own, and the other where it was faster"
+    cells = [(dtype, t, k) for dtype in dtypes for t in (0, 0.7) for k in (0, 1, 2, "adaptive")]
+    assert [(row["dtype"], row["temperature"], row["k"]) for row in bench["rows"]] == cells
+    for row in bench["rows"]:
         assert set(row) >= ROW
-        assert (row["batch"], row["identical_to_plain"], row["rows_that_differ"]) == (1, True, 0)
-        assert row["verifier"] == ("greedy" if row["temperature"] == 0 else "coupled")
-        assert len(row["acceptance"]) == row["k"] and all(0 <= share <= 1 for share in row["acceptance"])
-        assert 1 <= row["block_efficiency"] <= 1 + row["k"]
+        most = 2 if row["k"] == "adaptive" else row["k"]
+        assert row["batch"] == 1 and row["verifier"] == ("greedy" if row["temperature"] == 0 else "coupled")
+        assert row["identical_to_plain"] is (row["rows_that_differ"] == 0)
+        assert row["identical_to_plain"] or (row["dtype"] == "bfloat16" and row["k"] != 0 and row["logit_gap"] < 0.1)
+        assert len(row["acceptance"]) == most and all(0 <= share <= 1 for share in row["acceptance"])
+        assert 1 <= row["block_efficiency"] <= 1 + most
         assert row["tokens_per_second"] > 0 and row["speedup"] > 0 and row["verify_cost"] > 0
         if row["k"] == 0:
             assert row["block_efficiency"] == 1 and row["speedup"] <= 1 <= row["verify_cost"]
