@@ -13,10 +13,12 @@ from mtp_jax.decode.generate import generate
 
 
 class World:
-    """Simulated decoding: what a forward of each width costs, and the chance that each draft is accepted."""
+    """Simulated decoding: what a forward of each width costs, and the chance that each draft is accepted. To change the
+    width costs `switch` more; the whole machine is as many times slower as `slower` says at a time."""
 
-    def __init__(self, costs, chance: float, batch: int = 1, seed: int = 0):
+    def __init__(self, costs, chance: float, batch: int = 1, seed: int = 0, switch: float = 0.0, slower=lambda time: 1):
         self.costs, self.chance, self.batch, self.rng = costs, chance, batch, np.random.default_rng(seed)
+        self.switch, self.slower = switch, slower
         self.time = self.tokens = 0.0
         self.widths: list[int] = []
         self.last = 0
@@ -37,7 +39,8 @@ class World:
             drafted = budget - (k != self.last)  # the first forward of another width has no drafts
             right = self.rng.random((drafted, self.batch, k)) < self.chance
             accepted_Bk = np.cumprod(right, axis=-1).sum(0)
-            seconds = budget * self.costs[k] * self.rng.normal(1, 0.05)
+            seconds = budget * self.costs[k] * self.rng.normal(1, 0.05) + self.switch * (k != self.last)
+            seconds *= self.slower(self.time)
             policy.record(k, budget, seconds, drafted, accepted_Bk[0])
             self.time, self.tokens = self.time + seconds, self.tokens + budget + accepted_Bk.sum() / self.batch
             self.widths, self.last = self.widths + [k] * budget, k
@@ -48,16 +51,43 @@ class World:
 @pytest.mark.parametrize("rho", [1.5, 2.5, 4.0])
 def test_it_falls_back_to_plain_decoding_where_drafts_are_useless(batch, rho):
     costs = np.interp(range(4), [0, 3], [1, rho])
-    shares = [World(costs, 0.0, batch, seed).play(Policy(3), 256) for seed in range(20)]
+    shares = [World(costs, 0.0, batch, seed).play(Policy(3), 1024) for seed in range(20)]
     assert min(shares) > 0.9 and np.mean(shares) > 0.95
     world = World(costs, 0.0, batch)
-    assert world.play(Policy(3), 2048) > 0.96 and np.mean(np.array(world.widths[64:]) == 0) > 0.85
+    assert world.play(Policy(3), 8192) > 0.97 and np.mean(np.array(world.widths[64:]) == 0) > 0.95
+
+
+def test_trials_of_a_model_whose_forwards_take_less_than_a_change_of_width_cost_little():
+    """Measured with a model of width 256 on two cores, where every width loses: 0.2 ms a forward, 3 ms to change."""
+    world = World([0.2e-3, 0.55e-3, 0.65e-3, 0.75e-3], 0.5, switch=3e-3)
+    policy = Policy(3)
+    world.play(policy, 1024)
+    assert world.play(policy, 40_000) > 0.97 and len(set(world.widths)) > 2
 
 
 @pytest.mark.parametrize("batch", [1, 16])
 def test_it_takes_the_widest_where_drafts_are_good(batch):
     shares = [World([1, 1.1, 1.2, 1.3], 0.9, batch, seed).play(Policy(3), 512) for seed in range(20)]
-    assert min(shares) > 0.9 and np.mean(shares) > 0.95
+    assert min(shares) > 0.8 and np.mean(shares) > 0.95
+
+
+@pytest.mark.parametrize("seconds", [0.07, 1.0, 5.0])
+def test_a_machine_that_slows_down_and_recovers_misleads_it_little(seconds):
+    """Twice as slow every now and then: no width that was tried in a bad moment is slow, nor fast in a good one."""
+    shares = []
+    for seed in range(8):
+        world = World([1e-3, 1.15e-3, 1.3e-3, 1.45e-3], 0.8, seed=seed, slower=lambda time: 1 + int(time / seconds) % 2)
+        share = world.play(Policy(3), 10_000)
+        shares.append(share * world.time / sum(world.costs[k] for k in world.widths))
+    assert min(shares) > 0.92 and np.mean(shares) > 0.95
+
+
+def test_a_machine_that_has_become_slower_for_good_is_as_one_that_always_was():
+    world, policy = World([1e-3, 1.3e-3, 1.6e-3, 1.9e-3], 0.0), Policy(3)
+    world.play(policy, 4000)
+    world.chance, world.slower = 0.9, lambda time: 3
+    world.play(policy, 40_000)
+    assert 3 * world.play(policy, 10_000) > 0.95
 
 
 def test_it_finds_a_width_between():
@@ -72,16 +102,33 @@ def test_it_notices_a_change(before, after):
     world, policy = World([1, 1.3, 1.6, 1.9], before, batch=4), Policy(3)
     world.play(policy, 1024)
     world.chance = after
-    world.play(policy, 2048)
+    world.play(policy, 4096)
     assert np.mean(np.array(world.widths[-512:]) == (3 if after else 0)) > 0.8
     world.costs = [1, 4, 7, 10] if after else [1, 0.9, 0.8, 0.7]
-    world.play(policy, 2048)
+    world.play(policy, 4096)
     assert np.mean(np.array(world.widths[-512:]) == (0 if after else 3)) > 0.8
 
 
-def test_it_needs_each_cost_once_and_explores_within_its_budget():
+def test_a_width_is_compiled_only_if_it_could_win():
+    """At best it costs what the next narrower does."""
+    useless = World([1, 1.1, 1.2, 1.3], 0.0)
+    useless.play(Policy(3), 2048)
+    assert set(useless.widths) == {0, 3}
+    between = World([1, 1.1, 2.2, 2.4], 0.5, batch=16)
+    between.play(Policy(3), 512)
+    assert set(between.widths) >= {0, 1, 3} and between.widths[-1] == 1
+
+
+def test_a_width_that_costs_more_than_those_around_it_promise_is_found_out():
+    """From two tokens on products take another way: width 1 costs what 3 does, and to interpolate would hide it."""
+    world = World([1, 1.9, 1.95, 2.0], 0.5, batch=16)
+    assert world.play(Policy(3), 4096) > 0.95
+
+
+def test_it_explores_within_its_budget_and_keeps_what_it_learnt():
     policy, world = Policy(3), World([1, 2, 3, 4], 0.0, batch=16)
-    world.play(policy, 4000)
+    world.play(policy, 1000)
+    world.play(policy, 8000)
     tried = [k for k in world.widths if k]
     assert len(tried) > adaptive.TRIAL
     assert sum(world.costs[k] - 1 for k in tried) < 1.2 * adaptive.EXPLORE * world.time
@@ -96,7 +143,7 @@ def test_drafts_that_promise_less_than_the_margin_are_tried_again():
     policy.record(0, 16, 16.0, 16, np.zeros(0))
     policy.record(1, 64, 64 * 1.45, 64, np.array([32.0]))  # 1.5 tokens for 1.45
     widths = []
-    for _ in range(4 * adaptive.REST):
+    for _ in range(32):
         k, forwards = policy.choose()
         widths.append(k)
         policy.record(k, forwards, forwards * [1, 1.45][k], forwards, np.full(k, forwards / 2))

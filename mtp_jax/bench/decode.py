@@ -197,6 +197,7 @@ class _Bench:
         self.prefill_seconds: list[float] = []
         self.cells: list[Cell] = []
         self.trials: dict[tuple[int, int], dict[str, float]] = {}
+        self.rng = np.random.default_rng(0)
         with jax.set_mesh(run.mesh):
             self.session = Session(decoders(run), self.prompts, config)
 
@@ -232,15 +233,19 @@ class _Bench:
             cell.seconds.append(0.0)
 
     def decode(self, batch: int, first: int) -> None:
-        """Continue a batch of prompts, from number `first`, in every cell of that batch size."""
+        """Continue a batch of prompts, from number `first`, in every cell of that batch size.
+
+        Each time in an order of its own, always the same ones: no cell always begins in the caches that another leaves.
+        """
+        cells = [cell for cell in self.cells if cell.batch == batch]
         with jax.set_mesh(self.run.mesh):
-            for cell in self.cells:
-                if cell.batch == batch:
-                    asked, state, prefilled, seconds = self.session.decode(cell, first)
-                    self.prefill_seconds.append(prefilled)
-                    cell.seconds[-1] += seconds
-                    if len(cell.seconds) == 1:
-                        cell.generations.append(result(asked, state))
+            for index in self.rng.permutation(len(cells)):
+                cell = cells[index]
+                asked, state, prefilled, seconds = self.session.decode(cell, first)
+                self.prefill_seconds.append(prefilled)
+                cell.seconds[-1] += seconds
+                if len(cell.seconds) == 1:
+                    cell.generations.append(result(asked, state))
 
     def result(self, progress: Callable[[str], None]) -> dict[str, Any]:
         """What `bench_decode` returns."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import math
 import time
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,66 +32,70 @@ from mtp_jax.model.block import Block
 from mtp_jax.model.transformer import LanguageModel
 from mtp_jax.sharding import RULES
 
-FORWARDS, TRIAL = 16, 2  # the least forwards of a run, and of one that explores
-SECONDS = 0.03  # a run has more forwards if it would take less: entering the loop costs some 0.3 ms
+FORWARDS, SECONDS = 16, 0.1  # a run of the best width: so many forwards at least, and more if they would take less
+TRIAL, WARM = 8, 0.02  # the same for a run that explores: entering a loop and its first forwards can take milliseconds
+PACE = 20.0  # seconds of the best width over which the machine's pace is averaged: the least of a few trials is not
+EXPLORE = 0.01  # the part of the time that may be lost by exploring
 MARGIN = 1.1  # by which drafts must promise to win: a batch is done with its slowest row, and promises are uncertain
-REST = 4  # runs between two that explore
-EXPLORE = 0.02  # exploring goes on while it has cost no more than this share of the time
 MEMORY = 0.98  # of what was seen of acceptance, per forward
-PRIOR = 4.0  # drafts that the prior counts for: offset s accepted with chance 2^-s. Hope costs less than giving up
+PRIOR = 1.0  # drafts that the prior counts for: offset s accepted with chance 2^-s
 
 
 class Policy:
     """Which width to run next, for one batch size. Times are seconds.
 
     Width k emits 1 + a_1 + .. + a_k tokens per forward and row, a_s the chance that drafts 1..s are accepted; its rate
-    is that over the seconds of a forward. The cost of a width that never ran is interpolated, and it is not compiled
-    before it seems best. Now and then the known width that has not run for longest is tried, if what was lost on slower
-    widths stays within `EXPLORE` of the time.
+    is that over the seconds of a forward. Widths 0 and the widest are run first. One between them, of unknown cost, is
+    run (and compiled) when it would win if it cost no more than the next narrower. Then the best is run. Each other one
+    is tried when what that loses is its share of `EXPLORE` of the time since it ran, so rivals are tried often. What a
+    trial took counts in units of what the best took before it, so a machine that slows down slows all widths.
     """
 
     def __init__(self, most: int):
         """For widths 0..most."""
-        self._seconds = [collections.deque[float](maxlen=3) for _ in range(most + 1)]
-        self._last = [0] * (most + 1)  # the run in which each width ran last
+        self._costs = [collections.deque[float](maxlen=3) for _ in range(most + 1)]
+        self._pace = 1.0  # seconds that a unit of these costs takes now: the machine's, and it changes
         prior = 0.5 ** np.arange(1, most + 1)
         self._accepted, self._tried = PRIOR * prior, np.full(most, PRIOR)
-        self._runs = self._rested = 0
-        self._elapsed = self._lost = 0.0
+        self._since = np.zeros(most + 1)  # seconds that the best width has run since each ran
 
     @property
     def most(self) -> int:
         """The widest."""
-        return len(self._last) - 1
+        return len(self._costs) - 1
 
     def ran(self, k: int) -> bool:
         """Whether a run of width k was recorded."""
-        return bool(self._seconds[k])
+        return bool(self._costs[k])
 
     def cost(self, k: int) -> float:
-        """Seconds of a forward of width k: the least of its last runs, as others on the machine only ever add to it."""
-        known = [(i, min(s)) for i, s in enumerate(self._seconds) if s]
-        widths, costs = zip(*known, strict=True)
-        return float(np.interp(k, widths, costs))
+        """Seconds of a forward of width k: the least of its last trials, as others on the machine only ever add to it.
+
+        Of a width that never ran, that of the next narrower, which it cannot be below.
+        """
+        return self._pace * min(self._costs[max(i for i in range(k + 1) if self.ran(i))])
+
+    def tokens(self, k: int) -> float:
+        """Expected tokens of a forward of width k, per row."""
+        return float(1 + np.sum((self._accepted / self._tried)[:k]))
 
     def rate(self, k: int) -> float:
         """Expected tokens per second and row."""
-        return float(1 + np.sum((self._accepted / self._tried)[:k])) / self.cost(k)
+        return self.tokens(k) / self.cost(k)
 
     def choose(self) -> tuple[int, int]:
         """The width to run, and for how many forwards."""
-        for k in (0, self.most):
-            if not self._seconds[k]:
-                return k, TRIAL
+        unknown = self._unknown()
+        if unknown is not None:
+            return unknown, self._trial(unknown) if self.ran(0) else FORWARDS
         best = self._best()
-        stale = min((k for k, seconds in enumerate(self._seconds) if seconds), key=lambda k: self._last[k])
-        loss = self._loss(stale, best, self.cost(stale))
-        affordable = FORWARDS if loss <= 0 else int((EXPLORE * self._elapsed - self._lost) / loss)
-        if stale != best and self._rested >= REST and affordable >= TRIAL:
-            self._rested = 0
-            return stale, min(affordable, FORWARDS)
-        self._rested += 1
-        return best, max(FORWARDS, int(SECONDS / self.cost(best)))
+        others = [k for k in range(self.most + 1) if k != best and self.ran(k)]
+        waits = {k: len(others) * self._loss(k, best) / EXPLORE - self._since[k] for k in others}
+        next_trial = min(waits, key=waits.__getitem__, default=best)
+        wait = waits.get(next_trial, SECONDS)
+        if wait <= 0:
+            return next_trial, self._trial(next_trial)
+        return best, max(FORWARDS, int(min(SECONDS, wait) / self.cost(best)))
 
     def record(self, k: int, forwards: int, seconds: float, tried: int, accepted_k: np.ndarray) -> None:
         """What a run of width k showed.
@@ -102,23 +107,39 @@ class Policy:
           tried: forwards with drafts, of the row that has most left to do.
           accepted_k: how often its draft at each offset was accepted.
         """
-        self._runs += 1
-        self._last[k] = self._runs
-        self._seconds[k].append(seconds / forwards)
-        self._elapsed += seconds
+        per_forward = seconds / forwards
+        if self._unknown() is None and k == self._best():
+            self._since += seconds
+            self._pace *= 1 + (per_forward / self.cost(k) - 1) * (1 - math.exp(-seconds / PACE))
+        else:
+            self._costs[k].append(per_forward / self._pace)
+        self._since[k] = 0
         memory = MEMORY**forwards
         self._accepted[:k] = memory * self._accepted[:k] + accepted_k
         self._tried[:k] = memory * self._tried[:k] + tried
-        if self._seconds[0] and self._seconds[-1]:
-            self._lost += max(0.0, self._loss(k, self._best(), seconds))
+
+    def _unknown(self) -> int | None:
+        """The width, if any, whose cost is to be known before a choice."""
+        if len(self._costs[0]) < 2:  # the first run was of a model that might have been slow, and was short for that
+            return 0
+        best = self._best() if self.ran(self.most) else self.most
+        return None if self.ran(best) else best
 
     def _best(self) -> int:
         best = max(range(self.most + 1), key=self.rate)
-        return 0 if self.ran(best) and self.rate(best) < MARGIN * self.rate(0) else best
+        return 0 if self.rate(best) < MARGIN * self.rate(0) else best
 
-    def _loss(self, k: int, best: int, seconds: float) -> float:
-        """The part of `seconds` that width k wastes, as far as is known; below 0 where it promises a little more."""
-        return seconds * (1 - self.rate(k) / self.rate(best))
+    def _trial(self, k: int) -> int:
+        """Forwards of a trial of width k."""
+        return max(TRIAL, int(WARM / self.cost(k)))
+
+    def _loss(self, k: int, best: int) -> float:
+        """Seconds that a trial of width k would lose; its first forward has no drafts. What promises more than the best
+        is taken to lose a little: it is tried often, and not all the time."""
+        forwards = self._trial(k)
+        seconds = forwards * self.cost(k)
+        emitted = 1 + (forwards - 1) * self.tokens(k)
+        return max(0.02 * seconds, seconds - emitted / self.rate(best))
 
 
 _POLICIES: weakref.WeakKeyDictionary[LanguageModel, dict[Any, Policy]] = weakref.WeakKeyDictionary()
@@ -164,7 +185,7 @@ def proceed_adaptively(model: LanguageModel, request: Request, state: DecodeStat
       policy: chooses the widths, and learns.
 
     Returns:
-      The last state. `drafted_Bk` and `accepted_Bk` count over all widths.
+      The last state. `drafted_Bk` and `accepted_Bk` are the host's, and count over all widths.
     """
     most, batch = request.plan.k, len(request.length_B)
     require(
@@ -174,31 +195,50 @@ def proceed_adaptively(model: LanguageModel, request: Request, state: DecodeStat
     )
     require(policy.most == most, f"The policy is for widths 0..{policy.most} and the head drafts 0..{most}.")
     request = _with_width(request, 0)
-    forwards_B = np.zeros(batch, int)
-    seen_2Bk, total_2Bk = np.zeros((2, batch, 0), int), np.zeros((2, batch, most), int)
-    while not np.all(state.done_B):
+    total_2Bk = np.zeros((2, batch, most), int)
+    now = _progress(state)
+    while not now.done_B.all():
         k, budget = policy.choose()
-        last = int(np.argmax(np.where(state.done_B, 0, state.limit_B - state.length_B)))
+        last = int(np.argmax(np.where(now.done_B, 0, now.left_B)))
         changed = k != request.plan.k
+        begin = time.perf_counter()
         if changed:
             request = _with_width(request, k)
-            state, seen_2Bk = _without_drafts(request.plan, state, request.sampling), np.zeros((2, batch, k), int)
+            state = _without_drafts(request.plan, state, request.sampling)
+            now = now._replace(drafts_2Bk=np.zeros((2, batch, k), int))
         untimed = int(not policy.ran(k))
         if untimed:  # compiling, and touching memory for the first time, is not the cost of a forward
-            state = proceed(model, request, state, 1)
-        jax.block_until_ready(state)
-        begin = time.perf_counter()
+            state = jax.block_until_ready(proceed(model, request, state, 1))
+            begin = time.perf_counter()
         state = jax.block_until_ready(proceed(model, request, state, budget))
         seconds = time.perf_counter() - begin
-        took_B, forwards_B = np.array(state.forwards_B) - forwards_B, np.array(state.forwards_B)
-        new_2Bk = np.array([state.drafted_Bk, state.accepted_Bk]) - seen_2Bk
-        seen_2Bk = seen_2Bk + new_2Bk
-        total_2Bk[:, :, :k] += new_2Bk
+        before, now = now, _progress(state)
+        took_B, drafts_2Bk = now.forwards_B - before.forwards_B, now.drafts_2Bk - before.drafts_2Bk
+        total_2Bk[:, :, :k] += drafts_2Bk
         # The batch is done when its last row is. The first forward of another width has no drafts.
-        tried = int(np.maximum(took_B[last] - changed, 0))
+        tried = max(int(took_B[last]) - changed, 0)
         if took_B.max() > untimed:
-            policy.record(k, int(took_B.max()) - untimed, seconds, tried, new_2Bk[1][last])
-    return dataclasses.replace(state, drafted_Bk=jnp.asarray(total_2Bk[0]), accepted_Bk=jnp.asarray(total_2Bk[1]))
+            policy.record(k, int(took_B.max()) - untimed, seconds, tried, drafts_2Bk[1][last])
+    return dataclasses.replace(state, drafted_Bk=total_2Bk[0], accepted_Bk=total_2Bk[1])
+
+
+class _Progress(NamedTuple):
+    """What the host looks at between two runs: which rows are done, the tokens that are left to them, their forwards,
+    and how often a draft at each offset was used and accepted."""
+
+    done_B: np.ndarray
+    left_B: np.ndarray
+    forwards_B: np.ndarray
+    drafts_2Bk: np.ndarray
+
+
+def _progress(state: DecodeState) -> _Progress:
+    # numpy alone: an eager operation of jax, between runs, takes as long as a forward of a small model.
+    done_B, limit_B, length_B, forwards_B, drafted_Bk, accepted_Bk = map(
+        np.asarray,
+        (state.done_B, state.limit_B, state.length_B, state.forwards_B, state.drafted_Bk, state.accepted_Bk),
+    )
+    return _Progress(done_B, limit_B - length_B, forwards_B, np.stack([drafted_Bk, accepted_Bk]))
 
 
 def _with_width(request: Request, k: int) -> Request:
