@@ -139,7 +139,7 @@ class Policy:
         forwards = self._trial(k)
         seconds = forwards * self.cost(k)
         emitted = 1 + (forwards - 1) * self.tokens(k)
-        return max(0.02 * seconds, seconds - emitted / self.rate(best))
+        return max(0.1 * seconds, seconds - emitted / self.rate(best))
 
 
 _POLICIES: weakref.WeakKeyDictionary[LanguageModel, dict[Any, Policy]] = weakref.WeakKeyDictionary()
