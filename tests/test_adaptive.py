@@ -79,7 +79,7 @@ def test_a_machine_that_slows_down_and_recovers_misleads_it_little(seconds):
         world = World([1e-3, 1.15e-3, 1.3e-3, 1.45e-3], 0.8, seed=seed, slower=lambda time: 1 + int(time / seconds) % 2)
         share = world.play(Policy(3), 10_000)
         shares.append(share * world.time / sum(world.costs[k] for k in world.widths))
-    assert min(shares) > 0.92 and np.mean(shares) > 0.95
+    assert min(shares) > 0.9 and np.mean(shares) > 0.95
 
 
 def test_a_machine_that_has_become_slower_for_good_is_as_one_that_always_was():
@@ -88,6 +88,14 @@ def test_a_machine_that_has_become_slower_for_good_is_as_one_that_always_was():
     world.chance, world.slower = 0.9, lambda time: 3
     world.play(policy, 40_000)
     assert 3 * world.play(policy, 10_000) > 0.95
+
+
+def test_a_run_that_was_held_up_makes_no_other_width_look_fast():
+    world, policy = World([1e-3, 1.15e-3, 1.3e-3, 1.45e-3], 0.0), Policy(3)
+    world.play(policy, 8000)
+    policy.record(0, 16, 1.0, 16, np.zeros(0))  # a loop was compiled in it
+    policy.record(3, 8, 8 * 1.45e-3, 8, np.zeros(3))
+    assert world.play(policy, 4000) > 0.97
 
 
 def test_it_finds_a_width_between():

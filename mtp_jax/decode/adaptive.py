@@ -110,7 +110,8 @@ class Policy:
         per_forward = seconds / forwards
         if self._unknown() is None and k == self._best():
             self._since += seconds
-            self._pace *= 1 + (per_forward / self.cost(k) - 1) * (1 - math.exp(-seconds / PACE))
+            slower = min(3.0, per_forward / self.cost(k))  # not what compiling for another window took
+            self._pace *= 1 + (slower - 1) * (1 - math.exp(-seconds / PACE))
         else:
             self._costs[k].append(per_forward / self._pace)
         self._since[k] = 0
@@ -233,9 +234,10 @@ class _Progress(NamedTuple):
 
 
 def _progress(state: DecodeState) -> _Progress:
-    # numpy alone: an eager operation of jax, between runs, takes as long as a forward of a small model.
+    # numpy alone: an eager operation of jax, between runs, takes as long as a forward of a small model. Copies: the
+    # state is donated.
     done_B, limit_B, length_B, forwards_B, drafted_Bk, accepted_Bk = map(
-        np.asarray,
+        np.array,
         (state.done_B, state.limit_B, state.length_B, state.forwards_B, state.drafted_Bk, state.accepted_Bk),
     )
     return _Progress(done_B, limit_B - length_B, forwards_B, np.stack([drafted_Bk, accepted_Bk]))
