@@ -1,6 +1,5 @@
 """Adaptive draft length: the policy in simulation, and the tokens of the mode."""
 
-import jax
 import numpy as np
 import pytest
 from test_decode import LAWS, NEW, PROMPTS
@@ -14,14 +13,24 @@ from mtp_jax.decode.generate import generate
 
 class World:
     """Simulated decoding: what a forward of each width costs, and the chance that each draft is accepted. To change the
-    width costs `switch` more; the whole machine is as many times slower as `slower` says at a time."""
+    width costs `switch` more; the whole machine is as many times slower as `slower` says at a time. Calls of `new`
+    tokens a row are over when their last row is."""
 
-    def __init__(self, costs, chance: float, batch: int = 1, seed: int = 0, switch: float = 0.0, slower=lambda time: 1):
-        self.costs, self.chance, self.batch, self.rng = costs, chance, batch, np.random.default_rng(seed)
+    def __init__(
+        self,
+        costs,
+        chance: float,
+        batch: int = 1,
+        seed: int = 0,
+        switch: float = 0.0,
+        slower=lambda time: 1,
+        new: float = np.inf,
+    ):
+        self.costs, self.chance, self.new, self.rng = costs, chance, new, np.random.default_rng(seed)
         self.switch, self.slower = switch, slower
         self.time = self.tokens = 0.0
         self.widths: list[int] = []
-        self.last = 0
+        self.width, self.left_B = 0, np.full(batch, new)
 
     def rate(self, k: int) -> float:
         return sum(self.chance**s for s in range(k + 1)) / self.costs[k]
@@ -30,21 +39,51 @@ class World:
     def best(self) -> float:
         return max(self.rate(k) for k in range(len(self.costs)))
 
+    def emit(self, tokens_NB) -> None:
+        """Of so many forwards."""
+        emitted_B = np.minimum(tokens_NB.sum(0), self.left_B)
+        self.left_B = self.left_B - emitted_B
+        self.tokens += emitted_B.mean()
+
     def play(self, policy: Policy, forwards: int) -> float:
         """The rate reached over so many forwards, against that of the best fixed width."""
         self.time = self.tokens = 0.0
         self.widths = []
         while len(self.widths) < forwards:
-            k, budget = policy.choose()
-            drafted = budget - (k != self.last)  # the first forward of another width has no drafts
-            right = self.rng.random((drafted, self.batch, k)) < self.chance
-            accepted_Bk = np.cumprod(right, axis=-1).sum(0)
-            seconds = budget * self.costs[k] * self.rng.normal(1, 0.05) + self.switch * (k != self.last)
-            seconds *= self.slower(self.time)
-            policy.record(k, budget, seconds, drafted, accepted_Bk[0])
-            self.time, self.tokens = self.time + seconds, self.tokens + budget + accepted_Bk.sum() / self.batch
-            self.widths, self.last = self.widths + [k] * budget, k
+            if not self.left_B.any():
+                self.width, self.left_B = policy.best, np.full_like(self.left_B, self.new)
+            self.run(policy)
         return self.tokens / self.time / self.best
+
+    def run(self, policy: Policy) -> None:
+        k, budget = policy.choose()
+        last = np.argmax(self.left_B)
+        slower, change = self.slower(self.time), 0.0
+        if k != self.width:  # the first forward of another width has no drafts
+            change = slower * (self.switch + self.costs[k])
+            self.emit(np.ones((1, len(self.left_B))))
+        accepted_NBk = np.cumprod(self.rng.random((budget, len(self.left_B), k)) < self.chance, axis=-1)
+        done_NB = np.cumsum(1 + accepted_NBk.sum(-1), axis=0) >= self.left_B
+        forwards = min(budget, 1 + int(np.max(np.sum(~done_NB, axis=0))))
+        seconds = slower * forwards * self.costs[k] * self.rng.normal(1, 0.05)
+        policy.record(k, forwards, seconds, forwards, accepted_NBk[:forwards, last].sum(0), change)
+        self.emit(1 + accepted_NBk[:forwards].sum(-1))
+        self.time, self.width = self.time + seconds + change, k
+        self.widths += [k] * forwards
+
+
+class Fixed(Policy):
+    """One width, from the start."""
+
+    def __init__(self, k: int):
+        super().__init__(k)
+        self.best = k
+
+    def choose(self) -> tuple[int, int]:
+        return self.best, adaptive.FORWARDS
+
+    def record(self, *args) -> None:
+        pass
 
 
 @pytest.mark.parametrize("batch", [1, 4, 64])
@@ -65,6 +104,26 @@ def test_trials_of_a_model_whose_forwards_take_less_than_a_change_of_width_cost_
     assert world.play(policy, 40_000) > 0.97 and len(set(world.widths)) > 2
 
 
+def test_rivals_that_are_as_good_as_the_best_cost_little():
+    """They are tried the most often, and no change is worth its time."""
+    world = World(1e-3 * np.array([1, 1.5, 1.75, 1.875]), 0.5, switch=3e-3)
+    policy = Policy(3)
+    world.play(policy, 1024)
+    assert world.play(policy, 40_000) > 0.97 and len(set(world.widths)) == 4
+
+
+@pytest.mark.parametrize("chance", [0.0, 0.3, 0.6, 0.9])
+@pytest.mark.parametrize("batch", [1, 16])
+def test_a_batch_is_over_when_its_slowest_row_is(batch, chance):
+    """Calls of 128 tokens: near the best fixed width of such calls, and never far below no drafts."""
+    costs = [1e-3, 1.3e-3, 1.5e-3, 1.7e-3]
+    fixed = [World(costs, chance, batch, new=128).play(Fixed(k), 20_000) for k in range(4)]
+    world, policy = World(costs, chance, batch, new=128), Policy(3)
+    world.play(policy, 2000)
+    share = world.play(policy, 20_000)
+    assert share > 0.95 * max(fixed) / adaptive.MARGIN and share > 0.97 * fixed[0]
+
+
 @pytest.mark.parametrize("batch", [1, 16])
 def test_it_takes_the_widest_where_drafts_are_good(batch):
     shares = [World([1, 1.1, 1.2, 1.3], 0.9, batch, seed).play(Policy(3), 512) for seed in range(20)]
@@ -79,7 +138,7 @@ def test_a_machine_that_slows_down_and_recovers_misleads_it_little(seconds):
         world = World([1e-3, 1.15e-3, 1.3e-3, 1.45e-3], 0.8, seed=seed, slower=lambda time: 1 + int(time / seconds) % 2)
         share = world.play(Policy(3), 10_000)
         shares.append(share * world.time / sum(world.costs[k] for k in world.widths))
-    assert min(shares) > 0.9 and np.mean(shares) > 0.95
+    assert min(shares) > 0.8 and np.mean(shares) > 0.95
 
 
 def test_a_machine_that_has_become_slower_for_good_is_as_one_that_always_was():
@@ -90,12 +149,24 @@ def test_a_machine_that_has_become_slower_for_good_is_as_one_that_always_was():
     assert 3 * world.play(policy, 10_000) > 0.95
 
 
-def test_a_run_that_was_held_up_makes_no_other_width_look_fast():
+@pytest.mark.parametrize("seconds", [1.0, 10.0])
+def test_a_run_that_was_held_up_makes_no_other_width_look_fast(seconds):
     world, policy = World([1e-3, 1.15e-3, 1.3e-3, 1.45e-3], 0.0), Policy(3)
     world.play(policy, 8000)
-    policy.record(0, 16, 1.0, 16, np.zeros(0))  # a loop was compiled in it
+    cost = policy.cost(3)
+    policy.record(0, 16, seconds, 16, np.zeros(0))  # a loop was compiled in it
+    assert policy.cost(3) == pytest.approx(cost, rel=0.2) and policy.choose()[0] == 0, "and it earns no trial"
     policy.record(3, 8, 8 * 1.45e-3, 8, np.zeros(3))
     assert world.play(policy, 4000) > 0.97
+
+
+def test_a_trial_that_the_end_of_a_call_cuts_says_nothing_of_costs():
+    world, policy = World([1e-3, 1.15e-3, 1.3e-3, 1.45e-3], 0.9), Policy(3)
+    world.play(policy, 4000)
+    costs = [policy.cost(k) for k in range(4)]
+    for k in (0, 3):
+        policy.record(k, adaptive.TRIAL // 2 - 1, 1.0, 2, np.zeros(k))
+    assert [policy.cost(k) for k in range(4)] == costs
 
 
 def test_it_finds_a_width_between():
@@ -113,7 +184,7 @@ def test_it_notices_a_change(before, after):
     world.play(policy, 4096)
     assert np.mean(np.array(world.widths[-512:]) == (3 if after else 0)) > 0.8
     world.costs = [1, 4, 7, 10] if after else [1, 0.9, 0.8, 0.7]
-    world.play(policy, 4096)
+    world.play(policy, 8192)
     assert np.mean(np.array(world.widths[-512:]) == (0 if after else 3)) > 0.8
 
 
@@ -146,9 +217,10 @@ def test_it_explores_within_its_budget_and_keeps_what_it_learnt():
 
 
 def test_drafts_that_promise_less_than_the_margin_are_tried_again():
-    """They are not used, and what is not believed to lose costs nothing to try: they may have become better."""
+    """They are not used, and a trial is taken to lose a tenth of its time: they may have become better."""
     policy = Policy(1)
-    policy.record(0, 16, 16.0, 16, np.zeros(0))
+    for _ in range(2):
+        policy.record(0, 16, 16.0, 16, np.zeros(0))
     policy.record(1, 64, 64 * 1.45, 64, np.array([32.0]))  # 1.5 tokens for 1.45
     widths = []
     for _ in range(32):
@@ -162,21 +234,21 @@ def test_drafts_that_promise_less_than_the_margin_are_tried_again():
 
 
 class Scripted(Policy):
-    """Every width in turn, a few forwards each."""
+    """Given widths in turn, a forward each."""
 
     def __init__(self, widths):
         super().__init__(max(widths))
         self.widths, self.seen = list(widths), []
 
     def choose(self) -> tuple[int, int]:
-        return self.widths[len(self.seen) % len(self.widths)], 2
+        return self.widths[len(self.seen) % len(self.widths)], 1
 
-    def ran(self, k: int) -> bool:
+    def known(self, k: int) -> bool:
         return True
 
-    def record(self, k, forwards, seconds, tried, accepted_k) -> None:
+    def record(self, k, forwards, seconds, tried, accepted_k, change=0.0) -> None:
         assert seconds > 0 and accepted_k.shape == (k,) and all(accepted_k <= tried)
-        self.seen.append((k, forwards, tried))
+        self.seen.append((k, forwards, tried, change > 0))
 
 
 @pytest.mark.parametrize("laws", [None, LAWS], ids=["greedy", "coupled"])
@@ -185,9 +257,10 @@ def test_changing_the_width_between_forwards_changes_no_token(model, laws):
     if laws:
         options |= dict(zip(("temperature", "top_k", "top_p"), map(list, zip(*laws, strict=True)), strict=True))
     expected = generate(model, PROMPTS, k=0, **options)
-    policy = Scripted([0, 3, 3, 0, 1, 3, 2])
+    policy = Scripted([3, 3, 1, 0, 2, 3])
     out = generate_adaptive(model, PROMPTS, policy=policy, **options)
-    assert {k for k, _, _ in policy.seen} >= {0, 1, 3}
+    # The first forward of another width has no drafts and is not timed.
+    assert policy.seen[:5] == [(3, 1, 1, True), (3, 1, 1, False), (1, 1, 1, True), (0, 1, 1, True), (2, 1, 1, True)]
     for a, b in zip(out.tokens, expected.tokens, strict=True):
         np.testing.assert_array_equal(a, b)
     for a, b in zip(out.logprobs, expected.logprobs, strict=True):
@@ -196,17 +269,31 @@ def test_changing_the_width_between_forwards_changes_no_token(model, laws):
     emitted = np.array([len(row) - 1 for row in out.tokens])
     assert np.all(np.abs(emitted - out.forwards - out.accepted.sum(1)) <= 1) and out.accepted.sum() > 0
     assert out.accepted.shape == (4, 3) and np.all(out.accepted <= out.drafted)
-    assert sum(n for _, n, _ in policy.seen) == out.forwards.max()
+    forwards = sum(n + changed for _, n, _, changed in policy.seen)
+    assert forwards <= out.forwards.max() <= forwards + 1  # a call may end in a forward that is not timed
 
 
 def test_it_is_a_mode_of_generate(model):
     expected = generate(model, PROMPTS, max_new_tokens=64)
     for _ in range(2):
-        sizes = loop.run._cache_size(), adaptive._fresh._cache_size()
         out = generate(model, PROMPTS, max_new_tokens=64, k="adaptive")
         np.testing.assert_array_equal(out.tokens, expected.tokens)
-    assert (loop.run._cache_size(), adaptive._fresh._cache_size())[0] - sizes[0] <= 2  # widths never run before
-    assert jax.tree.leaves(out.drafted)[0].shape == (4, 3)
+    assert out.drafted.shape == (4, 3)
+
+
+def test_it_begins_at_the_best_width_and_compiles_each_once(model):
+    def compiled():
+        return [jitted._cache_size() for jitted in (loop.run, loop.begin, adaptive._fresh)]
+
+    begun = compiled()
+    for call in range(3):
+        policy = Scripted([3, 1, 3])
+        policy.best = 3
+        generate_adaptive(model, PROMPTS, policy=policy, max_new_tokens=100)
+        assert policy.seen[:3] == [(3, 1, 1, False), (1, 1, 1, True), (3, 1, 1, True)]
+        if call == 0:
+            once = compiled()
+    assert np.subtract(once, begun).tolist() == [2, 1, 2] and compiled() == once
 
 
 @pytest.mark.parametrize("verifier", ["token", "block"])

@@ -55,10 +55,12 @@ def store(tmp_path):
 # Rows
 
 
-PLAIN = Cell(0.7, 0, "coupled", "float32", 1, [generation(range(9), 8), generation(range(20, 29), 8)], [5.0, 4.0, 3.0])
+PLAIN = Cell(
+    *(0.7, 0, "coupled", "float32", 1), [[generation(range(9), 8), generation(range(20, 29), 8)]] * 3, [5.0, 4.0, 3.0]
+)
 DRAFTED = Cell(
     *(0.7, 2, "coupled", "float32", 1),
-    [generation(range(9), 5, [3, 1]), generation(range(20, 29), 3, [2, 2])],
+    [[generation(range(9), 5, [3, 1]), generation(range(20, 29), 3, [2, 2])]] * 3,
     [9.0, 2.5, 2.0],
 )
 
@@ -92,17 +94,27 @@ def test_a_row_is_the_arithmetic_of_what_was_measured():
 
 @pytest.mark.parametrize("seconds, median", [([2.0], 2.0), ([2.0, 4.0], 3.0), ([8.0, 1.0, 4.0], 4.0)])
 def test_times_are_medians_over_repetitions(seconds, median):
-    row = bench._row(dataclasses.replace(DRAFTED, seconds=seconds), PLAIN, PLAIN, no_gap)
+    generations = DRAFTED.generations[:1] * len(seconds)
+    row = bench._row(dataclasses.replace(DRAFTED, seconds=seconds, generations=generations), PLAIN, PLAIN, no_gap)
     assert row["tokens_per_second"] == 16 / median
     assert row["speedup"] * row["verify_cost"] == pytest.approx(row["block_efficiency"])
 
 
 def test_a_batch_takes_as_many_iterations_as_its_slowest_row():
     uneven = dataclasses.replace(generation(range(9), 5, [3, 1], batch=2), forwards=np.array([5, 3]))
-    cell = dataclasses.replace(DRAFTED, batch=2, generations=[uneven], seconds=[2.5])
+    cell = dataclasses.replace(DRAFTED, batch=2, generations=[[uneven]], seconds=[2.5])
     row = bench._row(cell, cell, PLAIN, no_gap)
     assert row["tokens_per_second"] == 16 / 2.5 and row["block_efficiency"] == 2.0
     assert row["verify_cost"] == 2.5 / 5 / (4 / 16)
+
+
+def test_each_repetition_has_forwards_of_its_own():
+    """In the adaptive mode: without drafts in one, with them in the other."""
+    generations = [[generation(range(9), 8, [0, 0])], [generation(range(9), 4, [3, 1])]]
+    cell = dataclasses.replace(DRAFTED, k="adaptive", generations=generations, seconds=[4.0, 4.0])
+    row = bench._row(cell, cell, PLAIN, no_gap)
+    assert row["iteration_seconds"] == [0.5, 1.0] and row["block_efficiency"] == 16 / 12
+    assert row["acceptance"] == [3 / 12, 1 / 12] and row["tokens_per_second"] == 2
 
 
 def parted(tokens):
@@ -113,7 +125,7 @@ def parted(tokens):
         asked.append((index, shared.tolist(), own, other))
         return len(shared) / 2
 
-    cell = dataclasses.replace(DRAFTED, generations=[generation(tokens, 5, [3, 1]), DRAFTED.generations[1]])
+    cell = dataclasses.replace(DRAFTED, generations=[[generation(tokens, 5, [3, 1]), DRAFTED.generations[0][1]]] * 3)
     row = bench._row(cell, PLAIN, PLAIN, gap)
     return [row[name] for name in ("identical_to_plain", "rows_that_differ", "logit_gap")], asked
 
@@ -127,8 +139,8 @@ def test_the_gap_is_asked_for_where_a_row_parts():
 
 def test_the_gap_of_a_row_is_the_largest_of_all_prompts():
     others = [generation([*range(at), 0, *range(at + 1, 9)], 5, [3, 1]) for at in (3, 6, 2)]
-    plain = dataclasses.replace(PLAIN, generations=[PLAIN.generations[0]] * 3)
-    cell = dataclasses.replace(DRAFTED, generations=others)
+    plain = dataclasses.replace(PLAIN, generations=[[PLAIN.generations[0][0]] * 3] * 3)
+    cell = dataclasses.replace(DRAFTED, generations=[others] * 3)
     row = bench._row(cell, plain, plain, lambda cell, index, shared, own, other: float(len(shared)))
     assert (row["rows_that_differ"], row["logit_gap"]) == (3, 6.0)
 
@@ -144,7 +156,7 @@ def test_identity_is_said_of_verifiers_that_promise_it(verifier):
 def test_rows_are_compared_with_plain_decoding_in_their_own_setting():
     settings = [(0.0, "greedy", 1), (0.7, "coupled", 1), (0.7, "block", 1), (0.7, "block", 4)]
     cells = [
-        Cell(temperature, k, verifier, dtype, batch, [generation(range(9), 8)], [seconds])
+        Cell(temperature, k, verifier, dtype, batch, [[generation(range(9), 8)]], [seconds])
         for temperature, verifier, batch in settings
         for k, dtype, seconds in [(0, "float32", 4.0), (1, "float32", 1.0), (0, "bfloat16", 2.0 + 4 * (batch == 4))]
     ]

@@ -18,7 +18,7 @@ from mtp_jax.bench.config import BenchConfig
 from mtp_jax.config import TrainConfig, require
 from mtp_jax.data import Mixture, Store, Tokenizer, prepare
 from mtp_jax.data.sources.files import Files
-from mtp_jax.decode.adaptive import learnt_policy, proceed_adaptively, start_plain
+from mtp_jax.decode.adaptive import learnt_policy, proceed_adaptively, start_adaptively
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.generate import Generation, Request, for_decoding, make_request, proceed, result, start, window
 from mtp_jax.decode.law import Sampling
@@ -38,20 +38,23 @@ MARGIN = 1.05  # by which the other dtype must win its trial: less than that is 
 
 @dataclass
 class Cell:
-    """The measurements of one setting. Seconds are per repetition, prefill excluded; a generation is of one batch."""
+    """The measurements of one setting, by repetition: the generations of its batches, and seconds without prefill.
+
+    The tokens are the same in all; forwards can differ in the adaptive mode.
+    """
 
     temperature: float
     k: int | Literal["adaptive"]
     verifier: str
     dtype: str
     batch: int = 1
-    generations: list[Generation] = dataclasses.field(default_factory=list)
+    generations: list[list[Generation]] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
 
     @property
     def rows(self) -> list[np.ndarray]:
         """The new tokens of every prompt."""
-        return [row for g in self.generations for row in g.tokens]
+        return [row for g in self.generations[0] for row in g.tokens]
 
     @property
     def emitted(self) -> int:
@@ -66,8 +69,12 @@ class Cell:
     @property
     def iteration_seconds(self) -> list[float]:
         """By repetition, the time of one pass of the loop, which goes on until the last row of a batch is done."""
-        passes = sum(int(g.forwards.max()) for g in self.generations)
-        return [seconds / passes for seconds in self.seconds]
+        passes = [sum(int(g.forwards.max()) for g in batches) for batches in self.generations]
+        return [seconds / n for seconds, n in zip(self.seconds, passes, strict=True)]
+
+    def count(self, name: str) -> np.ndarray:
+        """`forwards`, `drafted` or `accepted` of `Generation`, summed over rows and repetitions."""
+        return np.sum([getattr(g, name).sum(0) for batches in self.generations for g in batches], 0)
 
     @property
     def setting(self) -> tuple[int, float, str]:
@@ -231,6 +238,7 @@ class _Bench:
         """Begin a repetition."""
         for cell in self.cells:
             cell.seconds.append(0.0)
+            cell.generations.append([])
 
     def decode(self, batch: int, first: int) -> None:
         """Continue a batch of prompts, from number `first`, in every cell of that batch size.
@@ -244,8 +252,7 @@ class _Bench:
                 asked, state, prefilled, seconds = self.session.decode(cell, first)
                 self.prefill_seconds.append(prefilled)
                 cell.seconds[-1] += seconds
-                if len(cell.seconds) == 1:
-                    cell.generations.append(result(asked, state))
+                cell.generations[-1].append(result(asked, state))
 
     def result(self, progress: Callable[[str], None]) -> dict[str, Any]:
         """What `bench_decode` returns."""
@@ -296,7 +303,9 @@ class Session:
         each window and each width is a program."""
         begun, model, asked = time.perf_counter(), self.models[cell.dtype], self.request(cell, 0)
         if cell.k == "adaptive":
-            proceed_adaptively(model, asked, start_plain(model, asked), learnt_policy(model, asked))
+            policy = learnt_policy(model, asked)
+            for _ in range(2):  # the second begins at the width that the first has found
+                proceed_adaptively(model, asked, start_adaptively(model, asked, policy), policy)
         else:
             state = start(model, asked)
             one = [1] if window(asked.plan, state) is None else []
@@ -306,14 +315,12 @@ class Session:
     def decode(self, cell: Cell, first: int, *forwards: int) -> tuple[Request, DecodeState, float, float]:
         """(what was asked, the state, seconds of prefill, seconds of the loop), of at most so many `forwards`."""
         model, asked = self.models[cell.dtype], self.request(cell, first)
-        adaptive = cell.k == "adaptive"
+        policy = learnt_policy(model, asked) if cell.k == "adaptive" else None
         t0 = time.perf_counter()
-        state = jax.block_until_ready(start_plain(model, asked) if adaptive else start(model, asked))
+        state = start_adaptively(model, asked, policy) if policy else start(model, asked)
+        jax.block_until_ready(state)
         t1 = time.perf_counter()
-        if adaptive:
-            state = proceed_adaptively(model, asked, state, learnt_policy(model, asked))
-        else:
-            state = proceed(model, asked, state, *forwards)
+        state = proceed_adaptively(model, asked, state, policy) if policy else proceed(model, asked, state, *forwards)
         jax.block_until_ready(state)
         return asked, state, t1 - t0, time.perf_counter() - t1
 
@@ -374,7 +381,6 @@ def _fastest(cells: list[Cell], cell: Cell) -> Cell:
 
 
 def _row(cell: Cell, plain: Cell, fastest: Cell, gap: Callable[[Cell, int, np.ndarray, int, int], float]) -> dict:
-    accepted, drafted = (np.sum([getattr(g, n).sum(0) for g in cell.generations], 0) for n in ("accepted", "drafted"))
     return {
         "batch": cell.batch,
         "temperature": cell.temperature,
@@ -384,8 +390,8 @@ def _row(cell: Cell, plain: Cell, fastest: Cell, gap: Callable[[Cell, int, np.nd
         "plain_dtype": fastest.dtype,
         "tokens_per_second": cell.rate,
         "speedup": cell.rate / fastest.rate,
-        "block_efficiency": cell.emitted / sum(int(g.forwards.sum()) for g in cell.generations),
-        "acceptance": [float(a) for a in accepted / np.maximum(1, drafted)],
+        "block_efficiency": len(cell.generations) * cell.emitted / int(cell.count("forwards")),
+        "acceptance": (cell.count("accepted") / np.maximum(1, cell.count("drafted"))).tolist(),
         "verify_cost": float(np.median(cell.iteration_seconds) / np.median(fastest.iteration_seconds)),
         "iteration_seconds": cell.iteration_seconds,
         **_identity(cell, plain, gap),

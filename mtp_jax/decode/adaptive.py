@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import math
+import statistics
 import time
 import weakref
 from collections.abc import Sequence
@@ -23,7 +23,17 @@ from jax import Array
 
 from mtp_jax.config import require
 from mtp_jax.decode.config import DecodeConfig
-from mtp_jax.decode.generate import Generation, Prompt, Request, for_decoding, make_request, proceed, result, start
+from mtp_jax.decode.generate import (
+    Generation,
+    Prompt,
+    Request,
+    enter,
+    for_decoding,
+    make_request,
+    result,
+    start,
+    window,
+)
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.loop import Plan
 from mtp_jax.decode.state import DecodeState
@@ -32,12 +42,12 @@ from mtp_jax.model.block import Block
 from mtp_jax.model.transformer import LanguageModel
 from mtp_jax.sharding import RULES
 
-FORWARDS, SECONDS = 16, 0.1  # a run of the best width: so many forwards at least, and more if they would take less
-TRIAL, WARM = 8, 0.02  # the same for a run that explores: entering a loop and its first forwards can take milliseconds
-PACE = 20.0  # seconds of the best width over which the machine's pace is averaged: the least of a few trials is not
-EXPLORE = 0.01  # the part of the time that may be lost by exploring
+FORWARDS, SECONDS = 16, 0.25  # a run of the best width: so many forwards at least, and more if they would take less
+TRIAL, WARM = 8, 0.02  # the same for a trial of another: to enter a loop can take a millisecond
+EXPLORE = 0.01  # the part of the time that trials may lose
 MARGIN = 1.1  # by which drafts must promise to win: a batch is done with its slowest row, and promises are uncertain
-MEMORY = 0.98  # of what was seen of acceptance, per forward
+STAY = 1.03  # by which another width must promise more than the one that runs: to change takes time
+MEMORY = 0.98  # of what was seen of acceptance, per forward with drafts
 PRIOR = 1.0  # drafts that the prior counts for: offset s accepted with chance 2^-s
 
 
@@ -45,16 +55,20 @@ class Policy:
     """Which width to run next, for one batch size. Times are seconds.
 
     Width k emits 1 + a_1 + .. + a_k tokens per forward and row, a_s the chance that drafts 1..s are accepted; its rate
-    is that over the seconds of a forward. Widths 0 and the widest are run first. One between them, of unknown cost, is
-    run (and compiled) when it would win if it cost no more than the next narrower. Then the best is run. Each other one
-    is tried when what that loses is its share of `EXPLORE` of the time since it ran, so rivals are tried often. What a
-    trial took counts in units of what the best took before it, so a machine that slows down slows all widths.
+    is that over the seconds of a forward. The best is run, and each other one is tried when what a trial of it loses is
+    its share of `EXPLORE` of the time since it ran, so rivals are tried often. A width of unknown cost is tried (and
+    compiled) when it would be the best if it cost no more than the next narrower.
+
+    Costs are relative: the best runs as briefly right after a trial, and a machine that is slow slows both.
     """
 
     def __init__(self, most: int):
         """For widths 0..most."""
-        self._costs = [collections.deque[float](maxlen=3) for _ in range(most + 1)]
-        self._pace = 1.0  # seconds that a unit of these costs takes now: the machine's, and it changes
+        self.best = 0
+        self._costs = [collections.deque[float](maxlen=3) for _ in range(most + 1)]  # over that of width 0
+        self._paces = collections.deque[float](maxlen=3)  # seconds for a cost of 1, as the last runs of the best showed
+        self._changes = collections.deque[float](maxlen=3)  # seconds that a change of width took
+        self._trial: tuple[int, float] | None = None  # a width, and its seconds per forward, to be compared
         prior = 0.5 ** np.arange(1, most + 1)
         self._accepted, self._tried = PRIOR * prior, np.full(most, PRIOR)
         self._since = np.zeros(most + 1)  # seconds that the best width has run since each ran
@@ -64,16 +78,14 @@ class Policy:
         """The widest."""
         return len(self._costs) - 1
 
-    def ran(self, k: int) -> bool:
-        """Whether a run of width k was recorded."""
+    def known(self, k: int) -> bool:
+        """Whether the cost of width k is known."""
         return bool(self._costs[k])
 
     def cost(self, k: int) -> float:
-        """Seconds of a forward of width k: the least of its last trials, as others on the machine only ever add to it.
-
-        Of a width that never ran, that of the next narrower, which it cannot be below.
-        """
-        return self._pace * min(self._costs[max(i for i in range(k + 1) if self.ran(i))])
+        """Seconds of a forward of width k. Of a width that was never tried, those of the next narrower: it takes no
+        less."""
+        return _median(self._paces) * _median(self._costs[max(i for i in range(k + 1) if self.known(i))])
 
     def tokens(self, k: int) -> float:
         """Expected tokens of a forward of width k, per row."""
@@ -85,62 +97,77 @@ class Policy:
 
     def choose(self) -> tuple[int, int]:
         """The width to run, and for how many forwards."""
-        unknown = self._unknown()
-        if unknown is not None:
-            return unknown, self._trial(unknown) if self.ran(0) else FORWARDS
-        best = self._best()
-        others = [k for k in range(self.most + 1) if k != best and self.ran(k)]
-        waits = {k: len(others) * self._loss(k, best) / EXPLORE - self._since[k] for k in others}
-        next_trial = min(waits, key=waits.__getitem__, default=best)
-        wait = waits.get(next_trial, SECONDS)
-        if wait <= 0:
-            return next_trial, self._trial(next_trial)
-        return best, max(FORWARDS, int(min(SECONDS, wait) / self.cost(best)))
+        if not self.known(0):
+            return 0, TRIAL
+        if self._trial:
+            return self.best, self._forwards(self.best)
+        if not self.known(favourite := self._favourite()):
+            return favourite, self._forwards(favourite)
+        rivals = [k for k in range(self.most + 1) if k != self.best and self.known(k)]
+        due = {k: self._since[k] - len(rivals) * self._loss(k) / EXPLORE for k in rivals}
+        rival = max(rivals, key=due.__getitem__, default=self.best)
+        if due.get(rival, -1) >= 0:
+            return rival, self._forwards(rival)
+        return self.best, max(FORWARDS, int(SECONDS / self.cost(self.best)))
 
-    def record(self, k: int, forwards: int, seconds: float, tried: int, accepted_k: np.ndarray) -> None:
+    def record(
+        self, k: int, forwards: int, seconds: float, tried: int, accepted_k: np.ndarray, change: float = 0.0
+    ) -> None:
         """What a run of width k showed.
 
         Args:
           k: its width.
-          forwards: how many it took.
-          seconds: its time.
+          forwards: how many were timed.
+          seconds: their time.
           tried: forwards with drafts, of the row that has most left to do.
           accepted_k: how often its draft at each offset was accepted.
+          change: seconds that the change to this width took, its first forward included; 0 if it ran before.
         """
         per_forward = seconds / forwards
-        if self._unknown() is None and k == self._best():
-            self._since += seconds
-            slower = min(3.0, per_forward / self.cost(k))  # not what compiling for another window took
-            self._pace *= 1 + (slower - 1) * (1 - math.exp(-seconds / PACE))
-        else:
-            self._costs[k].append(per_forward / self._pace)
+        if not self.known(0):
+            self._costs[0].append(1.0)
+            self._paces.append(per_forward)
+        elif k == self.best:
+            self._since += forwards * self.cost(k)  # as expected: a run that was held up earns no trials
         self._since[k] = 0
-        memory = MEMORY**forwards
+        # A few forwards at the end of a call say little.
+        if forwards >= TRIAL // 2 or not self.known(k):
+            if k != self.best:
+                self._trial = k, per_forward
+            else:
+                cost = _median(self._costs[k])
+                self._paces.append(per_forward / cost)
+                if self._trial:
+                    rival, other = self._trial
+                    self._costs[rival].append(cost * other / per_forward)
+                    self._trial = None
+        if change:
+            self._changes.append(change)
+        memory = MEMORY**tried
         self._accepted[:k] = memory * self._accepted[:k] + accepted_k
         self._tried[:k] = memory * self._tried[:k] + tried
+        if not self._trial and self.known(favourite := self._favourite()):
+            self.best = favourite
 
-    def _unknown(self) -> int | None:
-        """The width, if any, whose cost is to be known before a choice."""
-        if len(self._costs[0]) < 2:  # the first run was of a model that might have been slow, and was short for that
-            return 0
-        best = self._best() if self.ran(self.most) else self.most
-        return None if self.ran(best) else best
+    def _favourite(self) -> int:
+        advantage = {self.best: STAY} | {0: MARGIN}
+        return max(range(self.most + 1), key=lambda k: advantage.get(k, 1.0) * self.rate(k))
 
-    def _best(self) -> int:
-        best = max(range(self.most + 1), key=self.rate)
-        return 0 if self.rate(best) < MARGIN * self.rate(0) else best
-
-    def _trial(self, k: int) -> int:
-        """Forwards of a trial of width k."""
+    def _forwards(self, k: int) -> int:
+        """Of a trial of width k, or of one that is compared with a trial."""
         return max(TRIAL, int(WARM / self.cost(k)))
 
-    def _loss(self, k: int, best: int) -> float:
-        """Seconds that a trial of width k would lose; its first forward has no drafts. What promises more than the best
-        is taken to lose a little: it is tried often, and not all the time."""
-        forwards = self._trial(k)
-        seconds = forwards * self.cost(k)
-        emitted = 1 + (forwards - 1) * self.tokens(k)
-        return max(0.1 * seconds, seconds - emitted / self.rate(best))
+    def _loss(self, k: int) -> float:
+        """Seconds that a trial of width k would lose, with a change to it and one back, whose first forwards have no
+        drafts. What promises more than the best is taken to lose a little: it is tried often, and not all the time."""
+        forwards = self._forwards(k)
+        seconds = forwards * self.cost(k) + 2 * (_median(self._changes) if self._changes else self.cost(k))
+        emitted = forwards * self.tokens(k) + 2
+        return max(0.1 * seconds, seconds - emitted / self.rate(self.best))
+
+
+# Of a few: others on the machine only ever add to a time.
+_median = statistics.median_low
 
 
 _POLICIES: weakref.WeakKeyDictionary[LanguageModel, dict[Any, Policy]] = weakref.WeakKeyDictionary()
@@ -169,12 +196,12 @@ def generate_adaptive(
     decoder = model if not isinstance(model.blocks, Block) else for_decoding(model)
     request = make_request(decoder, prompts, config)
     policy = policy or learnt_policy(model, request)
-    return result(request, proceed_adaptively(decoder, request, start_plain(decoder, request), policy))
+    return result(request, proceed_adaptively(decoder, request, start_adaptively(decoder, request, policy), policy))
 
 
-def start_plain(model: LanguageModel, request: Request) -> DecodeState:
-    """Prefill, without drafts."""
-    return start(model, _with_width(request, 0))
+def start_adaptively(model: LanguageModel, request: Request, policy: Policy) -> DecodeState:
+    """`start` at the best width so far."""
+    return start(model, _with_width(request, policy.best))
 
 
 def proceed_adaptively(model: LanguageModel, request: Request, state: DecodeState, policy: Policy) -> DecodeState:
@@ -182,7 +209,7 @@ def proceed_adaptively(model: LanguageModel, request: Request, state: DecodeStat
 
     Args:
       model, request: as in `proceed`.
-      state: that of `start_plain`. It is donated.
+      state: that of `start_adaptively`. It is donated.
       policy: chooses the widths, and learns.
 
     Returns:
@@ -195,31 +222,34 @@ def proceed_adaptively(model: LanguageModel, request: Request, state: DecodeStat
         "coupled, whose tokens do not, or a fixed k.",
     )
     require(policy.most == most, f"The policy is for widths 0..{policy.most} and the head drafts 0..{most}.")
-    request = _with_width(request, 0)
+    request = _with_width(request, state.draft_Bk.shape[1])
+    size = window(request.plan, state)
     total_2Bk = np.zeros((2, batch, most), int)
     now = _progress(state)
     while not now.done_B.all():
         k, budget = policy.choose()
-        last = int(np.argmax(np.where(now.done_B, 0, now.left_B)))
-        changed = k != request.plan.k
+        last = int(np.argmax(np.where(now.done_B, 0, now.left_B)))  # the batch is done when its last row is
+        before, known, changed = now, policy.known(k), k != request.plan.k
         begin = time.perf_counter()
         if changed:
             request = _with_width(request, k)
             state = _without_drafts(request.plan, state, request.sampling)
-            now = now._replace(drafts_2Bk=np.zeros((2, batch, k), int))
-        untimed = int(not policy.ran(k))
-        if untimed:  # compiling, and touching memory for the first time, is not the cost of a forward
-            state = jax.block_until_ready(proceed(model, request, state, 1))
-            begin = time.perf_counter()
-        state = jax.block_until_ready(proceed(model, request, state, budget))
+            before = before._replace(drafts_2Bk=np.zeros((2, batch, k), int))
+        size_before, size = size, window(request.plan, state)
+        # Compiling, drafting none and touching memory for the first time are not what a forward costs.
+        apart = int(changed or not known or size != size_before)
+        if apart:
+            state = jax.block_until_ready(enter(model, request, state, size, 1))
+        change, begin = time.perf_counter() - begin, time.perf_counter()
+        state = jax.block_until_ready(enter(model, request, state, size, budget))
         seconds = time.perf_counter() - begin
-        before, now = now, _progress(state)
+        now = _progress(state)
         took_B, drafts_2Bk = now.forwards_B - before.forwards_B, now.drafts_2Bk - before.drafts_2Bk
         total_2Bk[:, :, :k] += drafts_2Bk
-        # The batch is done when its last row is. The first forward of another width has no drafts.
-        tried = max(int(took_B[last]) - changed, 0)
-        if took_B.max() > untimed:
-            policy.record(k, int(took_B.max()) - untimed, seconds, tried, drafts_2Bk[1][last])
+        timed = int(took_B.max()) - apart
+        if timed > 0:
+            tried = max(int(took_B[last]) - changed, 0)  # the first forward of another width has no drafts
+            policy.record(k, timed, seconds, tried, drafts_2Bk[1][last], change if changed and known else 0.0)
     return dataclasses.replace(state, drafted_Bk=total_2Bk[0], accepted_Bk=total_2Bk[1])
 
 

@@ -119,14 +119,23 @@ def proceed(model: LanguageModel, request: Request, state: DecodeState, max_forw
     The loop is entered once for each window that the rows grow through; most caches are small enough for one.
     """
     while True:
-        plan, seen_B = dataclasses.replace(request.plan, window=window(request.plan, state)), np.array(state.forwards_B)
-        state = run(plan, model, state, request.sampling, request.stops, np.int32(max_forwards))
-        if plan.window is None:
-            return state
+        size = window(request.plan, state)
+        if size is None:
+            return enter(model, request, state, size, max_forwards)
+        seen_B = np.array(state.forwards_B)
+        state = enter(model, request, state, size, max_forwards)
         # A row that is live was so from the start: the most forwards of a row are those of the loop.
         max_forwards -= int(np.max(np.asarray(state.forwards_B) - seen_B))
         if max_forwards == 0 or np.all(state.done_B):
             return state
+
+
+def enter(
+    model: LanguageModel, request: Request, state: DecodeState, window: int | None, max_forwards: int
+) -> DecodeState:
+    """`proceed`, at most until a row grows out of `window`, that which `window` gives for the state."""
+    plan = dataclasses.replace(request.plan, window=window)
+    return run(plan, model, state, request.sampling, request.stops, np.int32(max_forwards))
 
 
 def window(plan: Plan, state: DecodeState) -> int | None:
