@@ -24,7 +24,7 @@ class World:
         seed: int = 0,
         switch: float = 0.0,
         slower=lambda time: 1,
-        new: float = np.inf,
+        new: float = 1e9,
     ):
         self.costs, self.chance, self.new, self.rng = costs, chance, new, np.random.default_rng(seed)
         self.switch, self.slower = switch, slower
@@ -57,7 +57,6 @@ class World:
 
     def run(self, policy: Policy) -> None:
         k, budget = policy.choose()
-        last = np.argmax(self.left_B)
         slower, change = self.slower(self.time), 0.0
         if k != self.width:  # the first forward of another width has no drafts
             change = slower * (self.switch + self.costs[k])
@@ -66,8 +65,13 @@ class World:
         done_NB = np.cumsum(1 + accepted_NBk.sum(-1), axis=0) >= self.left_B
         forwards = min(budget, 1 + int(np.max(np.sum(~done_NB, axis=0))))
         seconds = slower * forwards * self.costs[k] * self.rng.normal(1, 0.05)
-        policy.record(k, forwards, seconds, forwards, accepted_NBk[:forwards, last].sum(0), change)
+        took_B = np.minimum(forwards, 1 + np.sum(~done_NB[:forwards], axis=0)) * (self.left_B > 0)
+        live_NB = np.arange(forwards)[:, None] < took_B
+        accepted_k = forwards * (accepted_NBk[:forwards] * live_NB[..., None]).sum((0, 1)) / live_NB.sum()
+        most = self.left_B.max()
         self.emit(1 + accepted_NBk[:forwards].sum(-1))
+        gained = most - self.left_B.max() - forwards
+        policy.record(k, forwards, seconds, forwards, accepted_k, gained, change)
         self.time, self.width = self.time + seconds + change, k
         self.widths += [k] * forwards
 
@@ -113,7 +117,7 @@ def test_rivals_that_are_as_good_as_the_best_cost_little():
 
 
 @pytest.mark.parametrize("chance", [0.0, 0.3, 0.6, 0.9])
-@pytest.mark.parametrize("batch", [1, 16])
+@pytest.mark.parametrize("batch", [1, 16, 64])
 def test_a_batch_is_over_when_its_slowest_row_is(batch, chance):
     """Calls of 128 tokens: near the best fixed width of such calls, and never far below no drafts."""
     costs = [1e-3, 1.3e-3, 1.5e-3, 1.7e-3]
@@ -154,9 +158,9 @@ def test_a_run_that_was_held_up_makes_no_other_width_look_fast(seconds):
     world, policy = World([1e-3, 1.15e-3, 1.3e-3, 1.45e-3], 0.0), Policy(3)
     world.play(policy, 8000)
     cost = policy.cost(3)
-    policy.record(0, 16, seconds, 16, np.zeros(0))  # a loop was compiled in it
+    policy.record(0, 16, seconds, 16, np.zeros(0), 0)  # a loop was compiled in it
     assert policy.cost(3) == pytest.approx(cost, rel=0.2) and policy.choose()[0] == 0, "and it earns no trial"
-    policy.record(3, 8, 8 * 1.45e-3, 8, np.zeros(3))
+    policy.record(3, 8, 8 * 1.45e-3, 8, np.zeros(3), 0)
     assert world.play(policy, 4000) > 0.97
 
 
@@ -165,7 +169,7 @@ def test_a_trial_that_the_end_of_a_call_cuts_says_nothing_of_costs():
     world.play(policy, 4000)
     costs = [policy.cost(k) for k in range(4)]
     for k in (0, 3):
-        policy.record(k, adaptive.TRIAL // 2 - 1, 1.0, 2, np.zeros(k))
+        policy.record(k, adaptive.TRIAL // 2 - 1, 1.0, 2, np.zeros(k), 0)
     assert [policy.cost(k) for k in range(4)] == costs
 
 
@@ -220,13 +224,13 @@ def test_drafts_that_promise_less_than_the_margin_are_tried_again():
     """They are not used, and a trial is taken to lose a tenth of its time: they may have become better."""
     policy = Policy(1)
     for _ in range(2):
-        policy.record(0, 16, 16.0, 16, np.zeros(0))
-    policy.record(1, 64, 64 * 1.45, 64, np.array([32.0]))  # 1.5 tokens for 1.45
+        policy.record(0, 16, 16.0, 16, np.zeros(0), 0)
+    policy.record(1, 64, 64 * 1.45, 64, np.array([32.0]), 32)  # 1.5 tokens for 1.45
     widths = []
     for _ in range(32):
         k, forwards = policy.choose()
         widths.append(k)
-        policy.record(k, forwards, forwards * [1, 1.45][k], forwards, np.full(k, forwards / 2))
+        policy.record(k, forwards, forwards * [1, 1.45][k], forwards, np.full(k, forwards / 2), k * forwards / 2)
     assert 1 < widths.count(1) < widths.count(0)
 
 
@@ -246,8 +250,8 @@ class Scripted(Policy):
     def known(self, k: int) -> bool:
         return True
 
-    def record(self, k, forwards, seconds, tried, accepted_k, change=0.0) -> None:
-        assert seconds > 0 and accepted_k.shape == (k,) and all(accepted_k <= tried)
+    def record(self, k, forwards, seconds, tried, accepted_k, gained, change=0.0) -> None:
+        assert seconds > 0 and accepted_k.shape == (k,) and all(accepted_k <= tried) and 0 <= gained <= k * tried
         self.seen.append((k, forwards, tried, change > 0))
 
 

@@ -54,9 +54,10 @@ PRIOR = 1.0  # drafts that the prior counts for: offset s accepted with chance 2
 class Policy:
     """Which width to run next, for one batch size. Times are seconds.
 
-    Width k emits 1 + a_1 + .. + a_k tokens per forward and row, a_s the chance that drafts 1..s are accepted; its rate
-    is that over the seconds of a forward. The best is run, and each other one is tried when what a trial of it loses is
-    its share of `EXPLORE` of the time since it ran, so rivals are tried often. A width of unknown cost is tried (and
+    Width k emits 1 + a_1 + .. + a_k tokens per forward and row, a_s the chance that drafts 1..s are accepted. A batch
+    is done when its last row is, and that row gains only a part of these drafts. The rate of a width is what it gets
+    over the seconds of a forward. The best is run, and each other one is tried when what a trial of it loses is its
+    share of `EXPLORE` of the time since it ran, so rivals are tried often. A width of unknown cost is tried (and
     compiled) when it would be the best if it cost no more than the next narrower.
 
     Costs are relative: the best runs as briefly right after a trial, and a machine that is slow slows both.
@@ -71,6 +72,7 @@ class Policy:
         self._trial: tuple[int, float] | None = None  # a width, and its seconds per forward, to be compared
         prior = 0.5 ** np.arange(1, most + 1)
         self._accepted, self._tried = PRIOR * prior, np.full(most, PRIOR)
+        self._last, self._mean = 1.0, 1.0  # drafts that the last row gained, and a row in the mean
         self._since = np.zeros(most + 1)  # seconds that the best width has run since each ran
 
     @property
@@ -88,8 +90,8 @@ class Policy:
         return _median(self._paces) * _median(self._costs[max(i for i in range(k + 1) if self.known(i))])
 
     def tokens(self, k: int) -> float:
-        """Expected tokens of a forward of width k, per row."""
-        return float(1 + np.sum((self._accepted / self._tried)[:k]))
+        """Expected tokens of a forward of width k, of the row that is done last."""
+        return float(1 + self._last / self._mean * np.sum((self._accepted / self._tried)[:k]))
 
     def rate(self, k: int) -> float:
         """Expected tokens per second and row."""
@@ -111,7 +113,14 @@ class Policy:
         return self.best, max(FORWARDS, int(SECONDS / self.cost(self.best)))
 
     def record(
-        self, k: int, forwards: int, seconds: float, tried: int, accepted_k: np.ndarray, change: float = 0.0
+        self,
+        k: int,
+        forwards: int,
+        seconds: float,
+        tried: int,
+        accepted_k: np.ndarray,
+        gained: float,
+        change: float = 0.0,
     ) -> None:
         """What a run of width k showed.
 
@@ -119,16 +128,21 @@ class Policy:
           k: its width.
           forwards: how many were timed.
           seconds: their time.
-          tried: forwards with drafts, of the row that has most left to do.
-          accepted_k: how often its draft at each offset was accepted.
+          tried: forwards with drafts.
+          accepted_k: how often the draft at each offset was accepted in them, in the mean of the rows.
+          gained: by how many tokens more than their number the most that is left to a row went down in them.
           change: seconds that the change to this width took, its first forward included; 0 if it ran before.
         """
-        per_forward = seconds / forwards
+        per_forward, memory = seconds / forwards, MEMORY**tried
         if not self.known(0):
             self._costs[0].append(1.0)
             self._paces.append(per_forward)
         elif k == self.best:
             self._since += forwards * self.cost(k)  # as expected: a run that was held up earns no trials
+            if k:  # in a trial, which is short, the last row is that of the worst luck
+                mean = float(accepted_k.sum())
+                self._last = memory * self._last + min(gained, mean)  # less is left of it at once if it ended early
+                self._mean = memory * self._mean + mean
         self._since[k] = 0
         # A few forwards at the end of a call say little.
         if forwards >= TRIAL // 2 or not self.known(k):
@@ -143,7 +157,6 @@ class Policy:
                     self._trial = None
         if change:
             self._changes.append(change)
-        memory = MEMORY**tried
         self._accepted[:k] = memory * self._accepted[:k] + accepted_k
         self._tried[:k] = memory * self._tried[:k] + tried
         if not self._trial and self.known(favourite := self._favourite()):
@@ -228,7 +241,6 @@ def proceed_adaptively(model: LanguageModel, request: Request, state: DecodeStat
     now = _progress(state)
     while not now.done_B.all():
         k, budget = policy.choose()
-        last = int(np.argmax(np.where(now.done_B, 0, now.left_B)))  # the batch is done when its last row is
         before, known, changed = now, policy.known(k), k != request.plan.k
         begin = time.perf_counter()
         if changed:
@@ -246,10 +258,13 @@ def proceed_adaptively(model: LanguageModel, request: Request, state: DecodeStat
         now = _progress(state)
         took_B, drafts_2Bk = now.forwards_B - before.forwards_B, now.drafts_2Bk - before.drafts_2Bk
         total_2Bk[:, :, :k] += drafts_2Bk
-        timed = int(took_B.max()) - apart
-        if timed > 0:
-            tried = max(int(took_B[last]) - changed, 0)  # the first forward of another width has no drafts
-            policy.record(k, timed, seconds, tried, drafts_2Bk[1][last], change if changed and known else 0.0)
+        took = int(took_B.max())
+        if took > apart:
+            tried_B = np.maximum(took_B - changed, 0)  # the first forward of another width has no drafts
+            tried = int(tried_B.max())
+            accepted_k = tried * drafts_2Bk[1].sum(0) / max(1, tried_B.sum())
+            gained = before.left_B.max() - now.left_B.max() - took
+            policy.record(k, took - apart, seconds, tried, accepted_k, gained, change if changed and known else 0.0)
     return dataclasses.replace(state, drafted_Bk=total_2Bk[0], accepted_Bk=total_2Bk[1])
 
 
@@ -270,7 +285,8 @@ def _progress(state: DecodeState) -> _Progress:
         np.array,
         (state.done_B, state.limit_B, state.length_B, state.forwards_B, state.drafted_Bk, state.accepted_Bk),
     )
-    return _Progress(done_B, limit_B - length_B, forwards_B, np.stack([drafted_Bk, accepted_Bk]))
+    left_B = np.where(done_B, 0, limit_B - length_B)
+    return _Progress(done_B, left_B, forwards_B, np.stack([drafted_Bk, accepted_Bk]))
 
 
 def _with_width(request: Request, k: int) -> Request:
