@@ -7,14 +7,14 @@ from test_decode import LAWS, NEW, PROMPTS
 from mtp_jax import Slots
 from mtp_jax.config import ConfigError
 from mtp_jax.decode import adaptive, loop
-from mtp_jax.decode.adaptive import Policy, generate_adaptive
+from mtp_jax.decode.adaptive import Policy, Run, generate_adaptive
 from mtp_jax.decode.generate import generate
 
 
 class World:
     """Simulated decoding: what a forward of each width costs, and the chance that each draft is accepted. To change the
     width costs `switch` more; the whole machine is as many times slower as `slower` says at a time. Calls of `new`
-    tokens a row are over when their last row is."""
+    tokens a row are over when their last row is, and the chances of their rows are `spread` apart."""
 
     def __init__(
         self,
@@ -25,12 +25,15 @@ class World:
         switch: float = 0.0,
         slower=lambda time: 1,
         new: float = 1e9,
+        spread: float = 0.0,
     ):
         self.costs, self.chance, self.new, self.rng = costs, chance, new, np.random.default_rng(seed)
+        self.spread = spread
         self.switch, self.slower = switch, slower
         self.time = self.tokens = 0.0
         self.widths: list[int] = []
         self.width, self.left_B = 0, np.full(batch, new)
+        self.spread_B = np.zeros(batch)
 
     def rate(self, k: int) -> float:
         return sum(self.chance**s for s in range(k + 1)) / self.costs[k]
@@ -52,6 +55,7 @@ class World:
         while len(self.widths) < forwards:
             if not self.left_B.any():
                 self.width, self.left_B = policy.best, np.full_like(self.left_B, self.new)
+                self.spread_B = self.rng.normal(0, self.spread, len(self.left_B))
             self.run(policy)
         return self.tokens / self.time / self.best
 
@@ -61,7 +65,8 @@ class World:
         if k != self.width:  # the first forward of another width has no drafts
             change = slower * (self.switch + self.costs[k])
             self.emit(np.ones((1, len(self.left_B))))
-        accepted_NBk = np.cumprod(self.rng.random((budget, len(self.left_B), k)) < self.chance, axis=-1)
+        chance_B1 = (self.chance + self.spread_B)[:, None]
+        accepted_NBk = np.cumprod(self.rng.random((budget, len(self.left_B), k)) < chance_B1, axis=-1)
         done_NB = np.cumsum(1 + accepted_NBk.sum(-1), axis=0) >= self.left_B
         forwards = min(budget, 1 + int(np.max(np.sum(~done_NB, axis=0))))
         seconds = slower * forwards * self.costs[k] * self.rng.normal(1, 0.05)
@@ -71,7 +76,7 @@ class World:
         most = self.left_B.max()
         self.emit(1 + accepted_NBk[:forwards].sum(-1))
         gained = most - self.left_B.max() - forwards
-        policy.record(k, forwards, seconds, forwards, accepted_k, gained, change)
+        policy.record(Run(k, forwards, seconds, forwards, accepted_k, gained, change))
         self.time, self.width = self.time + seconds + change, k
         self.widths += [k] * forwards
 
@@ -86,7 +91,7 @@ class Fixed(Policy):
     def choose(self) -> tuple[int, int]:
         return self.best, adaptive.FORWARDS
 
-    def record(self, *args) -> None:
+    def record(self, run: Run) -> None:
         pass
 
 
@@ -128,6 +133,27 @@ def test_a_batch_is_over_when_its_slowest_row_is(batch, chance):
     assert share > 0.95 * max(fixed) / adaptive.MARGIN and share > 0.97 * fixed[0]
 
 
+class OfTheMean(Policy):
+    """A deliberate fault: every row is taken to gain what a row gains in the mean."""
+
+    def record(self, run: Run) -> None:
+        super().record(run._replace(gained=run.accepted_k.sum()))
+
+
+@pytest.mark.parametrize("policy", [Policy, OfTheMean])
+def test_the_slowest_row_is_slower_where_rows_differ(policy):
+    """64 rows whose chances are 0.1 apart: width 1 gains 1.5 tokens for 1.3 in the mean, and loses in fact."""
+    options = dict(costs=[1e-3, 1.3e-3, 1.6e-3, 1.9e-3], chance=0.5, batch=64, new=128, spread=0.1)
+    plain = World(**options).play(Fixed(0), 20_000)
+    assert World(**options).play(Fixed(1), 20_000) < 0.97 * plain
+    shares = []
+    for seed in range(8):
+        world, learnt = World(**options, seed=seed), policy(3)
+        world.play(learnt, 2000)
+        shares.append(world.play(learnt, 10_000) / plain)
+    assert (np.mean(shares) > 0.97) == (policy is Policy)
+
+
 @pytest.mark.parametrize("batch", [1, 16])
 def test_it_takes_the_widest_where_drafts_are_good(batch):
     shares = [World([1, 1.1, 1.2, 1.3], 0.9, batch, seed).play(Policy(3), 512) for seed in range(20)]
@@ -158,9 +184,9 @@ def test_a_run_that_was_held_up_makes_no_other_width_look_fast(seconds):
     world, policy = World([1e-3, 1.15e-3, 1.3e-3, 1.45e-3], 0.0), Policy(3)
     world.play(policy, 8000)
     cost = policy.cost(3)
-    policy.record(0, 16, seconds, 16, np.zeros(0), 0)  # a loop was compiled in it
+    policy.record(Run(0, 16, seconds, 16, np.zeros(0), 0))  # a loop was compiled in it
     assert policy.cost(3) == pytest.approx(cost, rel=0.2) and policy.choose()[0] == 0, "and it earns no trial"
-    policy.record(3, 8, 8 * 1.45e-3, 8, np.zeros(3), 0)
+    policy.record(Run(3, 8, 8 * 1.45e-3, 8, np.zeros(3), 0))
     assert world.play(policy, 4000) > 0.97
 
 
@@ -169,7 +195,7 @@ def test_a_trial_that_the_end_of_a_call_cuts_says_nothing_of_costs():
     world.play(policy, 4000)
     costs = [policy.cost(k) for k in range(4)]
     for k in (0, 3):
-        policy.record(k, adaptive.TRIAL // 2 - 1, 1.0, 2, np.zeros(k), 0)
+        policy.record(Run(k, adaptive.TRIAL // 2 - 1, 1.0, 2, np.zeros(k), 0))
     assert [policy.cost(k) for k in range(4)] == costs
 
 
@@ -224,13 +250,14 @@ def test_drafts_that_promise_less_than_the_margin_are_tried_again():
     """They are not used, and a trial is taken to lose a tenth of its time: they may have become better."""
     policy = Policy(1)
     for _ in range(2):
-        policy.record(0, 16, 16.0, 16, np.zeros(0), 0)
-    policy.record(1, 64, 64 * 1.45, 64, np.array([32.0]), 32)  # 1.5 tokens for 1.45
+        policy.record(Run(0, 16, 16.0, 16, np.zeros(0), 0))
+    policy.record(Run(1, 64, 64 * 1.45, 64, np.array([32.0]), 32))  # 1.5 tokens for 1.45
     widths = []
     for _ in range(32):
         k, forwards = policy.choose()
         widths.append(k)
-        policy.record(k, forwards, forwards * [1, 1.45][k], forwards, np.full(k, forwards / 2), k * forwards / 2)
+        accepted_k = np.full(k, forwards / 2)
+        policy.record(Run(k, forwards, forwards * [1, 1.45][k], forwards, accepted_k, accepted_k.sum()))
     assert 1 < widths.count(1) < widths.count(0)
 
 
@@ -250,7 +277,8 @@ class Scripted(Policy):
     def known(self, k: int) -> bool:
         return True
 
-    def record(self, k, forwards, seconds, tried, accepted_k, gained, change=0.0) -> None:
+    def record(self, run: Run) -> None:
+        k, forwards, seconds, tried, accepted_k, gained, change = run
         assert seconds > 0 and accepted_k.shape == (k,) and all(accepted_k <= tried) and 0 <= gained <= k * tried
         self.seen.append((k, forwards, tried, change > 0))
 

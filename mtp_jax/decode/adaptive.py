@@ -51,6 +51,18 @@ MEMORY = 0.98  # of what was seen of acceptance, per forward with drafts
 PRIOR = 1.0  # drafts that the prior counts for: offset s accepted with chance 2^-s
 
 
+class Run(NamedTuple):
+    """What a run of one width showed."""
+
+    k: int  # its width
+    forwards: int  # how many were timed
+    seconds: float  # their time
+    tried: int  # forwards with drafts
+    accepted_k: np.ndarray  # how often the draft at each offset was accepted in them, in the mean of the rows
+    gained: float  # by how many tokens more than their number the most that is left to a row went down in them
+    change: float = 0.0  # seconds that the change to this width took, its first forward included; 0 if it ran before
+
+
 class Policy:
     """Which width to run next, for one batch size. Times are seconds.
 
@@ -112,35 +124,17 @@ class Policy:
             return rival, self._forwards(rival)
         return self.best, max(FORWARDS, int(SECONDS / self.cost(self.best)))
 
-    def record(
-        self,
-        k: int,
-        forwards: int,
-        seconds: float,
-        tried: int,
-        accepted_k: np.ndarray,
-        gained: float,
-        change: float = 0.0,
-    ) -> None:
-        """What a run of width k showed.
-
-        Args:
-          k: its width.
-          forwards: how many were timed.
-          seconds: their time.
-          tried: forwards with drafts.
-          accepted_k: how often the draft at each offset was accepted in them, in the mean of the rows.
-          gained: by how many tokens more than their number the most that is left to a row went down in them.
-          change: seconds that the change to this width took, its first forward included; 0 if it ran before.
-        """
+    def record(self, run: Run) -> None:
+        """Learn from a run."""
+        k, forwards, seconds, tried, accepted_k, gained, change = run
         per_forward, memory = seconds / forwards, MEMORY**tried
         if not self.known(0):
             self._costs[0].append(1.0)
             self._paces.append(per_forward)
         elif k == self.best:
             self._since += forwards * self.cost(k)  # as expected: a run that was held up earns no trials
-            if k:  # in a trial, which is short, the last row is that of the worst luck
-                mean = float(accepted_k.sum())
+            # Not of a trial: in a few forwards the last row is that of the worst luck.
+            if mean := float(accepted_k.sum()):
                 self._last = memory * self._last + min(gained, mean)  # less is left of it at once if it ended early
                 self._mean = memory * self._mean + mean
         self._since[k] = 0
@@ -264,7 +258,8 @@ def proceed_adaptively(model: LanguageModel, request: Request, state: DecodeStat
             tried = int(tried_B.max())
             accepted_k = tried * drafts_2Bk[1].sum(0) / max(1, tried_B.sum())
             gained = before.left_B.max() - now.left_B.max() - took
-            policy.record(k, took - apart, seconds, tried, accepted_k, gained, change if changed and known else 0.0)
+            change = change if changed and known else 0.0
+            policy.record(Run(k, took - apart, seconds, tried, accepted_k, gained, change))
     return dataclasses.replace(state, drafted_Bk=total_2Bk[0], accepted_Bk=total_2Bk[1])
 
 
