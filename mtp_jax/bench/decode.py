@@ -40,7 +40,8 @@ MARGIN = 1.05  # by which the other dtype must win its trial: less than that is 
 class Cell:
     """The measurements of one setting, by repetition: the generations of its batches, and seconds without prefill.
 
-    The tokens are the same in all; forwards can differ in the adaptive mode.
+    The tokens are the same in all; forwards can differ in the adaptive mode, and so in bfloat16 can its tokens: those
+    of the first repetition are compared.
     """
 
     temperature: float
@@ -299,7 +300,7 @@ class Session:
         return make_request(self.models[cell.dtype], self.prompts[first : first + cell.batch], decode)
 
     def compile(self, cell: Cell) -> None:
-        """Prefill and one iteration; of a cache that is read through windows, and in the adaptive mode, a whole batch:
+        """Prefill and one iteration; of a cache that is read through windows, and in the adaptive mode, whole batches:
         each window and each width is a program."""
         begun, model, asked = time.perf_counter(), self.models[cell.dtype], self.request(cell, 0)
         if cell.k == "adaptive":

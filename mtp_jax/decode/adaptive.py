@@ -49,6 +49,7 @@ MARGIN = 1.1  # by which drafts must promise to win: a batch is done with its sl
 STAY = 1.03  # by which another width must promise more than the one that runs: to change takes time
 MEMORY = 0.98  # of what was seen of acceptance, per forward with drafts
 PRIOR = 1.0  # drafts that the prior counts for: offset s accepted with chance 2^-s
+PRIOR_LAST = 16.0  # tokens that the prior counts for: the row that is done last gains what a row does in the mean
 
 
 class Run(NamedTuple):
@@ -60,7 +61,7 @@ class Run(NamedTuple):
     tried: int  # forwards with drafts
     accepted_k: np.ndarray  # how often the draft at each offset was accepted in them, in the mean of the rows
     gained: float  # by how many tokens more than their number the most that is left to a row went down in them
-    change: float = 0.0  # seconds that the change to this width took, its first forward included; 0 if it ran before
+    change: float = 0.0  # seconds that the change to this width took, its first forward included; 0: not known, or none
 
 
 class Policy:
@@ -78,13 +79,14 @@ class Policy:
     def __init__(self, most: int):
         """For widths 0..most."""
         self.best = 0
+        self.entered: set[tuple[Plan, bool]] = set()  # loops that have run, and whether after a change to them
         self._costs = [collections.deque[float](maxlen=3) for _ in range(most + 1)]  # over that of width 0
         self._paces = collections.deque[float](maxlen=3)  # seconds for a cost of 1, as the last runs of the best showed
         self._changes = collections.deque[float](maxlen=3)  # seconds that a change of width took
         self._trial: tuple[int, float] | None = None  # a width, and its seconds per forward, to be compared
         prior = 0.5 ** np.arange(1, most + 1)
         self._accepted, self._tried = PRIOR * prior, np.full(most, PRIOR)
-        self._last, self._mean = 1.0, 1.0  # drafts that the last row gained, and a row in the mean
+        self._last = self._mean = 0.0  # drafts that the last row gained, and a row in the mean
         self._since = np.zeros(most + 1)  # seconds that the best width has run since each ran
 
     @property
@@ -103,10 +105,11 @@ class Policy:
 
     def tokens(self, k: int) -> float:
         """Expected tokens of a forward of width k, of the row that is done last."""
-        return float(1 + self._last / self._mean * np.sum((self._accepted / self._tried)[:k]))
+        last = (PRIOR_LAST + self._last) / (PRIOR_LAST + self._mean)
+        return float(1 + last * np.sum((self._accepted / self._tried)[:k]))
 
     def rate(self, k: int) -> float:
-        """Expected tokens per second and row."""
+        """Expected tokens per second, of the row that is done last."""
         return self.tokens(k) / self.cost(k)
 
     def choose(self) -> tuple[int, int]:
@@ -128,18 +131,19 @@ class Policy:
         """Learn from a run."""
         k, forwards, seconds, tried, accepted_k, gained, change = run
         per_forward, memory = seconds / forwards, MEMORY**tried
-        if not self.known(0):
+        if first := not self.known(0):
             self._costs[0].append(1.0)
-            self._paces.append(per_forward)
         elif k == self.best:
             self._since += forwards * self.cost(k)  # as expected: a run that was held up earns no trials
-            # Not of a trial: in a few forwards the last row is that of the worst luck.
-            if mean := float(accepted_k.sum()):
-                self._last = memory * self._last + min(gained, mean)  # less is left of it at once if it ended early
-                self._mean = memory * self._mean + mean
+            mean = float(accepted_k.sum())
+            # Over some calls: at the beginning of one its rows are level, and the last has had the worst luck.
+            self._last = memory**0.1 * self._last + min(gained, mean)  # less is left of it at once if it ended early
+            self._mean = memory**0.1 * self._mean + mean
+        else:  # so few forwards do not show it, and what is not seen any more is forgotten
+            self._last, self._mean = memory * self._last, memory * self._mean
         self._since[k] = 0
         # A few forwards at the end of a call say little.
-        if forwards >= TRIAL // 2 or not self.known(k):
+        if first or forwards >= TRIAL // 2 or not self.known(k):
             if k != self.best:
                 self._trial = k, per_forward
             else:
@@ -173,7 +177,7 @@ class Policy:
         return max(0.1 * seconds, seconds - emitted / self.rate(self.best))
 
 
-# Of a few: others on the machine only ever add to a time.
+# Of a few: others on the machine only add to a time, and a rival's first promise is believed until it is tried again.
 _median = statistics.median_low
 
 
@@ -197,7 +201,8 @@ def generate_adaptive(
       policy: which width to run (default: `learnt_policy`).
 
     Raises:
-      ConfigError: as `generate`, and for a verifier whose tokens depend on what was drafted.
+      ConfigError: as `generate`, and for a verifier whose tokens depend on what was drafted, or a policy for other
+        widths.
     """
     config = DecodeConfig(**options)
     decoder = model if not isinstance(model.blocks, Block) else for_decoding(model)
@@ -207,7 +212,14 @@ def generate_adaptive(
 
 
 def start_adaptively(model: LanguageModel, request: Request, policy: Policy) -> DecodeState:
-    """`start` at the best width so far."""
+    """`start` at the best width so far. Errors as in `generate_adaptive`."""
+    most = request.plan.k
+    require(
+        not get_verifier(request.plan.verifier).keeps_q,
+        f"k is 'adaptive' and the verifier {request.plan.verifier}, whose tokens depend on what was drafted; use "
+        "coupled, whose tokens do not, or a fixed k.",
+    )
+    require(policy.most == most, f"The policy is for widths 0..{policy.most} and the head drafts 0..{most}.")
     return start(model, _with_width(request, policy.best))
 
 
@@ -223,27 +235,23 @@ def proceed_adaptively(model: LanguageModel, request: Request, state: DecodeStat
       The last state. `drafted_Bk` and `accepted_Bk` are the host's, and count over all widths.
     """
     most, batch = request.plan.k, len(request.length_B)
-    require(
-        not get_verifier(request.plan.verifier).keeps_q,
-        f"k is 'adaptive' and the verifier {request.plan.verifier}, whose tokens depend on what was drafted; use "
-        "coupled, whose tokens do not, or a fixed k.",
-    )
-    require(policy.most == most, f"The policy is for widths 0..{policy.most} and the head drafts 0..{most}.")
     request = _with_width(request, state.draft_Bk.shape[1])
-    size = window(request.plan, state)
     total_2Bk = np.zeros((2, batch, most), int)
     now = _progress(state)
     while not now.done_B.all():
         k, budget = policy.choose()
-        before, known, changed = now, policy.known(k), k != request.plan.k
+        before, changed = now, k != request.plan.k
         begin = time.perf_counter()
         if changed:
             request = _with_width(request, k)
             state = _without_drafts(request.plan, state, request.sampling)
             before = before._replace(drafts_2Bk=np.zeros((2, batch, k), int))
-        size_before, size = size, window(request.plan, state)
-        # Compiling, drafting none and touching memory for the first time are not what a forward costs.
-        apart = int(changed or not known or size != size_before)
+        size = window(request.plan, state)
+        loop = dataclasses.replace(request.plan, window=size)
+        new = (loop, changed) not in policy.entered
+        policy.entered |= {(loop, changed), (loop, False)}
+        # Compiling and drafting none are not what a forward costs.
+        apart = int(changed or new)
         if apart:
             state = jax.block_until_ready(enter(model, request, state, size, 1))
         change, begin = time.perf_counter() - begin, time.perf_counter()
@@ -258,7 +266,7 @@ def proceed_adaptively(model: LanguageModel, request: Request, state: DecodeStat
             tried = int(tried_B.max())
             accepted_k = tried * drafts_2Bk[1].sum(0) / max(1, tried_B.sum())
             gained = before.left_B.max() - now.left_B.max() - took
-            change = change if changed and known else 0.0
+            change = 0.0 if new or not changed else change
             policy.record(Run(k, took - apart, seconds, tried, accepted_k, gained, change))
     return dataclasses.replace(state, drafted_Bk=total_2Bk[0], accepted_Bk=total_2Bk[1])
 
