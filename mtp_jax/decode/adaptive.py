@@ -10,10 +10,10 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import statistics
 import time
 import weakref
 from collections.abc import Sequence
+from statistics import median
 from typing import Any, NamedTuple
 
 import jax
@@ -71,7 +71,7 @@ class Policy:
     is done when its last row is, and that row gains only a part of these drafts. The rate of a width is what it gets
     over the seconds of a forward. The best is run, and each other one is tried when what a trial of it loses is its
     share of `EXPLORE` of the time since it ran, so rivals are tried often. A width of unknown cost is tried (and
-    compiled) when it would be the best if it cost no more than the next narrower.
+    compiled) when it would be the best if it cost no more than the next narrower, and twice before it is.
 
     Costs are relative: the best runs as briefly right after a trial, and a machine that is slow slows both.
     """
@@ -101,7 +101,7 @@ class Policy:
     def cost(self, k: int) -> float:
         """Seconds of a forward of width k. Of a width that was never tried, those of the next narrower: it takes no
         less."""
-        return _median(self._paces) * _median(self._costs[max(i for i in range(k + 1) if self.known(i))])
+        return median(self._paces) * median(self._costs[max(i for i in range(k + 1) if self.known(i))])
 
     def tokens(self, k: int) -> float:
         """Expected tokens of a forward of width k, of the row that is done last."""
@@ -118,7 +118,7 @@ class Policy:
             return 0, TRIAL
         if self._trial:
             return self.best, self._forwards(self.best)
-        if not self.known(favourite := self._favourite()):
+        if not self._sure(favourite := self._favourite()):
             return favourite, self._forwards(favourite)
         rivals = [k for k in range(self.most + 1) if k != self.best and self.known(k)]
         due = {k: self._since[k] - len(rivals) * self._loss(k) / EXPLORE for k in rivals}
@@ -147,7 +147,7 @@ class Policy:
             if k != self.best:
                 self._trial = k, per_forward
             else:
-                cost = _median(self._costs[k])
+                cost = median(self._costs[k])
                 self._paces.append(per_forward / cost)
                 if self._trial:
                     rival, other = self._trial
@@ -157,8 +157,12 @@ class Policy:
             self._changes.append(change)
         self._accepted[:k] = memory * self._accepted[:k] + accepted_k
         self._tried[:k] = memory * self._tried[:k] + tried
-        if not self._trial and self.known(favourite := self._favourite()):
+        if not self._trial and self._sure(favourite := self._favourite()):
             self.best = favourite
+
+    def _sure(self, k: int) -> bool:
+        """Whether width k may be the best: two trials, as a run of the best that was held up makes one look good."""
+        return k == self.best or len(self._costs[k]) > 1
 
     def _favourite(self) -> int:
         advantage = {self.best: STAY} | {0: MARGIN}
@@ -172,13 +176,9 @@ class Policy:
         """Seconds that a trial of width k would lose, with a change to it and one back, whose first forwards have no
         drafts. What promises more than the best is taken to lose a little: it is tried often, and not all the time."""
         forwards = self._forwards(k)
-        seconds = forwards * self.cost(k) + 2 * (_median(self._changes) if self._changes else self.cost(k))
+        seconds = forwards * self.cost(k) + 2 * (median(self._changes) if self._changes else self.cost(k))
         emitted = forwards * self.tokens(k) + 2
         return max(0.1 * seconds, seconds - emitted / self.rate(self.best))
-
-
-# Of a few: others on the machine only add to a time, and a rival's first promise is believed until it is tried again.
-_median = statistics.median_low
 
 
 _POLICIES: weakref.WeakKeyDictionary[LanguageModel, dict[Any, Policy]] = weakref.WeakKeyDictionary()
