@@ -166,15 +166,15 @@ def test_it_takes_the_widest_where_drafts_are_good(batch):
     assert min(shares) > 0.8 and np.mean(shares) > 0.95
 
 
-@pytest.mark.parametrize("seconds", [0.07, 1.0, 5.0])
-def test_a_machine_that_slows_down_and_recovers_misleads_it_little(seconds):
+@pytest.mark.parametrize(("seconds", "least", "mean"), [(0.07, 0.75, 0.92), (1.0, 0.95, 0.98), (5.0, 0.95, 0.98)])
+def test_a_machine_that_slows_down_and_recovers_misleads_it_little(seconds, least, mean):
     """Twice as slow every now and then: no width that was tried in a bad moment is slow, nor fast in a good one."""
     shares = []
     for seed in range(8):
         world = World([1e-3, 1.15e-3, 1.3e-3, 1.45e-3], 0.8, seed=seed, slower=lambda time: 1 + int(time / seconds) % 2)
         share = world.play(Policy(3), 10_000)
         shares.append(share * world.time / sum(world.costs[k] for k in world.widths))
-    assert min(shares) > 0.75 and np.mean(shares) > 0.92
+    assert min(shares) > least and np.mean(shares) > mean
 
 
 def test_a_machine_that_has_become_slower_for_good_is_as_one_that_always_was():
@@ -223,8 +223,8 @@ def test_it_finds_a_width_between(batch):
     """Acceptance of one half: 1.5, 1.75 and 1.875 tokens at costs of 1.1, 1.5 and 2."""
     for seed in range(10):
         world = World([1, 1.1, 1.5, 2.0], 0.5, batch, seed)
-        assert world.play(Policy(3), 1024) > 0.9
-        assert np.mean(np.array(world.widths) == 1) > 0.6
+        share, at_1 = world.play(Policy(3), 1024), np.mean(np.array(world.widths) == 1)
+        assert share > (0.93 if batch == 16 else 0.9) and at_1 > (0.8 if batch == 16 else 0.6)
 
 
 def test_a_batch_with_a_row_that_accepts_nothing_spoils_no_later_one():

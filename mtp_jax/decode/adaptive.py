@@ -131,7 +131,8 @@ class Policy:
         """Learn from a run."""
         k, forwards, seconds, tried, accepted_k, gained, change = run
         per_forward, memory = seconds / forwards, MEMORY**tried
-        if first := not self.known(0):
+        new = not self.known(k)
+        if not self.known(0):
             self._costs[0].append(1.0)
         elif k == self.best:
             self._since += forwards * self.cost(k)  # as expected: a run that was held up earns no trials
@@ -143,7 +144,7 @@ class Policy:
             self._last, self._mean = memory * self._last, memory * self._mean
         self._since[k] = 0
         # A few forwards at the end of a call say little.
-        if first or forwards >= TRIAL // 2 or not self.known(k):
+        if new or forwards >= TRIAL // 2:
             if k != self.best:
                 self._trial = k, per_forward
             else:
