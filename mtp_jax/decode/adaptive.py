@@ -49,7 +49,8 @@ MARGIN = 1.1  # by which drafts must promise to win: a batch is done with its sl
 STAY = 1.03  # by which another width must promise more than the one that runs: to change takes time
 MEMORY = 0.98  # of what was seen of acceptance, per forward with drafts
 PRIOR = 1.0  # drafts that the prior counts for: offset s accepted with chance 2^-s
-PRIOR_LAST = 16.0  # tokens that the prior counts for: the row that is done last gains what a row does in the mean
+LAST_MEMORY = 0.1  # what is seen of the last row is remembered ten times as long as acceptance
+PRIOR_LAST = 16.0  # drafts that the prior counts for: it gains what a row does in the mean
 
 
 class Run(NamedTuple):
@@ -60,8 +61,31 @@ class Run(NamedTuple):
     seconds: float  # their time
     tried: int  # forwards with drafts
     accepted_k: np.ndarray  # how often the draft at each offset was accepted in them, in the mean of the rows
-    gained: float  # by how many tokens more than their number the most that is left to a row went down in them
+    gained: int  # by how many tokens more than their number the most that is left to a row went down in them
     change: float = 0.0  # seconds that the change to this width took, its first forward included; 0: not known, or none
+
+
+class Share:
+    """What the row that is done last gains from drafts, over what a row gains in the mean. 1 until anything is seen."""
+
+    def __init__(self):
+        self.last = self.mean = 0.0
+
+    def see(self, run: Run, memory: float) -> None:
+        """Learn from a run, and keep that part of what was seen before."""
+        self.forget(memory)
+        mean = float(run.accepted_k.sum())
+        self.last += min(run.gained, mean)  # less is left of it at once if it ended early
+        self.mean += mean
+
+    def forget(self, memory: float) -> None:
+        """Keep that part."""
+        self.last, self.mean = memory * self.last, memory * self.mean
+
+    @property
+    def value(self) -> float:
+        """Of all that was seen."""
+        return (PRIOR_LAST + self.last) / (PRIOR_LAST + self.mean)
 
 
 class Policy:
@@ -86,7 +110,7 @@ class Policy:
         self._trial: tuple[int, float] | None = None  # a width, and its seconds per forward, to be compared
         prior = 0.5 ** np.arange(1, most + 1)
         self._accepted, self._tried = PRIOR * prior, np.full(most, PRIOR)
-        self._last = self._mean = 0.0  # drafts that the last row gained, and a row in the mean
+        self._long, self._short = Share(), Share()  # in runs of the best and in trials, which are over before rows part
         self._since = np.zeros(most + 1)  # seconds that the best width has run since each ran
 
     @property
@@ -105,8 +129,7 @@ class Policy:
 
     def tokens(self, k: int) -> float:
         """Expected tokens of a forward of width k, of the row that is done last."""
-        last = (PRIOR_LAST + self._last) / (PRIOR_LAST + self._mean)
-        return float(1 + last * np.sum((self._accepted / self._tried)[:k]))
+        return 1 + self._long.value * self._drafts(k)
 
     def rate(self, k: int) -> float:
         """Expected tokens per second, of the row that is done last."""
@@ -129,19 +152,18 @@ class Policy:
 
     def record(self, run: Run) -> None:
         """Learn from a run."""
-        k, forwards, seconds, tried, accepted_k, gained, change = run
+        k, forwards, seconds, tried, accepted_k, _, change = run
         per_forward, memory = seconds / forwards, MEMORY**tried
         new = not self.known(k)
         if not self.known(0):
             self._costs[0].append(1.0)
         elif k == self.best:
             self._since += forwards * self.cost(k)  # as expected: a run that was held up earns no trials
-            mean = float(accepted_k.sum())
             # Over some calls: at the beginning of one its rows are level, and the last has had the worst luck.
-            self._last = memory**0.1 * self._last + min(gained, mean)  # less is left of it at once if it ended early
-            self._mean = memory**0.1 * self._mean + mean
+            self._long.see(run, memory**LAST_MEMORY)
         else:  # so few forwards do not show it, and what is not seen any more is forgotten
-            self._last, self._mean = memory * self._last, memory * self._mean
+            self._long.forget(memory)
+            self._short.see(run, memory)
         self._since[k] = 0
         # A few forwards at the end of a call say little.
         if new or forwards >= TRIAL // 2:
@@ -161,6 +183,10 @@ class Policy:
         if not self._trial and self._sure(favourite := self._favourite()):
             self.best = favourite
 
+    def _drafts(self, k: int) -> float:
+        """Expected drafts that a forward of width k gains, of a row in the mean."""
+        return float(np.sum((self._accepted / self._tried)[:k]))
+
     def _sure(self, k: int) -> bool:
         """Whether width k may be the best: two trials, as a run of the best that was held up makes one look good."""
         return k == self.best or len(self._costs[k]) > 1
@@ -178,7 +204,7 @@ class Policy:
         drafts. What promises more than the best is taken to lose a little: it is tried often, and not all the time."""
         forwards = self._forwards(k)
         seconds = forwards * self.cost(k) + 2 * (median(self._changes) if self._changes else self.cost(k))
-        emitted = forwards * self.tokens(k) + 2
+        emitted = forwards * (1 + self._short.value * self._drafts(k)) + 2
         return max(0.1 * seconds, seconds - emitted / self.rate(self.best))
 
 
@@ -266,7 +292,7 @@ def proceed_adaptively(model: LanguageModel, request: Request, state: DecodeStat
             tried_B = np.maximum(took_B - changed, 0)  # the first forward of another width has no drafts
             tried = int(tried_B.max())
             accepted_k = tried * drafts_2Bk[1].sum(0) / max(1, tried_B.sum())
-            gained = before.left_B.max() - now.left_B.max() - took
+            gained = int(before.left_B.max() - now.left_B.max()) - took
             change = 0.0 if new or not changed else change
             policy.record(Run(k, took - apart, seconds, tried, accepted_k, gained, change))
     return dataclasses.replace(state, drafted_Bk=total_2Bk[0], accepted_Bk=total_2Bk[1])
