@@ -157,7 +157,7 @@ def test_the_slowest_row_is_slower_where_rows_differ(policy):
         world, learnt = World(**options, seed=seed), policy(3)
         world.play(learnt, 2000)
         shares.append(world.play(learnt, 10_000) / plain)
-    assert (np.mean(shares) > 0.955) == (policy is Policy)
+    assert (np.mean(shares) > 0.97) == (policy is Policy)
 
 
 class TrialsGain(Policy):
@@ -188,7 +188,7 @@ def test_it_takes_the_widest_where_drafts_are_good(batch):
     assert min(shares) > 0.8 and np.mean(shares) > 0.95
 
 
-@pytest.mark.parametrize(("seconds", "least", "mean"), [(0.07, 0.75, 0.92), (1.0, 0.95, 0.98), (5.0, 0.95, 0.98)])
+@pytest.mark.parametrize(("seconds", "least", "mean"), [(0.07, 0.8, 0.95), (1.0, 0.95, 0.98), (5.0, 0.95, 0.98)])
 def test_a_machine_that_slows_down_and_recovers_misleads_it_little(seconds, least, mean):
     """Twice as slow every now and then: no width that was tried in a bad moment is slow, nor fast in a good one."""
     shares = []
