@@ -209,9 +209,10 @@ def test_a_machine_that_has_become_slower_for_good_is_as_one_that_always_was():
 
 @pytest.mark.parametrize("seconds", [1.0, 10.0])
 def test_a_run_that_was_held_up_makes_no_other_width_look_fast(seconds):
-    world, policy = World([1e-3, 1.15e-3, 1.3e-3, 1.45e-3], 0.0), Policy(3)
+    world, policy = World([1e-3, 1.15e-3, 1.3e-3, 1.45e-3], 0.0, seed=1), Policy(3)
     world.play(policy, 8000)
     cost = policy.cost(3)
+    assert policy.choose()[0] == 0
     policy.record(Run(0, 16, seconds, 16, np.zeros(0), 0))  # a loop was compiled in it
     assert policy.cost(3) == pytest.approx(cost, rel=0.2) and policy.choose()[0] == 0, "and it earns no trial"
     policy.record(Run(3, 8, 8 * 1.45e-3, 8, np.zeros(3), 0))

@@ -44,6 +44,7 @@ from mtp_jax.sharding import RULES
 
 FORWARDS, SECONDS = 16, 0.25  # a run of the best width: so many forwards at least, and more if they would take less
 TRIAL, WARM = 8, 0.02  # the same for a trial of another: to enter a loop can take a millisecond
+TRIALS = 4  # in a row at most, before a width is the best: a machine that is held up for a moment makes one look good
 EXPLORE = 0.01  # the part of the time that trials may lose
 MARGIN = 1.1  # by which drafts must promise to win: a batch is done with its slowest row, and promises are uncertain
 STAY = 1.03  # by which another width must promise more than the one that runs: to change takes time
@@ -94,8 +95,9 @@ class Policy:
     Width k emits 1 + a_1 + .. + a_k tokens per forward and row, a_s the chance that drafts 1..s are accepted. A batch
     is done when its last row is, and that row gains only a part of these drafts. The rate of a width is what it gets
     over the seconds of a forward. The best is run, and each other one is tried when what a trial of it loses is its
-    share of `EXPLORE` of the time since it ran, so rivals are tried often. A width of unknown cost is tried (and
-    compiled) when it would be the best if it cost no more than the next narrower, and twice before it is.
+    share of `EXPLORE` of the time since it ran, so rivals are tried often. One that then promises more than the best is
+    tried again at once, until it no longer does or is the best after some trials. A width of unknown cost is tried (and compiled)
+    when it would be the best if it cost no more than the next narrower.
 
     Costs are relative: the best runs as briefly right after a trial, and a machine that is slow slows both.
     """
@@ -104,10 +106,12 @@ class Policy:
         """For widths 0..most."""
         self.best = 0
         self.entered: set[tuple[Plan, bool]] = set()  # loops that have run, and whether after a change to them
-        self._costs = [collections.deque[float](maxlen=3) for _ in range(most + 1)]  # over that of width 0
+        # Over that of width 0. Of a width that is not the best, as its last trials in a row showed it.
+        self._costs = [collections.deque[float](maxlen=TRIALS) for _ in range(most + 1)]
         self._paces = collections.deque[float](maxlen=3)  # seconds for a cost of 1, as the last runs of the best showed
         self._changes = collections.deque[float](maxlen=3)  # seconds that a change of width took
-        self._trial: tuple[int, float] | None = None  # a width, and its seconds per forward, to be compared
+        # A width, its seconds per forward, to be compared, and whether it is tried again.
+        self._trial: tuple[int, float, bool] | None = None
         prior = 0.5 ** np.arange(1, most + 1)
         self._accepted, self._tried = PRIOR * prior, np.full(most, PRIOR)
         self._long, self._short = Share(), Share()  # in runs of the best and in trials, which are over before rows part
@@ -141,7 +145,7 @@ class Policy:
             return 0, TRIAL
         if self._trial:
             return self.best, self._forwards(self.best)
-        if not self._sure(favourite := self._favourite()):
+        if (favourite := self._favourite()) != self.best:
             return favourite, self._forwards(favourite)
         rivals = [k for k in range(self.most + 1) if k != self.best and self.known(k)]
         due = {k: self._since[k] - len(rivals) * self._loss(k) / EXPLORE for k in rivals}
@@ -155,6 +159,7 @@ class Policy:
         k, forwards, seconds, tried, accepted_k, _, change = run
         per_forward, memory = seconds / forwards, MEMORY**tried
         new = not self.known(k)
+        again = new or k == self._favourite()  # `choose` took it for what it promises, not for its share of the time
         if not self.known(0):
             self._costs[0].append(1.0)
         elif k == self.best:
@@ -168,12 +173,14 @@ class Policy:
         # A few forwards at the end of a call say little.
         if new or forwards >= TRIAL // 2:
             if k != self.best:
-                self._trial = k, per_forward
+                self._trial = k, per_forward, again
             else:
                 cost = median(self._costs[k])
                 self._paces.append(per_forward / cost)
                 if self._trial:
-                    rival, other = self._trial
+                    rival, other, again = self._trial
+                    if not again:
+                        self._costs[rival].clear()
                     self._costs[rival].append(cost * other / per_forward)
                     self._trial = None
         if change:
@@ -188,8 +195,9 @@ class Policy:
         return float(np.sum((self._accepted / self._tried)[:k]))
 
     def _sure(self, k: int) -> bool:
-        """Whether width k may be the best: two trials, as a run of the best that was held up makes one look good."""
-        return k == self.best or len(self._costs[k]) > 1
+        """Whether width k was tried often enough to be the best. Trials that take long outlast what holds them up."""
+        trials = int(SECONDS / (self._forwards(k) * self.cost(k)))
+        return len(self._costs[k]) >= min(TRIALS, max(2, trials))
 
     def _favourite(self) -> int:
         advantage = {self.best: STAY} | {0: MARGIN}
