@@ -219,17 +219,55 @@ def test_a_run_that_was_held_up_makes_no_other_width_look_fast(seconds):
     assert world.play(policy, 4000) > 0.97
 
 
-def test_one_comparison_that_was_held_up_promotes_no_width():
-    """Width 1 accepts half and costs 2; what its first trial is compared with takes twice as long as it should."""
-    policy = Policy(1)
-    policy.record(Run(0, 16, 16e-3, 16, np.zeros(0), 0))
-    for held_up in (2, 1):
-        assert policy.choose()[0] == 1, "it would be the best at the cost of width 0, and at that which it showed"
-        policy.record(Run(1, 8, 16e-3, 8, np.full(1, 4.0), 4))
-        assert policy.choose()[0] == 0
-        policy.record(Run(0, 8, held_up * 8e-3, 8, np.zeros(0), 0))
-        assert policy.best == 0
-    assert policy.cost(1) > policy.cost(0) and policy.choose()[0] == 0
+class Costly:
+    """Width 1 accepts half of its drafts and costs twice as much. Its trials find out, if they are not held up."""
+
+    def __init__(self):
+        self.policy = Policy(1)
+        self.run(0)
+
+    def run(self, k: int, slower: float = 1) -> float:
+        """The width that must have been chosen. Returns the seconds."""
+        chosen, forwards = self.policy.choose()
+        assert chosen == k
+        seconds = forwards * (1 + k) * 1e-3 * slower
+        self.policy.record(Run(k, forwards, seconds, forwards, np.full(k, forwards / 2), k * forwards // 2))
+        return seconds
+
+    def compare(self, *slower: float) -> None:
+        """Trials of the width that is not the best, in a row, and how much slower was what each was compared with."""
+        for factor in slower:
+            best = self.policy.best
+            self.run(1 - best)
+            self.run(best, factor)
+
+    def wait(self) -> float:
+        """Until a trial is due. Returns the seconds."""
+        seconds = 0.0
+        while self.policy.choose()[0] == self.policy.best:
+            seconds += self.run(self.policy.best)
+        return seconds
+
+
+def test_two_comparisons_that_were_held_up_promote_no_width():
+    costly = Costly()
+    for _ in range(4):  # when its cost is not known, and when it is
+        costly.compare(2, 2, 1, 1)
+        assert costly.policy.best == 0 and costly.policy.choose()[0] == 0
+        assert costly.wait() > 0
+        costly.compare(1)
+        assert costly.policy.cost(1) == pytest.approx(2e-3) and costly.wait() > 0.5
+
+
+def test_a_width_that_was_promoted_by_mistake_goes_when_the_other_is_tried():
+    costly = Costly()
+    costly.compare(1)
+    costly.wait()
+    costly.compare(2, 2, 2, 2)
+    assert costly.policy.best == 1
+    assert costly.wait() < 5
+    costly.compare(1, 1, 1, 1)
+    assert costly.policy.best == 0
 
 
 def test_a_trial_that_the_end_of_a_call_cuts_says_nothing_of_costs():

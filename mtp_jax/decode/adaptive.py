@@ -62,8 +62,27 @@ class Run(NamedTuple):
     seconds: float  # their time
     tried: int  # forwards with drafts
     accepted_k: np.ndarray  # how often the draft at each offset was accepted in them, in the mean of the rows
-    gained: int  # by how many tokens more than their number the most that is left to a row went down in them
+    gained: int  # by how many tokens more than their number the most that is left to a row went down in them; what a
+    # row that ended early gave up does not count
     change: float = 0.0  # seconds that the change to this width took, its first forward included; 0: not known, or none
+
+
+class Recent:
+    """The last few values of something, and their median."""
+
+    def __init__(self, most: int):
+        self._values = collections.deque[float](maxlen=most)
+        self.median = 0.0
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def see(self, value: float, afresh: bool = False) -> None:
+        """One more; `afresh`: those before it count no more."""
+        if afresh:
+            self._values.clear()
+        self._values.append(value)
+        self.median = median(self._values)
 
 
 class Share:
@@ -76,7 +95,7 @@ class Share:
         """Learn from a run, and keep that part of what was seen before."""
         self.forget(memory)
         mean = float(run.accepted_k.sum())
-        self.last += min(run.gained, mean)  # less is left of it at once if it ended early
+        self.last += min(run.gained, mean)  # more is luck
         self.mean += mean
 
     def forget(self, memory: float) -> None:
@@ -95,9 +114,9 @@ class Policy:
     Width k emits 1 + a_1 + .. + a_k tokens per forward and row, a_s the chance that drafts 1..s are accepted. A batch
     is done when its last row is, and that row gains only a part of these drafts. The rate of a width is what it gets
     over the seconds of a forward. The best is run, and each other one is tried when what a trial of it loses is its
-    share of `EXPLORE` of the time since it ran, so rivals are tried often. One that then promises more than the best is
-    tried again at once, until it no longer does or is the best after some trials. A width of unknown cost is tried (and compiled)
-    when it would be the best if it cost no more than the next narrower.
+    share of `EXPLORE` of the time since it ran, so rivals are tried often. One that promises more than the best is
+    tried again at once, until it no longer does, or is the best after some trials. A width of unknown cost is tried
+    (and compiled) when it would be the best if it cost no more than the next narrower.
 
     Costs are relative: the best runs as briefly right after a trial, and a machine that is slow slows both.
     """
@@ -106,14 +125,15 @@ class Policy:
         """For widths 0..most."""
         self.best = 0
         self.entered: set[tuple[Plan, bool]] = set()  # loops that have run, and whether after a change to them
-        # Over that of width 0. Of a width that is not the best, as its last trials in a row showed it.
-        self._costs = [collections.deque[float](maxlen=TRIALS) for _ in range(most + 1)]
-        self._paces = collections.deque[float](maxlen=3)  # seconds for a cost of 1, as the last runs of the best showed
-        self._changes = collections.deque[float](maxlen=3)  # seconds that a change of width took
-        # A width, its seconds per forward, to be compared, and whether it is tried again.
+        # Over that of width 0, as the last trials in a row showed it.
+        self._costs = [Recent(TRIALS) for _ in range(most + 1)]
+        self._paces = Recent(3)  # seconds for a cost of 1, as the last runs of the best showed
+        self._changes = Recent(3)  # seconds that a change of width took
+        # To be compared: a width, its seconds per forward, and whether it was tried for what it promises.
         self._trial: tuple[int, float, bool] | None = None
         prior = 0.5 ** np.arange(1, most + 1)
         self._accepted, self._tried = PRIOR * prior, np.full(most, PRIOR)
+        self._drafts = self._expected()
         self._long, self._short = Share(), Share()  # in runs of the best and in trials, which are over before rows part
         self._since = np.zeros(most + 1)  # seconds that the best width has run since each ran
 
@@ -129,11 +149,13 @@ class Policy:
     def cost(self, k: int) -> float:
         """Seconds of a forward of width k. Of a width that was never tried, those of the next narrower: it takes no
         less."""
-        return median(self._paces) * median(self._costs[max(i for i in range(k + 1) if self.known(i))])
+        while not self.known(k):
+            k -= 1
+        return self._paces.median * self._costs[k].median
 
     def tokens(self, k: int) -> float:
         """Expected tokens of a forward of width k, of the row that is done last."""
-        return 1 + self._long.value * self._drafts(k)
+        return 1 + self._long.value * self._drafts[k]
 
     def rate(self, k: int) -> float:
         """Expected tokens per second, of the row that is done last."""
@@ -159,9 +181,9 @@ class Policy:
         k, forwards, seconds, tried, accepted_k, _, change = run
         per_forward, memory = seconds / forwards, MEMORY**tried
         new = not self.known(k)
-        again = new or k == self._favourite()  # `choose` took it for what it promises, not for its share of the time
+        promises = k != self.best and (new or k == self._favourite())
         if not self.known(0):
-            self._costs[0].append(1.0)
+            self._costs[0].see(1.0)
         elif k == self.best:
             self._since += forwards * self.cost(k)  # as expected: a run that was held up earns no trials
             # Over some calls: at the beginning of one its rows are level, and the last has had the worst luck.
@@ -173,26 +195,26 @@ class Policy:
         # A few forwards at the end of a call say little.
         if new or forwards >= TRIAL // 2:
             if k != self.best:
-                self._trial = k, per_forward, again
+                self._trial = k, per_forward, promises
             else:
-                cost = median(self._costs[k])
-                self._paces.append(per_forward / cost)
+                cost = self._costs[k].median
+                self._paces.see(per_forward / cost)
                 if self._trial:
-                    rival, other, again = self._trial
-                    if not again:
-                        self._costs[rival].clear()
-                    self._costs[rival].append(cost * other / per_forward)
+                    rival, other, promises = self._trial
+                    self._costs[rival].see(cost * other / per_forward, afresh=not promises)  # or it was due
                     self._trial = None
         if change:
-            self._changes.append(change)
-        self._accepted[:k] = memory * self._accepted[:k] + accepted_k
-        self._tried[:k] = memory * self._tried[:k] + tried
+            self._changes.see(change)
+        if k:
+            self._accepted[:k] = memory * self._accepted[:k] + accepted_k
+            self._tried[:k] = memory * self._tried[:k] + tried
+            self._drafts = self._expected()
         if not self._trial and self._sure(favourite := self._favourite()):
             self.best = favourite
 
-    def _drafts(self, k: int) -> float:
-        """Expected drafts that a forward of width k gains, of a row in the mean."""
-        return float(np.sum((self._accepted / self._tried)[:k]))
+    def _expected(self) -> list[float]:
+        """Drafts that a forward of each width gains, of a row in the mean."""
+        return [0.0, *np.cumsum(self._accepted / self._tried).tolist()]
 
     def _sure(self, k: int) -> bool:
         """Whether width k was tried often enough to be the best. Trials that take long outlast what holds them up."""
@@ -211,8 +233,8 @@ class Policy:
         """Seconds that a trial of width k would lose, with a change to it and one back, whose first forwards have no
         drafts. What promises more than the best is taken to lose a little: it is tried often, and not all the time."""
         forwards = self._forwards(k)
-        seconds = forwards * self.cost(k) + 2 * (median(self._changes) if self._changes else self.cost(k))
-        emitted = forwards * (1 + self._short.value * self._drafts(k)) + 2
+        seconds = forwards * self.cost(k) + 2 * (self._changes.median or self.cost(k))
+        emitted = forwards * (1 + self._short.value * self._drafts[k]) + 2
         return max(0.1 * seconds, seconds - emitted / self.rate(self.best))
 
 
@@ -272,7 +294,8 @@ def proceed_adaptively(model: LanguageModel, request: Request, state: DecodeStat
     most, batch = request.plan.k, len(request.length_B)
     request = _with_width(request, state.draft_Bk.shape[1])
     total_2Bk = np.zeros((2, batch, most), int)
-    now = _progress(state)
+    zeros_B = np.zeros(batch, int)
+    now = _Progress(zeros_B, zeros_B, zeros_B, np.zeros((2, batch, request.plan.k), int))
     while not now.done_B.all():
         k, budget = policy.choose()
         before, changed = now, k != request.plan.k
@@ -298,17 +321,17 @@ def proceed_adaptively(model: LanguageModel, request: Request, state: DecodeStat
         took = int(took_B.max())
         if took > apart:
             tried_B = np.maximum(took_B - changed, 0)  # the first forward of another width has no drafts
-            tried = int(tried_B.max())
-            accepted_k = tried * drafts_2Bk[1].sum(0) / max(1, tried_B.sum())
-            gained = int(before.left_B.max() - now.left_B.max()) - took
+            tried, accepted_Bk = int(tried_B.max()), drafts_2Bk[1]
+            accepted_k = tried * accepted_Bk.sum(0) / max(1, tried_B.sum())
+            gained = int((now.left_B + took_B + accepted_Bk.sum(1)).max() - now.left_B.max()) - took
             change = 0.0 if new or not changed else change
             policy.record(Run(k, took - apart, seconds, tried, accepted_k, gained, change))
     return dataclasses.replace(state, drafted_Bk=total_2Bk[0], accepted_Bk=total_2Bk[1])
 
 
 class _Progress(NamedTuple):
-    """What the host looks at between two runs: which rows are done, the tokens that are left to them, their forwards,
-    and how often a draft at each offset was used and accepted."""
+    """What the host looks at after a run: which rows are done, the tokens that are left to them, their forwards, and
+    how often a draft at each offset was used and accepted."""
 
     done_B: np.ndarray
     left_B: np.ndarray
