@@ -1,7 +1,10 @@
 """Adaptive draft length: the policy in simulation, and the tokens of the mode."""
 
+import dataclasses
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_decode import LAWS, NEW, PROMPTS
@@ -222,17 +225,18 @@ def test_a_run_that_was_held_up_makes_no_other_width_look_fast(seconds):
 class Costly:
     """Width 1 accepts half of its drafts and costs twice as much. Its trials find out, if they are not held up."""
 
-    def __init__(self):
-        self.policy = Policy(1)
+    def __init__(self, seconds: float):
+        """`seconds`: of a forward of width 0."""
+        self.seconds, self.policy = seconds, Policy(1)
         self.run(0)
 
     def run(self, k: int, slower: float = 1) -> float:
-        """The width that must have been chosen. Returns the seconds."""
+        """The width that must have been chosen. Returns what it took, over a forward of width 0."""
         chosen, forwards = self.policy.choose()
         assert chosen == k
-        seconds = forwards * (1 + k) * 1e-3 * slower
-        self.policy.record(Run(k, forwards, seconds, forwards, np.full(k, forwards / 2), k * forwards // 2))
-        return seconds
+        took = forwards * (1 + k) * slower
+        self.policy.record(Run(k, forwards, took * self.seconds, forwards, np.full(k, forwards / 2), k * forwards // 2))
+        return took
 
     def compare(self, *slower: float) -> None:
         """Trials of the width that is not the best, in a row, and how much slower was what each was compared with."""
@@ -242,32 +246,52 @@ class Costly:
             self.run(best, factor)
 
     def wait(self) -> float:
-        """Until a trial is due. Returns the seconds."""
-        seconds = 0.0
+        """Until a trial is due. Returns what it took."""
+        took = 0.0
         while self.policy.choose()[0] == self.policy.best:
-            seconds += self.run(self.policy.best)
-        return seconds
+            took += self.run(self.policy.best)
+        return took
 
 
-def test_two_comparisons_that_were_held_up_promote_no_width():
-    costly = Costly()
+@pytest.mark.parametrize(("seconds", "comparisons"), [(1e-3, (2, 2, 1, 1)), (1.0, (2, 1))])
+def test_half_of_the_comparisons_that_were_held_up_promote_no_width(seconds, comparisons):
+    """Forwards of a second take so long that two trials are enough."""
+    costly = Costly(seconds)
     for _ in range(4):  # when its cost is not known, and when it is
-        costly.compare(2, 2, 1, 1)
-        assert costly.policy.best == 0 and costly.policy.choose()[0] == 0
-        assert costly.wait() > 0
+        costly.compare(*comparisons)
+        assert costly.policy.best == 0
+        costly.wait()
         costly.compare(1)
-        assert costly.policy.cost(1) == pytest.approx(2e-3) and costly.wait() > 0.5
+        assert costly.policy.cost(1) == pytest.approx(2 * seconds)
+        costly.wait()
 
 
-def test_a_width_that_was_promoted_by_mistake_goes_when_the_other_is_tried():
-    costly = Costly()
+@pytest.mark.parametrize("seconds", [1e-3, 1.0])
+def test_a_width_that_was_promoted_by_mistake_goes_when_the_other_is_tried(seconds):
+    costly = Costly(seconds)
     costly.compare(1)
     costly.wait()
-    costly.compare(2, 2, 2, 2)
+    trials = 4 if seconds < 1 else 2
+    costly.compare(*[2] * trials)
     assert costly.policy.best == 1
-    assert costly.wait() < 5
-    costly.compare(1, 1, 1, 1)
+    assert costly.wait() < 1500
+    costly.compare(*[1] * trials)
     assert costly.policy.best == 0
+
+
+def test_a_trial_that_was_held_up_for_long_is_followed_by_others():
+    """A stall of ten seconds makes a trial of width 1 look dear, or what it is compared with."""
+    for trial, compared in ((500, 1), (1, 500)):
+        costly = Costly(1e-3)
+        for _ in range(3):
+            costly.compare(1)
+            usual = costly.wait()
+        costly.run(1, trial)
+        costly.run(0, compared)
+        if trial > 1:
+            assert costly.wait() < 1.1 * usual
+        else:
+            assert costly.run(1) < 100, "as short as any"
 
 
 def test_a_trial_that_the_end_of_a_call_cuts_says_nothing_of_costs():
@@ -277,6 +301,20 @@ def test_a_trial_that_the_end_of_a_call_cuts_says_nothing_of_costs():
     for k in (0, 3):
         policy.record(Run(k, adaptive.TRIAL // 2 - 1, 1.0, 2, np.zeros(k), 0))
     assert [policy.cost(k) for k in range(4)] == costs
+
+
+def test_trials_that_never_count_are_not_all_that_runs():
+    """Calls of four forwards: one to change to a width that promises, and three say little."""
+    policy = Policy(1)
+    policy.record(Run(0, 16, 16e-3, 16, np.zeros(0), 0))
+    policy.record(Run(1, 8, 16e-3, 8, np.full(1, 8.0), 8))
+    policy.record(Run(0, 8, 16e-3, 8, np.zeros(0), 0))  # what it is compared with was held up
+    widths = []
+    for _ in range(32):
+        k, _ = policy.choose()
+        widths.append(k)
+        policy.record(Run(k, 3, 3e-3 * (1 + k), 3, np.full(k, 3.0), 3 * k))
+    assert widths.count(0) >= widths.count(1) > 1
 
 
 @pytest.mark.parametrize("batch", [16, 64])
@@ -393,6 +431,45 @@ def test_changing_the_width_between_forwards_changes_no_token(model, laws):
     changed = sum(before != now for (before, *_), (now, *_) in itertools.pairwise([(0,), *policy.seen]))
     forwards = sum(n for _, n, *_ in policy.seen) + changed
     assert forwards <= out.forwards.max() <= forwards + 1  # a call may end in a forward that is not timed
+
+
+def test_a_row_that_a_stop_token_ends_gives_nothing_up(model):
+    """The row with the most left ends early, and it did not gain what it gave up: `Scripted` asserts it."""
+    options = dict(max_new_tokens=[NEW, 3, 3, 3])
+    expected = generate(model, PROMPTS, k=0, **options)
+    policy = Scripted([3])
+    out = generate_adaptive(model, PROMPTS, policy=policy, stop_tokens=[int(expected.tokens[0][NEW // 2])], **options)
+    assert 2 < len(out.tokens[0]) <= NEW // 2 + 1 and len(policy.seen) > 1
+
+
+def test_the_prefill_is_not_timed(model, monkeypatch):
+    """Nor what else the state waits for: it is there when a loop is entered for the first time."""
+    begin, enter, ready = adaptive.start, adaptive.enter, []
+
+    @jax.jit
+    def slow(done_B):
+        x = jax.lax.fori_loop(0, 40, lambda i, x: jnp.sin(x @ x), jnp.ones((400, 400)))
+        return done_B | (x.sum() > 1e9)
+
+    def start(model, request):
+        state = begin(model, request)
+        return dataclasses.replace(state, done_B=slow(jax.block_until_ready(state).done_B))
+
+    def record(model, request, state, *args):
+        ready.append(state.done_B.is_ready())
+        return enter(model, request, state, *args)
+
+    monkeypatch.setattr(adaptive, "start", start)
+    monkeypatch.setattr(adaptive, "enter", record)
+    generate_adaptive(model, PROMPTS, policy=Scripted([3]), max_new_tokens=4)
+    assert len(ready) > 1 and all(ready)
+
+
+def test_a_batch_that_the_prefill_ends_enters_no_loop(model, monkeypatch):
+    monkeypatch.setattr(adaptive, "enter", None)
+    out = generate_adaptive(model, PROMPTS, max_new_tokens=1)
+    np.testing.assert_array_equal(out.tokens, generate(model, PROMPTS, k=0, max_new_tokens=1).tokens)
+    assert out.drafted.shape == (4, 3)
 
 
 def test_a_loop_that_runs_for_the_first_time_is_not_timed_at_once(model, monkeypatch):

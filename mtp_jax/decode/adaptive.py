@@ -45,7 +45,7 @@ from mtp_jax.sharding import RULES
 FORWARDS, SECONDS = 16, 0.25  # a run of the best width: so many forwards at least, and more if they would take less
 TRIAL, WARM = 8, 0.02  # the same for a trial of another: to enter a loop can take a millisecond
 TRIALS = 4  # in a row at most, before a width is the best: a machine that is held up for a moment makes one look good
-EXPLORE = 0.01  # the part of the time that trials may lose
+EXPLORE = 0.01  # the part of the time that trials may lose, those apart that are made at once for what they promise
 MARGIN = 1.1  # by which drafts must promise to win: a batch is done with its slowest row, and promises are uncertain
 STAY = 1.03  # by which another width must promise more than the one that runs: to change takes time
 MEMORY = 0.98  # of what was seen of acceptance, per forward with drafts
@@ -125,17 +125,17 @@ class Policy:
         """For widths 0..most."""
         self.best = 0
         self.entered: set[tuple[Plan, bool]] = set()  # loops that have run, and whether after a change to them
-        # Over that of width 0, as the last trials in a row showed it.
+        # Over that of width 0, as the last trials showed it.
         self._costs = [Recent(TRIALS) for _ in range(most + 1)]
         self._paces = Recent(3)  # seconds for a cost of 1, as the last runs of the best showed
         self._changes = Recent(3)  # seconds that a change of width took
-        # To be compared: a width, its seconds per forward, and whether it was tried for what it promises.
+        # To be compared: a width, its seconds per forward, and whether it was tried because it was due.
         self._trial: tuple[int, float, bool] | None = None
         prior = 0.5 ** np.arange(1, most + 1)
         self._accepted, self._tried = PRIOR * prior, np.full(most, PRIOR)
         self._drafts = self._expected()
         self._long, self._short = Share(), Share()  # in runs of the best and in trials, which are over before rows part
-        self._since = np.zeros(most + 1)  # seconds that the best width has run since each ran
+        self._since = np.full(most + 1, np.inf)  # seconds that the best width has run since each ran
 
     @property
     def most(self) -> int:
@@ -167,7 +167,7 @@ class Policy:
             return 0, TRIAL
         if self._trial:
             return self.best, self._forwards(self.best)
-        if (favourite := self._favourite()) != self.best:
+        if (favourite := self._favourite()) != self.best and self._since[favourite]:
             return favourite, self._forwards(favourite)
         rivals = [k for k in range(self.most + 1) if k != self.best and self.known(k)]
         due = {k: self._since[k] - len(rivals) * self._loss(k) / EXPLORE for k in rivals}
@@ -181,7 +181,7 @@ class Policy:
         k, forwards, seconds, tried, accepted_k, _, change = run
         per_forward, memory = seconds / forwards, MEMORY**tried
         new = not self.known(k)
-        promises = k != self.best and (new or k == self._favourite())
+        due = not new and k != self._favourite()
         if not self.known(0):
             self._costs[0].see(1.0)
         elif k == self.best:
@@ -195,13 +195,15 @@ class Policy:
         # A few forwards at the end of a call say little.
         if new or forwards >= TRIAL // 2:
             if k != self.best:
-                self._trial = k, per_forward, promises
+                self._trial = k, per_forward, due
             else:
                 cost = self._costs[k].median
                 self._paces.see(per_forward / cost)
                 if self._trial:
-                    rival, other, promises = self._trial
-                    self._costs[rival].see(cost * other / per_forward, afresh=not promises)  # or it was due
+                    rival, other, due = self._trial
+                    costs, relative = self._costs[rival], cost * other / per_forward
+                    # One that was due and does better has to show it again. A trial that was held up says little.
+                    costs.see(relative, afresh=due and relative < costs.median)
                     self._trial = None
         if change:
             self._changes.see(change)
@@ -226,8 +228,9 @@ class Policy:
         return max(range(self.most + 1), key=lambda k: advantage.get(k, 1.0) * self.rate(k))
 
     def _forwards(self, k: int) -> int:
-        """Of a trial of width k, or of one that is compared with a trial."""
-        return max(TRIAL, int(WARM / self.cost(k)))
+        """Of a trial of width k, or of one that is compared with a trial. Never more than the best takes: one trial
+        may have shown anything."""
+        return max(TRIAL, int(WARM / max(self.cost(k), self.cost(self.best))))
 
     def _loss(self, k: int) -> float:
         """Seconds that a trial of width k would lose, with a change to it and one back, whose first forwards have no
@@ -294,16 +297,16 @@ def proceed_adaptively(model: LanguageModel, request: Request, state: DecodeStat
     most, batch = request.plan.k, len(request.length_B)
     request = _with_width(request, state.draft_Bk.shape[1])
     total_2Bk = np.zeros((2, batch, most), int)
-    zeros_B = np.zeros(batch, int)
-    now = _Progress(zeros_B, zeros_B, zeros_B, np.zeros((2, batch, request.plan.k), int))
-    while not now.done_B.all():
+    done_B = np.array(state.done_B)  # waits for the prefill
+    forwards_B, seen_2Bk = np.zeros(batch, int), np.zeros((2, batch, request.plan.k), int)
+    while not done_B.all():
         k, budget = policy.choose()
-        before, changed = now, k != request.plan.k
+        changed = k != request.plan.k
         begin = time.perf_counter()
         if changed:
             request = _with_width(request, k)
             state = _without_drafts(request.plan, state, request.sampling)
-            before = before._replace(drafts_2Bk=np.zeros((2, batch, k), int))
+            seen_2Bk = np.zeros((2, batch, k), int)
         size = window(request.plan, state)
         loop = dataclasses.replace(request.plan, window=size)
         new = (loop, changed) not in policy.entered
@@ -315,39 +318,31 @@ def proceed_adaptively(model: LanguageModel, request: Request, state: DecodeStat
         change, begin = time.perf_counter() - begin, time.perf_counter()
         state = jax.block_until_ready(enter(model, request, state, size, budget))
         seconds = time.perf_counter() - begin
-        now = _progress(state)
-        took_B, drafts_2Bk = now.forwards_B - before.forwards_B, now.drafts_2Bk - before.drafts_2Bk
+        done_B, left_B, now_B, now_2Bk = _progress(state)
+        took_B, drafts_2Bk = now_B - forwards_B, now_2Bk - seen_2Bk
+        forwards_B, seen_2Bk = now_B, now_2Bk
         total_2Bk[:, :, :k] += drafts_2Bk
         took = int(took_B.max())
         if took > apart:
             tried_B = np.maximum(took_B - changed, 0)  # the first forward of another width has no drafts
             tried, accepted_Bk = int(tried_B.max()), drafts_2Bk[1]
             accepted_k = tried * accepted_Bk.sum(0) / max(1, tried_B.sum())
-            gained = int((now.left_B + took_B + accepted_Bk.sum(1)).max() - now.left_B.max()) - took
+            gained = int((left_B + took_B + accepted_Bk.sum(1)).max() - left_B.max()) - took
             change = 0.0 if new or not changed else change
             policy.record(Run(k, took - apart, seconds, tried, accepted_k, gained, change))
     return dataclasses.replace(state, drafted_Bk=total_2Bk[0], accepted_Bk=total_2Bk[1])
 
 
-class _Progress(NamedTuple):
-    """What the host looks at after a run: which rows are done, the tokens that are left to them, their forwards, and
-    how often a draft at each offset was used and accepted."""
-
-    done_B: np.ndarray
-    left_B: np.ndarray
-    forwards_B: np.ndarray
-    drafts_2Bk: np.ndarray
-
-
-def _progress(state: DecodeState) -> _Progress:
+def _progress(state: DecodeState) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Which rows are done, the tokens that are left to each, its forwards, and how often a draft at each offset was
+    used and accepted, `[2, B, k]`."""
     # numpy alone: an eager operation of jax, between runs, takes as long as a forward of a small model. Copies: the
     # state is donated.
-    done_B, limit_B, length_B, forwards_B, drafted_Bk, accepted_Bk = map(
+    done_B, limit_B, length_B, forwards_B, *drafts_2Bk = map(
         np.array,
         (state.done_B, state.limit_B, state.length_B, state.forwards_B, state.drafted_Bk, state.accepted_Bk),
     )
-    left_B = np.where(done_B, 0, limit_B - length_B)
-    return _Progress(done_B, left_B, forwards_B, np.stack([drafted_Bk, accepted_Bk]))
+    return done_B, np.where(done_B, 0, limit_B - length_B), forwards_B, np.stack(drafts_2Bk)
 
 
 def _with_width(request: Request, k: int) -> Request:
