@@ -73,6 +73,7 @@ class World:
             self.emit(np.ones((1, len(self.left_B))))
             if not self.left_B.any():
                 self.time, self.width = self.time + change, k
+                policy.cut(k)
                 return
         chance_B1 = (self.chance + self.spread_B)[:, None]
         accepted_NBk = np.cumprod(self.rng.random((budget, len(self.left_B), k)) < chance_B1, axis=-1)
@@ -253,25 +254,22 @@ class Costly:
         return took
 
 
-@pytest.mark.parametrize(("seconds", "comparisons"), [(1e-3, (2, 2, 1, 1)), (1.0, (2, 1))])
-def test_half_of_the_comparisons_that_were_held_up_promote_no_width(seconds, comparisons):
-    """Forwards of a second take so long that two trials are enough."""
+@pytest.mark.parametrize(("seconds", "comparisons"), [(1e-3, (2, 2, 1, 1)), (0.02, (10, 1, 1)), (1.0, (10, 1, 1))])
+def test_comparisons_that_were_held_up_promote_no_width(seconds, comparisons):
+    """Two of four, or one of three where forwards take long."""
     costly = Costly(seconds)
     for _ in range(4):  # when its cost is not known, and when it is
         costly.compare(*comparisons)
-        assert costly.policy.best == 0
-        costly.wait()
+        assert costly.policy.best == 0 and costly.wait() > 0
         costly.compare(1)
-        assert costly.policy.cost(1) == pytest.approx(2 * seconds)
-        costly.wait()
+        assert costly.policy.cost(1) == pytest.approx(2 * seconds, rel=0.3) and costly.wait() > 500
 
 
-@pytest.mark.parametrize("seconds", [1e-3, 1.0])
-def test_a_width_that_was_promoted_by_mistake_goes_when_the_other_is_tried(seconds):
+@pytest.mark.parametrize(("seconds", "trials"), [(1e-3, 4), (0.02, 3), (1.0, 3)])
+def test_a_width_that_was_promoted_by_mistake_goes_when_the_other_is_tried(seconds, trials):
     costly = Costly(seconds)
     costly.compare(1)
     costly.wait()
-    trials = 4 if seconds < 1 else 2
     costly.compare(*[2] * trials)
     assert costly.policy.best == 1
     assert costly.wait() < 1500
@@ -283,13 +281,13 @@ def test_a_trial_that_was_held_up_for_long_is_followed_by_others():
     """A stall of ten seconds makes a trial of width 1 look dear, or what it is compared with."""
     for trial, compared in ((500, 1), (1, 500)):
         costly = Costly(1e-3)
-        for _ in range(3):
-            costly.compare(1)
+        for slower in (1.02, 0.99, 1.01):
+            costly.compare(slower)
             usual = costly.wait()
         costly.run(1, trial)
         costly.run(0, compared)
         if trial > 1:
-            assert costly.wait() < 1.1 * usual
+            assert costly.wait() < 1.5 * usual
         else:
             assert costly.run(1) < 100, "as short as any"
 
@@ -303,18 +301,22 @@ def test_a_trial_that_the_end_of_a_call_cuts_says_nothing_of_costs():
     assert [policy.cost(k) for k in range(4)] == costs
 
 
-def test_trials_that_never_count_are_not_all_that_runs():
-    """Calls of four forwards: one to change to a width that promises, and three say little."""
-    policy = Policy(1)
-    policy.record(Run(0, 16, 16e-3, 16, np.zeros(0), 0))
-    policy.record(Run(1, 8, 16e-3, 8, np.full(1, 8.0), 8))
-    policy.record(Run(0, 8, 16e-3, 8, np.zeros(0), 0))  # what it is compared with was held up
-    widths = []
-    for _ in range(32):
-        k, _ = policy.choose()
-        widths.append(k)
-        policy.record(Run(k, 3, 3e-3 * (1 + k), 3, np.full(k, 3.0), 3 * k))
-    assert widths.count(0) >= widths.count(1) > 1
+@pytest.mark.parametrize("new", [1, 2, 3, 6])
+@pytest.mark.parametrize("chance", [0.0, 0.9])
+def test_calls_of_a_few_tokens_are_about_as_fast_as_without_drafts(new, chance):
+    """To change the width costs 15 forwards, and a call can end before a forward is timed."""
+    options = dict(costs=[0.2e-3, 0.3e-3, 0.4e-3, 0.5e-3], chance=chance, new=new, switch=3e-3)
+    plain = World(**options).play(Fixed(0), 5000)
+    world, policy = World(**options), Policy(3)
+    world.play(policy, 5000)
+    assert world.play(policy, 20_000) > 0.95 * plain
+
+
+def test_trials_in_calls_that_end_soon_add_up():
+    """Eight tokens a call: a change takes one forward, and two or three more of the widest are all."""
+    world, policy = World([1e-3, 1.1e-3, 1.2e-3, 1.3e-3], 0.9, new=8, switch=1e-3), Policy(3)
+    world.play(policy, 20_000)
+    assert policy.best == 3
 
 
 @pytest.mark.parametrize("batch", [16, 64])
@@ -328,12 +330,16 @@ def test_it_finds_a_width_between(batch):
 
 def test_a_batch_with_a_row_that_accepts_nothing_spoils_no_later_one():
     """Calls of 128 tokens. The last row gained nothing, drafts lose, and nothing shows any more what it would gain."""
-    world, policy = World([1e-3, 1.3e-3, 1.6e-3, 1.9e-3], 0.6, batch=16, new=128, spread=0.4), Policy(3)
-    world.play(policy, 4000)
-    assert policy.best == 0
-    world.chance, world.spread = 0.9, 0.0
-    world.play(policy, 20_000)
-    assert policy.best == 3 and world.play(policy, 4000) > 0.85
+    before, after = [], []
+    for seed in range(8):
+        world, policy = World([1e-3, 1.3e-3, 1.6e-3, 1.9e-3], 0.6, batch=16, new=128, spread=0.4, seed=seed), Policy(3)
+        world.play(policy, 4000)
+        before.append(policy.best)
+        world.chance, world.spread = 0.9, 0.0
+        world.play(policy, 20_000)
+        after.append(policy.best)
+        assert world.play(policy, 4000) > 0.85
+    assert before.count(0) > 4 and after.count(3) > 6
 
 
 @pytest.mark.parametrize(("before", "after"), [(0.0, 0.95), (0.95, 0.0)])
@@ -463,6 +469,14 @@ def test_the_prefill_is_not_timed(model, monkeypatch):
     monkeypatch.setattr(adaptive, "enter", record)
     generate_adaptive(model, PROMPTS, policy=Scripted([3]), max_new_tokens=4)
     assert len(ready) > 1 and all(ready)
+
+
+def test_the_policy_learns_that_a_call_cut_a_trial(model):
+    """One forward, that of the change."""
+    policy, cut = Scripted([3]), []
+    policy.cut = cut.append
+    generate_adaptive(model, PROMPTS, policy=policy, max_new_tokens=2)
+    assert cut == [3] and not policy.seen
 
 
 def test_a_batch_that_the_prefill_ends_enters_no_loop(model, monkeypatch):

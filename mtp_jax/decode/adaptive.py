@@ -13,7 +13,7 @@ import functools
 import time
 import weakref
 from collections.abc import Sequence
-from statistics import median
+from statistics import median, median_low
 from typing import Any, NamedTuple
 
 import jax
@@ -45,7 +45,7 @@ from mtp_jax.sharding import RULES
 FORWARDS, SECONDS = 16, 0.25  # a run of the best width: so many forwards at least, and more if they would take less
 TRIAL, WARM = 8, 0.02  # the same for a trial of another: to enter a loop can take a millisecond
 TRIALS = 4  # in a row at most, before a width is the best: a machine that is held up for a moment makes one look good
-EXPLORE = 0.01  # the part of the time that trials may lose, those apart that are made at once for what they promise
+EXPLORE = 0.01  # the part of the time that trials may lose; those at once, of what promises more, come on top
 MARGIN = 1.1  # by which drafts must promise to win: a batch is done with its slowest row, and promises are uncertain
 STAY = 1.03  # by which another width must promise more than the one that runs: to change takes time
 MEMORY = 0.98  # of what was seen of acceptance, per forward with drafts
@@ -72,7 +72,7 @@ class Recent:
 
     def __init__(self, most: int):
         self._values = collections.deque[float](maxlen=most)
-        self.median = 0.0
+        self.median = self.low = 0.0  # `low`: the lower of two in the middle, so that one of two may be held up
 
     def __len__(self) -> int:
         return len(self._values)
@@ -82,7 +82,7 @@ class Recent:
         if afresh:
             self._values.clear()
         self._values.append(value)
-        self.median = median(self._values)
+        self.median, self.low = median(self._values), median_low(self._values)
 
 
 class Share:
@@ -115,8 +115,9 @@ class Policy:
     is done when its last row is, and that row gains only a part of these drafts. The rate of a width is what it gets
     over the seconds of a forward. The best is run, and each other one is tried when what a trial of it loses is its
     share of `EXPLORE` of the time since it ran, so rivals are tried often. One that promises more than the best is
-    tried again at once, until it no longer does, or is the best after some trials. A width of unknown cost is tried
-    (and compiled) when it would be the best if it cost no more than the next narrower.
+    tried again at once, until it no longer does, or is the best after some trials; after a trial that the end of a call
+    cut it waits for its share too. A width of unknown cost is tried (and compiled) when it would be the best if it cost
+    no more than the next narrower.
 
     Costs are relative: the best runs as briefly right after a trial, and a machine that is slow slows both.
     """
@@ -131,11 +132,12 @@ class Policy:
         self._changes = Recent(3)  # seconds that a change of width took
         # To be compared: a width, its seconds per forward, and whether it was tried because it was due.
         self._trial: tuple[int, float, bool] | None = None
+        self._parts: dict[int, tuple[int, float]] = {}  # forwards and seconds of runs that a call cut short
         prior = 0.5 ** np.arange(1, most + 1)
         self._accepted, self._tried = PRIOR * prior, np.full(most, PRIOR)
         self._drafts = self._expected()
         self._long, self._short = Share(), Share()  # in runs of the best and in trials, which are over before rows part
-        self._since = np.full(most + 1, np.inf)  # seconds that the best width has run since each ran
+        self._since = np.zeros(most + 1)  # seconds that the best width has run since each ran
 
     @property
     def most(self) -> int:
@@ -149,9 +151,7 @@ class Policy:
     def cost(self, k: int) -> float:
         """Seconds of a forward of width k. Of a width that was never tried, those of the next narrower: it takes no
         less."""
-        while not self.known(k):
-            k -= 1
-        return self._paces.median * self._costs[k].median
+        return self._paces.median * self._relative(k).median
 
     def tokens(self, k: int) -> float:
         """Expected tokens of a forward of width k, of the row that is done last."""
@@ -167,21 +167,21 @@ class Policy:
             return 0, TRIAL
         if self._trial:
             return self.best, self._forwards(self.best)
-        if (favourite := self._favourite()) != self.best and self._since[favourite]:
+        favourite = self._favourite()
+        if favourite != self.best and favourite not in self._parts:
             return favourite, self._forwards(favourite)
-        rivals = [k for k in range(self.most + 1) if k != self.best and self.known(k)]
-        due = {k: self._since[k] - len(rivals) * self._loss(k) / EXPLORE for k in rivals}
-        rival = max(rivals, key=due.__getitem__, default=self.best)
-        if due.get(rival, -1) >= 0:
+        rivals = [k for k in range(self.most + 1) if k != self.best and (self.known(k) or k in self._parts)]
+        overdue = {k: self._since[k] - len(rivals) * self._loss(k) / EXPLORE for k in rivals}
+        rival = max(rivals, key=overdue.__getitem__, default=self.best)
+        if overdue.get(rival, -1) >= 0:
             return rival, self._forwards(rival)
         return self.best, max(FORWARDS, int(SECONDS / self.cost(self.best)))
 
     def record(self, run: Run) -> None:
         """Learn from a run."""
         k, forwards, seconds, tried, accepted_k, _, change = run
-        per_forward, memory = seconds / forwards, MEMORY**tried
-        new = not self.known(k)
-        due = not new and k != self._favourite()
+        memory = MEMORY**tried
+        due = self.known(k) and k != self._favourite()
         if not self.known(0):
             self._costs[0].see(1.0)
         elif k == self.best:
@@ -192,19 +192,15 @@ class Policy:
             self._long.forget(memory)
             self._short.see(run, memory)
         self._since[k] = 0
-        # A few forwards at the end of a call say little.
-        if new or forwards >= TRIAL // 2:
-            if k != self.best:
-                self._trial = k, per_forward, due
-            else:
-                cost = self._costs[k].median
-                self._paces.see(per_forward / cost)
-                if self._trial:
-                    rival, other, due = self._trial
-                    costs, relative = self._costs[rival], cost * other / per_forward
-                    # One that was due and does better has to show it again. A trial that was held up says little.
-                    costs.see(relative, afresh=due and relative < costs.median)
-                    self._trial = None
+        timed, spent = self._parts.pop(k, (0, 0.0))
+        timed, spent = timed + forwards, spent + seconds
+        if timed < TRIAL // 2 and len(self._paces):  # a few forwards at the end of a call say little
+            self._parts[k] = timed, spent
+        elif k == self.best:
+            self._compare(spent / timed)
+        else:
+            self._trial = k, spent / timed, due
+            self._parts.pop(self.best, None)
         if change:
             self._changes.see(change)
         if k:
@@ -214,29 +210,52 @@ class Policy:
         if not self._trial and self._sure(favourite := self._favourite()):
             self.best = favourite
 
+    def cut(self, k: int) -> None:
+        """A call ended before a forward of width k was timed."""
+        if k != self.best:
+            self._parts.setdefault(k, (0, 0.0))
+            self._since[k] = 0
+
+    def _compare(self, seconds: float) -> None:
+        """A forward of the best took so many seconds, and that of a trial before it another number of them."""
+        cost = self._costs[self.best].median
+        self._paces.see(seconds / cost)
+        if self._trial:
+            rival, its_seconds, due = self._trial
+            costs, relative = self._costs[rival], cost * its_seconds / seconds
+            # One that was due and costs clearly less has to show it again. A trial that was held up says little.
+            costs.see(relative, afresh=due and MARGIN * relative < costs.median)
+            self._trial = None
+
+    def _relative(self, k: int) -> Recent:
+        """Costs of width k, or of the next narrower that has any."""
+        while not self.known(k):
+            k -= 1
+        return self._costs[k]
+
     def _expected(self) -> list[float]:
         """Drafts that a forward of each width gains, of a row in the mean."""
         return [0.0, *np.cumsum(self._accepted / self._tried).tolist()]
 
     def _sure(self, k: int) -> bool:
-        """Whether width k was tried often enough to be the best. Trials that take long outlast what holds them up."""
+        """Whether width k was tried often enough to be the best. Of trials that take long one may be held up."""
         trials = int(SECONDS / (self._forwards(k) * self.cost(k)))
-        return len(self._costs[k]) >= min(TRIALS, max(2, trials))
+        return len(self._costs[k]) >= min(TRIALS, max(3, trials))
 
     def _favourite(self) -> int:
         advantage = {self.best: STAY} | {0: MARGIN}
         return max(range(self.most + 1), key=lambda k: advantage.get(k, 1.0) * self.rate(k))
 
     def _forwards(self, k: int) -> int:
-        """Of a trial of width k, or of one that is compared with a trial. Never more than the best takes: one trial
-        may have shown anything."""
+        """Of a trial of width k, or of a run that is compared with one. Never more than of the best, whose cost is
+        known well."""
         return max(TRIAL, int(WARM / max(self.cost(k), self.cost(self.best))))
 
     def _loss(self, k: int) -> float:
         """Seconds that a trial of width k would lose, with a change to it and one back, whose first forwards have no
         drafts. What promises more than the best is taken to lose a little: it is tried often, and not all the time."""
-        forwards = self._forwards(k)
-        seconds = forwards * self.cost(k) + 2 * (self._changes.median or self.cost(k))
+        forwards, cost = self._forwards(k), self._paces.median * self._relative(k).low
+        seconds = forwards * cost + 2 * (self._changes.low or cost)
         emitted = forwards * (1 + self._short.value * self._drafts[k]) + 2
         return max(0.1 * seconds, seconds - emitted / self.rate(self.best))
 
@@ -330,6 +349,8 @@ def proceed_adaptively(model: LanguageModel, request: Request, state: DecodeStat
             gained = int((left_B + took_B + accepted_Bk.sum(1)).max() - left_B.max()) - took
             change = 0.0 if new or not changed else change
             policy.record(Run(k, took - apart, seconds, tried, accepted_k, gained, change))
+        else:
+            policy.cut(k)
     return dataclasses.replace(state, drafted_Bk=total_2Bk[0], accepted_Bk=total_2Bk[1])
 
 
