@@ -78,10 +78,10 @@ def test_a_row_is_the_arithmetic_of_what_was_measured():
         "dtype": "float32",
         "plain_dtype": "float32",
         "tokens_per_second": 16 / 2.5,  # the first token of each prompt comes from prefill, which is not timed
-        "speedup": 1.6,
+        "speedup": 1.5,  # 5 seconds against 9, 4 against 2.5, 3 against 2
         "block_efficiency": 2.0,
         "acceptance": [5 / 8, 3 / 8],
-        "verify_cost": 1.25,  # 2.5 seconds for 8 forwards against 4 for 16
+        "verify_cost": 4 / 3,  # 2 seconds for 8 forwards against 3 for 16
         "iteration_seconds": [9 / 8, 2.5 / 8, 2 / 8],
         "identical_to_plain": True,
         "rows_that_differ": 0,
@@ -94,16 +94,35 @@ def test_a_row_is_the_arithmetic_of_what_was_measured():
 
 @pytest.mark.parametrize("seconds, median", [([2.0], 2.0), ([2.0, 4.0], 3.0), ([8.0, 1.0, 4.0], 4.0)])
 def test_times_are_medians_over_repetitions(seconds, median):
-    generations = DRAFTED.generations[:1] * len(seconds)
-    row = bench._row(dataclasses.replace(DRAFTED, seconds=seconds, generations=generations), PLAIN, PLAIN, no_gap)
+    cell, plain = repeated(DRAFTED, seconds), repeated(PLAIN, [2.0] * len(seconds))
+    row = bench._row(cell, plain, plain, no_gap)
     assert row["tokens_per_second"] == 16 / median
-    assert row["speedup"] * row["verify_cost"] == pytest.approx(row["block_efficiency"])
+    assert row["verify_cost"] == median
+
+
+def repeated(cell, seconds):
+    return dataclasses.replace(cell, seconds=seconds, generations=cell.generations[:1] * len(seconds))
+
+
+def test_ratios_are_medians_of_ratios():
+    """A machine that is slow in one repetition is slow for all: tokens/s are those of one and of the other here."""
+    cell, plain = repeated(DRAFTED, [1.0, 9.0, 4.0]), repeated(PLAIN, [2.0, 18.0, 3.0])
+    row = bench._row(cell, plain, plain, no_gap)
+    assert row["speedup"] == 2 and row["verify_cost"] == 1
+    assert row["tokens_per_second"] == 4 and plain.rate == 16 / 3
+
+
+def test_a_speed_up_counts_the_tokens_of_its_repetition():
+    """In bfloat16 the tokens of the adaptive mode can differ, and with them where a row ends."""
+    cell = dataclasses.replace(DRAFTED, generations=[[generation(range(n), 8)] for n in (9, 5, 5)], seconds=[1.0] * 3)
+    plain = repeated(dataclasses.replace(PLAIN, generations=[[generation(range(9), 8)]]), [1.0] * 3)
+    assert cell.over(plain) == 0.5
 
 
 def test_a_batch_takes_as_many_iterations_as_its_slowest_row():
     uneven = dataclasses.replace(generation(range(9), 5, [3, 1], batch=2), forwards=np.array([5, 3]))
     cell = dataclasses.replace(DRAFTED, batch=2, generations=[[uneven]], seconds=[2.5])
-    row = bench._row(cell, cell, PLAIN, no_gap)
+    row = bench._row(cell, cell, repeated(PLAIN, [4.0]), no_gap)
     assert row["tokens_per_second"] == 16 / 2.5 and row["block_efficiency"] == 2.0
     assert row["verify_cost"] == 2.5 / 5 / (4 / 16)
 
@@ -112,7 +131,7 @@ def test_each_repetition_has_forwards_of_its_own():
     """In the adaptive mode: without drafts in one, with them in the other."""
     generations = [[generation(range(9), 8, [0, 0])], [generation(range(9), 4, [3, 1])]]
     cell = dataclasses.replace(DRAFTED, k="adaptive", generations=generations, seconds=[4.0, 4.0])
-    row = bench._row(cell, cell, PLAIN, no_gap)
+    row = bench._row(cell, cell, repeated(PLAIN, [4.0, 4.0]), no_gap)
     assert row["iteration_seconds"] == [0.5, 1.0] and row["block_efficiency"] == 16 / 12
     assert row["acceptance"] == [3 / 12, 1 / 12] and row["tokens_per_second"] == 2
 
