@@ -97,7 +97,7 @@ def test_times_are_medians_over_repetitions(seconds, median):
     cell, plain = repeated(DRAFTED, seconds), repeated(PLAIN, [2.0] * len(seconds))
     row = bench._row(cell, plain, plain, no_gap)
     assert row["tokens_per_second"] == 16 / median
-    assert row["verify_cost"] == median
+    assert row["verify_cost"] == median and row["speedup"] == np.median(2 / np.array(seconds))
 
 
 def repeated(cell, seconds):
@@ -116,7 +116,7 @@ def test_a_speed_up_counts_the_tokens_of_its_repetition():
     """In bfloat16 the tokens of the adaptive mode can differ, and with them where a row ends."""
     cell = dataclasses.replace(DRAFTED, generations=[[generation(range(n), 8)] for n in (9, 5, 5)], seconds=[1.0] * 3)
     plain = repeated(dataclasses.replace(PLAIN, generations=[[generation(range(9), 8)]]), [1.0] * 3)
-    assert cell.over(plain) == 0.5
+    assert bench._row(cell, cell, plain, no_gap)["speedup"] == 0.5
 
 
 def test_a_batch_takes_as_many_iterations_as_its_slowest_row():

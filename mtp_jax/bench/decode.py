@@ -67,14 +67,11 @@ class Cell:
         """Tokens per second."""
         return self.emitted / float(np.median(self.seconds))
 
-    def over(self, other: Cell) -> float:
-        """Tokens per second over another's: the median of what it is in each repetition, as both are slower in some."""
-        mine, others = (
-            np.array([sum(len(row) - 1 for g in batches for row in g.tokens) for batches in cell.generations])
-            / cell.seconds
-            for cell in (self, other)
-        )
-        return float(np.median(mine / others))
+    @property
+    def rates(self) -> np.ndarray:
+        """By repetition, tokens per second."""
+        emitted = [sum(len(row) - 1 for g in batches for row in g.tokens) for batches in self.generations]
+        return np.divide(emitted, self.seconds)
 
     @property
     def iteration_seconds(self) -> list[float]:
@@ -156,10 +153,10 @@ def bench_decode(
 
     A row's `speedup` is its tokens/s over those of k = 0 in the dtype `plain_dtype`, the fastest for k = 0, all else
     being equal; `verify_cost` the time of one of its iterations over one of that; both the median of what they are in
-    each repetition. `identical_to_plain` says whether its
-    tokens were those of k = 0 in its own dtype, all of them; `rows_that_differ` how many rows' were not, and
-    `logit_gap` by how much at most plain decoding preferred its own token where they parted (see `Session.gap`). All
-    three are None for verifiers that keep the law of the output and not its tokens.
+    each repetition. `identical_to_plain` says whether its tokens were those of k = 0 in its own dtype, all of them;
+    `rows_that_differ` how many rows' were not, and `logit_gap` by how much at most plain decoding preferred its own
+    token where they parted (see `Session.gap`). All three are None for verifiers that keep the law of the output and
+    not its tokens.
     """
     most = run.config.head.window - 1
     require(
@@ -400,7 +397,7 @@ def _row(cell: Cell, plain: Cell, fastest: Cell, gap: Callable[[Cell, int, np.nd
         "dtype": cell.dtype,
         "plain_dtype": fastest.dtype,
         "tokens_per_second": cell.rate,
-        "speedup": cell.over(fastest),
+        "speedup": float(np.median(cell.rates / fastest.rates)),
         "block_efficiency": len(cell.generations) * cell.emitted / int(cell.count("forwards")),
         "acceptance": (cell.count("accepted") / np.maximum(1, cell.count("drafted"))).tolist(),
         "verify_cost": float(np.median(np.divide(cell.iteration_seconds, fastest.iteration_seconds))),

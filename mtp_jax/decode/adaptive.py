@@ -181,7 +181,7 @@ class Policy:
         """Learn from a run."""
         k, forwards, seconds, tried, accepted_k, _, change = run
         memory = MEMORY**tried
-        due = self.known(k) and k != self._favourite()
+        due = k != self.best and self.known(k) and k != self._favourite()
         if not self.known(0):
             self._costs[0].see(1.0)
         elif k == self.best:
