@@ -152,11 +152,11 @@ def bench_decode(
     `prompts` are token ids to continue in place of those that `config` chooses, `config.prompts` of them.
 
     A row's `speedup` is its tokens/s over those of k = 0 in the dtype `plain_dtype`, the fastest for k = 0, all else
-    being equal; `verify_cost` the time of one of its iterations over one of that; both the median of what they are in
-    each repetition. `identical_to_plain` says whether its tokens were those of k = 0 in its own dtype, all of them;
-    `rows_that_differ` how many rows' were not, and `logit_gap` by how much at most plain decoding preferred its own
-    token where they parted (see `Session.gap`). All three are None for verifiers that keep the law of the output and
-    not its tokens.
+    being equal, the median of the `speedups` by repetition; `verify_cost` the time of one of its iterations over one of
+    that, a median as well. `identical_to_plain` says whether its tokens were those of k = 0 in its own dtype, all of
+    them; `rows_that_differ` how many rows' were not, and `logit_gap` by how much at most plain decoding preferred its
+    own token where they parted (see `Session.gap`). All three are None for verifiers that keep the law of the output
+    and not its tokens.
     """
     most = run.config.head.window - 1
     require(
@@ -389,6 +389,7 @@ def _fastest(cells: list[Cell], cell: Cell) -> Cell:
 
 
 def _row(cell: Cell, plain: Cell, fastest: Cell, gap: Callable[[Cell, int, np.ndarray, int, int], float]) -> dict:
+    speedups = cell.rates / fastest.rates
     return {
         "batch": cell.batch,
         "temperature": cell.temperature,
@@ -397,7 +398,8 @@ def _row(cell: Cell, plain: Cell, fastest: Cell, gap: Callable[[Cell, int, np.nd
         "dtype": cell.dtype,
         "plain_dtype": fastest.dtype,
         "tokens_per_second": cell.rate,
-        "speedup": float(np.median(cell.rates / fastest.rates)),
+        "speedup": float(np.median(speedups)),
+        "speedups": speedups.tolist(),
         "block_efficiency": len(cell.generations) * cell.emitted / int(cell.count("forwards")),
         "acceptance": (cell.count("accepted") / np.maximum(1, cell.count("drafted"))).tolist(),
         "verify_cost": float(np.median(np.divide(cell.iteration_seconds, fastest.iteration_seconds))),
