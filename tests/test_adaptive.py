@@ -175,16 +175,18 @@ class TrialsGain(Policy):
 
 @pytest.mark.parametrize("policy", [Policy, TrialsGain])
 def test_the_last_of_many_rows_gains_almost_nothing_in_a_trial(policy):
-    """Drafts that lose, of which half are accepted: what trials lose of plain speed (0.012 or, with the fault, 0.020,
-    both +- 0.001) stays near `EXPLORE` if that is known."""
+    """Drafts that lose, of which half are accepted. With the fault trials seem to cost less, and 0.0125 of the forwards
+    are theirs in place of 0.0092 (both +- 0.0003)."""
     options = dict(costs=[1e-3, 1.6e-3, 2.2e-3, 2.6e-3], chance=0.5, batch=16, new=128)
-    lost = []
+    lost, tried = [], []
     for seed in range(8):
-        plain = World(**options, seed=seed).play(Fixed(0), 10_000)
+        plain = World(**options, seed=seed).play(Fixed(0), 30_000)
         world, learnt = World(**options, seed=seed), policy(3)
         world.play(learnt, 2000)
-        lost.append(1 - world.play(learnt, 10_000) / plain)
-    assert (np.mean(lost) < 1.6 * adaptive.EXPLORE) == (policy is Policy)
+        lost.append(1 - world.play(learnt, 30_000) / plain)
+        tried.append(np.mean(np.array(world.widths) > 0))
+    assert np.mean(lost) < adaptive.EXPLORE
+    assert (np.mean(tried) < 0.011) == (policy is Policy)
 
 
 @pytest.mark.parametrize("batch", [1, 16])
@@ -276,6 +278,23 @@ def test_a_width_that_was_promoted_by_mistake_goes_when_the_other_is_tried(secon
     assert costly.wait() < 1500
     costly.compare(*[1] * trials)
     assert costly.policy.best == 0
+
+
+def test_what_was_tried_in_vain_is_tried_more_rarely():
+    """At the beginning a few trials are free, then two in vain double the wait and three treble it."""
+    costly, waits = Costly(1e-3), []
+    for _ in range(7):
+        costly.compare(1)
+        waits.append(costly.wait())
+    np.testing.assert_allclose(np.divide(waits, waits[0]), [1, 1, 1, 1, 2, 3, 3])
+    costly.compare(2, 2, 2, 2)  # the best, by mistake
+    costly.wait()
+    costly.compare(1, 1, 1, 1)
+    again = [costly.wait()]
+    for _ in range(3):
+        costly.compare(1)
+        again.append(costly.wait())
+    np.testing.assert_allclose(np.divide(again, waits[0]), [1, 1, 2, 3])
 
 
 @pytest.mark.parametrize("before", [(1,), (1.02, 0.99, 1.01)])

@@ -314,25 +314,37 @@ def test_one_model_has_the_loss_and_gradients_of_one_device_on_every_mesh(shape,
     assert_close(grads, expected[1], 2e-5)
 
 
-def decode(shape):
-    """Greedy continuations of eight prompts of different lengths, and how many drafts were accepted."""
+# A law for each of eight rows: temperature, top-k, top-p.
+LAWS = [
+    (0.7, 0, 1.0),
+    (1.0, 8, 1.0),
+    (0.0, 0, 1.0),
+    (0.5, 0, 0.9),
+    (1.2, 6, 0.8),
+    (0.3, 0, 1.0),
+    (1.0, 0, 0.7),
+    (0.6, 4, 1.0),
+]
+
+
+@functools.cache
+def decode(verifier, shape):
+    """Continuations of eight prompts of different lengths, how many drafts were accepted, and the forwards it took."""
     config = make_config("shared", num_layers=1)
+    laws = zip(("temperature", "top_k", "top_p"), map(list, zip(*LAWS, strict=True)), strict=True)
     with tiny.mesh(*shape):
         model = for_decoding(nnx.merge(*random_params(config)))
         prompts = [np.arange(1 + 2 * i) % tiny.VOCAB for i in range(8)]
-        done = generate(model, prompts, max_new_tokens=12)
+        options = {} if verifier == "greedy" else dict(laws)
+        done = generate(model, prompts, max_new_tokens=12, verifier=verifier, **options)
         return np.stack(done.tokens), done.accepted, done.forwards
 
 
-@pytest.fixture(scope="module")
-def decoded_on_one_device():
-    return decode((1, 1, 1))
-
-
+@pytest.mark.parametrize("verifier", ["greedy", "coupled", "token", "block"])
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 2, 4)])
-def test_greedy_decoding_is_that_of_one_device_token_for_token(shape, decoded_on_one_device):
-    tokens, accepted, forwards = decode(shape)
-    for array, expected in zip((tokens, accepted, forwards), decoded_on_one_device, strict=True):
+def test_decoding_is_that_of_one_device_token_for_token(verifier, shape):
+    tokens, accepted, forwards = decode(verifier, shape)
+    for array, expected in zip((tokens, accepted, forwards), decode(verifier, (1, 1, 1)), strict=True):
         np.testing.assert_array_equal(array, expected)
     assert accepted.sum() > 0 and len(np.unique(forwards)) > 1, "the rows are ragged and some drafts are accepted"
     assert len(np.unique(tokens)) > 8
