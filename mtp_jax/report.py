@@ -158,7 +158,9 @@ def plot_speed(rows: Sequence[Row]) -> Figure:
                 dashes = (4, 3) if row["plain_dtype"] == row["dtype"] else (1, 2)
                 dashed: dict[str, Any] = {"color": "0.4", "ls": (0, dashes), "lw": 1.0, "zorder": 1.9}
                 dashed["label"] = f"k = 0, plain decoding in {row['plain_dtype']}"
-                axes.axhline(row["tokens_per_second"] / row["speedup"], **dashed)
+                plain = {**row, "dtype": row["plain_dtype"]}
+                (rate,) = (other["tokens_per_second"] for other in rows if _setting(other) == _setting(plain))
+                axes.axhline(rate, **dashed)
         axes.set(ylim=(0, 1.06 * axes.dataLim.ymax), xticks=sorted({row["k"] for row in rows}))
     legend(figure)
     return figure
@@ -206,6 +208,10 @@ def _lines(rows: Sequence[Row]) -> Iterator[tuple[list[Row], dict[str, Any]]]:
         if group:
             style = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[j % len(MARKERS)], "ms": 5, "lw": 1.8}
             yield group, {**style, "label": f"T = {temperature:g}, {verifier}"}
+
+
+def _setting(row: Row) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("batch", "temperature", "verifier", "dtype", "k"))
 
 
 def _identical(row: Row) -> str:

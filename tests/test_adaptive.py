@@ -176,7 +176,7 @@ class TrialsGain(Policy):
 @pytest.mark.parametrize("policy", [Policy, TrialsGain])
 def test_the_last_of_many_rows_gains_almost_nothing_in_a_trial(policy):
     """Drafts that lose, of which half are accepted. With the fault trials seem to cost less, and 0.0125 of the forwards
-    are theirs in place of 0.0092 (both +- 0.0003)."""
+    are theirs in place of 0.0092 (errors of the mean 0.0003). Neither loses more than it may."""
     options = dict(costs=[1e-3, 1.6e-3, 2.2e-3, 2.6e-3], chance=0.5, batch=16, new=128)
     lost, tried = [], []
     for seed in range(8):
@@ -286,15 +286,16 @@ def test_what_was_tried_in_vain_is_tried_more_rarely():
     for _ in range(7):
         costly.compare(1)
         waits.append(costly.wait())
-    np.testing.assert_allclose(np.divide(waits, waits[0]), [1, 1, 1, 1, 2, 3, 3])
-    costly.compare(2, 2, 2, 2)  # the best, by mistake
+    np.testing.assert_allclose(np.divide(waits, waits[0]), [1, 1, 1, 1, 2, 3, 3], rtol=0.2)
+    costly.compare(2, 2, 2, 2)
+    assert costly.policy.best == 1, "by mistake"
     costly.wait()
     costly.compare(1, 1, 1, 1)
     again = [costly.wait()]
     for _ in range(3):
         costly.compare(1)
         again.append(costly.wait())
-    np.testing.assert_allclose(np.divide(again, waits[0]), [1, 1, 2, 3])
+    np.testing.assert_allclose(np.divide(again, waits[0]), [1, 1, 2, 3], rtol=0.2)
 
 
 @pytest.mark.parametrize("before", [(1,), (1.02, 0.99, 1.01)])
@@ -316,10 +317,11 @@ def test_a_trial_that_was_held_up_for_long_is_followed_by_others(before):
 def test_a_trial_that_the_end_of_a_call_cuts_says_nothing_of_costs():
     world, policy = World([1e-3, 1.15e-3, 1.3e-3, 1.45e-3], 0.9), Policy(3)
     world.play(policy, 4000)
-    costs = [policy.cost(k) for k in range(4)]
+    costs, vain = [policy.cost(k) for k in range(4)], policy._vain.tolist()
+    assert policy.best == 3
     for k in (0, 3):
         policy.record(Run(k, adaptive.TRIAL // 2 - 1, 1.0, 2, np.zeros(k), 0))
-    assert [policy.cost(k) for k in range(4)] == costs
+    assert [policy.cost(k) for k in range(4)] == costs and policy._vain.tolist() == vain
 
 
 @pytest.mark.parametrize("new", [1, 2, 3, 6])
@@ -373,6 +375,17 @@ def test_it_notices_a_change(before, after):
     world.costs = [1, 4, 7, 10] if after else [1, 0.9, 0.8, 0.7]
     world.play(policy, 8192)
     assert np.mean(np.array(world.widths[-512:]) == (0 if after else 3)) > 0.8
+
+
+def test_it_notices_a_change_after_a_long_time_without_one():
+    """When all was tried in vain: after 24,000 forwards in the mean, and after 6,000 if all is tried as often."""
+    for seed in range(4):
+        world, policy = World([1e-3, 1.3e-3, 1.6e-3, 1.9e-3], 0.0, batch=4, seed=seed, switch=3e-3), Policy(3)
+        world.play(policy, 40_000)
+        assert policy._vain[3] >= adaptive.IN_VAIN
+        world.chance = 0.95
+        world.play(policy, 60_000)
+        assert policy.best == 3
 
 
 def test_a_width_is_compiled_only_if_it_could_win():

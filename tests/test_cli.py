@@ -55,8 +55,8 @@ CONFIG = TrainConfig(
 )
 """
 ROW = {
-    *("batch", "temperature", "k", "verifier", "dtype", "tokens_per_second", "speedup", "block_efficiency"),
-    *("acceptance", "verify_cost", "identical_to_plain", "plain_dtype", "rows_that_differ", "logit_gap"),
+    *("batch", "temperature", "k", "verifier", "dtype", "plain_dtype", "tokens_per_second", "speedup", "speedups"),
+    *("block_efficiency", "acceptance", "verify_cost", "identical_to_plain", "rows_that_differ", "logit_gap"),
 }
 
 

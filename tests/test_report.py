@@ -114,10 +114,12 @@ def test_rows_that_differ_are_counted():
 
 
 def test_dashed_lines_are_what_speed_ups_are_against():
-    rows = [row | {"speedup": row["speedup"] / 2, "plain_dtype": "bfloat16"} for row in make_bench()["rows"]]
+    """Of the dtype that is faster for plain decoding, its tokens/s as measured."""
+    rows = [row | {"plain_dtype": "bfloat16"} for row in make_bench()["rows"]]
+    rows += [row | {"dtype": "bfloat16", "tokens_per_second": 1500.0} for row in rows if row["k"] == 0]
     (axes,) = report.plot_speed(rows).axes
     drawn = {line.get_label(): line.get_ydata()[0] for line in axes.lines}
-    assert drawn["k = 0, plain decoding in bfloat16"] == 2 * 1234.0 and drawn["T = 0, greedy"] == 1234.0
+    assert drawn["k = 0, plain decoding in bfloat16"] == 1500.0 and drawn["T = 0, greedy"] == 1234.0
 
 
 def test_the_comparison_with_transformers_is_a_sentence(run_dir):

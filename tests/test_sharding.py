@@ -314,29 +314,15 @@ def test_one_model_has_the_loss_and_gradients_of_one_device_on_every_mesh(shape,
     assert_close(grads, expected[1], 2e-5)
 
 
-# A law for each of eight rows: temperature, top-k, top-p.
-LAWS = [
-    (0.7, 0, 1.0),
-    (1.0, 8, 1.0),
-    (0.0, 0, 1.0),
-    (0.5, 0, 0.9),
-    (1.2, 6, 0.8),
-    (0.3, 0, 1.0),
-    (1.0, 0, 0.7),
-    (0.6, 4, 1.0),
-]
-
-
 @functools.cache
 def decode(verifier, shape):
     """Continuations of eight prompts of different lengths, how many drafts were accepted, and the forwards it took."""
     config = make_config("shared", num_layers=1)
-    laws = zip(("temperature", "top_k", "top_p"), map(list, zip(*LAWS, strict=True)), strict=True)
     with tiny.mesh(*shape):
         model = for_decoding(nnx.merge(*random_params(config)))
         prompts = [np.arange(1 + 2 * i) % tiny.VOCAB for i in range(8)]
-        options = {} if verifier == "greedy" else dict(laws)
-        done = generate(model, prompts, max_new_tokens=12, verifier=verifier, **options)
+        laws = dict(temperature=[0.7, 1.0, 0.0, 1.3] * 2, top_k=[0, 8, 0, 6] * 2, top_p=[1.0, 0.9, 1.0, 0.8] * 2)
+        done = generate(model, prompts, max_new_tokens=12, verifier=verifier, **({} if verifier == "greedy" else laws))
         return np.stack(done.tokens), done.accepted, done.forwards
 
 
@@ -348,6 +334,9 @@ def test_decoding_is_that_of_one_device_token_for_token(verifier, shape):
         np.testing.assert_array_equal(array, expected)
     assert accepted.sum() > 0 and len(np.unique(forwards)) > 1, "the rows are ragged and some drafts are accepted"
     assert len(np.unique(tokens)) > 8
+    if verifier != "greedy":
+        drawn_B = (tokens != decode("greedy", (1, 1, 1))[0]).any(1)
+        assert drawn_B.sum() > 4 and not drawn_B[2::4].any(), "rows of a temperature are drawn, the others are not"
 
 
 # Deliberate faults

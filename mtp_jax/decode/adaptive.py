@@ -46,7 +46,7 @@ FORWARDS, SECONDS = 16, 0.25  # a run of the best width: so many forwards at lea
 TRIAL, WARM = 8, 0.02  # the same for a trial of another: to enter a loop can take a millisecond
 TRIALS = 4  # in a row at most, before a width is the best: a machine that is held up for a moment makes one look good
 EXPLORE = 0.01  # the part of the time that trials may lose; those at once, of what promises more, come on top
-IN_VAIN = 3  # n trials of a width since it was the best make others n times as rare, or so many times if n is more
+IN_VAIN = 3  # n trials after it was the best, a width waits n times as long for the next, at most so many times
 MARGIN = 1.1  # by which drafts must promise to win: a batch is done with its slowest row, and promises are uncertain
 STAY = 1.03  # by which another width must promise more than the one that runs: to change takes time
 MEMORY = 0.98  # of what was seen of acceptance, per forward with drafts
@@ -115,10 +115,11 @@ class Policy:
     Width k emits 1 + a_1 + .. + a_k tokens per forward and row, a_s the chance that drafts 1..s are accepted. A batch
     is done when its last row is, and that row gains only a part of these drafts. The rate of a width is what it gets
     over the seconds of a forward. The best is run, and each other one is tried when what a trial of it loses is its
-    share of `EXPLORE` of the time since it ran, so rivals are tried often, and more rarely after trials in vain. One
-    that promises more than the best is tried again at once, until it no longer does, or is the best after some trials;
-    after a trial that the end of a call cut it waits for its share too. A width of unknown cost is tried (and compiled)
-    when it would be the best if it cost no more than the next narrower.
+    share of `EXPLORE` of the time since it ran, so close rivals are tried often; after n trials that did not make it
+    the best it waits n times as long, `IN_VAIN` times at most. One that promises more than the best is tried again at
+    once, until it no longer does, or is the best after some trials; after a trial that the end of a call cut it waits
+    for its share too. A width of unknown cost is tried (and compiled) when it would be the best if it cost no more than
+    the next narrower.
 
     Costs are relative: the best runs as briefly right after a trial, and a machine that is slow slows both.
     """
@@ -139,7 +140,7 @@ class Policy:
         self._drafts = self._expected()
         self._long, self._short = Share(), Share()  # in runs of the best and in trials, which are over before rows part
         self._since = np.zeros(most + 1)  # seconds that the best width has run since each ran
-        self._vain = np.full(most + 1, 1 - TRIALS)  # trials of each since it was the best; the first are free
+        self._vain = np.full(most + 1, 1 - TRIALS)  # trials of each since it was the best; a few before that are free
 
     @property
     def most(self) -> int:
@@ -256,7 +257,7 @@ class Policy:
         return max(TRIAL, int(WARM / max(self.cost(k), self.cost(self.best))))
 
     def _price(self, k: int) -> float:
-        """Seconds of the best that pay for a trial of width k."""
+        """Seconds for which the best has to run before the next trial of width k, were it the only rival."""
         return min(max(1, self._vain[k]), IN_VAIN) * self._loss(k) / EXPLORE
 
     def _loss(self, k: int) -> float:
