@@ -142,6 +142,7 @@ def plot_acceptance(rows: Sequence[Row]) -> Figure:
 def plot_speed(rows: Sequence[Row]) -> Figure:
     """Tokens per second by k, one panel per batch size, in the dtype of its fastest row; dashed lines are what the
     speed-ups are against."""
+    rates = {_setting(row): row["tokens_per_second"] for row in rows}
     batches = sorted({row["batch"] for row in rows})
     dtypes = {
         batch: max((row for row in rows if row["batch"] == batch), key=lambda row: row["tokens_per_second"])["dtype"]
@@ -158,9 +159,7 @@ def plot_speed(rows: Sequence[Row]) -> Figure:
                 dashes = (4, 3) if row["plain_dtype"] == row["dtype"] else (1, 2)
                 dashed: dict[str, Any] = {"color": "0.4", "ls": (0, dashes), "lw": 1.0, "zorder": 1.9}
                 dashed["label"] = f"k = 0, plain decoding in {row['plain_dtype']}"
-                plain = {**row, "dtype": row["plain_dtype"]}
-                (rate,) = (other["tokens_per_second"] for other in rows if _setting(other) == _setting(plain))
-                axes.axhline(rate, **dashed)
+                axes.axhline(rates[_setting({**row, "dtype": row["plain_dtype"]})], **dashed)
         axes.set(ylim=(0, 1.06 * axes.dataLim.ymax), xticks=sorted({row["k"] for row in rows}))
     legend(figure)
     return figure

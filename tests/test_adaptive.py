@@ -265,7 +265,7 @@ def test_comparisons_that_were_held_up_promote_no_width(seconds, comparisons):
         costly.compare(*comparisons)
         assert costly.policy.best == 0 and costly.wait() > 0
         costly.compare(1)
-        assert costly.policy.cost(1) == pytest.approx(2 * seconds, rel=0.3) and costly.wait() > 500
+        assert costly.policy.cost(1) == pytest.approx(2 * seconds) and costly.wait() > 500
 
 
 @pytest.mark.parametrize(("seconds", "trials"), [(1e-3, 4), (0.02, 3), (1.0, 3)])
@@ -309,7 +309,7 @@ def test_a_trial_that_was_held_up_for_long_is_followed_by_others(before):
         costly.run(1, trial)
         costly.run(0, compared)
         if trial > 1:
-            assert costly.wait() < 1.5 * usual
+            assert costly.wait() < 1.1 * usual
         else:
             assert costly.run(1) < 100, "as short as any"
 

@@ -140,7 +140,9 @@ class Policy:
         self._drafts = self._expected()
         self._long, self._short = Share(), Share()  # in runs of the best and in trials, which are over before rows part
         self._since = np.zeros(most + 1)  # seconds that the best width has run since each ran
-        self._vain = np.full(most + 1, 1 - TRIALS)  # trials of each since it was the best; a few before that are free
+        self._vain = np.full(
+            most + 1, 1 - TRIALS
+        )  # trials of each since it was the best; the start has some that are free
 
     @property
     def most(self) -> int:
