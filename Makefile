@@ -3,7 +3,7 @@
 #
 #   make test PYTHON=python3.13             another Python, 3.11 or newer (remove .venv first if it has another)
 #   make test CONSTRAINTS=                  the newest releases, not the exact versions of constraints.txt
-#   make test ARGS='tests/test_cli.py -x'   arguments for pytest
+#   make test ARGS='tests/commands/test_cli.py -x'   arguments for pytest
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt

@@ -18,9 +18,9 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "TrainConfig": "mtp_jax.config",
-    "ModelConfig": "mtp_jax.config",
-    "HeadConfig": "mtp_jax.config",
-    "DataConfig": "mtp_jax.config",
+    "ModelConfig": "mtp_jax.model.config",
+    "HeadConfig": "mtp_jax.heads.config",
+    "DataConfig": "mtp_jax.data.config",
     "DecodeConfig": "mtp_jax.decode.config",
     "OptimizerConfig": "mtp_jax.config",
     "LossBenchConfig": "mtp_jax.bench.config",
@@ -28,32 +28,32 @@ _PUBLIC = {
     "MeshConfig": "mtp_jax.config",
     "MeasureConfig": "mtp_jax.sweep.config",
     "Sweep": "mtp_jax.sweep.config",
-    "ConfigError": "mtp_jax.config",
-    "LanguageModel": "mtp_jax.model.transformer",
+    "ConfigError": "mtp_jax.validate",
+    "LanguageModel": "mtp_jax.language_model",
     "generate": "mtp_jax.decode.generate",
     "Slots": "mtp_jax.decode.slots",
-    "load": "mtp_jax.loading",
+    "load": "mtp_jax.runs.loading",
     "make_mesh": "mtp_jax.mesh",
 }
 
 if TYPE_CHECKING:
     from mtp_jax.bench.config import LossBenchConfig as LossBenchConfig
     from mtp_jax.bench.config import TrainBenchConfig as TrainBenchConfig
-    from mtp_jax.config import ConfigError as ConfigError
-    from mtp_jax.config import DataConfig as DataConfig
-    from mtp_jax.config import HeadConfig as HeadConfig
     from mtp_jax.config import MeshConfig as MeshConfig
-    from mtp_jax.config import ModelConfig as ModelConfig
     from mtp_jax.config import OptimizerConfig as OptimizerConfig
     from mtp_jax.config import TrainConfig as TrainConfig
+    from mtp_jax.data.config import DataConfig as DataConfig
     from mtp_jax.decode.config import DecodeConfig as DecodeConfig
     from mtp_jax.decode.generate import generate as generate
     from mtp_jax.decode.slots import Slots as Slots
-    from mtp_jax.loading import load as load
+    from mtp_jax.heads.config import HeadConfig as HeadConfig
+    from mtp_jax.language_model import LanguageModel as LanguageModel
     from mtp_jax.mesh import make_mesh as make_mesh
-    from mtp_jax.model.transformer import LanguageModel as LanguageModel
+    from mtp_jax.model.config import ModelConfig as ModelConfig
+    from mtp_jax.runs.loading import load as load
     from mtp_jax.sweep.config import MeasureConfig as MeasureConfig
     from mtp_jax.sweep.config import Sweep as Sweep
+    from mtp_jax.validate import ConfigError as ConfigError
 
 __all__ = list(_PUBLIC)  # pyright: ignore[reportUnsupportedDunderAll]
 

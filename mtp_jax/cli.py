@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from mtp_jax.config import PREEMPTED, ConfigError, PreemptedError
+from mtp_jax.validate import PREEMPTED, ConfigError, PreemptedError
 
 # name: (module, what it does)
 COMMANDS = {

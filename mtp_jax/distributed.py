@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from mtp_jax.config import ConfigError, positive, require
+from mtp_jax.validate import ConfigError, positive, require
 
 T = TypeVar("T")
 BEATS_KEPT = 4  # how many times within `lost_seconds` a process says that it is there

@@ -15,20 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mtp_jax.config import require
 from mtp_jax.data.tokenizers import Tokenizer
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.generate import stream
 from mtp_jax.decode.spans import Completion, Spans
 from mtp_jax.decode.text import stop_bytes
-from mtp_jax.model.transformer import LanguageModel
-from mtp_jax.report import PALETTE, dress
+from mtp_jax.decode.tune import tuned
+from mtp_jax.heads.mixture import MixtureHead
+from mtp_jax.language_model import LanguageModel
+from mtp_jax.plots import PALETTE, dress
+from mtp_jax.validate import require
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from mtp_jax.loading import LoadedRun
+    from mtp_jax.runs.loading import LoadedRun
 
 SHOWN_TOKENS = 128
 """The longest text of which a figure writes every token."""
@@ -131,7 +133,8 @@ def complete(run: LoadedRun, prompt: str, *, stop: str | Sequence[str] = (), **o
     tokens, stops = run.tokenizer.encode(prompt), stop_bytes(stop)
     decode = DecodeConfig(**{"stop_tokens": (run.tokenizer.end_of_document,), **options})
     with jax.set_mesh(run.mesh):
-        spans = Spans(run.tokenizer, tokens, stream(run.decoder, tokens, **vars(decode)), stops)
+        decode = tuned(run.decoder, [tokens], decode)
+        spans = Spans(run.tokenizer, tokens, stream(run.decoder, tokens, decode), stops, decode.k)
         found = tuple(spans)
     return Completion(found, spans.summary)
 
@@ -245,22 +248,31 @@ def _tokens(run: LoadedRun, text: str) -> np.ndarray:
     return np.asarray(tokens_T, np.int32)[None]
 
 
+def _mixture(model: LanguageModel) -> MixtureHead:
+    """The model's head, if it has components to look at."""
+    require(
+        isinstance(model.head, MixtureHead),
+        f"The run's head is of kind {model.head.config.kind}; components are those of a mixture.",
+    )
+    return model.head  # type: ignore[return-value]
+
+
 @jax.jit
 def _log_weights(model: LanguageModel, tokens_1T: Array) -> Array:
-    return model.head.log_weights(model(tokens_1T))
+    return _mixture(model).log_weights(model(tokens_1T))
 
 
 @jax.jit
 def _window_law(model: LanguageModel, tokens_1T: Array) -> tuple[list[Array], list[Array], list[Array]]:
     """For each offset: log p_rs `[R, V]`, the joint's law `[V]` and the log posterior `[R]`, along the joint's path."""
-    x_1D, head = model(tokens_1T)[:, -1], model.head
-    law_1V, state = head.target_log_probs(x_1D[:, None])[:, 0], head.draft_state(x_1D)
+    head, seen = _mixture(model), model.see(tokens_1T).at(jnp.full((1,), tokens_1T.shape[1] - 1))
+    law_1V, joint = model.target(seen)[0][:, 0], head.joint(seen, head.config.window)
     factors, laws, posteriors = [], [], []
-    for s, logp_1RV in enumerate(state.logp_BRV):
+    for s, logp_1RV in enumerate(joint.logp_BRV):
         logp_RV = logp_1RV[0]
         factors.append(head.shortlist.spread(logp_RV) if head.shortlist and s else logp_RV)
-        law_1V = head.next_log_probs(state) if s else law_1V
+        law_1V = head.next_log_probs(joint) if s else law_1V
         laws.append(law_1V[0])
-        posteriors.append(state.log_alpha_BR[0])
-        state = head.condition(state, jnp.argmax(law_1V, axis=-1))
+        posteriors.append(joint.log_alpha_BR[0])
+        joint = head.condition(joint, jnp.argmax(law_1V, axis=-1))
     return factors, laws, posteriors

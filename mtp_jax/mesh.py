@@ -34,12 +34,6 @@ def make_mesh(config: MeshConfig | None = None, devices: Sequence[Any] | None = 
         return Mesh(grid, AXES, axis_types=types)
 
 
-def platform() -> str:
-    """`cpu`, `gpu` or `tpu`: that of the mesh in scope, which may be a machine that is not here; else JAX's default."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() if device is None else device.platform
-
-
 def on_mesh(shapes: Any, mesh: Mesh) -> Any:
     """Abstract arrays of a traced function, as shapes that lie on a mesh of devices."""
 

@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Mapping
 from typing import TypeVar
 
-from mtp_jax.config import ConfigError
+from mtp_jax.validate import ConfigError
 
 T = TypeVar("T")
 

@@ -1,4 +1,4 @@
-"""Where every array lives. All sharding rules of the project are in this file.
+"""Sharding: where every activation lives. Those of parameters are in their rows, `mtp_jax.parameters`.
 
 The batch is split over `data` and `fsdp`. Weights are split over `fsdp` (and gathered just before they are used:
 ZeRO-3) and over `tensor` (attention heads, feed-forward width and vocabulary stay split while they are used).
@@ -20,27 +20,8 @@ BATCH = ("data", "fsdp")
 
 @dataclass(frozen=True)
 class Rules:
-    """One partition spec for each kind of array. A stacked parameter has its L axis in front, which is not split."""
+    """One partition spec for each kind of array."""
 
-    # Parameters: input width over fsdp, the other axis over tensor.
-    embed_VD: P = P("tensor", "fsdp")
-    w_DNH: P = P("fsdp", "tensor", None)
-    w_NHD: P = P("tensor", None, "fsdp")
-    b_NH: P = P("tensor", None)
-    w_DF: P = P("fsdp", "tensor")
-    w_FD: P = P("tensor", "fsdp")
-    scale: P = P(None)
-    # The head. The D x D maps are not split over tensor: their output meets the vocabulary, which is.
-    unembed_VD: P = P("tensor", "fsdp")
-    u_DRWV: P = P("fsdp", None, None, "tensor")
-    u_DWV: P = P("fsdp", None, "tensor")
-    map_DRWD: P = P("fsdp", None, None, None)
-    map_DWD: P = P("fsdp", None, None)
-    down_DRWE: P = P("fsdp", None, None, None)
-    up_ED: P = P(None, "fsdp")
-    up_EV: P = P(None, "tensor")
-    gate_DR: P = P("fsdp", None)
-    # Activations.
     rows_B: P = P(BATCH)
     tokens_BT: P = P(BATCH, None)
     x_BTD: P = P(BATCH, None, None)
@@ -53,6 +34,12 @@ class Rules:
 
 
 RULES = Rules()
+
+
+def platform() -> str:
+    """`cpu`, `gpu` or `tpu`: that of the mesh in scope, which may be a machine that is not here; else JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def whole(spec: P) -> P:

@@ -1,11 +1,12 @@
-"""What the benchmarks measure."""
+"""Benchmark options: what each of them measures."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Literal
 
-from mtp_jax.config import HeadConfig, at_least, choices, positive, require
+from mtp_jax.heads.config import HeadConfig
+from mtp_jax.validate import at_least, choices, positive, require
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class BenchConfig:
     `batch_sizes`. `verifiers` are for temperatures above 0; without any, the default there. For each batch of prompts
     all that is measured follows one another, so that a machine whose speed drifts slows all of them. `repetitions` of
     the whole; a rate is the total of tokens over the median of the repetitions' total times.
-    `adaptive`: k="adaptive" too, which has learnt from the batches before; where the verifier allows it.
+    `auto`: the k that k="auto" stands for too, in rows of its own; it is chosen before anything is timed.
     `compare` hf: greedy decoding by Hugging Face `transformers` too, of the same weights, one prompt at a time.
     """
 
@@ -31,7 +32,7 @@ class BenchConfig:
     verifiers: tuple[str, ...] = ()
     ks: tuple[int, ...] = ()
     files: str = ""
-    adaptive: bool = False
+    auto: bool = False
     compare: Literal["none", "hf"] = "none"
     repetitions: int = 3
     seed: int = 0
@@ -64,8 +65,8 @@ class BenchConfig:
 @dataclass(frozen=True)
 class LossBenchConfig:
     """What `mtp-jax bench loss` measures: loss and gradient of a head of `rank` x `window` factors over a vocabulary of
-    `v`, on `tokens` positions of width `d`, on one device. `factor_width` is that of `lowrank` and `lora`, `draws` the
-    `backward_draws` of `shared` ones, `shortlist` the number of tokens that the offsets after the first know."""
+    `v`, on `tokens` positions of width `d`, on one device. `factor_width` is that of `lowrank` and `lora`, `shortlist`
+    the number of tokens that the offsets after the first know."""
 
     d: int = 256
     v: int = 32768
@@ -73,9 +74,8 @@ class LossBenchConfig:
     rank: int = 8
     tokens: int = 512
     dtype: Literal["float32", "bfloat16"] = "float32"
-    factors: Literal["full", "shared", "lowrank", "lora"] = "shared"
+    factors: str = "shared"
     factor_width: int = 64
-    draws: int = 0
     shortlist: int = 0
     repetitions: int = 5
 
@@ -95,7 +95,6 @@ class LossBenchConfig:
             rank=self.rank,
             factors=self.factors,
             factor_width=self.factor_width,
-            backward_draws=self.draws,
             shortlist=self.shortlist,
             init_noise=1.0,
         )

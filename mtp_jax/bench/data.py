@@ -12,11 +12,13 @@ import numpy as np
 
 from mtp_jax.bench.config import DataBenchConfig
 from mtp_jax.config import TrainConfig
-from mtp_jax.data import batches, documents, load_source, load_tokenizer, prepare
-from mtp_jax.data.preparation import batched, cache_dir
-from mtp_jax.run_dir import versions
+from mtp_jax.data.batches import batches
+from mtp_jax.data.placement import place
+from mtp_jax.data.preparation import batched, cache_dir, prepare
+from mtp_jax.data.sources import documents, load_source
+from mtp_jax.data.tokenizers import load_tokenizer
+from mtp_jax.runs.layout import versions
 from mtp_jax.train.checks import check_machine
-from mtp_jax.train.evaluate import place
 from mtp_jax.train.step import make_trainer
 
 

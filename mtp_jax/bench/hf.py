@@ -12,11 +12,11 @@ import jax
 import numpy as np
 
 from mtp_jax.bench.config import BenchConfig
-from mtp_jax.config import TrainConfig, require
-from mtp_jax.decode.config import DecodeConfig
-from mtp_jax.decode.generate import make_request, proceed, result, start
+from mtp_jax.config import TrainConfig
+from mtp_jax.decode.generate import generate
 from mtp_jax.interop.llama import check_exportable, llama_config, state_dict
-from mtp_jax.loading import LoadedRun
+from mtp_jax.runs.loading import LoadedRun
+from mtp_jax.validate import require
 
 PACKAGES = ("torch", "transformers")
 Decode = Callable[[np.ndarray], np.ndarray]
@@ -49,8 +49,7 @@ def bench_hf(
         return theirs(prompt, config.new_tokens)
 
     def ours(prompt: np.ndarray) -> np.ndarray:
-        asked = make_request(run.decoder, [prompt], DecodeConfig(config.new_tokens, k=0))
-        return result(asked, proceed(run.decoder, asked, start(run.decoder, asked))).tokens[0]
+        return generate(run.decoder, [prompt], max_new_tokens=config.new_tokens, k=0).tokens[0]
 
     import torch  # type: ignore[import-not-found]
 

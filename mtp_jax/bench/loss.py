@@ -17,12 +17,15 @@ from jax.sharding import Mesh
 
 from mtp_jax.bench.config import LossBenchConfig
 from mtp_jax.bench.timing import interleave, ratio, summary
-from mtp_jax.config import MeshConfig, ModelConfig
-from mtp_jax.heads import make_head
+from mtp_jax.config import MeshConfig
+from mtp_jax.heads.circuits import CPD
+from mtp_jax.heads.mixture import MixtureHead
+from mtp_jax.language_model import LanguageModel
 from mtp_jax.losses.mixture import Terms, conditionals, mixture_loss
 from mtp_jax.losses.tiles import Device, Form, tile_positions
 from mtp_jax.mesh import make_mesh
-from mtp_jax.run_dir import versions
+from mtp_jax.model.config import ModelConfig
+from mtp_jax.runs.layout import versions
 from mtp_jax.sharding import RULES
 
 Arrays = tuple[dict[str, Array], Array, Array, Array, Array]
@@ -42,7 +45,7 @@ def bench_loss(config: LossBenchConfig, progress: Callable[[str], None] = lambda
         form, arrays = _problem(config, config.tokens)
         exact = dataclasses.replace(config, shortlist=0)
         whole_form, whole = _problem(exact, config.tokens) if config.shortlist else (form, arrays)
-        ours = jax.jit(jax.value_and_grad(functools.partial(_ours, form, config.draws), argnums=(0, 1, 2)))
+        ours = jax.jit(jax.value_and_grad(functools.partial(_ours, form), argnums=(0, 1, 2)))
         matmuls = jax.jit(functools.partial(_matmuls, whole_form))
         progress("compiling")
         compiled = {"ours": ours.lower(*arrays).compile(), "matmuls": matmuls.lower(*whole).compile()}
@@ -98,22 +101,31 @@ def _problem(config: LossBenchConfig, tokens: int) -> tuple[Form, Arrays]:
     """A head's form and parameters, and random hidden states, gate and targets."""
     head, model = (
         config.head(),
-        ModelConfig(vocab_size=config.v, d_model=config.d, num_heads=1, num_kv_heads=1, head_dim=2),
+        ModelConfig(vocab_size=config.v, d_model=config.d, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2),
     )
-    made = jax.jit(lambda: make_head(head, model, rngs=nnx.Rngs(jax.random.key(0))))()
+    made = jax.jit(lambda: LanguageModel(model, head, rngs=nnx.Rngs(jax.random.key(0))))()
+    mixture, table = made.head, made.unembed_VD
+    assert isinstance(mixture, MixtureHead)
     # Numbers that all dtypes here have.
-    params = jax.tree.map(lambda w: w.astype(config.dtype).astype(jnp.float32), made.params())
+    found = mixture.params(None if table is None else table[...])  # pyright: ignore[reportIndexIssue]
+    params = jax.tree.map(lambda w: w.astype(config.dtype).astype(jnp.float32), found)
     keys, shape, spec = jax.random.split(jax.random.key(1), 3), (1, tokens), RULES.x_BTD
     x_BTD = jax.random.normal(keys[0], (*shape, config.d), out_sharding=spec).astype(config.dtype)
     log_w_BTR = jax.nn.log_softmax(jax.random.normal(keys[1], (*shape, config.rank), out_sharding=spec))
     targets_BTW = jax.random.randint(
         keys[2], (*shape, config.window), 0, config.shortlist or config.v, out_sharding=spec
     )
-    return made.form, (params, x_BTD, log_w_BTR, targets_BTW, jnp.full_like(targets_BTW, 1 / tokens, dtype=jnp.float32))
+    return mixture.form, (
+        params,
+        x_BTD,
+        log_w_BTR,
+        targets_BTW,
+        jnp.full_like(targets_BTW, 1 / tokens, dtype=jnp.float32),
+    )
 
 
-def _ours(form: Form, draws: int, params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Array:
-    return mixture_loss(form, Terms(draws=draws), params, x, log_w, targets, weights, jax.random.key(0))[0]
+def _ours(form: Form, params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Array:
+    return mixture_loss(form, Terms(CPD), params, x, log_w, targets, weights)[0]
 
 
 def _naive(form: Form, params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Array:
@@ -124,7 +136,7 @@ def _naive(form: Form, params: Any, x: Array, log_w: Array, targets: Array, weig
     for logits_BTRWV in jax.tree.leaves(form.logits(form.tables(whole), x.astype(wide))):
         own_BT1W1 = targets[:, :, None, offset : (offset := offset + logits_BTRWV.shape[3]), None]
         found.append(jnp.take_along_axis(jax.nn.log_softmax(logits_BTRWV, axis=-1), own_BT1W1, axis=-1)[..., 0])
-    return -jnp.sum(weights * conditionals(jnp.concatenate(found, axis=-1), log_w))
+    return -jnp.sum(weights * conditionals(CPD, log_w, jnp.concatenate(found, axis=-1)))
 
 
 def _matmuls(form: Form, params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Any:
@@ -155,7 +167,7 @@ def _errors(config: LossBenchConfig, mesh: Mesh) -> dict[str, Any]:
     """Gradient errors of both methods against float64, at as many positions as a gigabyte of its logits holds."""
     with jax.set_mesh(mesh):
         form, arrays = _problem(config, max(1, min(config.tokens, 2**30 // (8 * _logits(config)))))
-        losses = functools.partial(_ours, form, config.draws), functools.partial(_naive, form)
+        losses = functools.partial(_ours, form), functools.partial(_naive, form)
         ours, naive = (jax.jit(jax.grad(loss, argnums=(0, 1, 2))) for loss in losses)
         found = jax.device_get(ours(*arrays))
     plain = jax.device_get(arrays)

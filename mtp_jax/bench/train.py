@@ -11,11 +11,12 @@ import numpy as np
 
 from mtp_jax.bench.config import TrainBenchConfig
 from mtp_jax.bench.timing import interleave, ratio, summary
-from mtp_jax.config import HeadConfig, TrainConfig
-from mtp_jax.run_dir import versions
+from mtp_jax.config import TrainConfig
+from mtp_jax.data.placement import place
+from mtp_jax.heads.config import HeadConfig
+from mtp_jax.runs.layout import versions
 from mtp_jax.train.checks import check_machine
 from mtp_jax.train.costs import costs, peak_flops
-from mtp_jax.train.evaluate import place
 from mtp_jax.train.step import make_trainer
 
 NEXT_TOKEN = "next token"
@@ -29,8 +30,8 @@ def bench_train(
     A row's `step_ratio` is its step time over that of `next_token`, `predicted_ratio` the same in FLOPs.
     """
     configs = {NEXT_TOKEN: next_token(config)}
-    configs |= {f"R = {rank}": _with_head(config, dataclasses.replace(config.head, kind="cpd", rank=rank))
-                for rank in bench.ranks}  # fmt: skip
+    heads = {rank: dataclasses.replace(config.head, circuit="cpd", rank=rank) for rank in bench.ranks}
+    configs |= {f"R = {rank}": dataclasses.replace(config, head=head) for rank, head in heads.items()}
     rows, mesh = measure_steps(configs, bench.repetitions, progress), check_machine(config)
     for name, row in rows.items():
         row |= {"head": name, "step_ratio": ratio({n: r["rounds"] for n, r in rows.items()}, name, NEXT_TOKEN)}
@@ -51,13 +52,8 @@ def bench_train(
 
 def next_token(config: TrainConfig) -> TrainConfig:
     """The same trunk with an independent head of one offset, all of it trained: a next-token model by the same code."""
-    head = HeadConfig(kind="independent", window=1, rank=1, factors="full", balance="none")
-    return dataclasses.replace(_with_head(config, head), init_from="", freeze="none")
-
-
-def _with_head(config: TrainConfig, head: HeadConfig) -> TrainConfig:
-    tied = config.model.tie_embeddings and head.has_unembedding
-    return dataclasses.replace(config, head=head, model=dataclasses.replace(config.model, tie_embeddings=tied))
+    head = HeadConfig(circuit="independent", window=1, rank=1, factors="full", balance="none")
+    return dataclasses.replace(config, head=head, init_from="", freeze="none")
 
 
 def measure_steps(

@@ -1,4 +1,4 @@
-"""One file for each command of `mtp-jax`: its options as a dataclass, and `main(args)`."""
+"""Commands of `mtp-jax`, a file for each: its options as a dataclass, and `main(args)`."""
 
 from __future__ import annotations
 

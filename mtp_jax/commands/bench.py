@@ -35,7 +35,7 @@ class Decode:
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainBench:
     """Compare training steps with CPD heads to one with a next-token head; every field of the experiment can be set.
 
     Prints a table, and as the last line one JSON object.
@@ -57,7 +57,6 @@ class Data:
 
 
 def main(args: list[str]) -> None:
-    """See the module."""
     if not args or args[0] in ("-h", "--help"):
         print("usage: mtp-jax bench decode RUN [options]\n       mtp-jax bench loss [options]")
         print("       mtp-jax bench train EXPERIMENT.py [options]\n       mtp-jax bench data EXPERIMENT.py [options]")
@@ -71,10 +70,10 @@ def _decode(args: list[str]) -> None:
     use_compilation_cache()
 
     from mtp_jax.bench.decode import bench_decode, check
-    from mtp_jax.config import to_dict
-    from mtp_jax.loading import load
-    from mtp_jax.report import check_reportable, decode_table, hf_line, write_report
-    from mtp_jax.run_dir import read_config
+    from mtp_jax.bench.report import check_reportable, decode_table, hf_line, write_report
+    from mtp_jax.runs.layout import read_config
+    from mtp_jax.runs.loading import load
+    from mtp_jax.validate import to_dict
 
     if options.report:
         check_reportable(options.run)
@@ -126,7 +125,7 @@ def _loss(args: list[str]) -> None:
 
 def _train(args: list[str]) -> None:
     file, rest = split_file(args, "bench train")
-    options = parse(Train, rest, f"bench train {file}", Train(load_experiment(file)))
+    options = parse(TrainBench, rest, f"bench train {file}", TrainBench(load_experiment(file)))
     use_compilation_cache()
 
     from mtp_jax.bench.train import bench_train

@@ -13,8 +13,9 @@ import numpy as np
 import tyro
 
 from mtp_jax.commands import console, parse
-from mtp_jax.config import DataConfig, SourceConfig, at_least, choices, require
+from mtp_jax.data.config import DataConfig, SourceConfig
 from mtp_jax.registry import lookup
+from mtp_jax.validate import at_least, choices, require
 
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
@@ -74,7 +75,6 @@ class Show:
 
 
 def main(args: list[str]) -> None:
-    """See the module."""
     if not args or args[0] in ("-h", "--help"):
         print("usage: mtp-jax data prepare --source 'stories/*.txt' --out DIR [options]")
         print("       mtp-jax data show DIR [options]\n\nmtp-jax data NAME --help lists the options.")
@@ -87,7 +87,7 @@ def _prepare(args: list[str]) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from mtp_jax.data import prepare
+    from mtp_jax.data.preparation import prepare
 
     lines: list[str] = []
     columns = TextColumn("tokenising"), BarColumn(), TextColumn("{task.fields[size]}"), TimeRemainingColumn()
@@ -108,7 +108,8 @@ def _prepare(args: list[str]) -> None:
 
 def _show(args: list[str]) -> None:
     options = parse(Show, args, "data show")
-    from mtp_jax.data import Store, batches
+    from mtp_jax.data.batches import batches
+    from mtp_jax.data.store import Store
     from mtp_jax.decode.spans import visible
 
     store = Store.open(Path(options.store).expanduser())

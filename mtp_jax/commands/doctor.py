@@ -11,8 +11,9 @@ import tyro
 
 from mtp_jax.commands import console, parse, use_compilation_cache
 from mtp_jax.commands.experiment import load_experiment, split_file
-from mtp_jax.config import ConfigError, MeshConfig, TrainConfig, require
+from mtp_jax.config import MeshConfig, TrainConfig
 from mtp_jax.registry import lookup
+from mtp_jax.validate import ConfigError, require
 
 GIB, MIB = 2**30, 2**20
 
@@ -36,7 +37,6 @@ class Doctor:
 
 
 def main(args: list[str]) -> None:
-    """See the module."""
     if args in (["-h"], ["--help"]):
         print(
             "usage: mtp-jax doctor [EXPERIMENT.py [options]]\n\nmtp-jax doctor EXPERIMENT.py --help lists the options."
@@ -84,7 +84,7 @@ def short_mesh(short: str, given: MeshConfig, experiment: MeshConfig) -> MeshCon
 def _machine() -> None:
     import jax
 
-    from mtp_jax.run_dir import versions
+    from mtp_jax.runs.layout import versions
     from mtp_jax.train.costs import peak_flops
 
     print("\n".join(f"{name:18} {version}" for name, version in versions().items()))

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from mtp_jax.commands import console, parse, use_compilation_cache
-from mtp_jax.config import require
+from mtp_jax.validate import require
 
 
 @dataclass(frozen=True)
@@ -27,13 +27,12 @@ class Eval:
 
 
 def main(args: list[str]) -> None:
-    """See the module."""
     options = parse(Eval, args, "eval")
     require(options.batches is None or options.batches >= 1, f"--batches is {options.batches}; it must be at least 1.")
     use_compilation_cache()
     from rich.table import Table
 
-    from mtp_jax.loading import load
+    from mtp_jax.runs.loading import load
     from mtp_jax.train.evaluate import evaluate_run
 
     run = load(options.run, options.step, weights=options.weights)

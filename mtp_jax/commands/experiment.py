@@ -13,8 +13,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
-from mtp_jax.config import ConfigError, TrainConfig, require
+from mtp_jax.config import TrainConfig
 from mtp_jax.sweep.config import NamedSweep, Sweep
+from mtp_jax.validate import ConfigError, require
 
 
 def load_experiment(text: str) -> TrainConfig:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from mtp_jax.commands import parse, use_compilation_cache
-from mtp_jax.config import require
 from mtp_jax.decode.config import DecodeConfig
+from mtp_jax.validate import require
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from mtp_jax.loading import LoadedRun
+    from mtp_jax.runs.loading import LoadedRun
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,9 @@ class Generate:
     top_p: float = 1.0
     """Sample among the most likely tokens that together reach this mass."""
     seed: int = 0
-    k: int | None = None
-    """Drafts per forward, 0 to W-1; W-1 by default. In float32 the text does not depend on it."""
-    draft: Literal["joint", "ancestral"] = "joint"
-    """The law of drafts: of all components, or of one that is drawn, with less work."""
+    k: int | Literal["auto"] | None = None
+    """Drafts per forward, 0 to W-1; W-1 by default. auto: what is fastest for this model here, measured once and
+    remembered. In float32 the text does not depend on it."""
     stop: tuple[str, ...] = ()
     """Strings that end the text and are cut off."""
     step: int | Literal["latest", "best"] = "latest"
@@ -53,7 +52,6 @@ class Generate:
 
 
 def main(args: list[str]) -> None:
-    """See the module."""
     options = parse(Generate, args, "generate")
     require(
         (options.prompt is None) == (options.held_out > 0),
@@ -61,19 +59,21 @@ def main(args: list[str]) -> None:
         "such as --prompt 'def main():' or --held-out 3.",
     )
     use_compilation_cache()
+    import jax
     from rich.console import Console
 
-    from mtp_jax.bench.decode import held_out_prompts
-    from mtp_jax.data import prepare
+    from mtp_jax.data.preparation import prepare
+    from mtp_jax.data.prompts import held_out_prompts
     from mtp_jax.decode.text import stop_bytes
-    from mtp_jax.loading import load
-    from mtp_jax.paths import full_path
-    from mtp_jax.run_dir import read_config, run_tokenizer
+    from mtp_jax.decode.tune import tuned
+    from mtp_jax.runs.layout import read_config, run_tokenizer
+    from mtp_jax.runs.loading import load
+    from mtp_jax.runs.paths import full_path
 
     stops = stop_bytes(options.stop)
     config = read_config(options.run)
     tokenizer = run_tokenizer(options.run, config)
-    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k", "draft")
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k")
     decode = DecodeConfig(**{name: getattr(options, name) for name in names}, stop_tokens=(tokenizer.end_of_document,))
     if options.prompt is not None:
         prompts = [("", tokenizer.encode(options.prompt))]
@@ -90,6 +90,8 @@ def main(args: list[str]) -> None:
         force_terminal=forced, **colors, highlight=False, emoji=False, soft_wrap=True, record=options.held_out > 0
     )
     run = load(options.run, options.step, weights=options.weights)
+    with jax.set_mesh(run.mesh):
+        decode = tuned(run.decoder, [prompts[0][1]], decode)
     for index, (name, tokens) in enumerate(prompts):
         if name:
             console.rule(f"{name}, continued at temperature {options.temperature:g}", characters="-")
@@ -108,7 +110,7 @@ def _complete(run: LoadedRun, prompt: Any, decode: DecodeConfig, stops: list[byt
     from mtp_jax.decode.spans import Spans, print_span
 
     with jax.set_mesh(run.mesh):
-        spans = Spans(run.tokenizer, prompt, stream(run.decoder, prompt, **vars(decode)), stops)
+        spans = Spans(run.tokenizer, prompt, stream(run.decoder, prompt, decode), stops, decode.k)
         for span in spans:
             print_span(console, span)
     console.print()

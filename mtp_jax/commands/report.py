@@ -1,4 +1,4 @@
-"""`mtp-jax report RESULTS.json ... --out DIR`: what sweeps have found, as one page with figures."""
+"""`mtp-jax report RESULTS.json ... --out DIR`: what sweeps have found, as one page with a figure."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from mtp_jax.commands import parse
 
 @dataclass(frozen=True)
 class Report:
-    """Write report.md and its figures from results files of `mtp-jax sweep`: the claims of the paper, each confirmed,
-    not confirmed or undecided, with the evidence."""
+    """Write report.md and differences.png from results files of `mtp-jax sweep`: every variant against its reference,
+    with intervals."""
 
     results: Annotated[tuple[str, ...], tyro.conf.Positional]
     """The results files."""
     out: str
     """The directory of the page; files of the same names there are replaced."""
+    looks: int = 1
+    """How often these results were looked at, as 2 where more seeds were run because the first decided nothing.
+    Intervals are widened for it."""
 
 
 def main(args: list[str]) -> None:
-    """See the module."""
     options = parse(Report, args, "report")
-    from mtp_jax.results.page import write_page
+    from mtp_jax.sweep.report import write_report
 
-    print(f"Wrote {write_page(options.results, options.out)}")
+    print(f"Wrote {write_report(options.results, options.out, options.looks)}")

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from mtp_jax.commands import console, parse, use_compilation_cache
 from mtp_jax.commands.experiment import load_sweep, split_file
-from mtp_jax.config import ConfigError, require
-from mtp_jax.paths import given_path
+from mtp_jax.runs.paths import given_path
 from mtp_jax.sweep.config import NamedSweep
 from mtp_jax.sweep.records import Place, collect, write_json
+from mtp_jax.validate import ConfigError, require
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -45,7 +45,6 @@ class SweepOptions:
 
 
 def main(args: list[str]) -> None:
-    """See the module."""
     if args in (["-h"], ["--help"]):
         print("usage: mtp-jax sweep EXPERIMENT.py[@SIZE] [options]\n")
         print("mtp-jax sweep EXPERIMENT.py --help lists the options.")
@@ -58,7 +57,7 @@ def main(args: list[str]) -> None:
     place = Place(given_path(options.dir or named.directory))
     if options.only:
         use_compilation_cache()
-        from mtp_jax.sweep.run import run_one
+        from mtp_jax.commands.run_one import run_one
 
         run_one(named, _run_name(named, options.only), place)
         return

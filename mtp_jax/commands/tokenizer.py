@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mtp_jax.commands import parse
-from mtp_jax.config import ConfigError, SourceConfig, require
+from mtp_jax.data.config import SourceConfig
 from mtp_jax.registry import lookup
+from mtp_jax.validate import ConfigError, require
 
 END = "<|endoftext|>"
 SMALLEST = 257  # all bytes, and the end of a document
@@ -16,7 +17,7 @@ SAMPLE_BYTES = 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(SourceConfig):
+class TokenizerOptions(SourceConfig):
     """Make a tokenizer for --data.tokenizer hf:OUT from the training documents of a source.
 
     It is a byte-level BPE in the file format of Hugging Face: any text survives it, and <|endoftext|> ends documents.
@@ -30,7 +31,6 @@ class Train(SourceConfig):
 
 
 def main(args: list[str]) -> None:
-    """See the module."""
     if not args or args[0] in ("-h", "--help"):
         print("usage: mtp-jax tokenizer train --vocab-size N --out FILE [options]\n")
         print("mtp-jax tokenizer train --help lists the options.")
@@ -39,7 +39,7 @@ def main(args: list[str]) -> None:
 
 
 def _train(args: list[str]) -> None:
-    options = parse(Train, args, "tokenizer train")
+    options = parse(TokenizerOptions, args, "tokenizer train")
     out = Path(options.out).expanduser()
     require(
         options.vocab_size >= SMALLEST,
@@ -48,7 +48,7 @@ def _train(args: list[str]) -> None:
     require(not out.exists(), f"--out is {options.out} and exists; delete it, or give another file.")
     require(out.parent.is_dir(), f"--out is {options.out} and {out.parent} is no directory; make it first.")
 
-    from mtp_jax.data import HFTokenizer
+    from mtp_jax.data.tokenizers import HFTokenizer
 
     documents = _Documents(options)
     data = train_bpe(iter(documents), options.vocab_size)
@@ -84,9 +84,9 @@ class _Documents:
         self.sample: list[bytes] = []
 
     def __iter__(self) -> Iterator[str]:
-        from mtp_jax.data import utf8
         from mtp_jax.data.preparation import cache_dir
         from mtp_jax.data.sources import documents, is_held_out
+        from mtp_jax.data.tokenizers import utf8
 
         sampled = 0
         for _, text in documents(self.source, cache_dir(self.config) / "tfds"):

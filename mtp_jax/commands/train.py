@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import signal
 import threading
@@ -15,8 +14,9 @@ import tyro
 
 from mtp_jax.commands import parse, use_compilation_cache
 from mtp_jax.commands.experiment import default_run_dir, load_experiment, split_file
-from mtp_jax.config import PREEMPTED, TrainConfig, differences, require, shown
+from mtp_jax.config import TrainConfig
 from mtp_jax.distributed import Distributed, connect, on_first
+from mtp_jax.validate import PREEMPTED, differences, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Where:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Train(Where):
+class TrainOptions(Where):
     """Train the CONFIG of an experiment file; every field of it can be set here.
 
     With --resume the run's own config holds instead, and what is set here changes it.
@@ -47,7 +47,6 @@ class Train(Where):
 
 
 def main(args: list[str]) -> None:
-    """See the module."""
     with preempted_early():
         _main(args)
 
@@ -88,20 +87,23 @@ def _main(args: list[str]) -> None:
     if where.auto_resume and not helping:
         there = on_first(lambda: _what_is_there(where.run_dir))
     if there["resume"] or (where.auto_resume and there["overwrite"]):
-        from mtp_jax.run_dir import read_config
+        from mtp_jax.runs.layout import read_config
         from mtp_jax.train.checks import check_run_dir
 
         config = read_config(check_run_dir(where.run_dir, resume=True, overwrite=where.overwrite))
     options = parse(
-        Train, rest, f"train {file}", Train(run_dir=default.run_dir, distributed=default.distributed, config=config)
+        TrainOptions,
+        rest,
+        f"train {file}",
+        TrainOptions(run_dir=default.run_dir, distributed=default.distributed, config=config),
     )
-    from mtp_jax.train.loop import say, train
+    from mtp_jax.train.loop import train
+    from mtp_jax.train.session import say
 
     if config is not experiment:
-        head = experiment.head.adopt_shortlist(options.config.head)
         flag = "--resume" if where.resume else "--auto-resume"
-        for name, here, theirs in differences(dataclasses.replace(experiment, head=head), options.config):
-            say(f"{flag}: {name} is {shown(theirs)} in this run ({shown(here)} in {file})")
+        for name, here, theirs in differences(experiment, options.config):
+            say(f"{flag}: {name} is {theirs!r} in this run ({here!r} in {file})")
 
     use_compilation_cache()
     train(options.config, options.run_dir, **there, resume_step=options.from_step, distributed=options.distributed)
@@ -114,13 +116,13 @@ def _what_is_there(run_dir: str) -> dict[str, bool]:
     config. What it left is deleted, unless Orbax had finished a step of it: only its manifest is missing, which may
     have been lost, so the old run is set aside.
     """
-    from mtp_jax.manifest import sealed_steps
-    from mtp_jax.paths import children, full_path
-    from mtp_jax.run_dir import CHECKPOINTS_DIR
+    from mtp_jax.runs.layout import CHECKPOINTS_DIR
+    from mtp_jax.runs.manifest import sealed_steps
+    from mtp_jax.runs.paths import children, full_path
 
     path = full_path(run_dir)
     if not children(path) or sealed_steps(path / CHECKPOINTS_DIR):
         return {"resume": bool(children(path)), "overwrite": False}
-    from mtp_jax.checkpoint import unsealed_steps
+    from mtp_jax.runs.checkpoints import unsealed_steps
 
     return {"resume": False, "overwrite": True, "keep_old": bool(unsealed_steps(path))}

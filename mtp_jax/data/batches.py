@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from mtp_jax.config import require
 from mtp_jax.data.mixture import MixedDocuments, Turns
 from mtp_jax.data.permutation import permutation
 from mtp_jax.data.store import Documents
+from mtp_jax.validate import require
 
 Batch = dict[str, np.ndarray]
 

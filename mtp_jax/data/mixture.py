@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mtp_jax.config import require
 from mtp_jax.data.permutation import TURNS, permutation
 from mtp_jax.data.store import Documents, Store
+from mtp_jax.validate import require
 
 BLOCK = 4096  # sequences; a weight counts by its 4096ths
 

@@ -1,4 +1,4 @@
-"""Orders that depend on a seed alone, the same in every version of numpy."""
+"""Permutations that depend on a seed alone, the same in every version of numpy."""
 
 from __future__ import annotations
 

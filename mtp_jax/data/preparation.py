@@ -1,4 +1,4 @@
-"""Making a token store: every document of a source is tokenised once, part by part.
+"""Preparation of a token store: every document of a source is tokenised once, part by part.
 
 Parts are tokenised by any number of processes, each into a directory of its own that is renamed when complete. What an
 interruption leaves is continued, and in the end the parts are laid end to end in the order of the source: a store does
@@ -27,11 +27,12 @@ from typing import Any
 import filelock
 import numpy as np
 
-from mtp_jax.config import ConfigError, DataConfig, SourceConfig, require
+from mtp_jax.data.config import DataConfig, SourceConfig
 from mtp_jax.data.mixture import Mixture
 from mtp_jax.data.sources import DataError, Part, Source, is_held_out, load_source
 from mtp_jax.data.store import MANIFEST, SPLITS, TOKENIZER_DIR, Store
 from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
+from mtp_jax.validate import ConfigError, require
 
 FORMAT = 3
 BATCH_BYTES = 2**20  # of documents that are tokenised at once
@@ -64,7 +65,7 @@ def prepare(
       out: the directory of the store. By default it lies in the cache, named by a hash of all that its contents depend
         on, so that a changed source, tokenizer or split gets another directory and never old tokens.
       processes: how many tokenise.
-      progress: see `Progress`.
+      progress: called after each part.
 
     Raises:
       ConfigError: an unknown source or tokenizer, a split without documents, a directory that cannot be written or that
@@ -83,11 +84,7 @@ def prepare(
             _check_same(part, made)
     else:
         source = load_source(config)
-        identity = {
-            "source": config.source,
-            "fingerprint": source.fingerprint(),
-            **made,
-        }
+        identity = {"source": config.source, "fingerprint": source.fingerprint(), **made}
         cache = cache_dir(config)
         path = Path(out).expanduser().absolute() if out else cache / "tokens" / _name(config, identity)
         task = _Task(path, identity, source, tokenizer, cache / "tfds", config.valid_fraction)

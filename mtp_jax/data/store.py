@@ -1,4 +1,4 @@
-"""The token store: every document of a source, tokenised once, in memory-mapped files. `prepare` makes it.
+"""Token store: every document of a source, tokenised once, in memory-mapped files. `prepare` makes it.
 
 A store is a directory. For each split it holds the tokens end to end (`train.tokens.bin`, little-endian), the `int64`
 offsets where documents begin (`train.offsets.npy`), and their names (`train.names.jsonl`); `manifest.json` says what it
@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from mtp_jax.config import ConfigError, require
 from mtp_jax.data.tokenizers import Tokenizer, kept_tokenizer
+from mtp_jax.validate import ConfigError, require
 
 SPLITS = ("train", "valid")
 MANIFEST, TOKENIZER_DIR = "manifest.json", "tokenizer"

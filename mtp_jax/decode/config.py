@@ -1,4 +1,4 @@
-"""What is asked of decoding."""
+"""Decoding options."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
-from mtp_jax.config import HeadConfig, ModelConfig, at_least, choices, each, fraction, require
+from mtp_jax.heads.config import HeadConfig
+from mtp_jax.model.config import ModelConfig
+from mtp_jax.validate import at_least, each, require
 
 T = TypeVar("T")
 Rows: TypeAlias = T | Sequence[T]  # one value for all rows of a batch, or one for each
@@ -17,35 +19,28 @@ class DecodeConfig:
     """How prompts are continued. What has a type `Rows[...]` is one value for all rows, or a sequence of one per row.
 
     `max_new_tokens` is exact, unless one of `stop_tokens` comes first. `temperature` (0 is greedy), `top_k` (0 keeps
-    all) and `top_p` are the law that is sampled. Row i samples with `seed[i]`, or `seed + i`; its output is a function
-    of that and its prompt alone. `k` is the most drafts per forward, 0..W-1 (default W-1); a forward is as wide as the
-    largest of them. A row stops drafting before a token whose law (the head's, given the drafts before it) has no
-    probability of `min_confidence` or more. `verifier` names an entry of `mtp_jax.decode.verify.VERIFIERS`.
-    Drafts are of the `joint` law, or `ancestral`: of one component, drawn from its posterior, with an R-th of the
-    draft's products with the unembedding (`shared`; of `lowrank` and `lora` those of the corrections) and somewhat
-    lower acceptance; or `unconditioned`: of the joint law that knows not which token the target chose, to measure what
-    knowing it is worth.
+    all) and `top_p` are the law that is sampled. Row i samples with `seed[i]`, or `seed + i` (default 0); its output is
+    a function of that and its prompt alone. `k` is the most drafts per forward, 0..W-1 (default W-1); a forward is as
+    wide as the largest of them. "auto" is the k that is fastest for this model on this device: it is measured once,
+    before the first request of its kind, and remembered. `verifier` names an entry of
+    `mtp_jax.decode.verify.VERIFIERS`; of `token` and `block` the output depends on k too.
     """
 
     max_new_tokens: Rows[int]
     temperature: Rows[float] = 0.0
     top_k: Rows[int] = 0
     top_p: Rows[float] = 1.0
-    seed: Rows[int] = 0
-    k: Rows[int] | None = None
-    min_confidence: Rows[float] = 0.0
+    seed: Rows[int] | None = None
+    k: Rows[int] | Literal["auto"] | None = None
     verifier: str | None = None
-    draft: Literal["joint", "ancestral", "unconditioned"] = "joint"
     stop_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
-        choices(self)
         at_least(self, 1, "max_new_tokens")
-        at_least(self, 0, "temperature", "top_k", "seed")
-        fraction(self, "min_confidence")
+        at_least(self, 0, "temperature", "top_k", *(() if self.seed is None else ("seed",)))
         require(
-            not isinstance(self.k, str),
-            f"DecodeConfig.k is {self.k!r}; give numbers. Only `generate` has k='adaptive'.",
+            not isinstance(self.k, str) or self.k == "auto",
+            f"DecodeConfig.k is {self.k!r}; give a number of drafts, one for each row, or 'auto'.",
         )
         for temperature in each(self.temperature):
             require(
@@ -70,21 +65,26 @@ class DecodeConfig:
         """The verifier's name: by default `greedy` at temperature 0 and `coupled` above."""
         return self.verifier or ("greedy" if self.greedy else "coupled")
 
+    @property
+    def seeds(self) -> Rows[int]:
+        """`seed`, or 0 where none was given."""
+        return 0 if self.seed is None else self.seed
+
     def check(self, model: ModelConfig, head: HeadConfig, prompts: Sequence[Any]) -> None:
         """Refuse what such a model cannot decode. Each of `prompts` is a sequence of token ids."""
         window, vocab, context = head.window, model.vocab_size, model.context_length
         require(len(prompts) > 0, "There are no prompts; give at least one.")
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k", "min_confidence"):
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k"):
             value = getattr(self, name)
             require(
-                not hasattr(value, "__len__") or len(value) == len(prompts),
+                isinstance(value, str) or not hasattr(value, "__len__") or len(value) == len(prompts),
                 f"{name} has {len(each(value))} values and there are {len(prompts)} prompts; give one for each, or "
                 "one value for all.",
             )
-        for k in each(self.k) if self.k is not None else []:
+        for k in [] if self.k is None or isinstance(self.k, str) else each(self.k):
             require(0 <= k < window, f"k is {k} and the head's window is {window}; k must lie in 0..{window - 1}.")
-        most = 2**32 - (1 if hasattr(self.seed, "__len__") else len(prompts))
-        for seed in each(self.seed):
+        most = 2**32 - (1 if hasattr(self.seeds, "__len__") else len(prompts))
+        for seed in each(self.seeds):
             require(seed <= most, f"seed is {seed}; row i samples with seed + i, so it must lie in 0..{most}.")
         new = each(self.max_new_tokens)
         for i, prompt in enumerate(prompts):

@@ -1,4 +1,4 @@
-"""The target law: temperature, top-k and top-p, by one function for plain and for speculative decoding."""
+"""Law of the target: temperature, top-k and top-p, by one function for plain and for speculative decoding."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax import Array
 
 from mtp_jax.sharding import RULES
 
-CHOOSE, ACCEPT, COMPONENT = 0, 1, 2  # what randomness is for
+CHOOSE, ACCEPT = 0, 1  # what randomness is for
 NEVER = -1e30  # the logit of a token that is ruled out; finite, so that differences stay numbers
 
 
@@ -76,7 +76,7 @@ def gumbel(key_B: Array, positions_BT: Array, vocab_size: int) -> Array:
 def block_keys(sampling: Sampling, start_B: Array, purpose: int) -> Array:
     """Keys `[B]` for what is drawn once for the block of drafts that starts at these absolute positions.
 
-    `purpose` is CHOOSE, ACCEPT or COMPONENT.
+    `purpose` is CHOOSE or ACCEPT.
     """
     return jax.vmap(lambda key, start: jax.random.fold_in(jax.random.fold_in(key, start), purpose))(
         sampling.key_B, start_B

@@ -1,86 +1,95 @@
-"""Prefill and the compiled loop: forward, verify, commit, draft."""
+"""Decoding loop: prefill, then forward, verify, commit, draft in one compiled `while`."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from mtp_jax.decode import pick
-from mtp_jax.decode.law import COMPONENT, Sampling, block_keys
+from mtp_jax import arrays
+from mtp_jax.decode.decoder import Decoder
+from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.state import DecodeState, Stops
 from mtp_jax.decode.verify import get_verifier
 from mtp_jax.decode.verify.base import leading
+from mtp_jax.heads.base import Draft, Head, Seen
 from mtp_jax.model.cache import Cache, init_cache
-from mtp_jax.model.transformer import LanguageModel
 from mtp_jax.sharding import RULES
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a loop is compiled for: `k` drafts per forward, the verifier, cache `slots`, whether top-k/p are used, and
-    the kind of drafts (see `DecodeConfig.draft`).
+    """What a loop is compiled for: `k` drafts per forward, the verifier, cache `slots`, whether top-k/p are used.
 
-    `window`: attention reads the first so many slots only; None: all. The loop stops before a row grows out of it.
+    `attended`: attention reads the first so many slots only; None: all. The loop stops before a row grows out of them.
     """
 
     k: int
     verifier: str
     slots: int
     filtered: bool = False
-    draft: str = "joint"
-    window: int | None = None
+    attended: int | None = None
 
     def fits(self, length_B: Array, done_B: Array) -> Array:
-        """Whether the next forward of every live row lies in the window; what ended rows compute is not looked at."""
-        return jnp.all(done_B | (length_B + self.k <= (self.window or self.slots)))
+        """Whether attention reaches the next forward of every live row; what ended rows compute is not looked at."""
+        return jnp.all(done_B | (length_B + self.k <= (self.attended or self.slots)))
 
 
 class Limits(NamedTuple):
-    """Where rows end and how much they draft: `limit_B`, `most_B` and `confidence_B` of `DecodeState`."""
+    """Where rows end and how much they draft: `limit_B` and `most_B` of `DecodeState`."""
 
     length_B: Array
     most_B: Array
-    confidence_B: Array | None = None
 
 
 def prefill(
-    plan: Plan,
-    model: LanguageModel,
-    prompt_BP: Array,
-    length_B: Array,
-    limits: Limits,
-    sampling: Sampling,
-    stops: Stops,
+    plan: Plan, decoder: Decoder, prompt_BP: Array, length_B: Array, limits: Limits, sampling: Sampling, stops: Stops
 ) -> DecodeState:
     """Read the prompts (padded on the right to P, `length_B` tokens each), commit one token and draft k."""
-    x_BD, cache = read(model, prompt_BP, length_B, plan.slots)
-    return begin(plan, model, x_BD, cache, prompt_BP, length_B, limits, sampling, stops)
+    drafts = plan.k > 0 and decoder.head.has_cache
+    last, caches = read(decoder, prompt_BP, length_B, plan.slots, drafts)
+    return begin(plan, decoder, last, caches, prompt_BP, length_B, limits, sampling, stops)
 
 
-@functools.partial(jax.jit, static_argnames="slots")
-def read(model: LanguageModel, prompt_BP: Array, length_B: Array, slots: int) -> tuple[Array, Cache]:
-    """The hidden state of each prompt's last token, and a cache of `slots` positions that holds the prompts.
+@functools.partial(jax.jit, static_argnames=("slots", "drafts"))
+def read(
+    decoder: Decoder, prompt_BP: Array, length_B: Array, slots: int, drafts: bool = False
+) -> tuple[Last, tuple[Cache, Any]]:
+    """What the trunk saw of each prompt's last token, and caches of `slots` positions that hold the prompts.
 
-    Padding is never seen: what it leaves in the cache lies behind `length_B` and is overwritten before it is read.
+    Padding is never seen: what it leaves in the caches lies behind `length_B` and is overwritten before it is read.
+    The head's cache is filled if `drafts`; the entry of the last token, whose next one is not known, is garbage.
     """
     batch, width = prompt_BP.shape
-    cache = init_cache(model.config, batch, slots)
-    x_BPD, cache = model.extend(prompt_BP, cache, jnp.zeros_like(length_B), width)
-    return pick.at(x_BPD, length_B - 1), cache
+    cache, start_B = init_cache(decoder.config, batch, slots), jnp.zeros_like(length_B)
+    seen, cache = decoder.extend(prompt_BP, cache, start_B, width)
+    head_cache: Any = ()
+    if drafts:
+        next_BP = jnp.pad(prompt_BP[:, 1:], ((0, 0), (0, 1)))
+        head_cache, _ = decoder.head.extend(decoder.head.init_cache(batch, slots), seen, next_BP, start_B, None)
+    last = seen.at(length_B - 1)
+    return Last(last.x_BTD, last.tokens_BT, last.taps), (cache, head_cache)
 
 
-@functools.partial(jax.jit, static_argnames="plan", donate_argnames="cache")
+class Last(NamedTuple):
+    """What the trunk saw of each prompt's last token, as arrays (`Seen` has functions in it)."""
+
+    x_B1D: Array
+    tokens_B1: Array
+    taps: tuple[Array, ...]
+
+
+@functools.partial(jax.jit, static_argnames="plan", donate_argnames="caches")
 def begin(
     plan: Plan,
-    model: LanguageModel,
-    x_BD: Array,
-    cache: Cache,
+    decoder: Decoder,
+    last: Last,
+    caches: tuple[Cache, Any],
     prompt_BP: Array,
     length_B: Array,
     limits: Limits,
@@ -101,56 +110,56 @@ def begin(
         draft_Bk=prompt_BP[:, :0],
         draft_len_B=jnp.zeros_like(length_B),
         most_B=limits.most_B,
-        confidence_B=limits.confidence_B,
-        noise_BTV=get_verifier(plan.verifier).noise(sampling, length_B, 1, model.config.vocab_size),
+        noise_BTV=get_verifier(plan.verifier).noise(sampling, length_B, 1, decoder.config.vocab_size),
         logq_BkV=None,
-        cache=cache,
+        cache=caches[0],
+        head_cache=caches[1],
         forwards_B=jnp.zeros_like(length_B),
         drafted_Bk=counts_Bk,
         accepted_Bk=counts_Bk,
     )
-    return advance(plan, model, state, x_BD[:, None], sampling, stops)
+    return advance(plan, decoder, state, decoder.seen(*last), sampling, stops)
 
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
 def run(
-    plan: Plan, model: LanguageModel, state: DecodeState, sampling: Sampling, stops: Stops, max_forwards: Array
+    plan: Plan, decoder: Decoder, state: DecodeState, sampling: Sampling, stops: Stops, max_forwards: Array
 ) -> DecodeState:
     """Decode until every row is done, or for `max_forwards` forwards: a small budget streams, re-entering this
-    executable. It returns early too when a row has grown out of the plan's window."""
+    executable. It returns early too when a row has grown out of what attention reads."""
 
     def live(carry: tuple[Array, DecodeState]) -> Array:
         forwards, state = carry
         return (forwards < max_forwards) & ~jnp.all(state.done_B) & plan.fits(state.length_B, state.done_B)
 
     def iterate(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-        return carry[0] + 1, step(plan, model, carry[1], sampling, stops)
+        return carry[0] + 1, step(plan, decoder, carry[1], sampling, stops)
 
     return lax.while_loop(live, iterate, (jnp.zeros((), jnp.int32), state))[1]
 
 
-def step(plan: Plan, model: LanguageModel, state: DecodeState, sampling: Sampling, stops: Stops) -> DecodeState:
+def step(plan: Plan, decoder: Decoder, state: DecodeState, sampling: Sampling, stops: Stops) -> DecodeState:
     """One iteration: a forward of k + 1 tokens, then `advance`."""
-    last_B1 = pick.at(state.tokens_BS, state.length_B - 1)[:, None]
+    last_B1 = arrays.at(state.tokens_BS, state.length_B - 1)[:, None]
     inputs_BT = jnp.concatenate([last_B1, state.draft_Bk], axis=1)
-    x_BTD, cache = model.extend(inputs_BT, state.cache, state.length_B - 1, plan.window)
+    seen, cache = decoder.extend(inputs_BT, state.cache, state.length_B - 1, plan.attended)
     state = dataclasses.replace(state, cache=cache, forwards_B=state.forwards_B + ~state.done_B)
-    return advance(plan, model, state, x_BTD, sampling, stops)
+    return advance(plan, decoder, state, seen, sampling, stops)
 
 
 def advance(
-    plan: Plan, model: LanguageModel, state: DecodeState, x_BTD: Array, sampling: Sampling, stops: Stops
+    plan: Plan, decoder: Decoder, state: DecodeState, seen: Seen, sampling: Sampling, stops: Stops
 ) -> DecodeState:
-    """Verify the drafts against the target at the T positions of `x_BTD`, commit, and draft anew.
+    """Verify the drafts against the target at the T positions that were seen, commit, and draft anew.
 
     A row commits its accepted drafts and the target's token after them, cut at its limit and behind the first token
     that is a stop, or whose probability is not a number. Every live row commits at least one token.
     """
-    verifier, width = get_verifier(plan.verifier), x_BTD.shape[1]
-    logp_BTV, first_BTRV = model.head.target_state(x_BTD)
+    verifier, width = get_verifier(plan.verifier), seen.x_BTD.shape[1]
+    logp_BTV, memo = decoder.target(seen)
     logits_BTV = verifier.law(logp_BTV, sampling, filtered=plan.filtered)
     tokens_BT, accepted_B = verifier.verify(logits_BTV, state, sampling)
-    logp_BT = pick.log_prob(logp_BTV, tokens_BT)
+    logp_BT = arrays.log_prob(logp_BTV, tokens_BT)
 
     broken_BT = jnp.isnan(logp_BT)
     ends_BT = stops.hit(tokens_BT) | broken_BT
@@ -160,7 +169,7 @@ def advance(
     accepted_Bk = offsets_1k < accepted_B[:, None]
     count_B = 1 + leading(accepted_Bk & ~ends_BT[:, :-1] & (offsets_1k + 1 < room_B1))
     committed_BT, live_B = offsets_1T < count_B[:, None], ~state.done_B
-    length_B = state.length_B + jnp.where(live_B, count_B, 0)
+    start_B, length_B = state.length_B - 1, state.length_B + jnp.where(live_B, count_B, 0)
 
     if state.draft_Bk.shape[1]:
         drafted_Bk = (offsets_1k < state.draft_len_B[:, None]) & live_B[:, None]
@@ -170,7 +179,6 @@ def advance(
             state, drafted_Bk=state.drafted_Bk + drafted_Bk, accepted_Bk=state.accepted_Bk + accepted_Bk
         )
 
-    last_B = count_B - 1
     state = dataclasses.replace(
         state,
         # What lies behind the new length is garbage that is overwritten before it is committed.
@@ -181,62 +189,45 @@ def advance(
         done_B=state.done_B | jnp.any(ends_BT & committed_BT, axis=1) | (length_B >= state.limit_B),
         noise_BTV=verifier.noise(sampling, length_B, plan.k + 1, logits_BTV.shape[-1]),
     )
-    first_BRV = None if first_BTRV is None else pick.at(first_BTRV, last_B)
-    return draft(plan, model, state, pick.at(x_BTD, last_B), pick.at(tokens_BT, last_B), sampling, first_BRV)
+    if plan.k == 0:
+        return dataclasses.replace(state, draft_Bk=tokens_BT[:, :0])
+    # Whether a draft was right is known now, and with it the token behind every position that stays.
+    head_cache, memo = decoder.head.extend(state.head_cache, seen, tokens_BT, start_B, memo)
+    last_B = count_B - 1
+    drafting = decoder.head.begin(
+        seen.at(last_B),
+        arrays.at(tokens_BT, last_B),
+        window=plan.k + 1,
+        cache=head_cache,
+        position_B=start_B + last_B,
+        memo=jax.tree.map(lambda a: arrays.at(a, last_B), memo),
+    )
+    return draft(plan, decoder.head, dataclasses.replace(state, head_cache=head_cache), drafting, sampling)
 
 
-def draft(
-    plan: Plan,
-    model: LanguageModel,
-    state: DecodeState,
-    x_BD: Array,
-    token_B: Array,
-    sampling: Sampling,
-    first_BRV: Array | None,
-) -> DecodeState:
-    """Put k drafts into the state, from the joint law at the last accepted position given the target's token there.
+def draft(plan: Plan, head: Head, state: DecodeState, drafting: Draft, sampling: Sampling) -> DecodeState:
+    """Put k drafts into the state.
 
     Sequential conditionals: each draft is chosen as the target will choose (same law, same noise), then conditioned on.
     How many of them a row uses depends on what is known before they are drawn, or the output's law would change.
     """
-    if plan.k == 0:
-        return dataclasses.replace(state, draft_Bk=token_B[:, None][:, :0])
-    verifier, head = get_verifier(plan.verifier), model.head
-    ancestral = plan.draft == "ancestral"
-    joint = head.draft_state(x_BD, 1 if ancestral else plan.k + 1, first_BRV)
-    joint = joint.skip() if plan.draft == "unconditioned" else head.condition(joint, token_B)
-    if ancestral:
-        component_B = draw_component(joint.log_alpha_BR, sampling, state.length_B)
-        joint = head.component_state(joint, x_BD, component_B, plan.k + 1)
-    # The last token of a row is the target's own.
-    most_B = jnp.minimum(state.most_B, jnp.maximum(state.limit_B - state.length_B - 1, 0))
-    drafts, laws, sure = [], [], []
+    verifier = get_verifier(plan.verifier)
+    drafts, laws = [], []
     for i in range(plan.k):
-        logq_BV = head.next_log_probs(joint)
-        logits_B1V = verifier.law(logq_BV[:, None], sampling, filtered=plan.filtered)
+        logits_B1V = verifier.law(head.next_log_probs(drafting)[:, None], sampling, filtered=plan.filtered)
         noise_B1V = None if state.noise_BTV is None else state.noise_BTV[:, i : i + 1]
         drafts.append(verifier.choose(logits_B1V, noise_B1V)[:, 0])
         if verifier.keeps_q:
             laws.append(jax.nn.log_softmax(logits_B1V, axis=-1))
-        if state.confidence_B is not None:
-            sure.append(jnp.max(logq_BV, axis=-1) >= jnp.log(state.confidence_B))
         if i + 1 < plan.k:
-            joint = head.condition(joint, drafts[-1])
-    if sure:
-        most_B = jnp.minimum(most_B, leading(jnp.stack(sure, axis=1)))
+            drafting = head.condition(drafting, drafts[-1])
     return dataclasses.replace(
         state,
         draft_Bk=jnp.stack(drafts, axis=1),
-        draft_len_B=most_B,
+        # The last token of a row is the target's own.
+        draft_len_B=jnp.minimum(state.most_B, jnp.maximum(state.limit_B - state.length_B - 1, 0)),
         logq_BkV=jnp.concatenate(laws, axis=1) if laws else None,
     )
-
-
-def draw_component(log_alpha_BR: Array, sampling: Sampling, start_B: Array) -> Array:
-    """A component of each row, `[B]`: from its posterior; the likeliest at temperature 0."""
-    rank = log_alpha_BR.shape[-1]
-    noise_BR = jax.vmap(lambda key: jax.random.gumbel(key, (rank,)))(block_keys(sampling, start_B, COMPONENT))
-    return jnp.argmax(log_alpha_BR + jnp.where(sampling.temperature_B[:, None] > 0, noise_BR, 0.0), axis=-1)
 
 
 def _put(array_BS: Array, new_BT: Array, start_B: Array) -> Array:

@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from mtp_jax.config import require
 from mtp_jax.decode.config import DecodeConfig
-from mtp_jax.decode.generate import Prompt, bucket, for_decoding, make_request, start
-from mtp_jax.decode.loop import run
-from mtp_jax.model.block import Block
-from mtp_jax.model.transformer import LanguageModel
+from mtp_jax.decode.decoder import for_decoding
+from mtp_jax.decode.decoding import Decoding, Prompt, bucket
+from mtp_jax.language_model import LanguageModel
+from mtp_jax.validate import require
 
-SHARED = "verifier", "draft", "stop_tokens", "min_confidence"  # options that belong to all rows
+SHARED = "verifier", "stop_tokens"  # options that belong to all rows
 
 Rows = TypeVar("Rows")  # a tree of arrays whose first axis is the batch
 
@@ -68,9 +67,9 @@ class Slots:
           size: rows of the batch.
           max_prompt: the longest prompt, in tokens.
           max_new: the most new tokens of a request, which it gets if it does not say.
-          options: the fields of `DecodeConfig`, one value each. `verifier`, `draft`, `stop_tokens` and
-            `min_confidence` hold for all requests; `k` is the most drafts of any; the others are what requests
-            have that do not say. Request i samples with `seed + i`.
+          options: the fields of `DecodeConfig`, one value each. `verifier` and `stop_tokens` hold for all requests;
+            `k` is the most drafts of any, a number; the others are what requests have that do not say. Request i
+            samples with `seed + i`.
 
         Raises:
           ConfigError: a bad value; the message names it and what is allowed.
@@ -82,18 +81,18 @@ class Slots:
         require(
             devices == 1, f"Slots: the mesh has {devices} data x fsdp devices and they decode on 1; make one of each."
         )
-        self._model = model if not isinstance(model.blocks, Block) else for_decoding(model)
+        self._decoder = for_decoding(model)
         self._max_prompt, self._max_new = max_prompt, max_new
         self._config = DecodeConfig(**{"max_new_tokens": max_new, **options})
+        _number(self._config)
         self._config.check(model.config, model.head.config, [[0]])
         _fits("max_new_tokens", self._config.max_new_tokens, "max_new", max_new)
         # An idle slot holds a row that has ended, with its one token.
-        idle = make_request(self._model, [[0]], dataclasses.replace(self._config, max_new_tokens=1))
+        config = dataclasses.replace(self._config, max_new_tokens=1)
+        idle, self._batch = (Decoding(self._decoder, [[0]] * rows, config) for rows in (1, size))
         slots = bucket(max_prompt) + bucket(max_new) + model.head.config.window
-        self._plan = dataclasses.replace(idle.plan, slots=slots, filtered=False)
-        self._stops = idle.stops
-        idle = dataclasses.replace(idle, plan=self._plan)
-        self._batch = _repeat((start(self._model, idle), idle.sampling), size)
+        self._plan = idle.plan = dataclasses.replace(idle.plan, slots=slots, filtered=False)
+        self._batch.state, self._batch.sampling = _repeat((idle.state, idle.sampling), size)
         self._rows: list[_Row | None] = [None] * size
         self._queue: collections.deque[_Row] = collections.deque()
         self._submitted = 0
@@ -115,14 +114,15 @@ class Slots:
         """
         for name in SHARED:
             require(name not in options, f"{name} belongs to all requests; give it to Slots(...), not to submit.")
-        seed = self._config.seed + self._submitted  # type: ignore[operator]
+        seed = self._config.seeds + self._submitted  # type: ignore[operator]
         config = dataclasses.replace(self._config, verifier=None, **{"seed": seed, **options})
+        _number(config)
         require(
             self._plan.verifier != "greedy" or config.greedy,
             f"temperature is {config.temperature} and these slots are greedy; make them with verifier='coupled'.",
         )
         config = dataclasses.replace(config, verifier=self._plan.verifier)
-        config.check(self._model.config, self._model.head.config, [prompt])
+        config.check(self._decoder.config, self._decoder.head.config, [prompt])
         _fits("The prompt's length", len(prompt), "max_prompt", self._max_prompt)
         _fits("max_new_tokens", config.max_new_tokens, "max_new", self._max_new)
         _fits("k", config.k or 0, "k", self._plan.k)
@@ -140,10 +140,9 @@ class Slots:
             if row is None and self._queue:
                 self._rows[slot] = self._fill(slot, self._queue.popleft())
         live = [row for row in self._rows if row]
-        plan = dataclasses.replace(self._plan, filtered=any(_filters(row.config) for row in live))
-        state, sampling = self._batch
-        state = run(plan, self._model, state, sampling, self._stops, np.int32(max_forwards))
-        self._batch = state, sampling
+        self._batch.plan = dataclasses.replace(self._plan, filtered=any(_filters(row.config) for row in live))
+        self._batch.enter(max_forwards)
+        state = self._batch.state
         tokens_BS, logp_BS, length_B, done_B, finite_B = jax.device_get(
             (state.tokens_BS, state.logp_BS, state.length_B, state.done_B, state.finite_B)
         )
@@ -162,11 +161,21 @@ class Slots:
 
     def _fill(self, slot: int, row: _Row) -> _Row:
         """Prefill the request alone, as `generate` does, and put it into the batch."""
-        request = make_request(self._model, [row.prompt], row.config)
-        plan = dataclasses.replace(self._plan, filtered=request.plan.filtered)
-        request = dataclasses.replace(request, plan=plan)
-        self._batch = _insert(self._batch, (start(self._model, request), request.sampling), np.int32(slot))
+        alone = Decoding(self._decoder, [row.prompt], row.config)
+        alone.plan = dataclasses.replace(self._plan, filtered=alone.plan.filtered)
+        batch = self._batch
+        batch.state, batch.sampling = _insert(
+            (batch.state, batch.sampling), (alone.state, alone.sampling), np.int32(slot)
+        )
         return row
+
+
+def _number(config: DecodeConfig) -> None:
+    require(
+        not isinstance(config.k, str),
+        f"Slots: k is {config.k!r}, and the loop is compiled before requests come; give a number, such as the `k` of "
+        "what generate(..., k='auto') returns.",
+    )
 
 
 def _fits(name: str, value: Any, bound: str, most: int) -> None:

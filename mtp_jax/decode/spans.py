@@ -1,4 +1,4 @@
-"""Which parts of a continuation were accepted drafts: spans of text, for the terminal and for a page."""
+"""Spans of text: which parts of a continuation were accepted drafts, for the terminal and for a page."""
 
 from __future__ import annotations
 
@@ -38,12 +38,18 @@ class Spans:
       forwards: for each forward, the first of which is prefill, (the new tokens, how many of them were accepted
         drafts), as `mtp_jax.decode.generate.stream` gives them.
       stops: what ends the text and is cut off, in bytes.
+      k: the drafts per forward, for the summary; None: it is not said.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, prompt: Any, forwards: Iterable[tuple[Any, int]], stops: Sequence[bytes] = ()
+        self,
+        tokenizer: Tokenizer,
+        prompt: Any,
+        forwards: Iterable[tuple[Any, int]],
+        stops: Sequence[bytes] = (),
+        k: Any = None,
     ):
-        self._tokenizer, self._prompt, self._parts, self._stops = tokenizer, prompt, forwards, stops
+        self._tokenizer, self._prompt, self._parts, self._stops, self._k = tokenizer, prompt, forwards, stops, k
         self.forwards, self.emitted, self.drafts = -1, 0, 0
 
     def __iter__(self) -> Iterator[Span]:
@@ -78,7 +84,7 @@ class Spans:
         per_forward = (self.emitted - 1) / max(1, self.forwards)
         return (
             f"[{self.emitted} tokens, {self.drafts} of them accepted drafts; {self.forwards} forwards after prefill, "
-            f"{per_forward:.2f} tokens per forward]"
+            f"{per_forward:.2f} tokens per forward{'' if self._k is None else f', k = {self._k}'}]"
         )
 
 

@@ -1,8 +1,9 @@
-"""What one decode iteration hands to the next."""
+"""State of decoding: what one iteration hands to the next."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,10 +21,10 @@ class DecodeState:
     each token that was decoded. `finite_B`: whether all of those are numbers.
     `limit_B`: the length at which a row ends. `done_B`: rows that have ended; they are frozen.
     `draft_Bk`: drafts for the positions from `length_B`. `draft_len_B`: how many of them the row uses; the others are
-    not looked at. `most_B`: the most that it may ever use. `confidence_B`: drafting stops before a token whose law has
-    no probability as high as that; None if it never does.
+    not looked at. `most_B`: the most that it may ever use.
     `noise_BTV`: the verifier's noise for the k + 1 positions from `length_B`, or None.
     `logq_BkV`: the laws that the drafts were drawn from, for verifiers that ask for them, or None.
+    `cache`: the trunk's. `head_cache`: the head's own, an empty tree if it has none or nothing is drafted.
     `forwards_B`: target forwards of each row while it was live, prefill excluded. `drafted_Bk`, `accepted_Bk`: how
     often a draft at each offset was used, and accepted.
     """
@@ -37,10 +38,10 @@ class DecodeState:
     draft_Bk: Array
     draft_len_B: Array
     most_B: Array
-    confidence_B: Array | None
     noise_BTV: Array | None
     logq_BkV: Array | None
     cache: Cache
+    head_cache: Any
     forwards_B: Array
     drafted_Bk: Array
     accepted_Bk: Array

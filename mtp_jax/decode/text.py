@@ -1,18 +1,17 @@
-"""Text in, text out. Stop strings are looked for on the host, between short runs of the loop."""
+"""Text completion. Stop strings are looked for on the host, between short runs of the loop."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
-from mtp_jax.config import require
 from mtp_jax.data.tokenizers import Tokenizer
 from mtp_jax.decode.config import DecodeConfig
-from mtp_jax.decode.generate import make_request, proceed, put_rows, result, start
-from mtp_jax.model.transformer import LanguageModel
+from mtp_jax.decode.decoding import ENDLESS
+from mtp_jax.decode.generate import begin
+from mtp_jax.language_model import LanguageModel
+from mtp_jax.validate import require
 
 FORWARDS = 16  # between two looks at the text
 
@@ -39,30 +38,32 @@ def held_back(text: bytes, stops: Sequence[bytes]) -> int:
 
 
 def continue_text(
-    model: LanguageModel, tokenizer: Tokenizer, texts: Sequence[str], stop: str | Sequence[str] = (), **options: Any
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    config: DecodeConfig,
+    stop: str | Sequence[str] = (),
 ) -> list[str]:
     """Continue every text, up to and without the first of its stop strings.
 
     A row with a stop string ends at most `FORWARDS` forwards behind it; what it decodes there is thrown away.
 
     Args:
-      model: one that `for_decoding` has laid out, its mesh in scope.
+      model: as in `generate`, its mesh in scope.
       tokenizer: its tokenizer.
       texts: the prompts.
+      config: how they are continued.
       stop: stop strings, one or several. They are found in bytes, wherever tokens begin and end.
-      options: the fields of `DecodeConfig`.
 
     Raises:
       ConfigError: a bad value; the message names it and what is allowed.
     """
     stops = stop_bytes(stop)
-    request = make_request(model, [tokenizer.encode(text) for text in texts], DecodeConfig(**options))
-    state = start(model, request)
+    decoding = begin(model, [tokenizer.encode(text) for text in texts], config)
     while True:
-        rows = [tokenizer.decode_bytes(row) for row in result(request, state).tokens]
+        rows = [tokenizer.decode_bytes(row) for row in decoding.result().tokens]
         ends = [find_stop(row, stops) for row in rows]
-        done_B = np.asarray(state.done_B) | np.array([end is not None for end in ends])
-        if done_B.all():
+        decoding.end(np.array([end is not None for end in ends]))
+        if decoding.done:
             return [row[:end].decode("utf-8", "replace") for row, end in zip(rows, ends, strict=True)]
-        state = dataclasses.replace(state, done_B=put_rows(done_B))
-        state = proceed(model, request, state, FORWARDS) if stops else proceed(model, request, state)
+        decoding.advance(FORWARDS if stops else ENDLESS)

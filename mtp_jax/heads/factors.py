@@ -1,4 +1,4 @@
-"""The factors p_rs(x_s | h) of a head: four ways to give R x W logits vectors of size V to one hidden state.
+"""Factors p_rs(x_s | h) of a mixture: four ways to give R x W logits vectors of size V to one hidden state.
 
 | factors | logits at (r, s) | forward FLOPs per position |
 | --- | --- | --- |
@@ -7,7 +7,7 @@
 | `lowrank` | U A_s h + (U B) C_rs h | 2 W V (D + R E) + 2 W D (D + R E); U B once per call, or once for decoding |
 | `lora` | U_s h + B C_rs h | 2 W V (D + R E) + 2 W D R E |
 
-U is the head's unembedding. Components are drawn per offset, copied over R and told apart by a little noise.
+U is the model's vocabulary table. Components are drawn per offset, copied over R and told apart by a little noise.
 """
 
 from __future__ import annotations
@@ -18,27 +18,29 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
-from jax.sharding import PartitionSpec as P
 
-from mtp_jax.config import HeadConfig, ModelConfig
-from mtp_jax.decode import pick
-from mtp_jax.model.layers import init_weight, product
+from mtp_jax.heads.config import HeadConfig
+from mtp_jax.model.config import ModelConfig
+from mtp_jax.model.layers import product
 from mtp_jax.model.output_major import OutputMajor
-from mtp_jax.sharding import RULES, gather
+from mtp_jax.parameters import init_weight
+from mtp_jax.sharding import gather
 
 Tables = dict[str, Any]
 
 
 class Factors(nnx.Module):
-    """Parameters of the factors; the form of `mtp_jax.losses.mixture` that says how logits come from them.
+    """Parameters of the factors; a `losses.tiles.Form`, which says how logits come from them.
 
     `STACKED` names the parameters that have a W axis, and where. `unstack` turns each into a list over offsets.
+    `THROUGH_TABLE`: logits go through the model's vocabulary table, which is then among the tables as `unembed_VD`.
     """
 
     STACKED: ClassVar[dict[str, int]] = {}
+    THROUGH_TABLE: ClassVar[bool] = False
 
     def __init__(self, head: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
-        raise TypeError("Factors is the interface; use one of FACTORS.")
+        raise NotImplementedError
 
     @staticmethod
     def tables(params: Tables) -> Tables:
@@ -48,22 +50,17 @@ class Factors(nnx.Module):
     @staticmethod
     def logits(tables: Tables, x_BTD: Array) -> Array:
         """`[B, T, R, W, V]` in float32."""
-        raise TypeError("Factors is the interface; use one of FACTORS.")
-
-    @classmethod
-    def of_component(cls, tables: Tables, x_B1D: Array, component_B: Array) -> Array:
-        """The logits of one component of each row, `[B, 1, 1, W, V]`: where components share a table, for less."""
-        return pick.at(cls.logits(tables, x_B1D)[:, 0], component_B)[:, None, None]
+        raise NotImplementedError
 
     @staticmethod
     def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
         """FLOPs of the logits of one position, all R and W."""
-        raise TypeError("Factors is the interface; use one of FACTORS.")
+        raise NotImplementedError
 
     @staticmethod
-    def frozen_flops(head: HeadConfig, model: ModelConfig, table: bool) -> int:
-        """FLOPs per position that backward saves where hidden states need no gradient, nor, with `table`, U."""
-        raise TypeError("Factors is the interface; use one of FACTORS.")
+    def frozen_flops(head: HeadConfig, model: ModelConfig) -> int:
+        """FLOPs per position that backward saves where neither hidden states nor U need a gradient."""
+        raise NotImplementedError
 
     def params(self) -> Tables:
         """The parameters by name; those of which each offset has its own, if `unstack` made it so, in lists."""
@@ -97,11 +94,11 @@ class Factors(nnx.Module):
             setattr(self, name, nnx.List([nnx.Param(offset) for offset in offsets]))
 
 
-def _copies(rngs: nnx.Rngs, shape_DRWX: tuple[int, ...], noise: float, spec: P) -> nnx.Param[Array]:
+def _copies(rngs: nnx.Rngs, name: str, shape_DRWX: tuple[int, ...], noise: float) -> nnx.Param[Array]:
     """Weights of variance 1/D that are drawn for each offset and differ between components by `noise` of that."""
     d, _, w, x = shape_DRWX
-    base = init_weight(rngs, (d, 1, w, x), inputs=1, spec=spec)
-    return nnx.Param(base[...] + noise * init_weight(rngs, shape_DRWX, inputs=1, spec=spec)[...])
+    base = init_weight(rngs, name, (d, 1, w, x))
+    return nnx.Param(base[...] + noise * init_weight(rngs, name, shape_DRWX)[...])
 
 
 def _by_offset(equation: str, x_BTD: Array, weights: Any) -> Array:
@@ -119,21 +116,21 @@ class FullFactors(Factors):
     def __init__(self, head: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         # D comes first and V last, so that all R x W unembeddings are one plain matrix product.
         shape = (model.d_model, head.rank, head.window, model.vocab_size)
-        self.u_DRWV = _copies(rngs, shape, head.init_noise, RULES.u_DRWV)
+        self.u_DRWV = _copies(rngs, "u_DRWV", shape, head.init_noise)
 
     @staticmethod
     def logits(tables: Tables, x_BTD: Array) -> Array:
-        """See `Factors.logits`."""
+        """`[B, T, R, W, V]` in float32."""
         return _by_offset("btd,drwv->btrwv", x_BTD, tables["u_DRWV"])
 
     @staticmethod
     def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
-        """See `Factors.forward_flops`."""
+        """FLOPs of the logits of one position, all R and W."""
         return 2 * head.rank * head.window * model.vocab_size * model.d_model
 
     @staticmethod
-    def frozen_flops(head: HeadConfig, model: ModelConfig, table: bool) -> int:
-        """See `Factors.frozen_flops`."""
+    def frozen_flops(head: HeadConfig, model: ModelConfig) -> int:
+        """FLOPs per position that backward saves with a frozen trunk."""
         return 2 * head.rank * head.window * model.vocab_size * model.d_model
 
 
@@ -141,52 +138,44 @@ class SharedFactors(Factors):
     """A D x D map for each (rank, offset) under one unembedding: the paper's form for large vocabularies."""
 
     STACKED: ClassVar[dict[str, int]] = {"map_DRWD": 2}
+    THROUGH_TABLE: ClassVar[bool] = True
 
     def __init__(self, head: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         shape = (model.d_model, head.rank, head.window, model.d_model)
-        self.map_DRWD = _copies(rngs, shape, head.init_noise, RULES.map_DRWD)
+        self.map_DRWD = _copies(rngs, "map_DRWD", shape, head.init_noise)
 
     @staticmethod
     def logits(tables: Tables, x_BTD: Array) -> Array:
-        """See `Factors.logits`."""
-        return product("btrwd,vd->btrwv", SharedFactors.rows(tables, x_BTD), tables["unembed_VD"])
-
-    @staticmethod
-    def rows(tables: Tables, x_BTD: Array) -> Array:
-        """What the unembedding multiplies, `[B, T, R, W, D]`."""
-        return _by_offset("btd,drwe->btrwe", x_BTD, tables["map_DRWD"]).astype(x_BTD.dtype)
-
-    @classmethod
-    def of_component(cls, tables: Tables, x_B1D: Array, component_B: Array) -> Array:
-        """See `Factors.of_component`."""
-        own_BWD = pick.at(cls.rows(tables, x_B1D)[:, 0], component_B)
-        return product("btrwd,vd->btrwv", own_BWD[:, None, None], tables["unembed_VD"])
+        """`[B, T, R, W, V]` in float32."""
+        rows_BTRWD = _by_offset("btd,drwe->btrwe", x_BTD, tables["map_DRWD"]).astype(x_BTD.dtype)
+        return product("btrwd,vd->btrwv", rows_BTRWD, tables["unembed_VD"])
 
     @staticmethod
     def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
-        """See `Factors.forward_flops`."""
+        """FLOPs of the logits of one position, all R and W."""
         return 2 * head.rank * head.window * model.d_model * (model.vocab_size + model.d_model)
 
     @staticmethod
-    def frozen_flops(head: HeadConfig, model: ModelConfig, table: bool) -> int:
-        """See `Factors.frozen_flops`."""
-        return 2 * head.rank * head.window * model.d_model * (model.d_model + table * model.vocab_size)
+    def frozen_flops(head: HeadConfig, model: ModelConfig) -> int:
+        """FLOPs per position that backward saves with a frozen trunk."""
+        return 2 * head.rank * head.window * model.d_model * (model.d_model + model.vocab_size)
 
 
 class LowRankFactors(Factors):
     """A D x D map for each offset, shared by all components, plus a correction of width E for each of them."""
 
     STACKED: ClassVar[dict[str, int]] = {"map_DWD": 1, "down_DRWE": 2}
+    THROUGH_TABLE: ClassVar[bool] = True
 
     def __init__(self, head: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         d, r, w, e = model.d_model, head.rank, head.window, head.factor_width
-        self.map_DWD = init_weight(rngs, (d, w, d), inputs=1, spec=RULES.map_DWD)
-        self.down_DRWE = init_weight(rngs, (d, r, w, e), inputs=1, spec=RULES.down_DRWE, scale=head.init_noise)
-        self.up_ED = init_weight(rngs, (e, d), inputs=1, spec=RULES.up_ED)
+        self.map_DWD = init_weight(rngs, "map_DWD", (d, w, d))
+        self.down_DRWE = init_weight(rngs, "down_DRWE", (d, r, w, e), head.init_noise)
+        self.up_ED = init_weight(rngs, "up_ED", (e, d))
 
     @staticmethod
     def tables(params: Tables) -> Tables:
-        """See `Factors.tables`: the corrections have a table of their own, U B."""
+        """The corrections have a table of their own, U B."""
         return params if "up_VE" in params else params | {"up_VE": LowRankFactors._up(params["unembed_VD"], params)}
 
     @staticmethod
@@ -194,7 +183,7 @@ class LowRankFactors(Factors):
         return product("vd,ed->ve", unembed_VD, params["up_ED"])
 
     def unstack(self, unembeddings: Tables) -> None:
-        """See `Factors.unstack`: U B is made once."""
+        """As all factors; U B is made once."""
         whole = jax.tree.map(gather, self.params())
         up = {name.replace("unembed_VD", "up_VE"): self._up(gather(u), whole) for name, u in unembeddings.items()}
         super().unstack(unembeddings)
@@ -204,38 +193,23 @@ class LowRankFactors(Factors):
 
     @staticmethod
     def logits(tables: Tables, x_BTD: Array) -> Array:
-        """See `Factors.logits`."""
-        shared_BTWD, own_BTRWE = LowRankFactors._rows(tables, x_BTD)
-        return LowRankFactors._sum(tables, shared_BTWD, own_BTRWE)
-
-    @staticmethod
-    def _rows(tables: Tables, x_BTD: Array) -> tuple[Array, Array]:
-        """What the unembedding multiplies, `[B, T, W, D]`, and what U B does, `[B, T, R, W, E]`."""
+        """`[B, T, R, W, V]` in float32."""
         shared_BTWD = _by_offset("btd,dwe->btwe", x_BTD, tables["map_DWD"]).astype(x_BTD.dtype)
-        return shared_BTWD, _by_offset("btd,drwe->btrwe", x_BTD, tables["down_DRWE"]).astype(x_BTD.dtype)
-
-    @classmethod
-    def of_component(cls, tables: Tables, x_B1D: Array, component_B: Array) -> Array:
-        """See `Factors.of_component`."""
-        shared_B1WD, own_B1RWE = cls._rows(tables, x_B1D)
-        return cls._sum(tables, shared_B1WD, pick.at(own_B1RWE[:, 0], component_B)[:, None, None])
-
-    @staticmethod
-    def _sum(tables: Tables, shared_BTWD: Array, own_BTRWE: Array) -> Array:
+        own_BTRWE = _by_offset("btd,drwe->btrwe", x_BTD, tables["down_DRWE"]).astype(x_BTD.dtype)
         shared_BTWV = product("btwd,vd->btwv", shared_BTWD, tables["unembed_VD"])
         return shared_BTWV[:, :, None] + product("btrwe,ve->btrwv", own_BTRWE, tables["up_VE"])
 
     @staticmethod
     def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
-        """See `Factors.forward_flops`."""
+        """FLOPs of the logits of one position, all R and W."""
         widths = model.d_model + head.rank * head.factor_width
         return 2 * head.window * widths * (model.vocab_size + model.d_model)
 
     @staticmethod
-    def frozen_flops(head: HeadConfig, model: ModelConfig, table: bool) -> int:
-        """See `Factors.frozen_flops`."""
+    def frozen_flops(head: HeadConfig, model: ModelConfig) -> int:
+        """FLOPs per position that backward saves with a frozen trunk."""
         d, own = model.d_model, head.rank * head.factor_width
-        return 2 * head.window * d * (d + own + table * model.vocab_size)
+        return 2 * head.window * d * (d + own + model.vocab_size)
 
 
 class LoRAFactors(Factors):
@@ -248,65 +222,38 @@ class LoRAFactors(Factors):
 
     def __init__(self, head: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         d, r, w, e, v = model.d_model, head.rank, head.window, head.factor_width, model.vocab_size
-        self.u_DWV = init_weight(rngs, (d, w, v), inputs=1, spec=RULES.u_DWV)
-        self.down_DRWE = init_weight(rngs, (d, r, w, e), inputs=1, spec=RULES.down_DRWE, scale=head.init_noise)
-        self.up_EV = init_weight(rngs, (e, v), inputs=1, spec=RULES.up_EV)
+        self.u_DWV = init_weight(rngs, "u_DWV", (d, w, v))
+        self.down_DRWE = init_weight(rngs, "down_DRWE", (d, r, w, e), head.init_noise)
+        self.up_EV = init_weight(rngs, "up_EV", (e, v))
 
     @staticmethod
     def tables(params: Tables) -> Tables:
-        """See `Factors.tables`: outputs first, as a few rows are multiplied fast by."""
+        """B with its outputs first, as a few rows are multiplied fast by."""
         return params if "up_VE" in params else params | {"up_VE": params["up_EV"].T}
 
     def unstack(self, unembeddings: Tables) -> None:
-        """See `Factors.unstack`."""
+        """As all factors; B is turned once."""
         super().unstack(unembeddings)
         self.up_VE = nnx.Param(self.up_EV[...].T)
         del self.up_EV
 
     @staticmethod
     def logits(tables: Tables, x_BTD: Array) -> Array:
-        """See `Factors.logits`."""
-        return LoRAFactors._sum(tables, x_BTD, LoRAFactors._rows(tables, x_BTD))
-
-    @staticmethod
-    def _rows(tables: Tables, x_BTD: Array) -> Array:
-        """What B multiplies, `[B, T, R, W, E]`."""
-        return _by_offset("btd,drwe->btrwe", x_BTD, tables["down_DRWE"]).astype(x_BTD.dtype)
-
-    @classmethod
-    def of_component(cls, tables: Tables, x_B1D: Array, component_B: Array) -> Array:
-        """See `Factors.of_component`."""
-        return cls._sum(tables, x_B1D, pick.at(cls._rows(tables, x_B1D)[:, 0], component_B)[:, None, None])
-
-    @staticmethod
-    def _sum(tables: Tables, x_BTD: Array, own_BTRWE: Array) -> Array:
+        """`[B, T, R, W, V]` in float32."""
+        own_BTRWE = _by_offset("btd,drwe->btrwe", x_BTD, tables["down_DRWE"]).astype(x_BTD.dtype)
         shared_BTWV = _by_offset("btd,dwv->btwv", x_BTD, tables["u_DWV"])
         return shared_BTWV[:, :, None] + product("btrwe,ve->btrwv", own_BTRWE, tables["up_VE"])
 
     @staticmethod
     def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
-        """See `Factors.forward_flops`."""
+        """FLOPs of the logits of one position, all R and W."""
         d, own = model.d_model, head.rank * head.factor_width
         return 2 * head.window * (model.vocab_size * (d + own) + d * own)
 
     @staticmethod
-    def frozen_flops(head: HeadConfig, model: ModelConfig, table: bool) -> int:
-        """See `Factors.frozen_flops`."""
+    def frozen_flops(head: HeadConfig, model: ModelConfig) -> int:
+        """FLOPs per position that backward saves with a frozen trunk."""
         return 2 * head.window * model.d_model * (model.vocab_size + head.rank * head.factor_width)
-
-
-class NextToken(Factors):
-    """An ordinary next-token head as a form: R = W = 1, and the unembedding is all there is."""
-
-    @staticmethod
-    def logits(tables: Tables, x_BTD: Array) -> Array:
-        """See `Factors.logits`."""
-        return product("btd,vd->btv", x_BTD, tables["unembed_VD"])[:, :, None, None]
-
-    @staticmethod
-    def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
-        """See `Factors.forward_flops`."""
-        return 2 * model.vocab_size * model.d_model
 
 
 FACTORS: dict[str, type[Factors]] = {

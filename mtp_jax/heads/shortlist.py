@@ -1,4 +1,4 @@
-"""A shortlist of tokens for the offsets after the first (FR-Spec, arXiv 2502.14856).
+"""Shortlist of tokens for the offsets after the first (FR-Spec, arXiv 2502.14856).
 
 The first offset has the whole vocabulary; the later ones, which are only ever drafts, have the tokens on the list and
 cost as much less as that is shorter. A token that is not on it is never drafted, and what is decoded keeps its law.
@@ -7,14 +7,18 @@ cost as much less as that is shorter. A token that is not on it is never drafted
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import Array
+from jax.sharding import PartitionSpec as P
 
 from mtp_jax.heads.factors import Factors, Tables
 from mtp_jax.sharding import BATCH, RULES
+from mtp_jax.validate import require
 
 SHORT = "short_"
 """What the name of a table begins with that holds the listed tokens' rows alone."""
@@ -44,45 +48,61 @@ def split(params: Tables) -> tuple[Tables, Tables]:
     return whole, whole | {name.removeprefix(SHORT): params[name] for name in params.keys() - whole.keys()}
 
 
-@dataclass(frozen=True)
-class Shortlist:
-    """The listed tokens, by which column each has in the logits of the later offsets."""
+class Shortlist(nnx.Module):
+    """The n listed token ids, `listed_n`, in the order of their columns in the logits of the later offsets."""
 
-    ids: tuple[int, ...]
-    vocab_size: int
+    def __init__(self, count: int, vocab_size: int):
+        require(
+            count <= vocab_size,
+            f"HeadConfig.shortlist is {count} and model.vocab_size is {vocab_size}; it is part of the vocabulary.",
+        )
+        self.vocab_size = vocab_size
+        self.listed_n = nnx.Param(jnp.arange(count, dtype=jnp.int32))
 
     def rows(self, table_VD: Array) -> Array:
         """The listed tokens' rows of a table, split as it is."""
-        spec = jax.typeof(table_VD).sharding.spec
-        return table_VD.at[np.array(self.ids)].get(out_sharding=spec)
+        return table_VD.at[self.listed_n[...]].get(out_sharding=jax.typeof(table_VD).sharding.spec)
 
     def columns(self, tokens: Array) -> Array:
         """The column of each token, of any shape; n where it is not listed."""
-        return jnp.asarray(self._columns_V()).at[tokens].get(out_sharding=jax.typeof(tokens).sharding.spec)
+        return self._columns_V().at[tokens].get(out_sharding=jax.typeof(tokens).sharding.spec)
 
     def targets(self, targets_BTW: Array) -> tuple[Array, Array]:
         """The column of each target in the logits of its offset, and whether it and those before it have one."""
         later = self.columns(targets_BTW[..., 1:])
-        listed = jnp.cumprod((later < len(self.ids)).astype(jnp.int32), axis=-1).astype(bool)
+        listed = jnp.cumprod((later < self.listed_n.shape[0]).astype(jnp.int32), axis=-1).astype(bool)
         first = targets_BTW[..., :1]
         return jnp.concatenate([first, later], axis=-1), jnp.concatenate([jnp.ones_like(first, bool), listed], axis=-1)
 
     def spread(self, logp_Bn: Array) -> Array:
         """Log-probabilities of the listed tokens as those of all, `[B, V]`: -inf elsewhere."""
         padded = jnp.pad(jax.reshard(logp_Bn, RULES.tokens_BT), ((0, 0), (0, 1)), constant_values=-jnp.inf)
-        spec = jax.sharding.PartitionSpec(BATCH, "tensor")
-        return padded.at[:, self._columns_V()].get(out_sharding=spec)
+        return padded.at[:, self._columns_V()].get(out_sharding=P(BATCH, "tensor"))
 
-    def _columns_V(self) -> np.ndarray:
-        columns_V = np.full(self.vocab_size, len(self.ids), np.int32)
-        columns_V[list(self.ids)] = np.arange(len(self.ids))
-        return columns_V
+    def unstack(self) -> None:
+        """Make the columns of all tokens once, for decoding."""
+        self.columns_V = nnx.Param(self._columns_V())
+
+    def _columns_V(self) -> Array:
+        if hasattr(self, "columns_V"):  # laid out for decoding
+            return self.columns_V[...]
+        count = self.listed_n.shape[0]
+        columns_V = jnp.full(self.vocab_size, count, jnp.int32)
+        return columns_V.at[self.listed_n[...]].set(jnp.arange(count, dtype=jnp.int32), unique_indices=True)
 
 
-def most_frequent(frequencies_V: np.ndarray, count: int) -> tuple[tuple[int, ...], float]:
+def put_listed(params: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
+    """The parameters of a model with these ids as its shortlist."""
+    head = params["head"]
+    old = head["shortlist"]["listed_n"]
+    listed_n = jax.device_put(np.asarray(ids, np.int32), old.sharding)
+    return {**params, "head": {**head, "shortlist": {"listed_n": listed_n}}}
+
+
+def most_frequent(frequencies_V: np.ndarray, count: int) -> tuple[np.ndarray, float]:
     """The `count` ids that occur most often, in ascending order, and their share of all tokens.
 
     `frequencies_V` is the share of each. Of equally frequent ids the lower ones.
     """
     ids = np.sort(np.argsort(-frequencies_V, kind="stable")[:count])
-    return tuple(ids.tolist()), float(frequencies_V[ids].sum())
+    return ids, float(frequencies_V[ids].sum())

@@ -1,4 +1,4 @@
-"""Our trunk with its target as a Llama of Hugging Face `transformers`: its config, and its weights by name.
+"""Llama of Hugging Face `transformers`: the config and the weights, by name, of a trunk with its target.
 
 Only NumPy is needed here. `transformers` keeps a linear layer as (outputs, inputs), and turns the pairs (i, i + H/2) of
 rotary embeddings, as we do, so that no head is permuted.
@@ -12,9 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.config import HeadConfig, ModelConfig, require
-from mtp_jax.model.block import Block
-from mtp_jax.model.transformer import LanguageModel
+from mtp_jax.heads.config import HeadConfig
+from mtp_jax.heads.mixture import MixtureHead
+from mtp_jax.language_model import LanguageModel
+from mtp_jax.model.config import ModelConfig
+from mtp_jax.model.transformer import Trunk
+from mtp_jax.validate import require
 
 
 def check_exportable(model: ModelConfig, head: HeadConfig) -> None:
@@ -68,11 +71,10 @@ def state_dict(model: LanguageModel) -> dict[str, np.ndarray]:
       ConfigError: see `check_exportable`.
     """
     check_exportable(model.config, model.head.config)
-    blocks = model.blocks
-    assert isinstance(blocks, Block), "export the model as it was loaded, not as decoding lays it out"
-    embed_VD = model.head.unembed_VD if model.config.tie_embeddings else model.embed_VD
-    weights = {"model.embed_tokens.weight": embed_VD, "model.norm.weight": model.norm.scale}
-    found = {name: np.asarray(weight[...], np.float32) for name, weight in weights.items()}
+    assert isinstance(model.trunk, Trunk), "export the model as it was loaded, not as decoding lays it out"
+    blocks, embed_VD = model.trunk.blocks, model.unembed_VD if model.embed_VD is None else model.embed_VD
+    weights = {"model.embed_tokens.weight": embed_VD, "model.norm.weight": model.trunk.norm.scale}
+    found = {name: np.asarray(weight[...], np.float32) for name, weight in weights.items()}  # type: ignore[index]
     attention, feed_forward = blocks.attention, blocks.feed_forward
     matrices = {
         "self_attn.q_proj": (attention.wq_DNH, 1),
@@ -105,8 +107,11 @@ def state_dict(model: LanguageModel) -> dict[str, np.ndarray]:
 def _table(model: LanguageModel) -> np.ndarray:
     """The target's table `[V, D]`."""
     if model.head.config.target == "ntp":
-        return np.asarray(model.head.unembed_VD[...], np.float32)
+        return np.asarray(model.unembed_VD[...], np.float32)  # type: ignore[index]
     # Whatever the factors are, with one component logits are linear: those of the unit vectors are the table.
-    unit_1DD = jnp.eye(model.config.d_model)[None]
-    logits_1DRV = jax.jit(lambda model, x_BTD: model.head.logits(x_BTD, stop=1)[0])(model, unit_1DD)
+    assert isinstance(model.head, MixtureHead)
+    unit_1DD, none_1D = jnp.eye(model.config.d_model)[None], jnp.zeros((1, model.config.d_model), jnp.int32)
+    logits_1DRV = jax.jit(lambda model, *seen: model.head.logits(model.seen(*seen), stop=1)[0])(
+        model, unit_1DD, none_1D
+    )
     return np.asarray(logits_1DRV)[0, :, 0].T

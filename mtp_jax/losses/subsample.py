@@ -1,6 +1,8 @@
-"""A random part of the positions, in place of all of them."""
+"""Subsampling: a random part of the positions, in place of all of them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,8 @@ from mtp_jax.sharding import RULES
 
 
 def subsample(
-    key: Array, fraction: float, x_BTD: Array, log_w_BTR: Array, targets_BTW: Array, weights_BTW: Array
-) -> tuple[Array, Array, Array, Array]:
+    key: Array, fraction: float, x_BTD: Array, latent: Any, targets_BTW: Array, weights_BTW: Array
+) -> tuple[Array, Any, Array, Array]:
     """`fraction` of the T positions of every row, at least one, each row its own, and all equally likely.
 
     The arrays are those of `mixture_loss`, and come back as `[B, n, ...]` with the weights scaled up, so that a
@@ -22,5 +24,5 @@ def subsample(
     order_BT = jnp.argsort(jax.random.uniform(key, (batch, time), out_sharding=RULES.tokens_BT), axis=1)
     chosen_Bn = jnp.sort(order_BT[:, :count], axis=1)
     take = jax.vmap(lambda row, chosen: row.at[chosen].get(unique_indices=True, indices_are_sorted=True))
-    scaled_BTW = weights_BTW * (time / count)
-    return take(x_BTD, chosen_Bn), take(log_w_BTR, chosen_Bn), take(targets_BTW, chosen_Bn), take(scaled_BTW, chosen_Bn)
+    arrays = x_BTD, latent, targets_BTW, weights_BTW * (time / count)
+    return jax.tree.map(lambda array: take(array, chosen_Bn), arrays)

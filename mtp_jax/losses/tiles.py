@@ -1,4 +1,4 @@
-"""A device's part of a batch in tiles of positions: logits, scores and gradients of one tile, inside `shard_map`.
+"""Tiles of positions of a device's part of a batch: logits, scores and gradients of one tile, inside `shard_map`.
 
 The batch lies over the mesh's batch axes and the vocabulary over `tensor`. A tile exchanges a maximum and two sums per
 row over `tensor`, and the gradient of its hidden states. Tables are gathered over `fsdp` once before the loop over
@@ -7,7 +7,6 @@ tiles, and their gradient is reduced once after it.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -17,9 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from mtp_jax.mesh import platform
-from mtp_jax.model.layers import product
-from mtp_jax.sharding import gather_local, reduce_local, shares, varies, vary
+from mtp_jax.sharding import gather_local, platform, reduce_local, shares, varies, vary
 
 # Most bytes of float32 logits that are alive together on one device: as few as keep the products at full speed.
 TILE_BYTES = {"cpu": 20 * 2**20, "gpu": 2**29, "tpu": 2**28}
@@ -144,31 +141,6 @@ class Device:
     def _by_array(self, a_W: Array) -> list[Array]:
         """The offsets (the last axis) of each array of logits."""
         return jnp.split(a_W, list(itertools.accumulate(self.offsets))[:-1], axis=-1)
-
-    def pull_drawn(
-        self, draw: tuple[Array, Array], logits_MV: Array, lse_BTRW: Array, columns_BTW: Array, x_BTD: Array
-    ) -> tuple[Any, Array]:
-        """The gradient of (tables, x), from that of log p of some components (see `draw_components`)."""
-        component_BTcW, d_logp_BTcW = draw
-        batch, time, rank, window = lse_BTRW.shape
-        position_BT11 = jnp.arange(batch * time, dtype=jnp.int32).reshape(batch, time, 1, 1)
-        offset_W = jnp.arange(window, dtype=jnp.int32)[None, None, None]
-        row_n = ((position_BT11 * rank + component_BTcW) * window + offset_W).reshape(-1)
-        lse_BTcW = jnp.take_along_axis(lse_BTRW, component_BTcW, axis=2)
-        d_nV = self.d_logits(logits_MV[row_n], lse_BTcW, columns_BTW, d_logp_BTcW, jnp.zeros_like(d_logp_BTcW))
-        rows_BTRWD, pull_rows = jax.vjp(self.form.rows, self.tables, vary(x_BTD))  # type: ignore[attr-defined]
-        rows_MD = rows_BTRWD.reshape(logits_MV.shape[0], -1)
-        _, pull = jax.vjp(functools.partial(product, "md,vd->mv"), rows_MD[row_n], self.tables["unembed_VD"])
-        d_nD, d_unembed = pull(d_nV)
-        d_rows = jnp.zeros_like(rows_MD).at[row_n].add(d_nD).reshape(rows_BTRWD.shape)
-        d_tables, d_x = pull_rows(d_rows)
-        return d_tables | {"unembed_VD": d_tables["unembed_VD"] + d_unembed}, d_x
-
-    def key(self, key: Array) -> Array:
-        """`key` for this device: those that share a batch share it, those with different rows do not."""
-        for name in sorted(varies(self.x_BTD)):
-            key = jax.random.fold_in(key, lax.axis_index(name))
-        return key
 
     def d_params(self, d_tables: Any) -> Any:
         """The gradient of the parameters, reduced over devices and split as they are."""

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from mtp_jax.config import ModelConfig
-from mtp_jax.mesh import platform
 from mtp_jax.model.cache import LayerCache, write
-from mtp_jax.model.layers import RMSNorm, init_weight, linear
+from mtp_jax.model.config import ModelConfig
+from mtp_jax.model.layers import RMSNorm, linear
 from mtp_jax.model.rotary import Rotary, rotate
-from mtp_jax.sharding import RULES
+from mtp_jax.parameters import init_full, init_weight
+from mtp_jax.sharding import RULES, platform
 
 
 def causal_mask(segments_BT: Array) -> Array:
@@ -87,15 +87,15 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, n, k, h = config.d_model, config.num_heads, config.num_kv_heads, config.head_width
-        self.wq_DNH = init_weight(rngs, (d, n, h), inputs=1, spec=RULES.w_DNH)
-        self.wk_DKH = init_weight(rngs, (d, k, h), inputs=1, spec=RULES.w_DNH)
-        self.wv_DKH = init_weight(rngs, (d, k, h), inputs=1, spec=RULES.w_DNH)
+        self.wq_DNH = init_weight(rngs, "wq_DNH", (d, n, h))
+        self.wk_DKH = init_weight(rngs, "wk_DKH", (d, k, h))
+        self.wv_DKH = init_weight(rngs, "wv_DKH", (d, k, h))
         # Residual branches start small, so that depth does not change the scale of the stream (GPT-2).
-        self.wo_NHD = init_weight(rngs, (n, h, d), inputs=2, spec=RULES.w_NHD, scale=(2 * config.num_layers) ** -0.5)
+        self.wo_NHD = init_weight(rngs, "wo_NHD", (n, h, d), (2 * config.num_layers) ** -0.5)
         if config.qkv_bias:
-            self.bq_NH = nnx.Param(jnp.zeros((n, h), out_sharding=RULES.b_NH))
-            self.bk_KH = nnx.Param(jnp.zeros((k, h), out_sharding=RULES.b_NH))
-            self.bv_KH = nnx.Param(jnp.zeros((k, h), out_sharding=RULES.b_NH))
+            self.bq_NH = init_full("bq_NH", (n, h))
+            self.bk_KH = init_full("bk_KH", (k, h))
+            self.bv_KH = init_full("bv_KH", (k, h))
         if config.qk_norm:
             self.q_norm = RMSNorm(h, config.norm_eps)
             self.k_norm = RMSNorm(h, config.norm_eps)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from flax import nnx
 from jax import Array
 
-from mtp_jax.config import ModelConfig
 from mtp_jax.model.attention import Attention
 from mtp_jax.model.cache import LayerCache
+from mtp_jax.model.config import ModelConfig
 from mtp_jax.model.layers import RMSNorm, SwiGLU
 from mtp_jax.model.rotary import Rotary
 

@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from mtp_jax.config import ModelConfig
-from mtp_jax.mesh import platform
-from mtp_jax.sharding import RULES
+from mtp_jax.model.config import ModelConfig
+from mtp_jax.sharding import RULES, platform
 
 LayerCache = tuple[Array, Array]
 Cache = list[LayerCache]

@@ -1,4 +1,4 @@
-"""What every block is made of: weights, RMSNorm, the SwiGLU feed-forward."""
+"""Layers: matrix products, RMSNorm, the SwiGLU feed-forward."""
 
 from __future__ import annotations
 
@@ -12,36 +12,10 @@ from flax import nnx
 from jax import Array
 from jax.sharding import PartitionSpec as P
 
-from mtp_jax.config import ModelConfig
+from mtp_jax.model.config import ModelConfig
 from mtp_jax.model.output_major import FEW_ROWS, OutputMajor, few_rows
-from mtp_jax.sharding import RULES, gather, shares
-
-# Weight matrices: (input axes, output axes), counted without the stacked layers' L axis. All other axes (L, R, W) are
-# batch axes: Muon orthogonalises each layer's, component's and offset's matrix by itself. Weight decay is theirs alone.
-MATRICES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
-    "wq_DNH": ((0,), (1, 2)),
-    "wk_DKH": ((0,), (1, 2)),
-    "wv_DKH": ((0,), (1, 2)),
-    "wo_NHD": ((0, 1), (2,)),
-    "w_gate_DF": ((0,), (1,)),
-    "w_up_DF": ((0,), (1,)),
-    "w_down_FD": ((0,), (1,)),
-    "u_DRWV": ((0,), (3,)),
-    "u_DWV": ((0,), (2,)),
-    "map_DRWD": ((0,), (3,)),
-    "map_DWD": ((0,), (2,)),
-    "down_DRWE": ((0,), (3,)),
-    "up_ED": ((0,), (1,)),
-    "up_EV": ((0,), (1,)),
-}
-
-
-def init_weight(
-    rngs: nnx.Rngs, shape: tuple[int, ...], *, inputs: int, spec: P, scale: float = 1.0
-) -> nnx.Param[Array]:
-    """A float32 weight of variance `scale**2 / fan_in`; the first `inputs` axes are the fan-in."""
-    std = scale / math.sqrt(math.prod(shape[:inputs]))
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, out_sharding=spec))
+from mtp_jax.parameters import init_full, init_weight
+from mtp_jax.sharding import gather, shares
 
 
 def product(equation: str, x: Array, w: Array | OutputMajor) -> Array:
@@ -150,7 +124,7 @@ class RMSNorm(nnx.Module):
     """Division by the root mean square over the last axis (arXiv 1910.07467), in float32, with a learned scale."""
 
     def __init__(self, width: int, eps: float):
-        self.scale = nnx.Param(jnp.ones(width, out_sharding=RULES.scale))
+        self.scale = init_full("scale", (width,), 1.0)
         self.eps = eps
 
     def __call__(self, x: Array) -> Array:
@@ -166,9 +140,9 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, f = config.d_model, config.d_ff
-        self.w_gate_DF = init_weight(rngs, (d, f), inputs=1, spec=RULES.w_DF)
-        self.w_up_DF = init_weight(rngs, (d, f), inputs=1, spec=RULES.w_DF)
-        self.w_down_FD = init_weight(rngs, (f, d), inputs=1, spec=RULES.w_FD, scale=(2 * config.num_layers) ** -0.5)
+        self.w_gate_DF = init_weight(rngs, "w_gate_DF", (d, f))
+        self.w_up_DF = init_weight(rngs, "w_up_DF", (d, f))
+        self.w_down_FD = init_weight(rngs, "w_down_FD", (f, d), (2 * config.num_layers) ** -0.5)
 
     def __call__(self, x_BTD: Array) -> Array:
         """`[B, T, D]` to `[B, T, D]`."""

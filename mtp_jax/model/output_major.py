@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
-from mtp_jax.mesh import platform
+from mtp_jax.sharding import platform
 
 LEAST_ROWS, FEW_ROWS = 4, 64
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mtp_jax.config import ModelConfig, RopeScaling
+from mtp_jax.model.config import ModelConfig, RopeScaling
 
 
 class Rotary(NamedTuple):

@@ -1,1 +1,1 @@
-"""Questions that are asked of several runs: what varies, what is measured of each, and how they are gone through."""
+"""Sweeps: what varies between runs, what is measured of each, going through them, and a page of what they found."""

@@ -1,4 +1,4 @@
-"""A sweep in an experiment file: runs that differ in a few fields, and what is measured of each.
+"""Sweep of an experiment file: runs that differ in a few fields, and what is measured of each.
 
 Importing this module imports neither JAX nor Flax.
 """
@@ -17,7 +17,8 @@ from typing import Any
 
 from etils import epath
 
-from mtp_jax.config import TrainConfig, at_least, require
+from mtp_jax.config import TrainConfig
+from mtp_jax.validate import at_least, require
 
 CASE, SEED, COSTS = "case", "seed", "costs"
 
@@ -30,11 +31,10 @@ class MeasureConfig:
     of the reference, and after each of `lengths`, which names fractions of the steps.
     Losses are over `held_out_sequences` sequences of all held-out documents. Acceptance is over `prompts` stretches of
     them, `prompt_tokens` long, each continued by `new_tokens` in batches of `batch_size`: of every checkpoint at the
-    first of `temperatures` with the first kind of `drafts` (see `DecodeConfig.draft`) and each k in 1..W-1, and at the
-    end with W-1 drafts at the other temperatures and of the other kinds too. By default that is 10,000 verification
-    steps of a window of 4 even where all drafts are accepted.
+    first of `temperatures` with each k in 1..W-1, and at the end with W-1 drafts at the other temperatures too. By
+    default that is 10,000 verification steps of a window of 4 even where all drafts are accepted.
     Speed is over the first `speed_prompts` of those stretches, one at a time, at the first temperature and every k,
-    `repetitions` times, at equal wall-clock. Speed and components are of one run of those that differ in their seed
+    `repetitions` times, at equal wall-clock. Speed is of one run of those that differ in their seed
     alone. Training steps of all such runs and of next-token models are timed in turn, in one process, for `rounds`
     rounds, and so are iterations of decoding at the first temperature, with each k: speeds of different runs are
     compared by them.
@@ -46,7 +46,6 @@ class MeasureConfig:
     new_tokens: int = 256
     batch_size: int = 40
     temperatures: tuple[float, ...] = (0.7, 0.0, 1.0)
-    drafts: tuple[str, ...] = ("joint",)
     speed_prompts: int = 8
     repetitions: int = 3
     rounds: int = 40

@@ -1,4 +1,4 @@
-"""Intervals around what was measured."""
+"""Confidence intervals of what was measured."""
 
 from __future__ import annotations
 

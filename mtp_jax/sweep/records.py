@@ -1,4 +1,4 @@
-"""What a sweep leaves: a directory for each run, a record of what was measured of it, and one results file.
+"""Records of a sweep: a directory for each run, a record of what was measured of it, and one results file.
 
 DIR/RUN/               a run directory, as `mtp-jax train` makes it
 DIR/records/RUN.json   what was measured of the run, or why it failed
@@ -19,12 +19,12 @@ from typing import Any
 
 from etils import epath
 
-from mtp_jax.config import to_dict
-from mtp_jax.manifest import MANIFEST, sealed_steps
-from mtp_jax.paths import is_local
-from mtp_jax.results.load import FORMATS
-from mtp_jax.run_dir import CHECKPOINTS_DIR, replace_file
+from mtp_jax.runs.layout import CHECKPOINTS_DIR
+from mtp_jax.runs.manifest import MANIFEST, sealed_steps
+from mtp_jax.runs.paths import is_local, replace_file
 from mtp_jax.sweep.config import COSTS, NamedSweep
+from mtp_jax.sweep.results import FORMATS
+from mtp_jax.validate import to_dict
 
 FORMAT = FORMATS[-1]
 VECTORS = {"avx2", "avx512f", "avx512_bf16", "amx_bf16"}  # what decides how fast an x86 core is

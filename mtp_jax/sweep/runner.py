@@ -1,4 +1,4 @@
-"""All runs of a sweep, one after another, each in a process of its own."""
+"""Runner of a sweep: its runs one after another, each in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from mtp_jax.config import PREEMPTED, PreemptedError
 from mtp_jax.sweep.config import NamedSweep
 from mtp_jax.sweep.records import Place
+from mtp_jax.validate import PREEMPTED, PreemptedError
 
 POLL_SECONDS = 1.0
 State = Literal["done", "failed", "running", "waiting"]

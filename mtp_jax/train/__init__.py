@@ -1,1 +1,1 @@
-"""Training: state and step (pure), optimizer, the loop with its I/O, metrics and loggers."""
+"""Training: the step (pure), optimizer, warm start, the loop with its I/O, evaluation, costs and loggers."""

@@ -1,11 +1,12 @@
-"""What to change in a run whose step does not fit."""
+"""Advice for a run whose step does not fit a device: options that lower what it holds."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from mtp_jax.config import ConfigError, MeshConfig, TrainConfig
+from mtp_jax.config import MeshConfig, TrainConfig
+from mtp_jax.validate import ConfigError
 
 REMAT = ("none", "dots", "full")
 

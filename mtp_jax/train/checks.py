@@ -1,4 +1,4 @@
-"""What is refused before anything expensive happens, or an old run is touched."""
+"""Checks of a run before anything expensive happens, or an old run is touched."""
 
 from __future__ import annotations
 
@@ -7,25 +7,31 @@ from typing import Any
 from etils import epath
 from jax.sharding import Mesh
 
-from mtp_jax.config import ConfigError, TrainConfig, require, shown, to_dict
-from mtp_jax.data import Mixture, Store, Tokenizer, load_tokenizer
+from mtp_jax.config import TrainConfig
+from mtp_jax.data.mixture import Mixture
+from mtp_jax.data.store import Store
+from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
+from mtp_jax.heads.registry import check_head
 from mtp_jax.mesh import make_mesh
-from mtp_jax.paths import children, full_path
-from mtp_jax.run_dir import read_config
+from mtp_jax.runs.layout import read_config
+from mtp_jax.runs.paths import children, full_path
+from mtp_jax.validate import ConfigError, require, to_dict
 
 # Fields of model, head and data that a resumed run may change: they change no parameter's shape and no batch.
 RESUMABLE = {
     *(("model", name) for name in ("dtype", "remat", "attention", "context_length")),
     *(("head", name) for name in ("ntp_weight", "gamma", "z_weight", "balance", "balance_weight", "init_noise")),
-    *(("head", name) for name in ("loss_fraction", "backward_draws")),
+    *(("head", name) for name in ("loss_fraction",)),
     ("data", "cache_dir"),
 }
 
 
 def check_machine(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Mesh:
-    """The mesh of a config. Raises `ConfigError` if the devices, the batch or the tokenizer do not fit it."""
+    """The mesh of a config. Raises `ConfigError` if the devices, the batch or the tokenizer do not fit it, or if it has
+    a head that does not exist."""
     tokenizer = tokenizer or load_tokenizer(config.data.tokenizer, config.data.end_of_document)
     config.check_tokenizer(tokenizer.vocab_size)
+    check_head(config.head)
     mesh = make_mesh(config.mesh)
     config.check_mesh((mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]))
     return mesh
@@ -60,37 +66,31 @@ def check_run_dir(run_dir: epath.PathLike, *, resume: bool = False, overwrite: b
 
 def check_same_run(config: TrainConfig, saved: TrainConfig, path: epath.Path) -> None:
     """Refuse to resume with another model, head or data: the parameters or the next batch would not be the run's."""
-    require(
-        config.optimizer.name == saved.optimizer.name,
-        f"--resume: optimizer.name is {config.optimizer.name!r} and the run in {path} has {saved.optimizer.name!r}; "
-        "their states differ. Give the run's own value, or start another run with --run-dir.",
+
+    def check(same: bool, name: str, new: Any, old: Any, why: str = "") -> None:
+        require(
+            same,
+            f"--resume: {name} is {new!r} and the run in {path} has {old!r}{why}. Give the run's own value, "
+            "or start another run with --run-dir.",
+        )
+
+    here, there = config.optimizer, saved.optimizer
+    check(here.name == there.name, "optimizer.name", here.name, there.name, "; their states differ")
+    new, old, why = here.skip_limit, there.skip_limit, "; with and without one the optimizer's states differ"
+    check(bool(new) == bool(old), "optimizer.skip_limit", new, old, why)
+    new, old, why = (
+        config.ema_decay,
+        saved.ema_decay,
+        "; it keeps an average of its weights from its first step, or none",
     )
-    require(
-        bool(config.optimizer.skip_limit) == bool(saved.optimizer.skip_limit),
-        f"--resume: optimizer.skip_limit is {config.optimizer.skip_limit} and the run in {path} has "
-        f"{saved.optimizer.skip_limit}; with and without one the optimizer's states differ. Give one as the run does, "
-        "or start another run with --run-dir.",
-    )
-    require(
-        bool(config.ema_decay) == bool(saved.ema_decay),
-        f"--resume: ema_decay is {config.ema_decay} and the run in {path} has {saved.ema_decay}; it keeps an average "
-        "of its weights from its first step, or none. Give the run's own value, or start another run with --run-dir.",
-    )
+    check(bool(new) == bool(old), "ema_decay", new, old, why)
     for name in ("init_from", "freeze"):
         new, old = getattr(config, name), getattr(saved, name)
-        require(
-            new == old,
-            f"--resume: {name} is {new!r} and the run in {path} has {old!r}; a run begins once. Give the run's own "
-            "value, or start another run with --run-dir.",
-        )
+        check(new == old, name, new, old, "; a run begins once")
     for part in ("model", "head", "data"):
         new, old = to_dict(getattr(config, part)), to_dict(getattr(saved, part))
         for name in old:
-            require(
-                new[name] == old[name] or (part, name) in RESUMABLE,
-                f"--resume: {part}.{name} is {shown(new[name])} and the run in {path} has {shown(old[name])}. "
-                "Give the run's own value, or start another run with --run-dir.",
-            )
+            check(new[name] == old[name] or (part, name) in RESUMABLE, f"{part}.{name}", new[name], old[name])
 
 
 def check_same_data(store: Store | Mixture, meta: dict[str, Any], path: epath.Path) -> None:

@@ -1,4 +1,4 @@
-"""Where the time of a run goes: speed between logged steps, and what is lost to everything that is not a step."""
+"""Clock of a training run: speed between logged steps, goodput, and the time lost to all that is not a step."""
 
 from __future__ import annotations
 
@@ -14,24 +14,16 @@ from mtp_jax.train.costs import Costs, peak_flops
 
 
 class Clock:
-    """Tokens per second and MFU between logged steps, goodput, and memory.
+    """The seconds since it was made, and in `lost` those of each thing that is not training.
 
-    `lost` has the seconds of each thing that is not training since the clock was made. Waiting for data counts as lost
-    though the devices may have been busy meanwhile: it is an upper bound.
+    Waiting for data counts as lost though the devices may have been busy meanwhile: it is an upper bound.
     """
 
     def __init__(self) -> None:
         self.begun = time.perf_counter()
         self.lost: dict[str, float] = {}
-
-    def start(self, step: int, config: TrainConfig, cost: Costs, mesh: Mesh) -> None:
-        """Steps of such a run after `step` count from now on."""
-        self.tokens = config.data.batch_size * config.data.seq_len
-        self.flops = cost.trunk_flops + cost.head_flops
-        peak = peak_flops(mesh.devices.flat[0])
-        self.peak = None if peak is None else peak * mesh.devices.size
-        self.device = mesh.local_devices[0]
-        self.mark, self.mark_step, self.first = time.perf_counter(), step, True
+        self.stopped = 0.0
+        """The seconds in which no step was made."""
 
     @contextlib.contextmanager
     def losing(self, what: str, *, stops: bool = True) -> Iterator[None]:
@@ -42,8 +34,7 @@ class Clock:
         finally:
             seconds = time.perf_counter() - begun
             self.lost[what] = self.lost.get(what, 0.0) + seconds
-            if stops and hasattr(self, "mark"):
-                self.mark += seconds
+            self.stopped += seconds if stops else 0.0
 
     @property
     def goodput(self) -> float:
@@ -51,29 +42,45 @@ class Clock:
         elapsed = time.perf_counter() - self.begun
         return max(0.0, 1 - sum(self.lost.values()) / elapsed) if elapsed else 0.0
 
-    def speed(self, step: int) -> dict[str, float | None]:
-        """Rates since the last call (metrics of `step` are on the host, so that step is done); `goodput`; the most
-        memory that a device of this process had in use, in GiB, where it says so; and, in the first record of a
-        process, the seconds that it compiled."""
-        now = time.perf_counter()
-        result: dict[str, float | None] = {"tokens": float(step * self.tokens)}
-        if step > self.mark_step:
-            rate = (step - self.mark_step) * self.tokens / (now - self.mark)
-            result["tokens_per_second"] = rate
-            result["mfu"] = None if self.peak is None else rate * self.flops / self.peak
-            self.mark, self.mark_step = now, step
-        result["goodput"] = self.goodput
-        result["memory_gib"] = memory_gib(self.device)
-        result["compile_seconds"] = self.lost.get("compiling") if self.first else None
-        self.first = False
-        return result
-
     def summary(self) -> str:
         """Where the time went, the largest first."""
         parts = sorted(self.lost.items(), key=lambda item: -item[1])
         lost = ", ".join(f"{what} {seconds:.1f}" for what, seconds in parts if seconds >= 0.05)
         total = f"goodput {self.goodput:.1%} of {time.perf_counter() - self.begun:.1f} s"
         return f"{total}; lost: {lost} s" if lost else total
+
+
+class Speedometer:
+    """Tokens per second and MFU between logged steps, from `step` and from now on."""
+
+    def __init__(self, clock: Clock, step: int, config: TrainConfig, cost: Costs, mesh: Mesh):
+        self.device = mesh.local_devices[0]
+        self._clock = clock
+        self._tokens = config.data.batch_size * config.data.seq_len
+        self._flops = cost.trunk_flops + cost.head_flops
+        peak = peak_flops(mesh.devices.flat[0])
+        self._peak = None if peak is None else peak * mesh.devices.size
+        self._step, self._mark, self._first = step, self._training_seconds(), True
+
+    def read(self, step: int) -> dict[str, float | None]:
+        """Rates since the last call (metrics of `step` are on the host, so that step is done); `goodput`; the most
+        memory that a device of this process had in use, in GiB, where it says so; and, in the first record of a
+        process, the seconds that it compiled."""
+        now = self._training_seconds()
+        result: dict[str, float | None] = {"tokens": float(step * self._tokens)}
+        if step > self._step:
+            rate = (step - self._step) * self._tokens / (now - self._mark)
+            result["tokens_per_second"] = rate
+            result["mfu"] = None if self._peak is None else rate * self._flops / self._peak
+            self._step, self._mark = step, now
+        result["goodput"] = self._clock.goodput
+        result["memory_gib"] = memory_gib(self.device)
+        result["compile_seconds"] = self._clock.lost.get("compiling") if self._first else None
+        self._first = False
+        return result
+
+    def _training_seconds(self) -> float:
+        return time.perf_counter() - self._clock.stopped
 
 
 def memory_gib(device: Any) -> float | None:

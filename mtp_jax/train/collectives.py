@@ -1,4 +1,4 @@
-"""What devices send each other in a compiled program, counted from its HLO text.
+"""Collectives of a compiled program: what devices send each other, counted from its HLO text.
 
 An instruction counts as often as it runs: one in the body of a loop as often as the loop's. XLA writes that number down
 (`known_trip_count`) on CPUs and GPUs; where it does not, it is the one integer in the loop's condition, for `lax.scan`

@@ -1,4 +1,4 @@
-"""What a run will cost, from its config alone: parameters, FLOPs of trunk and head, bytes per device, known peaks.
+"""Costs of a run, from its config alone: parameters, FLOPs of trunk and head, bytes per device, known peaks.
 
 A matrix product of m x n by n x p is 2 m n p FLOPs; training is three times the forward pass, less the gradients that a
 frozen trunk does without.
@@ -6,17 +6,16 @@ frozen trunk does without.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
-from mtp_jax.config import HeadConfig, ModelConfig, TrainConfig
-from mtp_jax.heads import HEADS
-from mtp_jax.heads.factors import FACTORS, NextToken
+from mtp_jax.config import TrainConfig
+from mtp_jax.heads.config import HeadConfig
+from mtp_jax.heads.registry import check_head
+from mtp_jax.model.config import ModelConfig
 
 GIB = 2**30
 
@@ -80,42 +79,17 @@ def trunk_forward_flops(model: ModelConfig, seq_len: int) -> float:
 
 def training_flops(config: TrainConfig) -> tuple[float, float]:
     """Training FLOPs per token of trunk and head, forward and backward, without recomputation."""
-    trunk, freeze = trunk_forward_flops(config.model, config.data.seq_len), config.freeze == "trunk"
-    return (1 if freeze else 3) * trunk, head_training_flops(config.head, config.model, freeze)
+    trunk, frozen = trunk_forward_flops(config.model, config.data.seq_len), config.freeze == "trunk"
+    return (1 if frozen else 3) * trunk, head_training_flops(config.head, config.model, frozen)
 
 
-def head_training_flops(head: HeadConfig, model: ModelConfig, freeze: bool = False) -> float:
-    """Training FLOPs per token of the head: three times forward, less what is drawn instead of done.
+def head_training_flops(head: HeadConfig, model: ModelConfig, frozen: bool = False) -> float:
+    """Training FLOPs per token of the head, and of the model's own next-token loss where that is the target.
 
-    With `freeze`, that of the trunk, no gradient goes to the hidden states, nor to a table that is the target or tied.
+    With a `frozen` trunk no gradient goes to the hidden states, nor to the vocabulary table.
     """
-    factors, gate = factors_forward_flops(head, model), HEADS[head.kind].gate_flops(head, model)
-    own = NextToken.forward_flops(head, model) if head.target == "ntp" else 0
-    table = head.target == "ntp" or model.tie_embeddings
-    backward = 2 * factors
-    if freeze:
-        backward -= _by_offsets(lambda h, m: FACTORS[head.factors].frozen_flops(h, m, table), head, model)
-    backward *= min(1.0, head.backward_draws / head.rank) if head.backward_draws else 1.0
-    return head.loss_fraction * (factors + backward) + (2 * gate + own if freeze else 3 * (gate + own))
-
-
-def head_forward_flops(head: HeadConfig, model: ModelConfig) -> float:
-    """Forward FLOPs per token of all factors, the gate and the head's own next-token logits."""
-    own = NextToken.forward_flops(head, model) if head.target == "ntp" else 0
-    return factors_forward_flops(head, model) + HEADS[head.kind].gate_flops(head, model) + own
-
-
-def factors_forward_flops(head: HeadConfig, model: ModelConfig) -> int:
-    """Forward FLOPs per token of all factors."""
-    return _by_offsets(FACTORS[head.factors].forward_flops, head, model)
-
-
-def _by_offsets(flops: Callable[[HeadConfig, ModelConfig], int], head: HeadConfig, model: ModelConfig) -> int:
-    """`flops` of all offsets; with a shortlist, those after the first have another vocabulary."""
-    if not head.shortlist:
-        return flops(head, model)
-    first, later = (dataclasses.replace(head, window=w, shortlist=0) for w in (1, head.window - 1))
-    return flops(first, model) + flops(later, dataclasses.replace(model, vocab_size=len(head.shortlist_ids)))
+    own = 2 * model.vocab_size * model.d_model if head.target == "ntp" else 0
+    return sum(check_head(head).flops(head, model, frozen)) + (1 if frozen else 3) * own
 
 
 def costs(config: TrainConfig, params: Any) -> Costs:
@@ -127,9 +101,9 @@ def costs(config: TrainConfig, params: Any) -> Costs:
     model = config.model
     trunk, head = training_flops(config)
     return Costs(
-        trunk_params=count(params["blocks"]) + count(params["norm"]),
+        trunk_params=count(params["trunk"]),
         head_params=count(params["head"]),
-        embedding_params=count(params.get("embed_VD", {})),
+        embedding_params=count({name: params[name] for name in ("embed_VD", "unembed_VD") if name in params}),
         trunk_flops=trunk,
         head_flops=head,
         next_token_flops=6 * model.vocab_size * model.d_model,

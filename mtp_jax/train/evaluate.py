@@ -1,4 +1,4 @@
-"""Held-out losses, for the training loop and for a run that was loaded."""
+"""Evaluation: held-out losses, for the training loop and for a run that was loaded."""
 
 from __future__ import annotations
 
@@ -10,39 +10,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from mtp_jax.config import TrainConfig, require
-from mtp_jax.data import Mixture, Store, held_out_batches, prepare
-from mtp_jax.loading import LoadedRun
-from mtp_jax.sharding import RULES
-from mtp_jax.train.step import batch_loss, split, target_counts
-
-
-def shard_of(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """(index, count): this process's devices hold the part `index` of `count` equal parts of a batch's rows.
-
-    Raises `ConfigError` if they do not hold neighbouring rows: the mesh is laid out across the processes.
-    """
-    held = jax.NamedSharding(mesh, RULES.rows_B).addressable_devices_indices_map((batch_size,)).values()
-    ranges = {index[0].indices(batch_size)[:2] for index in held if index is not None}
-    first, last = min(begin for begin, _ in ranges), max(end for _, end in ranges)
-    size = last - first
-    require(
-        sum(end - begin for begin, end in ranges) == size and first % size == 0 and batch_size % size == 0,
-        f"The mesh {dict(mesh.shape)} gives process {jax.process_index()} the rows {sorted(ranges)} of a batch of "
-        f"{batch_size}, which are no block of it. Let mesh.tensor divide the devices of a process, or the other way.",
-    )
-    return first // size, batch_size // size
-
-
-def place(batch: Any, mesh: Mesh, batch_size: int | None = None) -> Any:
-    """This process's rows of a batch (of `batch_size` in all, by default these) as part of the global one."""
-    sharding = jax.NamedSharding(mesh, RULES.rows_B)
-
-    def whole(rows: Any) -> Any:
-        shape = (batch_size or len(rows), *rows.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, rows, shape)
-
-    return {name: whole(rows) for name, rows in batch.items()}
+from mtp_jax.config import TrainConfig
+from mtp_jax.data.batches import held_out_batches
+from mtp_jax.data.mixture import Mixture
+from mtp_jax.data.placement import place, shard_of
+from mtp_jax.data.preparation import prepare
+from mtp_jax.data.store import Store
+from mtp_jax.runs.loading import LoadedRun
+from mtp_jax.state import split
+from mtp_jax.train.step import batch_loss, target_counts
 
 
 def held_out(config: TrainConfig, store: Store | Mixture, mesh: Mesh, limit: int | None) -> list[Any]:
@@ -92,7 +68,8 @@ def named(metrics: Any) -> dict[str, float]:
     `joint_loss` is the sum of the offsets' means: -log q of a whole window, where all windows are whole.
     With a shortlist, `loss_offset` is the mean over the targets that it has (and `joint_loss` the sum of those), and
     `listed` their fraction; `loss` counts the others as 0, so it compares runs with one list alone.
-    `gate_effective` is 1 / sum_r share_r^2: R if all components have the same mean weight, 1 if one has all of it.
+    `gate_effective`, of a mixture, is 1 / sum_r share_r^2: R if all components have the same mean weight, 1 if one has
+    all of it.
     """
     flat: dict[str, float] = {}
     if "listed" in metrics:
@@ -106,5 +83,6 @@ def named(metrics: Any) -> dict[str, float]:
         else:
             flat |= {f"{name}_{i + 1}": float(v) for i, v in enumerate(value)}
     flat["joint_loss"] = float(np.sum(metrics["loss_offset"]))
-    flat["gate_effective"] = float(1 / np.sum(np.square(metrics["gate_share"])))
+    if "gate_share" in metrics:
+        flat["gate_effective"] = float(1 / np.sum(np.square(metrics["gate_share"])))
     return flat

@@ -1,4 +1,4 @@
-"""What the training step of a config needs on each device of a machine, which need not be here.
+"""Forecast: what the training step of a config needs on each device of a machine, which need not be here.
 
 The step is the one that training runs. It is compiled for abstract arrays, so nothing of the model is allocated: for
 the devices that are here, for any number of simulated ones, or for a TPU slice by the compiler of its own library.
@@ -20,15 +20,17 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from mtp_jax.config import ConfigError, TrainConfig, at_least, require
-from mtp_jax.data import load_tokenizer
+from mtp_jax.config import TrainConfig
+from mtp_jax.data.tokenizers import load_tokenizer
 from mtp_jax.mesh import make_mesh, on_mesh
-from mtp_jax.run_dir import versions
+from mtp_jax.runs.layout import versions
 from mtp_jax.sharding import RULES
+from mtp_jax.state import TrainState
 from mtp_jax.train.advice import advice
 from mtp_jax.train.collectives import count_collectives
 from mtp_jax.train.costs import accelerator, costs, tree_bytes
-from mtp_jax.train.step import Batch, TrainState, make_trainer
+from mtp_jax.train.step import Batch, make_trainer
+from mtp_jax.validate import ConfigError, at_least, require
 
 CPU_NOTE = (
     "These are the temporaries and collectives of XLA for CPUs. It holds and sends bfloat16 as float32, sums gradients "

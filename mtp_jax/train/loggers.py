@@ -1,4 +1,4 @@
-"""Where the numbers of a run go: `metrics.jsonl`, TensorBoard, and the screen of the person who waits.
+"""Loggers of metrics: `metrics.jsonl`, TensorBoard, and the screen of the person who waits.
 
 The training loop holds one `Loggers` and calls `log(kind, step, metrics)`; process 0 writes and the others do not.
 `read_metrics` is the way back, for reports and notebooks.
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from etils import epath
 
-from mtp_jax.paths import is_local
+from mtp_jax.runs.paths import is_local
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -56,11 +56,11 @@ class Loggers:
         console: Console | None = None,
     ):
         self._loggers: list[Logger] = []
-        self._progress: Progress | None = None
+        self._progress: ProgressLogger | None = None
         self._failed: list[Logger] = []
         if enabled:
             self._loggers = [TensorBoardLogger(run_dir, resume_from), JsonlLogger(run_dir, resume_from)]
-            self._progress = Progress(total_steps, resume_from or 0, console)
+            self._progress = ProgressLogger(total_steps, resume_from or 0, console)
             self._loggers.append(self._progress)
 
     def log(self, kind: Kind, step: int, metrics: Mapping[str, Any]) -> None:
@@ -202,7 +202,7 @@ class TensorBoardLogger:
         return writer.event_writer._worker.is_alive()
 
 
-class Progress:
+class ProgressLogger:
     """What a person watches: a bar with the newest training numbers, and above it one line per evaluation.
 
     Where the output is no terminal (CI, log files) there is no bar and not one control character: a training line

@@ -1,27 +1,31 @@
-"""The training loop: everything that touches the outside world. The arithmetic is in `step`."""
+"""Training loop: all is made ready, then steps, logs, evaluations and saves. The arithmetic is in `step`."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from mtp_jax.checkpoint import Checkpoints, unsealed_steps
-from mtp_jax.config import TrainConfig, require
-from mtp_jax.data import Mixture, Store, Tokenizer, batches, load_tokenizer
-from mtp_jax.data import prepare as prepare_data
-from mtp_jax.distributed import Distributed, Watchdog, on_first
-from mtp_jax.heads.shortlist import most_frequent
-from mtp_jax.manifest import MANIFEST
+from mtp_jax.config import TrainConfig
+from mtp_jax.data.batches import batches
+from mtp_jax.data.mixture import Mixture
+from mtp_jax.data.placement import place, shard_of
+from mtp_jax.data.preparation import prepare as prepare_data
+from mtp_jax.data.store import Store
+from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
+from mtp_jax.distributed import Distributed, on_first
+from mtp_jax.heads.registry import check_head
+from mtp_jax.heads.shortlist import most_frequent, put_listed
 from mtp_jax.mesh import on_mesh
-from mtp_jax.run_dir import (
+from mtp_jax.runs.checkpoints import Checkpoints, unsealed_steps
+from mtp_jax.runs.layout import (
     CHECKPOINTS_DIR,
     clear_run,
     read_config,
@@ -30,35 +34,23 @@ from mtp_jax.run_dir import (
     write_config,
     write_tokenizer,
 )
+from mtp_jax.runs.manifest import MANIFEST
+from mtp_jax.runs.writer import CheckpointWriter
+from mtp_jax.state import TrainState
 from mtp_jax.train.checks import check_machine, check_run_dir, check_same_data, check_same_run
-from mtp_jax.train.clock import Clock
+from mtp_jax.train.clock import Speedometer
 from mtp_jax.train.costs import Costs, costs
-from mtp_jax.train.evaluate import evaluate, held_out, named, place, shard_of
-from mtp_jax.train.initial import begin_from
+from mtp_jax.train.evaluate import evaluate, held_out, named
+from mtp_jax.train.init_from import begin_from
 from mtp_jax.train.loggers import Loggers
 from mtp_jax.train.profile import Profile
-from mtp_jax.train.signals import StopSignals
-from mtp_jax.train.step import Metrics, TrainState, make_trainer
+from mtp_jax.train.session import TrainSession, open_session, say
+from mtp_jax.train.step import Metrics, Trainer, make_trainer
+from mtp_jax.validate import require
 
 
 class NonFiniteLossError(RuntimeError):
     """The loss or its gradient is NaN or infinite. Nothing after the last good checkpoint was saved."""
-
-
-def say(text: str) -> None:
-    """Print on process 0."""
-    if jax.process_index() == 0:
-        print(text, flush=True)
-
-
-def with_shortlist(config: TrainConfig, store: Store | Mixture) -> TrainConfig:
-    """`config` with the most frequent training tokens as its shortlist, where it gives their number."""
-    count = config.head.shortlist
-    if not isinstance(count, int) or not count:
-        return config
-    ids, share = most_frequent(store.train.frequencies(config.model.vocab_size), count)
-    say(f"shortlist: the {count:,} most frequent of {config.model.vocab_size:,} tokens are {share:.2%} of the data")
-    return dataclasses.replace(config, head=dataclasses.replace(config.head, shortlist=ids))
 
 
 def train(
@@ -87,168 +79,114 @@ def train(
       PreemptedError: SIGTERM, or a notice that the machine is taken away, after the state was saved.
     """
     require(resume or resume_step is None, f"--from-step is {resume_step} and --resume is not given; give both.")
-    clock = Clock()
-    with StopSignals() as signals, Watchdog(distributed or Distributed()) as watchdog:
-        watchdog.at("preparing", 0, patient=True)
-        try:
-            check = functools.partial(check_run_dir, run_dir, resume=resume, overwrite=overwrite)
-            path = epath.Path(on_first(lambda: str(check())))
+    with open_session(distributed or Distributed()) as session:
+        path = epath.Path(on_first(lambda: str(check_run_dir(run_dir, resume=resume, overwrite=overwrite))))
+        if resume:
+            check_same_run(config, read_config(path), path)
+            tokenizer = run_tokenizer(path, config)
+        else:
+            tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
+        mesh = check_machine(config, tokenizer)
+        with jax.set_mesh(mesh):
+            with session.phase("preparing data", 0):
+                store = prepare_data(config.data, print, tokenizer)
+            trainer = make_trainer(config)
+            held_out_batches = held_out(config, store, mesh, config.eval_batches)
             if resume:
-                saved = read_config(path)
-                config = dataclasses.replace(config, head=config.head.adopt_shortlist(saved.head))
-                check_same_run(config, saved, path)
-                tokenizer = run_tokenizer(path, config)
+                with session.phase("restoring", 0):
+                    state, evaluated = restore(config, trainer, mesh, store, path, resume_step)
             else:
-                tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
-            mesh = check_machine(config, tokenizer)
-            with jax.set_mesh(mesh):
-                run = Run(config, mesh, path, resume, tokenizer, resume_step, clock, signals, watchdog)
-                # All that can fail before the first step has not failed: an old run is deleted only now.
-                on_first(lambda: _write_run(run, overwrite, keep_old))
-                with Checkpoints(path, config.keep_checkpoints, run.last_good) as checkpoints:
-                    return run.fit(checkpoints)
-        except Exception as error:
-            # An exchange that fails for want of a process may raise either.
-            if isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error):
-                watchdog.blame()
-            raise
+                with session.phase("initialising", 0):
+                    state, evaluated = begin(config, trainer, mesh, store, tokenizer), True
+            first = int(state.step)
+            cost = costs(config, state.params)
+            describe(config, mesh, path, cost, first)
+            data = train_batches(config, store, mesh, first)
+            batch = next(data)
+            if first < config.steps:
+                with session.phase("compiling", first):
+                    trainer = trainer.compile(state, batch)
+                say(f"compiled in {session.clock.lost['compiling']:.1f} s")
+            # All that can fail before the first step has not failed: an old run is deleted only now.
+            on_first(lambda: write_run(config, path, tokenizer, overwrite, keep_old))
+            resumed_from = first if resume else None
+            with (
+                CheckpointWriter(path, config.keep_checkpoints, resumed_from) as checkpoints,
+                Loggers(path, config.steps, resume_from=resumed_from, enabled=jax.process_index() == 0) as loggers,
+            ):
+                speed = Speedometer(session.clock, first, config, cost, mesh)
+                run = TrainRun(config, session, trainer, held_out_batches, store.sha256, checkpoints, loggers, speed)
+                return run.fit(state, batch, data, evaluated=evaluated)
 
 
-def _write_run(run: Run, overwrite: bool, keep_old: bool) -> None:
-    if overwrite and keep_old:
-        steps, aside = unsealed_steps(run.path), set_aside(run.path)
-        last = aside / CHECKPOINTS_DIR / str(steps[-1])
-        print(
-            f"warning: Steps {steps} of {run.path} have no {MANIFEST}: it is lost, or the run was killed before it was "
-            f"written. That run is moved to {aside}, and a new one begins. If they are good, "
-            f"`mtp_jax.manifest.seal(etils.epath.Path({str(last)!r}))` makes the last one complete as it is, and "
-            f"--run-dir {aside} --resume goes on from it. If nobody needs them, delete {aside}.",
-            file=sys.stderr,
-            flush=True,
-        )
-    elif overwrite:
-        clear_run(run.path)
-    write_config(run.path, run.config)
-    write_tokenizer(run.path, run.tokenizer)
+@dataclass(frozen=True)
+class TrainRun:
+    """The steps of one call of `train`, and what they need: all that was made ready before the first one."""
 
+    config: TrainConfig
+    session: TrainSession
+    trainer: Trainer
+    held_out: list[Any]
+    data_sha256: str
+    checkpoints: CheckpointWriter
+    loggers: Loggers
+    speed: Speedometer
 
-class Run:
-    """One call of `train`. Making it prepares data, initialises or restores the state, and compiles."""
+    def fit(self, state: TrainState, batch: Any, data: Iterator[Any], *, evaluated: bool) -> dict[str, float]:
+        """Train to `config.steps` on `batch` and then on `data`. Returns the metrics of the last evaluation.
 
-    def __init__(
-        self,
-        config: TrainConfig,
-        mesh: Mesh,
-        path: epath.Path,
-        resume: bool,
-        tokenizer: Tokenizer,
-        resume_step: int | None,
-        clock: Clock,
-        signals: StopSignals,
-        watchdog: Watchdog,
-    ):
-        self.mesh, self.path, self.resume, self.tokenizer = mesh, path, resume, tokenizer
-        self.clock, self.signals, self.watchdog = clock, signals, watchdog
-        with clock.losing("preparing data"):
-            self.store = prepare_data(config.data, print, tokenizer)
-        self.config = config = with_shortlist(config, self.store)
-        self.trainer = make_trainer(config)
-        self.held_out = held_out(config, self.store, mesh, config.eval_batches)
-        with clock.losing("restoring" if resume else "initialising"):
-            self.state = self._restore(resume_step) if resume else self._begin()
-            self.first = int(self.state.step)
-        self.last_good = self.first if resume else None
-        self.cost = costs(config, self.state.params)
-        self._describe(self.cost)
-        if self.first < config.steps:
-            self.batches = self._batches()
-            self.batch = next(self.batches)
-            watchdog.at("compiling", self.first, patient=True)
-            with clock.losing("compiling"):
-                self.trainer = self.trainer.compile(self.state, self.batch)
-            say(f"compiled in {clock.lost['compiling']:.1f} s")
-
-    def _begin(self) -> TrainState:
-        state = self.trainer.init()
-        if self.config.init_from:
-            state, taken = begin_from(self.config, state, self.tokenizer, self.mesh)
-            say(taken)
-        return state
-
-    def _restore(self, wanted: int | None) -> TrainState:
-        with Checkpoints(self.path) as checkpoints:
-            meta = checkpoints.meta("latest" if wanted is None else wanted)
-            check_same_data(self.store, meta, self.path)
-            self.evaluated = bool(meta["metrics"])
-            require(
-                meta["step"] <= self.config.steps,
-                f"--resume: the run in {self.path} is at step {meta['step']} and steps is {self.config.steps}; "
-                f"set --steps to {meta['step']} or more.",
-            )
-            later = [step for step in checkpoints.steps() if step > meta["step"]]
-            if later:
-                say(f"Steps {later} come after step {meta['step']}: they are deleted when the next one is saved.")
-            return checkpoints.restore(on_mesh(jax.eval_shape(self.trainer.init), self.mesh), meta["step"])
-
-    def fit(self, checkpoints: Checkpoints) -> dict[str, float]:
-        """Train to `config.steps`. Returns the metrics of the last evaluation."""
-        self.checkpoints = checkpoints
-        resume_from, enabled = (self.first if self.resume else None), jax.process_index() == 0
-        profile = Profile(self.config.profile, self.path)
-        with Loggers(self.path, self.config.steps, resume_from=resume_from, enabled=enabled) as loggers:
-            return self._steps(self.state, loggers, profile)
-
-    def _steps(self, state: TrainState, loggers: Loggers, profile: Profile) -> dict[str, float]:
-        config, clock, signals, step = self.config, self.clock, self.signals, self.first
+        `evaluated` is whether the evaluation that is due at the state's step has been made.
+        """
+        config, session, signals = self.config, self.session, self.session.signals
+        first = step = int(state.step)
+        saved: int | None = None
         last_eval: dict[str, float] = {}
         pending: tuple[int, Metrics] | None = None
-        clock.start(step, config, self.cost, self.mesh)
+        profile = Profile(config.profile, self.checkpoints.run_dir)
+        due = lambda every: step % every == 0 or step == config.steps  # noqa: E731
         signals.hold()
-        if self.resume and not self.evaluated and (step % config.eval_every == 0 or step == config.steps):
-            # It was due when the run was stopped.
-            last_eval = self._evaluate(loggers, step, state)
+        if not evaluated and due(config.eval_every):
+            last_eval = self.evaluate(step, state)
         while step < config.steps and not signals.stop():
-            self.watchdog.at("training", step)
+            session.watchdog.at("training", step)
             profile.before(step, state)
-            state, metrics = self.trainer.step(state, self.batch)
+            state, metrics = self.trainer.step(state, batch)
             step += 1
-            loggers.advance(step)
+            self.loggers.advance(step)
             # The metrics of the step before are fetched while this one runs: the device never waits for the host.
-            self._log(loggers, pending)
+            self.log(pending)
             pending = (step, metrics)
-            evaluating = step % config.eval_every == 0 or step == config.steps
-            saving = step % config.checkpoint_every == 0 or step == config.steps
             if step < config.steps:
-                with clock.losing("waiting for data", stops=False):
-                    self.batch = next(self.batches)
-            if evaluating or saving:
-                self._log(loggers, pending)
+                with session.clock.losing("waiting for data", stops=False):
+                    batch = next(data)
+            if due(config.eval_every) or due(config.checkpoint_every):
+                self.log(pending)
                 pending = None
                 # What is saved is evaluated first: its own loss has been seen to be finite.
-                last_eval = self._evaluate(loggers, step, state)
-                if saving:
-                    self._save(state, last_eval)
+                last_eval = self.evaluate(step, state)
+                if due(config.checkpoint_every):
+                    saved = self.save(state, last_eval)
         profile.stop(state)
-        self.watchdog.at("saving", step, patient=True)
-        if signals.seen is not None and step > self.first and self.last_good != step:
-            self._log(loggers, pending)
-            self._save(state, self._evaluate(loggers, step, state))
-        with clock.losing("saving"):
-            self.last_good = self.checkpoints.wait()
+        if signals.seen is not None and step > first and step != saved:
+            self.log(pending)
+            self.save(state, self.evaluate(step, state))
+        with session.phase("saving", step):
+            last_good = self.checkpoints.wait()
         if step < config.steps or (signals.seen is not None and not last_eval):
             kept = "Nothing was saved yet; start again with --overwrite or --auto-resume."
-            if self.last_good is not None:
-                kept = f"Step {self.last_good} is saved in {self.path}; go on with --resume."
+            if last_good is not None:
+                kept = f"Step {last_good} is saved in {self.checkpoints.run_dir}; go on with --resume."
             raise signals.end(kept)
-        say(clock.summary())
+        say(session.clock.summary())
         return last_eval
 
-    def _save(self, state: TrainState, metrics: dict[str, float]) -> None:
-        self.watchdog.at("saving", int(state.step), patient=True)  # a large one is hashed for long
-        with self.clock.losing("saving"):
-            self.last_good = self.checkpoints.save(state, self.config, metrics, self.store.sha256)
+    def save(self, state: TrainState, metrics: dict[str, float]) -> int:
+        """Begin to save a state, and return its step. A large one is hashed for long."""
+        with self.session.phase("saving", int(state.step)):
+            return self.checkpoints.save(state, self.config, metrics, self.data_sha256)
 
-    def _log(self, loggers: Loggers, pending: tuple[int, Metrics] | None) -> None:
+    def log(self, pending: tuple[int, Metrics] | None) -> None:
+        """Fetch the metrics of a step, if there is one, and log them. Raises `NonFiniteLossError`."""
         if pending is None:
             return
         step, metrics = pending[0], jax.device_get(pending[1])
@@ -258,24 +196,26 @@ class Run:
             row = f"; {int(metrics['skipped'])} steps were skipped in a row" if limit else ""
             raise self._not_finite(f"Step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}{row}.")
         if step % self.config.log_every == 0 or step == 1 or step == self.config.steps:
-            loggers.log("train", step, {**named(metrics), **self.clock.speed(step)})
+            self.loggers.log("train", step, {**named(metrics), **self.speed.read(step)})
 
-    def _evaluate(self, loggers: Loggers, step: int, state: TrainState) -> dict[str, float]:
-        """The held-out metrics, logged. Where the run is to stop it is one batch, to see that the loss is finite, and
-        there are none."""
-        with self.clock.losing("evaluating"):
+    def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        """The held-out metrics, logged. Raises `NonFiniteLossError`.
+
+        In a run that is to stop, one batch is read to see that its loss is finite, and no metrics are returned.
+        """
+        with self.session.phase("evaluating", step, patient=False):
             metrics = self._held_out_metrics(step, state.params)
-            if state.ema is not None and not self.signals.stop():
+            if state.ema is not None and not self.session.signals.stop():
                 metrics["ema_loss"] = self._held_out_metrics(step, state.ema).get("loss", math.nan)
-        if self.signals.seen is not None:
+        if self.session.signals.seen is not None:
             return {}
-        loggers.log("eval", step, metrics)
+        self.loggers.log("eval", step, metrics)
         return metrics
 
     def _held_out_metrics(self, step: int, params: Any) -> dict[str, float]:
         def stop() -> bool:
-            self.watchdog.at("evaluating", step)
-            return self.signals.stop()
+            self.session.watchdog.at("evaluating", step)  # each batch has its own time
+            return self.session.signals.stop()
 
         metrics = evaluate(self.trainer.evaluate, params, self.held_out, stop)
         if not math.isfinite(metrics["loss"]):
@@ -283,40 +223,104 @@ class Run:
         return metrics
 
     def _not_finite(self, what: str) -> NonFiniteLossError:
-        self.last_good = self.checkpoints.wait()
+        last_good = self.checkpoints.wait()
         advice = "Lower optimizer.learning_rate, lengthen optimizer.warmup_steps, or compute in float32"
-        if self.last_good is None:
+        if last_good is None:
             return NonFiniteLossError(f"{what} No checkpoint was saved yet. {advice}, and start with --overwrite.")
-        kept = f"The last good checkpoint is step {self.last_good} in {self.path}."
+        kept = f"The last good checkpoint is step {last_good} in {self.checkpoints.run_dir}."
         return NonFiniteLossError(f"{what} {kept} {advice}, and --resume.")
 
-    def _batches(self) -> Iterator[Any]:
-        """The batches from the state's step on, on the mesh."""
-        data = self.config.data
-        found = batches(
-            self.store.train,
-            seq_len=data.seq_len,
-            window=self.config.head.window,
-            batch_size=data.batch_size,
-            seed=data.seed,
-            start=self.first,
-            shard=shard_of(self.mesh, data.batch_size),
-        )
-        return (place(batch, self.mesh, data.batch_size) for batch in found)
 
-    def _describe(self, c: Costs) -> None:
-        config, head, first = self.config, self.config.head, self.first
-        processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
-        say(
-            f"{self.path}: {'resuming at step ' + str(first) if first else 'new run'}, {config.steps} steps of "
-            f"{config.data.batch_size} x {config.data.seq_len} tokens on mesh {dict(self.mesh.shape)} "
-            f"({self.mesh.devices.flat[0].device_kind}{processes})"
+def begin(
+    config: TrainConfig, trainer: Trainer, mesh: Mesh, store: Store | Mixture, tokenizer: Tokenizer
+) -> TrainState:
+    """The state of a new run: fresh, or from another run."""
+    state = choose_shortlist(config, trainer.init(), store)
+    if config.init_from:
+        state, taken = begin_from(config, state, tokenizer, mesh)
+        say(taken)
+    return state
+
+
+def restore(
+    config: TrainConfig, trainer: Trainer, mesh: Mesh, store: Store | Mixture, path: epath.Path, wanted: int | None
+) -> tuple[TrainState, bool]:
+    """The state of the latest checkpoint or of step `wanted`, and whether it was evaluated before it was saved."""
+    with Checkpoints(path) as checkpoints:
+        meta = checkpoints.meta("latest" if wanted is None else wanted)
+        check_same_data(store, meta, path)
+        require(
+            meta["step"] <= config.steps,
+            f"--resume: the run in {path} is at step {meta['step']} and steps is {config.steps}; "
+            f"set --steps to {meta['step']} or more.",
         )
-        say(
-            f"trunk {c.trunk_params:,} parameters, head {c.head_params:,} ({head.kind}, R = {head.rank}, "
-            f"W = {head.window}, {head.factors} factors), embedding {c.embedding_params:,}"
+        later = [step for step in checkpoints.steps() if step > meta["step"]]
+        if later:
+            say(f"Steps {later} come after step {meta['step']}: they are deleted when the next one is saved.")
+        state = checkpoints.restore(on_mesh(jax.eval_shape(trainer.init), mesh), meta["step"])
+    return state, bool(meta["metrics"])
+
+
+def train_batches(config: TrainConfig, store: Store | Mixture, mesh: Mesh, start: int) -> Iterator[Any]:
+    """The batches of a run from step `start` on, on the mesh."""
+    data = config.data
+    found = batches(
+        store.train,
+        seq_len=data.seq_len,
+        window=config.head.window,
+        batch_size=data.batch_size,
+        seed=data.seed,
+        start=start,
+        shard=shard_of(mesh, data.batch_size),
+    )
+    return (place(batch, mesh, data.batch_size) for batch in found)
+
+
+def describe(config: TrainConfig, mesh: Mesh, path: epath.Path, cost: Costs, first: int) -> None:
+    """Say what is trained and what it will cost."""
+    head = config.head
+    processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
+    say(
+        f"{path}: {'resuming at step ' + str(first) if first else 'new run'}, {config.steps} steps of "
+        f"{config.data.batch_size} x {config.data.seq_len} tokens on mesh {dict(mesh.shape)} "
+        f"({mesh.devices.flat[0].device_kind}{processes})"
+    )
+    say(
+        f"trunk {cost.trunk_params:,} parameters, head {cost.head_params:,} ({check_head(head).describe(head)}), "
+        f"embedding {cost.embedding_params:,}"
+    )
+    say(
+        f"predicted cost: head / trunk {cost.head_flops / cost.trunk_flops:.2f} of {cost.trunk_flops / 1e6:.1f} MFLOPs "
+        f"a token; a step costs {cost.step_ratio:.2f} times one with a plain next-token head"
+    )
+
+
+def write_run(config: TrainConfig, path: epath.Path, tokenizer: Tokenizer, overwrite: bool, keep_old: bool) -> None:
+    """Begin or go on with a run directory: what `overwrite` gives up is deleted, or moved aside with `keep_old`."""
+    if overwrite and keep_old:
+        steps, aside = unsealed_steps(path), set_aside(path)
+        last = aside / CHECKPOINTS_DIR / str(steps[-1])
+        print(
+            f"warning: Steps {steps} of {path} have no {MANIFEST}: it is lost, or the run was killed before it was "
+            f"written. That run is moved to {aside}, and a new one begins. If they are good, "
+            f"`mtp_jax.runs.manifest.seal(etils.epath.Path({str(last)!r}))` makes the last one complete as it is, and "
+            f"--run-dir {aside} --resume goes on from it. If nobody needs them, delete {aside}.",
+            file=sys.stderr,
+            flush=True,
         )
-        say(
-            f"predicted cost: head / trunk {c.head_flops / c.trunk_flops:.2f} of {c.trunk_flops / 1e6:.1f} MFLOPs a "
-            f"token; a step costs {c.step_ratio:.2f} times one with a plain next-token head"
-        )
+    elif overwrite:
+        clear_run(path)
+    write_config(path, config)
+    write_tokenizer(path, tokenizer)
+
+
+def choose_shortlist(config: TrainConfig, state: TrainState, store: Store | Mixture) -> TrainState:
+    """A fresh state with the most frequent training tokens as its shortlist, where the config asks for one."""
+    count = config.head.shortlist
+    if not count:
+        return state
+    ids, share = most_frequent(store.train.frequencies(config.model.vocab_size), count)
+    say(f"shortlist: the {count:,} most frequent of {config.model.vocab_size:,} tokens are {share:.2%} of the data")
+    params = put_listed(state.params, ids)
+    ema = None if state.ema is None else put_listed(state.ema, ids)
+    return dataclasses.replace(state, params=params, ema=ema)

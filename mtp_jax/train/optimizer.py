@@ -1,4 +1,4 @@
-"""Optax, with one table that says how every parameter is treated."""
+"""Optimizer: clipping, AdamW or Muon by Optax, schedules, and steps that are skipped."""
 
 from __future__ import annotations
 
@@ -11,30 +11,24 @@ from jax import Array
 from optax.contrib import MuonDimensionNumbers, muon
 
 from mtp_jax.config import OptimizerConfig
-from mtp_jax.model.layers import MATRICES
+from mtp_jax.parameters import row
 
 SETTLED = 20  # steps after which the gradient's mean norm is known
-
-# Embeddings, gates, norms and biases: always Adam, never decayed.
-VECTORS = frozenset({"embed_VD", "unembed_VD", "gate_DR", "scale", "bq_NH", "bk_KH", "bv_KH"})
 
 
 def dimension_numbers(params: Any) -> Any:
     """For every parameter its `MuonDimensionNumbers`, or None where it is not a matrix.
 
     Raises:
-      KeyError: a parameter is in neither table: add it to the right one.
+      KeyError: a parameter has no row in `mtp_jax.parameters`.
     """
 
     def of(path: tuple[Any, ...], _: Array) -> MuonDimensionNumbers | None:
         names = [key.key for key in path]
-        if names[-1] in VECTORS:
+        found, stacked = row(names[-1]), int("blocks" in names)
+        if not found.matrix:
             return None
-        if names[-1] not in MATRICES:
-            raise KeyError(f"parameter {'.'.join(names)} is in neither MATRICES nor VECTORS of {__name__}.")
-        stacked = int("blocks" in names)
-        inputs, outputs = MATRICES[names[-1]]
-        return MuonDimensionNumbers(tuple(a + stacked for a in inputs), tuple(a + stacked for a in outputs))
+        return MuonDimensionNumbers(*(tuple(axis + stacked for axis in axes) for axes in (found.inputs, found.outputs)))
 
     return jax.tree_util.tree_map_with_path(of, params)
 

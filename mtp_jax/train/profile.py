@@ -1,4 +1,4 @@
-"""A recording of some steps by JAX's profiler."""
+"""Profile of some training steps, recorded by JAX's profiler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import jax
 from etils import epath
 
 from mtp_jax.config import ProfileConfig
-from mtp_jax.paths import is_local
+from mtp_jax.runs.paths import is_local
 
 PROFILE_DIR = "profile"
 

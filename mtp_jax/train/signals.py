@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run ends between two steps, with its state saved, at the same step on all processes."""
+"""Signals that stop a run: it ends between two steps, the same two on all processes, with its state saved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from mtp_jax.config import PREEMPTED, PreemptedError
+from mtp_jax.validate import PREEMPTED, PreemptedError
 
 
 class StopSignals:
@@ -29,6 +29,7 @@ class StopSignals:
         """The signal that was seen."""
         self._held, self._looks = False, 0
         self._many = jax.process_count() > 1
+        self._before: dict[int, Any] = {}
 
     def stop(self) -> bool:
         """Whether to stop here. Every process must ask as often as the others, and none may stop by itself."""
@@ -50,7 +51,6 @@ class StopSignals:
         return KeyboardInterrupt()
 
     def __enter__(self) -> StopSignals:
-        self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT,) if self._many else (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._handle)

@@ -1,4 +1,4 @@
-"""The train state and the pure functions on it: one optimizer step, one evaluation batch."""
+"""Training step: pure functions of the train state, for one optimizer step and one evaluation batch."""
 
 from __future__ import annotations
 
@@ -16,24 +16,12 @@ from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from mtp_jax.config import TrainConfig
-from mtp_jax.model.transformer import LanguageModel
+from mtp_jax.state import TrainState, build_model, split
 from mtp_jax.train.freeze import merge, partition
 from mtp_jax.train.optimizer import make_optimizer, make_schedule
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class TrainState:
-    """All that changes in training: steps taken, parameters by name, optimizer state of those that are trained, and the
-    average of the parameters if the run keeps one. Donated whole to the step."""
-
-    step: Array
-    params: dict[str, Any]
-    opt_state: Any
-    ema: Any = None
 
 
 @dataclass(frozen=True)
@@ -50,17 +38,6 @@ class Trainer:
         count_W = target_counts([batch])
         step, evaluate = self.step.lower(state, batch), self.evaluate.lower(state.params, batch, count_W)  # type: ignore[attr-defined]
         return dataclasses.replace(self, step=step.compile(), evaluate=evaluate.compile())
-
-
-def build_model(config: TrainConfig, key: Array) -> LanguageModel:
-    """The model of a config, with fresh parameters."""
-    return LanguageModel(config.model, config.head, rngs=nnx.Rngs(key))
-
-
-def split(model: LanguageModel) -> tuple[nnx.GraphDef, dict[str, Any]]:
-    """A model as (structure, parameters by name); `nnx.merge` puts them together."""
-    graph, state = nnx.split(model)
-    return graph, nnx.to_pure_dict(state)
 
 
 def make_trainer(config: TrainConfig) -> Trainer:
@@ -93,14 +70,12 @@ def target_counts(batches: Sequence[Batch]) -> Array:
 def batch_loss(
     graph: nnx.GraphDef, params: dict[str, Any], batch: Batch, count_W: Array, key: Array | None = None
 ) -> tuple[Array, Metrics]:
-    """The head's loss on a batch, and its sums; `count_W` is the number of valid targets that the means are over.
+    """The model's loss on a batch, and its sums; `count_W` is the number of valid targets that the means are over.
 
     `key` is for what a head draws in training; without one the loss is exact.
     """
     model = nnx.merge(graph, params)
-    weights_BTW = batch["valid_BTW"] / jnp.maximum(count_W, 1)[None, None]
-    x_BTD = model(batch["tokens_BT"], batch["segments_BT"])
-    return model.head.loss(x_BTD, batch["targets_BTW"], weights_BTW, key)
+    return model.loss(batch, batch["valid_BTW"] / jnp.maximum(count_W, 1)[None, None], key)
 
 
 def train_step(
@@ -108,8 +83,8 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
     """One optimizer step on one global batch, read in `config.grad_accumulation` equal parts.
 
-    Returns the new state and the metrics at the old parameters, all float32 scalars but `loss_offset` [W] and
-    `gate_share` [R].
+    Returns the new state and the metrics at the old parameters, all float32: scalars, and vectors such as `loss_offset`
+    [W].
     """
     # Every target weighs the same, whichever part it is in: the counts are of the whole batch.
     count_W = target_counts([batch])

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 
-from mtp_jax.config import SourceConfig
+from mtp_jax.data.config import SourceConfig
 from mtp_jax.data.sources.base import PART_BYTES, DataError, Part, Source, documents
 from mtp_jax.data.sources.jsonl import JsonLines
 from mtp_jax.data.sources.parquet import Parquet

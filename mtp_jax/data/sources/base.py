@@ -1,4 +1,4 @@
-"""What a source of documents is, and the parts in which it is read."""
+"""Source protocol: documents, and the parts in which they are read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A TFDS builder over the documents of any source, written and read without TensorFlow."""
+"""TFDS builder over the documents of any source, written and read without TensorFlow."""
 
 from __future__ import annotations
 

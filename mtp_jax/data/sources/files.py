@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from mtp_jax.config import require
 from mtp_jax.data.sources import base
 from mtp_jax.data.sources.base import DataError, Part
 from mtp_jax.data.sources.split import boundary, pieces
+from mtp_jax.validate import require
 
 
 @dataclass(frozen=True)

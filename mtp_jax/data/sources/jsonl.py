@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import SourceConfig
+from mtp_jax.data.config import SourceConfig
 from mtp_jax.data.sources.base import DataError, Part
 from mtp_jax.data.sources.files import Files
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import ConfigError, SourceConfig, require
+from mtp_jax.data.config import SourceConfig
 from mtp_jax.data.sources import base
 from mtp_jax.data.sources.base import DataError, Part
 from mtp_jax.data.sources.files import Files
+from mtp_jax.validate import ConfigError, require
 
 BATCH = 1024  # rows in memory at a time
 

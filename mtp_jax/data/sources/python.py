@@ -15,9 +15,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import SourceConfig, require
+from mtp_jax.data.config import SourceConfig
 from mtp_jax.data.sources.base import Part
 from mtp_jax.data.sources.files import Files
+from mtp_jax.validate import require
 
 # Other people's packages, and tests, which are repetitive and as large as the rest.
 SKIPPED_DIRECTORIES = frozenset({"__pycache__", "site-packages", "dist-packages", "test", "tests", "idle_test"})

@@ -1,4 +1,4 @@
-"""Cutting a stream of bytes at a separator, without having more of it in memory than one piece."""
+"""Separators: a stream of bytes is cut at one, with no more of it in memory than one piece."""
 
 from __future__ import annotations
 

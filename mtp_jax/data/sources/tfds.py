@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mtp_jax.config import ConfigError, SourceConfig, require
+from mtp_jax.data.config import SourceConfig
 from mtp_jax.data.sources import base
 from mtp_jax.data.sources.base import DataError, Part
 from mtp_jax.data.sources.files import Files
+from mtp_jax.validate import ConfigError, require
 
 
 class TfdsDataset:

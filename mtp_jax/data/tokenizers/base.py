@@ -1,4 +1,4 @@
-"""What every tokenizer promises, and what those of files have in common."""
+"""Tokenizer protocol, and what the tokenizers of files have in common."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mtp_jax.config import ConfigError, require
+from mtp_jax.validate import ConfigError, require
 
 
 class Tokenizer(Protocol):

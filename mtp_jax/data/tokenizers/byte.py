@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mtp_jax.config import require
 from mtp_jax.data.tokenizers.base import to_utf8
+from mtp_jax.validate import require
 
 
 class ByteTokenizer:

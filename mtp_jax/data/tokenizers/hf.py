@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mtp_jax.config import ConfigError, require
 from mtp_jax.data.tokenizers.base import choose_end, join, meaningful, read_model, to_utf8, utf8
+from mtp_jax.validate import ConfigError, require
 
 FILE = "tokenizer.json"
 # The first of these that a tokenizer has ends its documents. Ends of turns come last: a base model may have both.

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mtp_jax.config import ConfigError
 from mtp_jax.data.tokenizers.base import choose_end, join, meaningful, read_model, to_utf8, utf8
+from mtp_jax.validate import ConfigError
 
 FILE = "tokenizer.model"
 

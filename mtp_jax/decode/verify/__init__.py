@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mtp_jax.decode.verify.base import Verdict, Verifier
-from mtp_jax.decode.verify.block import Block
+from mtp_jax.decode.verify.block import BlockRule
 from mtp_jax.decode.verify.coupled import Coupled
 from mtp_jax.decode.verify.greedy import Greedy
 from mtp_jax.decode.verify.token import Token
@@ -13,7 +13,7 @@ VERIFIERS: dict[str, Verifier] = {
     "greedy": Greedy(),
     "coupled": Coupled(),
     "token": Token(),
-    "block": Block(),
+    "block": BlockRule(),
 }
 
 

@@ -45,7 +45,7 @@ class Sampled:
     """What verifiers that sample have in common; rows of temperature 0 are greedy under each of them."""
 
     def law(self, logp_BTV: Array, sampling: Sampling, *, filtered: bool) -> Array:
-        """See `process_logits`."""
+        """The law at the temperature of each row, filtered by its top-k and top-p."""
         return process_logits(logp_BTV, sampling, filtered=filtered)
 
     def choose(self, logits_BTV: Array, noise_BTV: Array | None) -> Array:

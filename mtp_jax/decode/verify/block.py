@@ -14,7 +14,7 @@ from jax import Array, lax
 from mtp_jax.decode.verify.rejection import Rejection, rest
 
 
-class Block(Rejection):
+class BlockRule(Rejection):
     """The whole block is judged before any of it is rejected."""
 
     def chances(self, log_ratio_Bk: Array, p_BTV: Array, q_BTV: Array) -> tuple[Array, Array]:

@@ -25,5 +25,5 @@ class Coupled(Sampled):
         return gumbel(sampling.key_B, start_B[:, None] + jnp.arange(width, dtype=jnp.int32)[None], vocab_size)
 
     def verify(self, logits_BTV: Array, state: DecodeState, sampling: Sampling) -> Verdict:
-        """See `match_prefix`."""
+        """Accept drafts while they are what the target chooses."""
         return match_prefix(self.choose(logits_BTV, state.noise_BTV), state)

@@ -28,5 +28,5 @@ class Greedy:
         return jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
 
     def verify(self, logits_BTV: Array, state: DecodeState, sampling: Sampling) -> Verdict:
-        """See `match_prefix`."""
+        """Accept drafts while they are what the target chooses."""
         return match_prefix(self.choose(logits_BTV, None), state)

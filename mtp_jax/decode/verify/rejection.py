@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from mtp_jax.decode import pick
+from mtp_jax import arrays
 from mtp_jax.decode.law import ACCEPT, CHOOSE, Sampling, block_keys, gumbel
 from mtp_jax.decode.state import DecodeState
 from mtp_jax.decode.verify.base import Sampled, Verdict, match_prefix, used
@@ -48,7 +48,7 @@ class Rejection(Sampled):
         raise TypeError(f"{type(self).__name__} does not define accepted.")
 
     def verify(self, logits_BTV: Array, state: DecodeState, sampling: Sampling) -> Verdict:
-        """See the module."""
+        """Accept drafts by the ratio of the target's probability to the draft's, and draw the next token."""
         draft_Bk, logq_BkV, noise_BTV = state.draft_Bk, state.logq_BkV, state.noise_BTV
         k, used_Bk = draft_Bk.shape[1], used(state)
         if k == 0:  # plain sampling
@@ -57,13 +57,13 @@ class Rejection(Sampled):
         logp_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
         q_BTV = jnp.pad(jnp.where(used_Bk[:, :, None], jnp.exp(logq_BkV), 0.0), ((0, 0), (0, 1), (0, 0)))
         p_BTV = jnp.exp(logp_BTV)
-        log_ratio_Bk = pick.log_prob(logp_BTV[:, :k], draft_Bk) - pick.log_prob(logq_BkV, draft_Bk)
+        log_ratio_Bk = arrays.log_prob(logp_BTV[:, :k], draft_Bk) - arrays.log_prob(logq_BkV, draft_Bk)
         chance_Bk, rho_BT = self.chances(log_ratio_Bk, p_BTV, q_BTV)
         # Strictly: u may be 0, and what has no chance is never kept.
         accepted_B = self.accepted((uniform(sampling, state.length_B, k) < chance_Bk) & used_Bk)
 
-        p_BV = pick.at(p_BTV, accepted_B)
-        rest_BV = rest(p_BV, pick.at(q_BTV, accepted_B), pick.at(rho_BT, accepted_B)[:, None])
+        p_BV = arrays.at(p_BTV, accepted_B)
+        rest_BV = rest(p_BV, arrays.at(q_BTV, accepted_B), arrays.at(rho_BT, accepted_B)[:, None])
         # Rounding may leave nothing where p and q are the same.
         rest_BV = jnp.where(jnp.max(rest_BV, axis=-1, keepdims=True) > 0, rest_BV, p_BV)
         own_B1 = self.choose(jnp.log(rest_BV), noise_BTV[:, -1])[:, None]

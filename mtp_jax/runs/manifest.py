@@ -1,4 +1,4 @@
-"""The manifest of a directory: size and SHA-256 of each of its files, so that what is read later is what was written.
+"""Manifest of a directory: size and SHA-256 of each of its files. What is read later is what was written.
 
 It is written last: a directory without one was not finished. It carries a hash of its own.
 """
@@ -14,8 +14,7 @@ from typing import Any
 
 from etils import epath
 
-from mtp_jax.paths import children, is_local
-from mtp_jax.run_dir import replace_file
+from mtp_jax.runs.paths import children, is_local, replace_file
 
 MANIFEST = "manifest.json"
 BLOCK = 2**22

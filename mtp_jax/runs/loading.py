@@ -1,4 +1,4 @@
-"""The way back from a run directory: a trained model, wherever it was trained."""
+"""Loading of a run: the trained model of a run directory, wherever it was trained."""
 
 from __future__ import annotations
 
@@ -12,15 +12,19 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
-from mtp_jax.checkpoint import Checkpoints, Step
-from mtp_jax.config import ConfigError, MeshConfig, TrainConfig
-from mtp_jax.data import Tokenizer
-from mtp_jax.decode.generate import Generation, for_decoding, generate
+from mtp_jax.config import MeshConfig, TrainConfig
+from mtp_jax.data.tokenizers import Tokenizer
+from mtp_jax.decode.config import DecodeConfig
+from mtp_jax.decode.decoder import Decoder, for_decoding
+from mtp_jax.decode.decoding import Generation
+from mtp_jax.decode.generate import generate
 from mtp_jax.decode.text import continue_text
+from mtp_jax.language_model import LanguageModel
 from mtp_jax.mesh import make_mesh, on_mesh
-from mtp_jax.model.transformer import LanguageModel
-from mtp_jax.run_dir import read_config, run_tokenizer, to_config
-from mtp_jax.train.step import build_model, split
+from mtp_jax.runs.checkpoints import Checkpoints, Step
+from mtp_jax.runs.layout import read_config, run_tokenizer, to_config
+from mtp_jax.state import build_model, split
+from mtp_jax.validate import ConfigError
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class LoadedRun:
     meta: dict[str, Any]
 
     @functools.cached_property
-    def decoder(self) -> LanguageModel:
+    def decoder(self) -> Decoder:
         """The model laid out for decoding."""
         with jax.set_mesh(self.mesh):
             return for_decoding(self.model)
@@ -46,12 +50,13 @@ class LoadedRun:
         Options are those of `mtp_jax.generate`.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
+        config = DecodeConfig(**self._defaults(options))
         with jax.set_mesh(self.mesh):
-            out = continue_text(self.decoder, self.tokenizer, texts, stop, **self._defaults(options))
+            out = continue_text(self.decoder, self.tokenizer, texts, config, stop)
         return out[0] if isinstance(prompts, str) else out
 
     def generate_tokens(self, prompts: list[Any], **options: Any) -> Generation:
-        """Continue token ids; see `mtp_jax.generate`."""
+        """Continue token ids. Options are those of `mtp_jax.generate`."""
         with jax.set_mesh(self.mesh):
             return generate(self.decoder, prompts, **self._defaults(options))
 

@@ -1,4 +1,4 @@
-"""Paths of runs, on a local disk or in a bucket (`gs://bucket/run`), where `etils.epath` leaves a choice."""
+"""Paths of runs on a local disk or in a bucket (`gs://bucket/run`), where `etils.epath` leaves a choice."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.util
 import fsspec.config
 from etils import epath
 
-from mtp_jax.config import require
+from mtp_jax.validate import require
 
 # TensorStore and other processes write past this one's gcsfs: what that remembers of a folder is soon wrong, and a step
 # or a file of it would not be seen.
@@ -49,3 +49,11 @@ def children(folder: epath.Path) -> list[epath.Path]:
         return list(folder.iterdir())
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def replace_file(path: epath.Path, data: str | bytes) -> None:
+    """Write a file in one go, so that a kill right here leaves the old one; object stores do nothing else."""
+    aside = path.with_name(f"{path.name}.partial") if is_local(path) else path
+    aside.write_bytes(data.encode() if isinstance(data, str) else data)
+    if aside != path:
+        aside.replace(path)

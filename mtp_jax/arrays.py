@@ -1,4 +1,4 @@
-"""Picking one entry of each row, in forms that a sharded batch and vocabulary allow."""
+"""Rows of arrays: picking one entry of each, in forms that a sharded batch and vocabulary allow."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 RUN/config.json, versions.json the resolved TrainConfig, and what it runs on; readable without any checkpoint
 RUN/tokenizer/                 the files of its tokenizer, if it has any
-RUN/checkpoints/STEP/          see `mtp_jax.checkpoint`
+RUN/checkpoints/STEP/          a checkpoint, as `mtp_jax.runs.checkpoints` describes it
 RUN/metrics.jsonl, tensorboard/
-RUN/lost-N/                    a run directory of its own, that `--auto-resume` did not delete: see `set_aside`
+RUN/lost-N/                    a run directory of its own, that `--auto-resume` did not delete
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from typing import Any
 from etils import epath
 
 from mtp_jax import __version__
-from mtp_jax.config import ConfigError, TrainConfig, from_dict, require, to_dict
-from mtp_jax.data import Tokenizer
-from mtp_jax.data.tokenizers import kept_tokenizer
-from mtp_jax.paths import full_path, is_local
+from mtp_jax.config import TrainConfig
+from mtp_jax.data.tokenizers import Tokenizer, kept_tokenizer
+from mtp_jax.runs.paths import full_path, replace_file
+from mtp_jax.validate import ConfigError, from_dict, require, to_dict
 
 CONFIG_FILE, TOKENIZER_DIR, CHECKPOINTS_DIR = "config.json", "tokenizer", "checkpoints"
 # What training, `generate --held-out` and `bench --report` leave in a run directory.
@@ -75,14 +75,6 @@ def run_tokenizer(run_dir: epath.PathLike, config: TrainConfig) -> Tokenizer:
     """The tokenizer of a run: its own copy, or what the config names where it has none (`bytes`, or no run yet)."""
     own = full_path(run_dir) / TOKENIZER_DIR
     return kept_tokenizer(own, config.data.tokenizer, config.data.end_of_document)
-
-
-def replace_file(path: epath.Path, data: str | bytes) -> None:
-    """Write a file in one go, so that a kill right here leaves the old one; object stores do nothing else."""
-    aside = path.with_name(f"{path.name}.partial") if is_local(path) else path
-    aside.write_bytes(data.encode() if isinstance(data, str) else data)
-    if aside != path:
-        aside.replace(path)
 
 
 def clear_run(run_dir: epath.PathLike) -> None:

@@ -1,4 +1,4 @@
-"""What a run came to, for a reader: `report.md` with its figures, `report.json`, and the decode table.
+"""Report of a decoding benchmark: `report.md` with its figures, `report.json`, and the table for the terminal.
 
 A `bench` is the object that `mtp-jax bench` returns: a list of `rows`, one for each setting of (batch, temperature,
 k, verifier, dtype), of which k = 0 is plain decoding, and what all rows share (prompts, device, versions, ...).
@@ -9,17 +9,17 @@ from __future__ import annotations
 import io
 import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from mtp_jax.config import require
-from mtp_jax.paths import full_path
+from mtp_jax.plots import MARKERS, PALETTE, legend, markdown_table, panels
+from mtp_jax.runs.paths import full_path
 from mtp_jax.train.loggers import METRICS_FILE, read_metrics, series
+from mtp_jax.validate import require
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from rich.table import Table
 
@@ -31,7 +31,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "plain in": lambda row: row["plain_dtype"],
     "T": lambda row: f"{row['temperature']:g}",
     "verifier": lambda row: row["verifier"],
-    "k": lambda row: f"{row['k']}",
+    "k": lambda row: f"{row['k']}{' (auto)' * row.get('auto', False)}",
     "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
     "speed-up": lambda row: f"{row['speedup']:.2f}x",
     "tokens per forward": lambda row: f"{row['block_efficiency']:.2f}",
@@ -39,10 +39,6 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "verify cost": lambda row: "-" if row.get("verify_cost") is None else f"{row['verify_cost']:.2f}",
     "identical": lambda row: _identical(row),
 }
-
-# Okabe and Ito's palette: told apart with any kind of colour vision, and in print.
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = "osD^vX"
 
 
 def check_reportable(run_dir: epath.PathLike) -> None:
@@ -59,7 +55,7 @@ def write_report(run_dir: epath.PathLike, bench: dict[str, Any], config: dict[st
     run_dir = full_path(run_dir)
     records = read_metrics(run_dir)
     train, evals = ([record for record in records if record["kind"] == kind] for kind in ("train", "eval"))
-    rows = [row for row in bench["rows"] if row["k"] != "adaptive"]
+    rows = [row for row in bench["rows"] if not row.get("auto")]
     figures = {"loss": plot_loss(train, evals), "acceptance": plot_acceptance(rows), "speed": plot_speed(rows)}
     (run_dir / "plots").mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():
@@ -165,39 +161,6 @@ def plot_speed(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def panels(titles: Sequence[str], xlabel: str, ylabel: str) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with one panel for each title, up to three in a row, in the house style."""
-    from matplotlib.figure import Figure
-
-    # Not pyplot: a figure of its own needs no display and no global state, and is freed like any object.
-    columns = min(3, len(titles))
-    rows = -(-len(titles) // columns)
-    figure = Figure(figsize=(2.6 + 4.6 * columns, 4.0 * rows), layout="constrained")
-    parts = figure.subplots(rows, columns, squeeze=False).ravel()
-    for title, axes in itertools.zip_longest(titles, parts):
-        if title is None:
-            axes.remove()
-            continue
-        axes.set(xlabel=xlabel, ylabel=ylabel)
-        dress(axes, title)
-    return figure, list(parts[: len(titles)])
-
-
-def dress(axes: Axes, title: str) -> None:
-    """The house style: a bold title on the left, no box, a faint grid."""
-    axes.set_title(title, loc="left", size="medium", weight="bold")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(color="0.92")
-
-
-def legend(figure: Figure, handles: Iterable[Any] | None = None) -> None:
-    """One legend for all panels, to their right: each label once. `handles` are all that the panels have, if None."""
-    if handles is None:
-        handles = (handle for axes in figure.axes for handle in axes.get_legend_handles_labels()[0])
-    unique = {str(handle.get_label()): handle for handle in handles}
-    figure.legend(unique.values(), unique.keys(), loc="outside right upper", frameon=False)
-
-
 def _lines(rows: Sequence[Row]) -> Iterator[tuple[list[Row], dict[str, Any]]]:
     """The rows of each (temperature, verifier), by k, and the style of their line."""
     rows = sorted(rows, key=lambda row: row["k"])
@@ -226,12 +189,6 @@ def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
     if len({row[name] for row in rows for name in ("dtype", "plain_dtype")}) == 1:
         same |= {"dtype", "plain in"}
     return {name: text for name, text in COLUMNS.items() if name not in same}
-
-
-def markdown_table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """A table in Markdown."""
-    header = list(header)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))
 
 
 def _decode_setting(bench: dict[str, Any]) -> str:

@@ -1,20 +1,19 @@
-"""One run of a sweep, in this process: train, measure, leave a record."""
+"""Run of a sweep, in this process: train, measure, leave a record."""
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from typing import Any
 
 import jax
 
 from mtp_jax.commands import train
-from mtp_jax.config import ConfigError, PreemptedError, differences, require, shown
-from mtp_jax.run_dir import read_config, versions
+from mtp_jax.runs.layout import read_config, versions
 from mtp_jax.sweep.config import COSTS, NamedSweep
 from mtp_jax.sweep.measure import costs, measure
 from mtp_jax.sweep.records import Place, machine
 from mtp_jax.train.loggers import read_metrics, series
+from mtp_jax.validate import ConfigError, PreemptedError, differences, require
 
 
 def run_one(named: NamedSweep, name: str, place: Place) -> None:
@@ -93,11 +92,10 @@ def _check(named: NamedSweep, name: str, place: Place) -> None:
         saved = read_config(place.run(name))
     except ConfigError:
         saved = config  # there is none yet
-    expected = dataclasses.replace(config, head=config.head.adopt_shortlist(saved.head))
-    for field, here, there in differences(expected, saved):
+    for field, here, there in differences(config, saved):
         require(
             field == "data.cache_dir",
-            f"{place.run(name)} is a run with {field} {shown(there)}, and the sweep has {shown(here)}; delete it, or "
+            f"{place.run(name)} is a run with {field} {there!r}, and the sweep has {here!r}; delete it, or "
             "give another --dir.",
         )
     needed = [first for first in named.sweep.first if config.init_from == str(place.run(first))]

@@ -1,0 +1,137 @@
+"""Cells of the decode benchmark: what was measured of one setting, and the row that it gives."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mtp_jax.bench.config import BenchConfig
+from mtp_jax.decode.config import DecodeConfig
+from mtp_jax.decode.decoding import Generation
+from mtp_jax.decode.verify import get_verifier
+
+
+@dataclass
+class Cell:
+    """The measurements of one setting, by repetition: the generations of its batches, and seconds without prefill.
+
+    `auto`: k is what k = "auto" stands for. The tokens and forwards are the same in all repetitions.
+    """
+
+    temperature: float
+    k: int
+    verifier: str
+    dtype: str
+    batch: int = 1
+    auto: bool = False
+    generations: list[list[Generation]] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def rows(self) -> list[np.ndarray]:
+        """The new tokens of every prompt."""
+        return [row for g in self.generations[0] for row in g.tokens]
+
+    @property
+    def emitted(self) -> int:
+        """Tokens that forwards of the loop gave: the first of each row comes from prefill."""
+        return sum(len(row) - 1 for row in self.rows)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.emitted / float(np.median(self.seconds))
+
+    @property
+    def rates(self) -> np.ndarray:
+        """By repetition, tokens per second."""
+        emitted = [sum(len(row) - 1 for g in batches for row in g.tokens) for batches in self.generations]
+        return np.divide(emitted, self.seconds)
+
+    @property
+    def iteration_seconds(self) -> list[float]:
+        """By repetition, the time of one pass of the loop, which goes on until the last row of a batch is done."""
+        passes = [sum(int(g.forwards.max()) for g in batches) for batches in self.generations]
+        return [seconds / n for seconds, n in zip(self.seconds, passes, strict=True)]
+
+    def count(self, name: str) -> np.ndarray:
+        """`forwards`, `drafted` or `accepted` of `Generation`, summed over rows and repetitions."""
+        return np.sum([getattr(g, name).sum(0) for batches in self.generations for g in batches], 0)
+
+    @property
+    def setting(self) -> tuple[int, float, str]:
+        """What plain decoding that it is measured against has in common with it."""
+        return self.batch, self.temperature, self.verifier
+
+
+Gap = Callable[[Cell, int, np.ndarray, int, int], float]
+
+
+def grid(config: BenchConfig, batch: int, dtype: str, ks: Iterable[int]) -> list[Cell]:
+    """The cells of a batch size in one dtype: each temperature x verifier x k, and one for k = "auto" if that is asked
+    for; its k is chosen later."""
+    return [
+        Cell(temperature, k, verifier, dtype, batch, auto)
+        for temperature in config.temperatures
+        for verifier in (config.verifiers if temperature and config.verifiers else [DecodeConfig(1, temperature).rule])
+        for k, auto in [*((k, False) for k in ks), *[(0, True)] * config.auto]
+    ]
+
+
+def plain(cells: Iterable[Cell], cell: Cell) -> Cell:
+    """k = 0 in the cell's own dtype: what its tokens are compared with."""
+    return next(c for c in _plains(cells, cell) if c.dtype == cell.dtype)
+
+
+def fastest(cells: Iterable[Cell], cell: Cell) -> Cell:
+    """k = 0 in the dtype that is fastest for it: what its speed is compared with."""
+    return max(_plains(cells, cell), key=lambda c: c.rate)
+
+
+def _plains(cells: Iterable[Cell], cell: Cell) -> list[Cell]:
+    return [c for c in cells if c.setting == cell.setting and c.k == 0 and not c.auto]
+
+
+def row(cell: Cell, plain: Cell, fastest: Cell, gap: Gap) -> dict[str, Any]:
+    """What is said of a cell, next to plain decoding in its own dtype and in the fastest for it.
+
+    `gap` gives by how much plain decoding prefers one of two tokens; its arguments are those of `Session.gap`.
+    """
+    speedups = cell.rates / fastest.rates
+    return {
+        "batch": cell.batch,
+        "temperature": cell.temperature,
+        "k": cell.k,
+        "auto": cell.auto,
+        "verifier": cell.verifier,
+        "dtype": cell.dtype,
+        "plain_dtype": fastest.dtype,
+        "tokens_per_second": cell.rate,
+        "speedup": float(np.median(speedups)),
+        "speedups": speedups.tolist(),
+        "block_efficiency": len(cell.generations) * cell.emitted / int(cell.count("forwards")),
+        "acceptance": (cell.count("accepted") / np.maximum(1, cell.count("drafted"))).tolist(),
+        "verify_cost": float(np.median(np.divide(cell.iteration_seconds, fastest.iteration_seconds))),
+        "iteration_seconds": cell.iteration_seconds,
+        **_identity(cell, plain, gap),
+    }
+
+
+def _identity(cell: Cell, plain: Cell, gap: Gap) -> dict[str, Any]:
+    if get_verifier(cell.verifier).keeps_q:  # the tokens depend on the drafts; their law does not
+        return dict.fromkeys(("identical_to_plain", "rows_that_differ", "logit_gap"))
+    differ, gaps = 0, []
+    for index, (own, other) in enumerate(zip(plain.rows, cell.rows, strict=True)):
+        if np.array_equal(own, other):
+            continue
+        differ += 1
+        both = min(len(own), len(other))
+        apart = np.flatnonzero(own[:both] != other[:both])
+        if len(apart):  # else one of them ended early
+            at = int(apart[0])
+            gaps.append(gap(cell, index, own[:at], int(own[at]), int(other[at])))
+    return {"identical_to_plain": not differ, "rows_that_differ": differ, "logit_gap": max(gaps, default=None)}

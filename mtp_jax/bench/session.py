@@ -1,0 +1,105 @@
+"""Sessions of the decode benchmark: decoders by dtype that continue the same prompts, and what is timed of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from mtp_jax.bench.cells import Cell
+from mtp_jax.bench.config import BenchConfig
+from mtp_jax.decode.config import DecodeConfig
+from mtp_jax.decode.decoder import Decoder, for_decoding
+from mtp_jax.decode.decoding import ENDLESS, Decoding, Generation
+from mtp_jax.decode.law import Sampling
+from mtp_jax.decode.loop import read
+from mtp_jax.decode.tune import best_k
+from mtp_jax.decode.verify import get_verifier
+from mtp_jax.language_model import in_dtype
+from mtp_jax.runs.loading import LoadedRun
+
+DTYPES = "float32", "bfloat16"
+TRIAL_ROUNDS, TRIAL_FORWARDS = 5, 64
+
+
+def decoders(run: LoadedRun) -> dict[str, Decoder]:
+    """The model laid out for decoding, by dtype: the config's and the other one."""
+    dtype = run.config.model.dtype
+    (other,) = set(DTYPES) - {dtype}
+    return {dtype: run.decoder, other: for_decoding(in_dtype(run.model, other))}  # type: ignore[arg-type]
+
+
+class Session:
+    """Decoders by dtype and the prompts that they continue, the mesh in scope."""
+
+    def __init__(self, models: dict[str, Decoder], prompts: list[Any], config: BenchConfig):
+        self.models, self.prompts, self.config = models, prompts, config
+        self.compile_seconds = 0.0
+
+    def asked(self, cell: Cell, first: int) -> tuple[Decoder, list[Any], DecodeConfig]:
+        """A batch of prompts from number `first`. Prompt i is sampled with `config.seed + i`, whatever the batch."""
+        seed = self.config.seed + first
+        decode = DecodeConfig(self.config.new_tokens, cell.temperature, k=cell.k, seed=seed, verifier=cell.verifier)
+        return self.models[cell.dtype], self.prompts[first : first + cell.batch], decode
+
+    def compile(self, cell: Cell) -> None:
+        """Prefill and one iteration; of a cache that attention reads in part, a whole batch: each part is a program.
+
+        What k = "auto" stands for is chosen before, and is no part of the time.
+        """
+        if cell.auto:
+            cell.k = best_k(*self.asked(cell, 0))
+        begun, decoding = time.perf_counter(), Decoding(*self.asked(cell, 0))
+        decoding.prefill()
+        decoding.advance(1 if decoding.attended is None else ENDLESS)
+        decoding.wait()
+        self.compile_seconds += time.perf_counter() - begun
+
+    def decode(self, cell: Cell, first: int, forwards: int = ENDLESS) -> tuple[Generation, float, float]:
+        """(what was decoded, seconds of prefill, seconds of the loop), of at most so many forwards."""
+        decoding = Decoding(*self.asked(cell, first))
+        t0 = time.perf_counter()
+        decoding.prefill()
+        t1 = time.perf_counter()
+        decoding.advance(forwards)
+        decoding.wait()
+        t2 = time.perf_counter()
+        return decoding.result(), t1 - t0, t2 - t1
+
+    def trial(self, cell: Cell) -> dict[str, float]:
+        """Forwards per second of a cell in each dtype, in a few short runs: a slower one gets no more."""
+        cells = {dtype: dataclasses.replace(cell, dtype=dtype) for dtype in self.models}
+        # So few that they are needed even if all drafts are accepted.
+        forwards = max(1, min(TRIAL_FORWARDS, (self.config.new_tokens - 1) // (cell.k + 1)))
+        for cell in cells.values():
+            self.compile(cell)
+        rounds = [[self.decode(cell, 0, forwards)[-1] for cell in cells.values()] for _ in range(TRIAL_ROUNDS)]
+        return dict(zip(cells, (forwards / np.median(rounds, axis=0)).tolist(), strict=True))
+
+    def gap(self, cell: Cell, index: int, shared: np.ndarray, own: int, other: int) -> float:
+        """By how much prompt `index`, continued by the tokens `shared`, prefers one of two tokens to the other.
+
+        What is compared is what plain decoding takes the argmax of: the log-probabilities at temperature 0, and above
+        it the logits with their noise. Neither run is believed: the model reads the whole text again.
+        """
+        decode = DecodeConfig(1, cell.temperature, k=0, seed=self.config.seed + index, verifier=cell.verifier)
+        d = Decoding(self.models[cell.dtype], [np.concatenate([self.prompts[index], shared])], decode)
+        scores_V = np.asarray(_scores(d.plan.verifier, d.plan.slots, d.decoder, d.prompt_BP, d.length_B, d.sampling))[0]
+        return abs(float(scores_V[own] - scores_V[other]))
+
+
+@functools.partial(jax.jit, static_argnames=("verifier", "slots"))
+def _scores(
+    verifier: str, slots: int, decoder: Decoder, prompt_BP: Array, length_B: Array, sampling: Sampling
+) -> Array:
+    """What the token after each prompt is the argmax of, `[B, V]`."""
+    last, _ = read(decoder, prompt_BP, length_B, slots)
+    rule = get_verifier(verifier)
+    logits_B1V = rule.law(decoder.target(decoder.seen(*last))[0], sampling, filtered=False)
+    noise_B1V = rule.noise(sampling, length_B, 1, logits_B1V.shape[-1])
+    return (logits_B1V if noise_B1V is None else logits_B1V + noise_B1V)[:, 0]

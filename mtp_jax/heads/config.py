@@ -1,0 +1,68 @@
+"""Config of the head over the next W tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mtp_jax.validate import at_least, choices, require
+
+
+@dataclass(frozen=True)
+class HeadConfig:
+    """The distribution over the next `window` tokens (arXiv 2410.17765).
+
+    The defaults are what the sweeps over bytes speak for (README, "Which head"). Where the vocabulary is larger than
+    the model's width every table of V x D weighs, and `lowrank` has one for all offsets.
+
+    `kind` names a family of `mtp_jax.heads.registry.HEADS`. A `mixture` has `rank` components: `circuit` names how they
+    hang together (`mtp_jax.heads.circuits.CIRCUITS`): `independent` is rank 1, `cpd` a mixture of products.
+    `factors` names what they are made of (`mtp_jax.heads.factors.FACTORS`): `full` has an unembedding per (rank,
+    offset); `shared` a D x D map per (rank, offset) under the model's table; `lowrank` a D x D map per offset plus a
+    correction of width `factor_width` per rank, under that table; `lora` an unembedding per offset plus such a
+    correction, for vocabularies below D.
+    `target` is the law that decoding preserves: `marginal` is the head's own first-token marginal, `ntp` the model's
+    next-token law, whose cross-entropy is added with `ntp_weight`.
+    Offset s is weighted by `gamma**(s-1)`; `z_weight` is on the mean square of the factors' log-normalisers. `balance`
+    keeps components in use, with coefficient `balance_weight`.
+    `init_noise` is how far the components differ at the start, relative to what they have in common: with 1 a
+    correction of `lora` begins as large as what it corrects; `full` and `shared` ones were measured with 0.02.
+    With a `loss_fraction` so many of the positions, drawn anew in every step, have the loss of the offsets: less work,
+    with gradients that are right on average.
+    With a `shortlist` n the offsets after the first know n token ids alone: the most frequent ones of the training
+    data, which the run finds, or without data the ids 0..n-1. 0: all ids. The ids are an array among the parameters.
+    """
+
+    kind: str = "mixture"
+    window: int = 4
+    circuit: str = "cpd"
+    rank: int = 8
+    factors: str = "lora"
+    factor_width: int = 16
+    target: Literal["marginal", "ntp"] = "marginal"
+    ntp_weight: float = 1.0
+    gamma: float = 1.0
+    z_weight: float = 0.0
+    balance: Literal["none", "squared", "switch"] = "squared"
+    balance_weight: float = 1.0
+    init_noise: float = 1.0
+    loss_fraction: float = 1.0
+    shortlist: int = 0
+
+    def __post_init__(self) -> None:
+        choices(self)
+        at_least(self, 1, "window", "rank", "factor_width")
+        at_least(self, 0, "ntp_weight", "z_weight", "balance_weight", "init_noise", "shortlist")
+        require(
+            self.circuit != "independent" or self.rank == 1,
+            f"HeadConfig.circuit is independent and rank is {self.rank}; independent offsets have rank 1. "
+            "Set rank to 1, or circuit to cpd.",
+        )
+        for name in ("gamma", "loss_fraction"):
+            value = getattr(self, name)
+            require(0 < value <= 1, f"HeadConfig.{name} is {value}; it must lie in (0, 1].")
+        require(
+            not self.shortlist or self.window > 1,
+            f"HeadConfig.shortlist is {self.shortlist} and window is {self.window}; a shortlist serves the offsets "
+            "after the first. Set shortlist to 0.",
+        )

@@ -1,0 +1,249 @@
+"""Mixture head: a circuit over R components, whose inputs are factors p_rs (arXiv 2410.17765 and its kin)."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import chex
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from mtp_jax.heads.base import Aux, Head, Seen
+from mtp_jax.heads.circuits import CIRCUITS
+from mtp_jax.heads.config import HeadConfig
+from mtp_jax.heads.factors import FACTORS, Factors, Tables
+from mtp_jax.heads.shortlist import SHORT, Shortlist, ShortlistForm, split
+from mtp_jax.losses.balance import balance_loss
+from mtp_jax.losses.mixture import Terms, conditionals, factor_scores, mixture_loss
+from mtp_jax.losses.subsample import subsample
+from mtp_jax.model.config import ModelConfig
+from mtp_jax.registry import lookup
+from mtp_jax.sharding import gather
+from mtp_jax.validate import require
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Joint:
+    """The joint law of the next tokens of each row, given those it was conditioned on.
+
+    `carry`: the circuit's. `log_alpha_BR`: log weights of the components at the next offset, normalised. `logp_BRV`:
+    for each offset the log-probabilities of its factors. `offset`: how many tokens are known.
+    """
+
+    carry: Any
+    log_alpha_BR: Array
+    logp_BRV: tuple[Array, ...]
+    offset: int = dataclasses.field(metadata={"static": True})
+
+    def skip(self) -> Joint:
+        """The law of the later offsets where the next token stays unknown: its factors sum to 1 (CPD only)."""
+        return dataclasses.replace(self, offset=self.offset + 1)
+
+
+class MixtureHead(Head):
+    """q(x_s | x_<s, h) = sum_r alpha_sr p_rs(x_s | h): the circuit says what alpha is, the factors what p is."""
+
+    def __init__(self, config: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, model, rngs=rngs)
+        self.factors = _factors(config)(config, model, rngs=rngs)
+        self.circuit = lookup(CIRCUITS, config.circuit, "HeadConfig.circuit")(config, model, rngs=rngs)
+        self.shortlist = Shortlist(config.shortlist, model.vocab_size) if config.shortlist else None
+
+    @classmethod
+    def check(cls, config: HeadConfig) -> None:
+        """Refuse names that no registry has, and a shortlist where factors have no table to take its rows from."""
+        super().check(config)
+        lookup(CIRCUITS, config.circuit, "HeadConfig.circuit")
+        factors = _factors(config)
+        through = [name for name, found in FACTORS.items() if found.THROUGH_TABLE]
+        require(
+            not config.shortlist or factors.THROUGH_TABLE,
+            f"HeadConfig.shortlist is {config.shortlist} and factors is {config.factors}; a shortlist serves factors "
+            f"that go through the model's vocabulary table: {', '.join(through)}. Change them, or set shortlist to 0.",
+        )
+
+    @classmethod
+    def describe(cls, config: HeadConfig) -> str:
+        """Circuit, rank, window and factors."""
+        return f"{config.circuit}, R = {config.rank}, W = {config.window}, {config.factors} factors"
+
+    @property
+    def reads_table(self) -> bool:
+        """Whether the factors go through the model's vocabulary table."""
+        return self.factors.THROUGH_TABLE
+
+    @property
+    def form(self) -> Any:
+        """How logits come from `params`: a `losses.tiles.Form`."""
+        return ShortlistForm(type(self.factors)) if self.shortlist else type(self.factors)
+
+    def params(self, unembed_VD: Any) -> Tables:
+        """What the logits are computed from, by name. `unembed_VD`: the model's table."""
+        found = self.factors.params()
+        if self.reads_table:
+            found["unembed_VD"] = unembed_VD
+        if self.shortlist:
+            name = f"{SHORT}unembed_VD"
+            found[name] = getattr(self, name)[...] if hasattr(self, name) else self.shortlist.rows(unembed_VD)
+        return found
+
+    def unstack(self, unembed_VD: Any) -> None:
+        """Give offsets arrays of their own, and make once what is made of the vocabulary table."""
+        tables = {name: value for name, value in self.params(unembed_VD).items() if name.endswith("unembed_VD")}
+        self.factors.unstack(tables)
+        if self.shortlist:
+            name = f"{SHORT}unembed_VD"
+            setattr(self, name, nnx.Param(tables[name]))
+            self.shortlist.unstack()
+
+    def log_weights(self, x_BTD: Array) -> Array:
+        """log w_r(h), the components' weights at the first offset: `[B, T, R]` in float32, normalised."""
+        return self.circuit.start(self.circuit.latent(x_BTD))[1]
+
+    def loss(self, seen: Seen, targets_BTW: Array, weights_BTW: Array, key: Array | None = None) -> tuple[Array, Aux]:
+        """sum_s gamma^(s-1) * mean loss at offset s, plus the z and balance terms that the config asks for.
+
+        What is reported beside `loss_offset`: `gate_entropy` nats, `gate_share` `[R]`, and with a shortlist `listed`
+        `[W]`, the fraction of targets that it has. What it has not, and what comes after that in its window, counts as
+        a loss of 0 in these means.
+        """
+        x_BTD, config = seen.x_BTD, self.config
+        chex.assert_rank([x_BTD, targets_BTW, weights_BTW], 3)
+        chex.assert_equal_shape([targets_BTW, weights_BTW])
+        latent = self.circuit.latent(x_BTD)
+        log_w_BTR = self.circuit.start(latent)[1]
+        columns_BTW, listed_BTW = self._columns(targets_BTW)
+        terms = Terms(type(self.circuit), config.gamma, config.z_weight)
+        batch = x_BTD, latent, columns_BTW, weights_BTW * listed_BTW
+        if key is not None and config.loss_fraction < 1:
+            batch = subsample(jax.random.fold_in(key, 1), config.loss_fraction, *batch)
+        loss, nll_W = mixture_loss(self.form, terms, self.params(seen.unembed_VD), *batch)
+        aux = {"loss_offset": nll_W, **_gate_aux(log_w_BTR, weights_BTW)}
+        if self.shortlist:
+            aux["listed"] = jnp.sum(batch[-1], axis=(0, 1))
+        if config.balance != "none" and config.balance_weight > 0:
+            loss = loss + config.balance_weight * balance_loss(config.balance, log_w_BTR, weights_BTW[..., 0])
+        return loss, aux
+
+    def log_likelihood(self, seen: Seen, targets_BTW: Array) -> Array:
+        """log q(x_s | x_<s, h), `[B, T, W]` in nats, in tiles; -inf from the first target on that is not listed."""
+        listed_BTW = self._columns(targets_BTW)[1]
+        logp_BTRW = self.factor_log_probs(seen, targets_BTW)
+        found_BTW = conditionals(type(self.circuit), self.circuit.latent(seen.x_BTD), logp_BTRW)
+        return jnp.where(listed_BTW, found_BTW, -jnp.inf)
+
+    def factor_log_probs(self, seen: Seen, targets_BTW: Array) -> Array:
+        """log p_rs(x_s | h), `[B, T, R, W]`: what each component alone says of the targets. Forward only, in tiles.
+
+        Of a target that a shortlist has not it is any number.
+        """
+        return factor_scores(self.form, self.params(seen.unembed_VD), seen.x_BTD, self._columns(targets_BTW)[0])[0]
+
+    def logits(self, seen: Seen, start: int = 0, stop: int | None = None) -> tuple[Array, ...]:
+        """The logits of each of the offsets start .. stop - 1 (default: all W), `[B, T, R, V]` in float32.
+
+        V is the whole vocabulary, or, after the first offset, the shortlist if there is one.
+        """
+        params = jax.tree.map(gather, self.params(seen.unembed_VD))
+
+        def at(start: int, stop: int, params: Tables) -> list[Array]:
+            if start >= stop:
+                return []
+            tables = self.factors.tables(self.factors.at(params, slice(start, stop)))
+            logits_BTRWV = self.factors.logits(tables, seen.x_BTD)
+            return [logits_BTRWV[:, :, :, s] for s in range(stop - start)]
+
+        stop = self.config.window if stop is None else stop
+        if self.shortlist is None:
+            return tuple(at(start, stop, params))
+        whole, short = split(params)
+        return tuple(at(start, min(stop, 1), whole) + at(max(start, 1), stop, short))
+
+    def marginal(self, seen: Seen) -> tuple[Array, Array]:
+        """The law of the first token, and log p_r1 `[B, T, R, V]`, which `begin` needs again."""
+        first_BTRV = jax.nn.log_softmax(self.logits(seen, stop=1)[0], axis=-1)
+        return jax.nn.logsumexp(self.log_weights(seen.x_BTD)[..., None] + first_BTRV, axis=2), first_BTRV
+
+    def joint(self, seen: Seen, window: int, first_BRV: Array | None = None) -> Joint:
+        """The joint law of the next `window` tokens after one position of each row; `first_BRV`: log p_r1 if known."""
+        carry, log_alpha_B1R = self.circuit.start(self.circuit.latent(seen.x_BTD))
+        known = () if first_BRV is None else (first_BRV,)
+        logits = self.logits(seen, len(known), window)
+        logp_BRV = tuple(jax.nn.log_softmax(logits_B1RV[:, 0], axis=-1) for logits_B1RV in logits)
+        return Joint(jax.tree.map(lambda a: a[:, 0], carry), log_alpha_B1R[:, 0], known + logp_BRV, 0)
+
+    def begin(
+        self,
+        seen: Seen,
+        token_B: Array,
+        *,
+        window: int,
+        cache: Any = (),
+        position_B: Array | None = None,
+        memo: Any = None,
+    ) -> Joint:
+        """The joint law given its first token."""
+        return self.condition(self.joint(seen, window, memo), token_B)
+
+    def next_log_probs(self, draft: Joint) -> Array:
+        """log q(x_s | x_<s): `[B, V]`, exact and normalised. Raises `IndexError` past the window."""
+        _within(draft)
+        logq_BV = jax.nn.logsumexp(draft.log_alpha_BR[:, :, None] + draft.logp_BRV[draft.offset], axis=1)
+        return self.shortlist.spread(logq_BV) if self.shortlist and draft.offset else logq_BV
+
+    def condition(self, draft: Joint, token_B: Array) -> Joint:
+        """The law after token x_s is known. One that a shortlist has not is never drafted; it tells nothing."""
+        _within(draft)
+        logp_BRV = draft.logp_BRV[draft.offset]
+        if self.shortlist and draft.offset:
+            token_B = self.shortlist.columns(token_B)
+        hit_BV = jax.lax.broadcasted_iota(jnp.int32, (1, logp_BRV.shape[-1]), 1) == token_B[:, None]
+        score_BR = jnp.sum(jnp.where(hit_BV[:, None], logp_BRV, 0.0), axis=-1)
+        carry, log_alpha_BR = self.circuit.advance(draft.carry, score_BR, draft.offset + 1)
+        return Joint(carry, log_alpha_BR, draft.logp_BRV, draft.offset + 1)
+
+    def _columns(self, targets_BTW: Array) -> tuple[Array, Array]:
+        """Where each target is in the logits of its offset, and whether it and those before it have such a place."""
+        if self.shortlist is None:
+            return targets_BTW, jnp.ones_like(targets_BTW, bool)
+        return self.shortlist.targets(targets_BTW)
+
+    @classmethod
+    def flops(cls, config: HeadConfig, model: ModelConfig, frozen: bool) -> tuple[float, float]:
+        """Of factors at `loss_fraction` of the positions, and of the circuit at all of them."""
+        factors, circuit = _factors(config), lookup(CIRCUITS, config.circuit, "HeadConfig.circuit").flops(config, model)
+        forward = _by_offsets(factors.forward_flops, config, model)
+        saved = _by_offsets(factors.frozen_flops, config, model) if frozen else 0
+        part = config.loss_fraction
+        return part * forward + circuit, part * (2 * forward - saved) + (1 if frozen else 2) * circuit
+
+
+def _factors(config: HeadConfig) -> type[Factors]:
+    return lookup(FACTORS, config.factors, "HeadConfig.factors")
+
+
+def _by_offsets(flops: Any, head: HeadConfig, model: ModelConfig) -> int:
+    """`flops` of all offsets; with a shortlist, those after the first have another vocabulary."""
+    if not head.shortlist:
+        return flops(head, model)
+    first, later = (dataclasses.replace(head, window=w, shortlist=0) for w in (1, head.window - 1))
+    return flops(first, model) + flops(later, dataclasses.replace(model, vocab_size=head.shortlist))
+
+
+def _gate_aux(log_w_BTR: Array, weights_BTW: Array) -> Aux:
+    w_BTR, weight_BT1 = jnp.exp(log_w_BTR), weights_BTW[..., :1]
+    return {
+        "gate_share": jnp.sum(weight_BT1 * w_BTR, axis=(0, 1)),
+        "gate_entropy": -jnp.sum(weight_BT1 * w_BTR * log_w_BTR),
+    }
+
+
+def _within(draft: Joint) -> None:
+    window = len(draft.logp_BRV)
+    if draft.offset >= window:
+        raise IndexError(f"The draft holds {window} offsets and {draft.offset} of them are known; none is left.")

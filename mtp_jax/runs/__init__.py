@@ -1,0 +1,1 @@
+"""Run directories: layout, checkpoints, the manifest, and the way back from them."""
