@@ -39,13 +39,13 @@ SWEEPS = {
         {"head.rank": (4,), "seed": (0, 1, 2)},
         CASES,
         reference={"case": "none"},
-        measure=replace(RANKS["cpu"].measure, drafts=("joint",)),
+        measure=RANKS["cpu"].measure,
     ),
     "gpu": Sweep(
         replace(HEADS_GPU, **on("gpu")),
         {"head.rank": (8,), "seed": (0, 1, 2)},
         CASES,
         reference={"case": "none"},
-        measure=replace(RANKS["gpu"].measure, drafts=("joint",)),
+        measure=RANKS["gpu"].measure,
     ),
 }

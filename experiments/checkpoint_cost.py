@@ -23,11 +23,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.checkpoint import Checkpoints
-from mtp_jax.config import DataConfig, HeadConfig, MeshConfig, ModelConfig, TrainConfig
+from mtp_jax.config import MeshConfig, TrainConfig
+from mtp_jax.data.config import DataConfig
+from mtp_jax.heads.config import HeadConfig
 from mtp_jax.mesh import make_mesh
-from mtp_jax.run_dir import versions
-from mtp_jax.train.step import TrainState, make_trainer
+from mtp_jax.model.config import ModelConfig
+from mtp_jax.runs.checkpoints import Checkpoints
+from mtp_jax.runs.layout import versions
+from mtp_jax.runs.writer import CheckpointWriter
+from mtp_jax.state import TrainState
+from mtp_jax.train.step import make_trainer
 
 ARRAYS = 16
 
@@ -62,7 +67,7 @@ def child(what: str, path: str, megabytes: int, devices: int) -> dict[str, float
     processor = time.process_time()
     size = 0
     if what == "save":
-        with Checkpoints(path, keep=1) as checkpoints:
+        with CheckpointWriter(path, keep=1) as checkpoints:
             checkpoints.save(made, TrainConfig(), {}, "")
             blocked = time.perf_counter() - begun
     else:
@@ -107,7 +112,7 @@ def overhead(steps: int, rounds: int = 5) -> dict[str, float]:
         # A save is over after some steps: those are timed, with and without one.
         few, found = 20, {True: [], False: []}
         current, _ = trainer.step(current, batch)
-        with Checkpoints(folder, keep=1) as checkpoints:
+        with CheckpointWriter(folder, keep=1) as checkpoints:
             for _ in range(rounds):
                 for saving in (False, True):
                     jax.block_until_ready(current)

@@ -33,7 +33,7 @@ from mtp_jax.bench.loss import bench_loss
 from mtp_jax.bench.timing import interleave, ratio, summary
 from mtp_jax.bench.train import bench_train
 from mtp_jax.commands import use_compilation_cache
-from mtp_jax.run_dir import versions
+from mtp_jax.runs.layout import versions
 
 LOSS = {
     "1B-shaped": LossBenchConfig(d=2048, v=128_256, rank=4, tokens=4096, dtype="bfloat16", repetitions=5),
@@ -97,12 +97,13 @@ def measure_peers(rows: int = 32_768, width: int = 4096, vocab: int = 128_256, c
         return jnp.sum(lax.map(lambda chunk: jax.checkpoint(plain)(chunk[0], w, chunk[1]), chunks)) / rows
 
     def ours(x: Any, w: Any) -> Any:
+        from mtp_jax.heads.circuits import CPD
         from mtp_jax.heads.factors import FullFactors
         from mtp_jax.losses.mixture import Terms, mixture_loss
 
         tables = {"u_DRWV": w[:, None, None]}
         one = jnp.zeros((1, rows, 1)), y[None, :, None], jnp.full((1, rows, 1), 1 / rows)
-        return mixture_loss(FullFactors, Terms(), tables, x[None], *one)[0]
+        return mixture_loss(FullFactors, Terms(CPD), tables, x[None], *one)[0]
 
     losses = {"ours": ours, "checkpoint": chunked}
     try:

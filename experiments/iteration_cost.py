@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import time
-from typing import Any
 
 import jax
 import numpy as np
@@ -22,10 +21,10 @@ from flax import nnx
 
 import mtp_jax
 from mtp_jax import DecodeConfig, HeadConfig, ModelConfig
-from mtp_jax.decode.generate import for_decoding, make_request, start
-from mtp_jax.decode.loop import run
+from mtp_jax.decode.decoder import for_decoding
+from mtp_jax.decode.decoding import Decoding
 from mtp_jax.heads.factors import FACTORS
-from mtp_jax.model.transformer import LanguageModel, in_dtype
+from mtp_jax.language_model import LanguageModel, in_dtype
 
 DTYPES = "float32", "bfloat16"
 PROMPT, NEW = 96, 256
@@ -38,20 +37,21 @@ def measure(
     made = LanguageModel(model, head, rngs=nnx.Rngs(0))
     models = {dtype: for_decoding(in_dtype(made, dtype)) for dtype in DTYPES}  # type: ignore[arg-type]
     prompts = [np.arange(PROMPT) % model.vocab_size] * batch
-    programs: dict[tuple[str, int], Any] = {}
-    for dtype, decoder in models.items():
-        for k in range(head.window):
-            request = make_request(decoder, prompts, DecodeConfig(NEW, temperature, k=k))
-            state, s = start(decoder, request), request
-            loop = run.lower(s.plan, decoder, state, s.sampling, s.stops, np.int32(0)).compile()
-            programs[dtype, k] = loop, decoder, request
-    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in programs}
+    decodings = {
+        (dtype, k): Decoding(decoder, prompts, DecodeConfig(NEW, temperature, k=k))
+        for dtype, decoder in models.items()
+        for k in range(head.window)
+    }
+    for decoding in decodings.values():
+        decoding.advance(1)  # compiles
+    seconds: dict[tuple[str, int], list[float]] = {key: [] for key in decodings}
     for _ in range(rounds):
-        for key, (loop, decoder, request) in programs.items():
-            state = jax.block_until_ready(start(decoder, request))
+        for key, decoding in decodings.items():
+            decoding.prefill()
             begin = time.perf_counter()
-            state = jax.block_until_ready(loop(decoder, state, request.sampling, request.stops, np.int32(forwards)))
-            seconds[key].append((time.perf_counter() - begin) / int(np.max(state.forwards_B)))
+            decoding.advance(forwards)
+            decoding.wait()
+            seconds[key].append((time.perf_counter() - begin) / int(np.max(decoding.state.forwards_B)))
     return {key: float(np.median(found)) for key, found in seconds.items()}
 
 

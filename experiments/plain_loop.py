@@ -30,13 +30,13 @@ from jax import Array, lax
 import mtp_jax
 from mtp_jax.commands.experiment import load_experiment
 from mtp_jax.decode.config import DecodeConfig
-from mtp_jax.decode.generate import for_decoding, make_request, start
+from mtp_jax.decode.decoder import Decoder, for_decoding
+from mtp_jax.decode.decoding import Decoding
 from mtp_jax.decode.law import Sampling, gumbel, process_logits
 from mtp_jax.decode.loop import Plan, run, step
 from mtp_jax.decode.state import DecodeState, Stops
 from mtp_jax.model.cache import Cache
-from mtp_jax.model.transformer import LanguageModel
-from mtp_jax.train.step import build_model
+from mtp_jax.state import build_model
 
 NEW, PAIRS = 256, 30
 UNROLLED = 8
@@ -58,7 +58,7 @@ class Rows:
 
 
 def decode(
-    greedy: bool, filtered: bool, model: LanguageModel, rows: Rows, sampling: Sampling, stops: Stops, forwards: Array
+    greedy: bool, filtered: bool, model: Decoder, rows: Rows, sampling: Sampling, stops: Stops, forwards: Array
 ) -> Rows:
     """Decode until every row is done, or for so many forwards."""
 
@@ -70,8 +70,8 @@ def decode(
         last_B = jax.vmap(lambda row, at: lax.dynamic_index_in_dim(row, at, keepdims=False))(
             rows.tokens_BS, rows.length_B - 1
         )
-        x_B1D, cache = model.extend(last_B[:, None], rows.cache, rows.length_B - 1)
-        logp_B1V = model.head.target_log_probs(x_B1D)
+        seen, cache = model.extend(last_B[:, None], rows.cache, rows.length_B - 1)
+        logp_B1V = model.target(seen)[0]
         if greedy:
             token_B = jnp.argmax(logp_B1V[:, 0], axis=-1).astype(jnp.int32)
         else:
@@ -115,42 +115,38 @@ def operations(text: str) -> dict[str, int]:
     return {name: n for name, n in sorted(collections.Counter(found).items()) if name not in free}
 
 
-def programs(model: LanguageModel, prompts: list[Any], **options: Any) -> tuple[Any, dict[str, Any]]:
-    """The request, and both loops compiled for it: each takes a state after prefill and forwards."""
-    request = make_request(model, prompts, DecodeConfig(k=0, **options))
-    state, s = start(model, request), request
-    greedy, n = request.plan.verifier == "greedy", np.int32(0)
-    plain = compiled_decode.lower(
-        greedy, request.plan.filtered, model, rows_of(state), s.sampling, s.stops, n
-    ).compile()
-    ours = run.lower(request.plan, model, state, s.sampling, s.stops, n).compile()
-    return request, {"plain": plain, "k = 0": ours}
+def programs(model: Decoder, prompts: list[Any], **options: Any) -> tuple[Decoding, dict[str, Any]]:
+    """The decoding, and both loops compiled for it: each takes a state after prefill and forwards."""
+    d = Decoding(model, prompts, DecodeConfig(k=0, **options))
+    greedy, n = d.plan.verifier == "greedy", np.int32(0)
+    plain = compiled_decode.lower(greedy, d.plan.filtered, model, rows_of(d.state), d.sampling, d.stops, n).compile()
+    ours = run.lower(d.plan, model, d.state, d.sampling, d.stops, n).compile()
+    return d, {"plain": plain, "k = 0": ours}
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def unrolled(plan: Plan, model: LanguageModel, state: DecodeState, sampling: Sampling, stops: Stops) -> DecodeState:
+def unrolled(plan: Plan, model: Decoder, state: DecodeState, sampling: Sampling, stops: Stops) -> DecodeState:
     """`UNROLLED` iterations of `run` without its loop."""
     for _ in range(UNROLLED):
         state = step(plan, model, state, sampling, stops)
     return state
 
 
-def loop_cost(model: LanguageModel, prompt: Any, k: int) -> np.ndarray:
+def loop_cost(model: Decoder, prompt: Any, k: int) -> np.ndarray:
     """Times of `UNROLLED` iterations in the loop over those without, by pair."""
-    s = make_request(model, [prompt], DecodeConfig(NEW, k=k))
-    state = start(model, s)
-    looped = run.lower(s.plan, model, state, s.sampling, s.stops, np.int32(0)).compile()
-    flat = unrolled.lower(s.plan, model, state, s.sampling, s.stops).compile()
+    d = Decoding(model, [prompt], DecodeConfig(NEW, k=k))
+    looped = run.lower(d.plan, model, d.state, d.sampling, d.stops, np.int32(0)).compile()
+    flat = unrolled.lower(d.plan, model, d.state, d.sampling, d.stops).compile()
     calls = {
-        "loop": lambda state: looped(model, state, s.sampling, s.stops, np.int32(UNROLLED)),
-        "flat": lambda state: flat(model, state, s.sampling, s.stops),
+        "loop": lambda state: looped(model, state, d.sampling, d.stops, np.int32(UNROLLED)),
+        "flat": lambda state: flat(model, state, d.sampling, d.stops),
     }
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for pair in range(4 * PAIRS + 1):
         for name in sorted(calls, reverse=bool(pair % 2)):
-            given = jax.block_until_ready(start(model, s))
+            d.prefill()
             begin = time.perf_counter()
-            jax.block_until_ready(calls[name](given))
+            jax.block_until_ready(calls[name](d.state))
             seconds[name].append(time.perf_counter() - begin)
     return np.array(seconds["loop"][1:]) / np.array(seconds["flat"][1:])
 
@@ -164,15 +160,15 @@ def main() -> None:
         model = for_decoding(jax.jit(lambda: build_model(config, jax.random.key(0)))())
         prompts = [np.arange(96) % config.model.vocab_size]
         for temperature in 0.0, 0.7:
-            request, loops = programs(model, prompts, max_new_tokens=NEW, temperature=temperature)
+            d, loops = programs(model, prompts, max_new_tokens=NEW, temperature=temperature)
             seconds: dict[str, list[float]] = {name: [] for name in loops}
             tokens: dict[str, Any] = {}
             for pair in range(PAIRS + 1):
                 for name in sorted(loops, reverse=bool(pair % 2)):
-                    state = start(model, request)
-                    given = jax.block_until_ready(rows_of(state) if name == "plain" else state)
+                    d.prefill()
+                    given = rows_of(d.state) if name == "plain" else d.state
                     begin = time.perf_counter()
-                    out = loops[name](model, given, request.sampling, request.stops, np.int32(NEW))
+                    out = loops[name](model, given, d.sampling, d.stops, np.int32(NEW))
                     jax.block_until_ready(out)
                     if pair:  # the first pair is for warming up
                         seconds[name].append(time.perf_counter() - begin)

@@ -16,7 +16,7 @@ and 1.002 [0.987, 1.016] times its tokens per second: what `full` factors give i
 
 from dataclasses import replace
 
-from rank_code import GRID, MEASURE
+from rank_code import GRID
 from setting import HEADS_CPU, HEADS_GPU, TRUNK_CPU, TRUNK_GPU
 
 from mtp_jax import Sweep, TrainConfig
@@ -37,13 +37,11 @@ SWEEPS = {
         GRID,
         reference={"head.rank": 1},
         first={"trunk": of_stories(TRUNK_CPU, **SMALLER)},
-        measure=MEASURE,
     ),
     "gpu": Sweep(
         of_stories(HEADS_GPU),
         GRID,
         reference={"head.rank": 1},
         first={"trunk": of_stories(TRUNK_GPU)},
-        measure=MEASURE,
     ),
 }

@@ -12,7 +12,7 @@ from mtp_jax import DataConfig, HeadConfig, ModelConfig, OptimizerConfig, TrainC
 # Every field that runs here depend on: whatever the defaults become, they go on and are measured again. Balanced
 # strongly: else components that begin alike stay so for a third of such short runs.
 PLAIN = HeadConfig(window=4, rank=4, factors="full", factor_width=64, balance_weight=1.0, init_noise=0.02)
-NEXT_TOKEN = replace(PLAIN, kind="independent", window=1, rank=1, balance="none", balance_weight=0.05)
+NEXT_TOKEN = replace(PLAIN, circuit="independent", window=1, rank=1, balance="none", balance_weight=0.05)
 
 MODEL_CPU = ModelConfig(
     vocab_size=264,
