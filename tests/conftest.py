@@ -27,7 +27,11 @@ if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
 import hypothesis
 import jax
 import pytest
-import tiny
+
+from support import fake_gcs, tiny
+from support.bucket import Here
+from support.compilation import quick
+from support.processes import make_corpus
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -38,16 +42,31 @@ hypothesis.settings.load_profile("mtp_jax")
 
 
 @pytest.fixture(scope="module")
-def models():
-    """A model whose drafts are sometimes right, as training and as decoding have it (see `test_decode.build`)."""
-    from test_decode import build  # not before pytest has rewritten its assertions
-
-    with tiny.mesh() as mesh:
-        return build(mesh)
+def quick_compilation():
+    """For tests of what code does, not of how fast: faster code would take longer to compile."""
+    with quick():
+        yield
 
 
-@pytest.fixture
-def model(models):
-    """The model to decode with, its mesh in scope."""
-    with tiny.mesh():
-        yield models.ready
+@pytest.fixture(scope="module")
+def mesh():
+    """A mesh of one device, in scope."""
+    with tiny.mesh() as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A folder with a corpus, for the runs of processes (see `support.processes.experiment`)."""
+    root = tmp_path_factory.mktemp("processes")
+    make_corpus(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """Processes that work on a bucket, and the bucket."""
+    pytest.importorskip("gcsfs", reason="gs:// is opened by gcsfs: pip install 'mtp_jax[gcs]'")
+    pytest.importorskip("google.cloud.storage", reason="TensorBoard's events are written to gs:// by it")
+    with fake_gcs.serve("bucket") as (bucket, url):
+        yield Here(bucket, url, tmp_path_factory.mktemp("here"))

@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import functools
+import importlib
 import inspect
 import json
 import re
@@ -14,24 +15,17 @@ from pathlib import Path
 import pytest
 
 from mtp_jax import config as config_module
-from mtp_jax.bench import config as bench_config
 from mtp_jax.bench.config import BenchConfig, LossBenchConfig, TrainBenchConfig
-from mtp_jax.config import (
-    ConfigError,
-    DataConfig,
-    HeadConfig,
-    MeshConfig,
-    ModelConfig,
-    OptimizerConfig,
-    ProfileConfig,
-    RopeScaling,
-    TrainConfig,
-    differences,
-    from_dict,
-    to_dict,
-)
-from mtp_jax.decode import config as decode_config
+from mtp_jax.config import MeshConfig, OptimizerConfig, ProfileConfig, TrainConfig
+from mtp_jax.data.config import DataConfig
 from mtp_jax.decode.config import DecodeConfig
+from mtp_jax.heads.base import Head
+from mtp_jax.heads.config import HeadConfig
+from mtp_jax.heads.registry import check_head
+from mtp_jax.heads.shortlist import Shortlist
+from mtp_jax.model.config import ModelConfig, RopeScaling
+from mtp_jax.validate import ConfigError, differences, from_dict, to_dict
+from support import REPOSITORY
 
 
 def decode(*prompts, new=8, vocab_size=32, context=16, **changes):
@@ -43,6 +37,10 @@ def on_mesh(*shape, batch=16, parts=1, factors="full", shortlist=0, **model):
     data, head = DataConfig(batch_size=batch), HeadConfig(factors=factors, shortlist=shortlist)
     config = TrainConfig(ModelConfig(**model), head, data, grad_accumulation=parts)
     return config.check_mesh(shape)
+
+
+class ToTheModel(Head):
+    """A head that leaves the first token to the model."""
 
 
 # What is refused, and what its message must say: the fields, the values on both sides, and a way out.
@@ -65,34 +63,46 @@ REFUSED = {
     ),
     "window": (lambda: HeadConfig(window=0), ["HeadConfig.window is 0", "at least 1"]),
     "rank_of_independent": (
-        lambda: HeadConfig(kind="independent", rank=4),
+        lambda: HeadConfig(circuit="independent", rank=4),
         ["independent", "rank is 4", "rank 1", "cpd"],
+    ),
+    "unknown_kind": (
+        lambda: check_head(HeadConfig("mixtur")),
+        ["HeadConfig.kind", "'mixtur'", "did you mean 'mixture'"],
+    ),
+    "unknown_circuit": (
+        lambda: check_head(HeadConfig(circuit="cdp")),
+        ["HeadConfig.circuit", "'cdp'", "did you mean 'cpd'"],
+    ),
+    "unknown_factors": (
+        lambda: check_head(HeadConfig(factors="lowrnk")),
+        ["HeadConfig.factors", "'lowrnk'", "lowrank"],
+    ),
+    "a target that a head has not": (
+        lambda: ToTheModel.check(HeadConfig("drafter")),
+        ["HeadConfig.target is marginal", "kind is drafter", "target to ntp"],
     ),
     "gamma_zero": (lambda: HeadConfig(gamma=0.0), ["gamma is 0.0", "(0, 1]"]),
     "gamma_above": (lambda: HeadConfig(gamma=1.5), ["gamma is 1.5", "(0, 1]"]),
     "a shortlist under tables of their own": (
-        lambda: HeadConfig(factors="full", shortlist=9),
-        ["shortlist", "factors is full", "shared or lowrank", "shortlist to 0"],
-    ),
-    "a shortlist that has a token twice": (
-        lambda: HeadConfig(factors="shared", shortlist=(3, 3)),
-        ["HeadConfig.shortlist", "different token ids"],
+        lambda: check_head(HeadConfig(factors="full", shortlist=9)),
+        ["shortlist is 9", "factors is full", "shared, lowrank", "shortlist to 0"],
     ),
     "a shortlist that the mesh does not divide": (
-        lambda: on_mesh(1, 1, 2, factors="shared", shortlist=(3, 4, 5)),
-        ["length of head.shortlist is 3", "tensor has 2"],
+        lambda: on_mesh(1, 1, 2, factors="shared", shortlist=3),
+        ["head.shortlist is 3", "tensor has 2"],
     ),
-    "a shortlist of other tokens": (
-        lambda: TrainConfig(ModelConfig(vocab_size=10), HeadConfig(factors="shared", shortlist=(3, 10))),
-        ["head.shortlist", "2 ids up to 10", "vocab_size is 10"],
+    "a shortlist for nothing": (
+        lambda: HeadConfig(factors="shared", window=1, shortlist=3),
+        ["HeadConfig.shortlist is 3", "window is 1", "shortlist to 0"],
+    ),
+    "a shortlist that is longer than the model's vocabulary": (
+        lambda: Shortlist(11, vocab_size=10),
+        ["HeadConfig.shortlist is 11", "vocab_size is 10"],
     ),
     "a shortlist that is longer than the vocabulary": (
         lambda: LossBenchConfig(v=10, shortlist=11),
         ["shortlist is 11", "v is 10"],
-    ),
-    "draws": (
-        lambda: HeadConfig(factors="full", backward_draws=2),
-        ["backward_draws is 2", "factors is full", "shared", "backward_draws to 0"],
     ),
     "valid_fraction_zero": (lambda: DataConfig(valid_fraction=0.0), ["valid_fraction is 0.0", "(0, 1)"]),
     "valid_fraction_one": (lambda: DataConfig(valid_fraction=1.0), ["valid_fraction is 1.0", "(0, 1)"]),
@@ -136,7 +146,7 @@ REFUSED = {
     "negative_token": (lambda: decode([-1, 3]), ["Prompt 0 has token ids -1..3", "0..31"]),
     "ks_without_0": (lambda: BenchConfig(ks=(1, 3)), ["BenchConfig.ks is (1, 3)", "0 among them"]),
     "no_temperatures": (lambda: BenchConfig(temperatures=()), ["BenchConfig.temperatures is ()", "one or more"]),
-    "k_in_words": (lambda: DecodeConfig(8, k="best"), ["DecodeConfig.k is 'best'", "give numbers"]),
+    "k_in_words": (lambda: DecodeConfig(8, k="best"), ["DecodeConfig.k is 'best'", "give a number of drafts"]),
     "batches_that_do_not_divide": (
         lambda: BenchConfig(prompts=24, batch_sizes=(1, 5)),
         ["batch_sizes is (1, 5)", "prompts is 24", "divide the prompts"],
@@ -165,17 +175,9 @@ REFUSED = {
         lambda: TrainConfig(optimizer=OptimizerConfig(warmup_steps=11), steps=10),
         ["warmup_steps is 11", "steps is 10"],
     ),
-    "tied_without_table": (
-        lambda: TrainConfig(model=ModelConfig(tie_embeddings=True), head=HeadConfig(factors="full")),
-        ["tie_embeddings is True", "factors is full", "marginal", "untie"],
-    ),
-    "tied_without_table_lora": (
-        lambda: TrainConfig(model=ModelConfig(tie_embeddings=True), head=HeadConfig(factors="lora")),
-        ["tie_embeddings is True", "factors is lora", "shared or lowrank"],
-    ),
     "a shortlist under lora": (
-        lambda: HeadConfig(factors="lora", shortlist=9),
-        ["shortlist", "factors is lora", "shared or lowrank"],
+        lambda: check_head(HeadConfig(factors="lora", shortlist=9)),
+        ["shortlist is 9", "factors is lora", "shared, lowrank"],
     ),
     "tokenizer": (
         lambda: TrainConfig(model=ModelConfig(vocab_size=100)).check_tokenizer(256),
@@ -207,7 +209,7 @@ LEAST = {
     HeadConfig: {
         **{"window": 1, "rank": 1, "factor_width": 1},
         **{"ntp_weight": 0, "z_weight": 0, "balance_weight": 0, "init_noise": 0},
-        "backward_draws": 0,
+        "shortlist": 0,
     },
     DataConfig: {"seq_len": 1, "batch_size": 1},
     DecodeConfig: {"max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0},
@@ -232,7 +234,6 @@ CHOICES = [
     (ModelConfig, "remat", "ful", "full"),
     (ModelConfig, "attention", "cuda", "cudnn"),
     (LossBenchConfig, "dtype", "float16", "bfloat16"),
-    (HeadConfig, "factors", "lowrnk", "lowrank"),
     (HeadConfig, "target", "next", "ntp"),
     (HeadConfig, "balance", "sqared", "squared"),
     (OptimizerConfig, "name", "adam", "adamw"),
@@ -245,6 +246,11 @@ POSITIVE = [
     *((RopeScaling, "low_freq_factor"), (ModelConfig, "rope_theta"), (ModelConfig, "norm_eps")),
     (OptimizerConfig, "eps"),
 ]
+# The modules whose refusals are all tried here.
+CHECKING = (
+    *("config", "model.config", "data.config", "decode.config", "bench.config"),
+    *("heads.config", "heads.base", "heads.mixture", "heads.shortlist"),
+)
 # What a config cannot be made without.
 GIVEN = {DecodeConfig: {"max_new_tokens": 8}}
 
@@ -303,7 +309,8 @@ def test_a_value_that_is_not_among_the_choices_is_refused(cls, name, value, allo
 
 def test_every_refusal_of_the_configs_is_among_these(monkeypatch):
     """A check that is added without a case here fails: the lines that refuse are compared with those in the source."""
-    modules, checks = (config_module, decode_config, bench_config), {}
+    modules = [importlib.import_module(f"mtp_jax.{name}") for name in CHECKING]
+    checks = {}
     for module in modules:
         calls = [node for node in ast.walk(ast.parse(inspect.getsource(module))) if isinstance(node, ast.Call)]
         checks |= {
@@ -330,15 +337,15 @@ def test_every_refusal_of_the_configs_is_among_these(monkeypatch):
     for build in builds + [functools.partial(cls, **{name: value}) for cls, name, value, _ in wrong]:
         with contextlib.suppress(ConfigError):
             build()
-    assert refused == set(checks) and len({file for file, _ in checks}) == 3
+    assert refused == set(checks) and len({file for file, _ in checks}) == len(CHECKING)
 
 
 def test_what_fits_is_accepted():
     assert ModelConfig(d_model=250, num_heads=4, head_dim=64).head_width == 64
     assert ModelConfig(d_model=64, num_heads=4).head_width == 16
     for factors in ("shared", "lowrank"):
-        TrainConfig(ModelConfig(tie_embeddings=True), HeadConfig(factors=factors))
-    TrainConfig(ModelConfig(tie_embeddings=True), HeadConfig(target="ntp"))
+        check_head(HeadConfig(factors=factors, shortlist=9))
+    ToTheModel.check(HeadConfig("drafter", target="ntp"))
     TrainConfig(ModelConfig(vocab_size=257)).check_tokenizer(257)
     on_mesh(2, 2, 2, batch=8, parts=2)
     on_mesh(1, 1, 2, factors="shared")
@@ -348,7 +355,7 @@ def test_what_fits_is_accepted():
 
 
 def test_the_head_that_the_readme_recommends_is_the_default():
-    text = (Path(__file__).parents[1] / "README.md").read_text()
+    text = (REPOSITORY / "README.md").read_text()
     (line,) = re.findall(r"^    (HeadConfig\(.+\))$", text, re.MULTILINE)
     call = ast.parse(line, mode="eval").body
     assert isinstance(call, ast.Call) and not call.args and len(call.keywords) >= 5
@@ -399,7 +406,7 @@ def test_every_field_survives_json():
             dtype="float32",
             remat="dots",
         ),
-        HeadConfig("independent", 3, 1, "shared", 5, "ntp", 0.5, 0.9, 1e-3, "switch", 0.2, 0.1, 0.5, 0, (5, 1)),
+        HeadConfig("other", 3, "independent", 1, "shared", 5, "ntp", 0.5, 0.9, 1e-3, "switch", 0.2, 0.1, 0.5, 6),
         DataConfig("text", "*.txt", "<|end|>", "text", "", "train", 0.3, "/cache", "tok.json", "<|end|>", 17, 6, 5),
         OptimizerConfig("muon", 2e-3, "wsd", 7, 0.3, 0.2, 0.05, 0.8, 0.99, 1e-7, 0.9, 0.5, 3, 2.0),
         MeshConfig(2, 3, -1),
@@ -423,7 +430,7 @@ def test_every_field_survives_json():
     assert from_dict(TrainConfig, {}) == default
     # And the two differ in all that they hold.
     differing = {name: (here, there) for name, here, there in differences(config, default)}
-    alone = {"model.attention", "head.backward_draws", "data.field", "data.dataset", "data.split"}
+    alone = {"model.attention", "data.field", "data.dataset", "data.split"}
     assert (
         differing.keys() | alone == {name for name, _ in leaves(to_dict(config))}
         and list(differences(config, config)) == []
@@ -437,7 +444,7 @@ def leaves(values, prefix=""):
 
 
 # Fields that do not go with other values than another field's default.
-ALONE = {"attention", "backward_draws", "field", "dataset", "split"}
+ALONE = {"attention", "field", "dataset", "split"}
 
 
 def assert_no_default(config):

@@ -4,18 +4,16 @@ import ast
 import json
 import re
 import runpy
-from pathlib import Path
 
 import jax
 import pytest
-import tiny
 
 from mtp_jax.commands.experiment import load_experiment, load_sweep
-from mtp_jax.config import to_dict
-from mtp_jax.data import load_tokenizer
+from mtp_jax.data.tokenizers import load_tokenizer
 from mtp_jax.train.step import make_trainer
+from mtp_jax.validate import to_dict
+from support import REPOSITORY, tiny
 
-REPOSITORY = Path(__file__).parents[1]
 SCRIPTS = {"checkpoint_cost", "gpu_check", "iteration_cost", "plain_loop"}  # what is run with Python, and has no CONFIG
 SHARED = {"setting"}  # what recipes import
 FILES = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "experiments").glob("*.py"))
@@ -110,6 +108,15 @@ def test_a_recipe_is_for_two_cores_and_for_a_gpu(recipe):
             assert measure.prompt_tokens + measure.new_tokens <= variant.config.model.context_length
 
 
+def in_todays_names(head):
+    """What a file of results says of a head. Older ones call the circuit its kind, and none of them had draws."""
+    if "circuit" in head:
+        return head
+    assert head["backward_draws"] == 0
+    kept = {name: value for name, value in head.items() if name != "backward_draws"}
+    return kept | {"kind": "mixture", "circuit": head["kind"]}
+
+
 @pytest.mark.parametrize("file", RESULTS, ids=lambda path: path.stem)
 def test_the_heads_of_a_recipe_are_those_of_its_results(file, monkeypatch):
     """A default that changes must not change what a recipe trains: its runs could not go on."""
@@ -119,7 +126,7 @@ def test_the_heads_of_a_recipe_are_those_of_its_results(file, monkeypatch):
     configs = {run["name"]: run["config"] for run in found["runs"]}
     configs |= {name: run["config"] for name, run in found["first"].items()}
     for name, config in configs.items():
-        assert to_dict(named.config(name))["head"] == config["head"], name
+        assert to_dict(named.config(name))["head"] == in_todays_names(config["head"]), name
 
 
 def test_the_ranks_of_the_primary_comparison_have_one_target():

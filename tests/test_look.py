@@ -8,20 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
+from flax import nnx
 
 from mtp_jax import look
-from mtp_jax.config import ConfigError
-from mtp_jax.data import ByteTokenizer
+from mtp_jax.data.tokenizers import ByteTokenizer
 from mtp_jax.decode.spans import Completion, Span, Spans, visible
-from mtp_jax.loading import LoadedRun
+from mtp_jax.heads.shortlist import put_listed
+from mtp_jax.runs.loading import LoadedRun
+from mtp_jax.state import split
+from mtp_jax.validate import ConfigError
+from support import tiny
 
 TEXT = "def f(x):\n    return $x$ + 1"
 HEADS = {
     "full": {},
     "ntp": {"target": "ntp", "factors": "shared"},
-    "shortlist": {"factors": "lowrank", "shortlist": (*range(97, 123), 32, 10)},
-    "independent": {"kind": "independent", "rank": 1},
+    "shortlist": {"factors": "lowrank", "shortlist": 28},
+    "independent": {"circuit": "independent", "rank": 1},
 }
 
 
@@ -31,8 +34,12 @@ def make_run(**head):
     config = tiny.train_config(tiny.model_config(vocab_size=264), tiny.head_config(**head))
     with tiny.mesh() as mesh:
         model = tiny.make_model(config)
-        if config.head.kind == "cpd":
-            model.head.gate_DR[...] = jax.random.normal(jax.random.key(1), model.head.gate_DR.shape)
+        if config.head.circuit == "cpd":
+            gate_DR = model.head.circuit.gate_DR
+            gate_DR[...] = jax.random.normal(jax.random.key(1), gate_DR.shape)
+        if config.head.shortlist:
+            graph, params = split(model)
+            model = nnx.merge(graph, put_listed(params, np.array([10, 32, *range(97, 123)])))
     return LoadedRun(model, tokenizer, config, mesh, 0, {})
 
 
@@ -46,8 +53,8 @@ def full():
     return make_run()
 
 
-def hidden(run, text):
-    return run.model(run.tokenizer.encode(text)[None])
+def see(run, text):
+    return run.model.see(run.tokenizer.encode(text)[None])
 
 
 def test_weights_are_distributions_and_their_entropy_lies_between_none_and_all_alike(run):
@@ -57,7 +64,7 @@ def test_weights_are_distributions_and_their_entropy_lies_between_none_and_all_a
     assert np.all(gate.entropy_T >= -1e-6) and np.all(gate.entropy_T <= np.log(rank) + 1e-6)
     np.testing.assert_allclose(gate.share_R.sum(), 1, rtol=1e-6)
     with jax.set_mesh(run.mesh):
-        expected_TR = np.exp(run.model.head.log_weights(hidden(run, TEXT)))[0]
+        expected_TR = np.exp(run.model.head.log_weights(see(run, TEXT).x_BTD))[0]
     np.testing.assert_allclose(gate.weights_TR, expected_TR, rtol=1e-5)
 
 
@@ -76,10 +83,10 @@ def test_weighted_components_sum_to_the_marginal_and_the_joint_is_the_heads(run)
     np.testing.assert_allclose(window.posterior_WR.sum(-1), 1, rtol=1e-5)
     np.testing.assert_allclose(window.posterior_WR[0], window.weights_R, rtol=1e-5)
     with jax.set_mesh(run.mesh):
-        x_11D = hidden(run, TEXT)[:, -1:]
-        target_V = np.exp(run.model.head.target_log_probs(x_11D))[0, 0]
+        seen = see(run, TEXT).at(np.array([len(TEXT) - 1]))
+        target_V = np.exp(run.model.target(seen)[0])[0, 0]
         path_11W = jnp.asarray(window.path_W)[None, None]
-        likelihood_W = np.exp(run.model.head.log_likelihood(x_11D, path_11W))[0, 0]
+        likelihood_W = np.exp(run.model.head.log_likelihood(seen, path_11W))[0, 0]
     np.testing.assert_allclose(window.joint_WV[0], target_V, rtol=1e-4)
     if head.target == "marginal":
         np.testing.assert_allclose(window.marginal_WV[0], target_V, rtol=1e-4)

@@ -5,16 +5,14 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import nbformat
 import pytest
-import tiny
 
-from mtp_jax.run_dir import read_config
+from mtp_jax.runs.layout import read_config
 from mtp_jax.train.loop import train
+from support import REPOSITORY, tiny
 
-REPOSITORY = Path(__file__).parents[1]
 NOTEBOOKS = REPOSITORY / "experiments" / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
 PICTURES = {"reload_checkpoint": 4, "train_in_a_notebook": 2}
@@ -22,17 +20,8 @@ COLOURED = {"reload_checkpoint": 1, "train_in_a_notebook": 2}
 LARGEST = 600_000  # bytes
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """What is looked at here is what notebooks show; faster code would take longer to compile."""
-    import jax
-
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        yield
-    jax.config.update("jax_disable_most_optimizations", before)
+# What is looked at here is what notebooks show; faster code would take longer to compile.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")

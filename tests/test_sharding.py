@@ -10,18 +10,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import tiny
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from mtp_jax import language_model
 from mtp_jax.config import OptimizerConfig
 from mtp_jax.decode.generate import for_decoding, generate
-from mtp_jax.heads import base, cpd, factors
-from mtp_jax.model import attention, layers, transformer
+from mtp_jax.model import attention, layers
+from mtp_jax.parameters import PARAMETERS, init_weight
 from mtp_jax.sharding import BATCH, RULES, Rules, gather
+from mtp_jax.state import TrainState
 from mtp_jax.train.optimizer import make_optimizer
-from mtp_jax.train.step import TrainState, batch_loss, build_model, make_trainer, split
+from mtp_jax.train.step import batch_loss, make_trainer
+from support import tiny
+from support.noise import random_params, shapes_of
 
 # What differs between the models; together they have every kind of parameter.
 MODELS = {
@@ -30,19 +33,16 @@ MODELS = {
     "lowrank": (dict(num_kv_heads=2, qkv_bias=True, qk_norm=True, remat="dots"), dict(factors="lowrank", target="ntp")),
     "lora": ({}, dict(factors="lora")),
 }
+# And one parameter that is never trained.
+PLACED = {**MODELS, "shortlist": ({}, dict(factors="lowrank", shortlist=8))}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """What is compared here is what the partitioner does; faster code would take twice as long to compile."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+# What is compared here is what the partitioner does; faster code would take twice as long to compile.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 def make_config(kind, *, num_layers=2, **changes):
-    model, head = MODELS[kind]
+    model, head = PLACED[kind]
     return tiny.train_config(tiny.model_config(num_layers=num_layers, **model), tiny.head_config(**head), **changes)
 
 
@@ -50,29 +50,11 @@ def paths(tree):
     return {".".join(k.key for k in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
-def shapes_of(config):
-    """The structure of the config's model, and the shapes and shardings of its parameters on the mesh in scope."""
-    return split(jax.eval_shape(lambda: build_model(config, jax.random.key(0))))
-
-
-def random_params(config, seed=0):
-    """Parameters of noise on the mesh in scope. The noise is the same on every mesh."""
-    graph, shapes = shapes_of(config)
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        noise = rng.normal(size=leaf.shape).astype(np.float32)
-        value = 1 + 0.2 * noise if path[-1].key == "scale" else 0.3 * noise
-        return jax.device_put(value, NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec))
-
-    return graph, jax.tree_util.tree_map_with_path(draw, shapes)
-
-
 def test_initial_weights_do_not_depend_on_the_mesh():
     weights = []
     for shape in [(1, 1, 1), (2, 2, 2)]:
         with tiny.mesh(*shape):
-            init = jax.jit(lambda: layers.init_weight(nnx.Rngs(0), (16, 4, 4), inputs=1, spec=RULES.w_DNH)[...])
+            init = jax.jit(lambda: init_weight(nnx.Rngs(0), "wq_DNH", (16, 4, 4))[...])
             weights.append(jax.device_get(init()))
     np.testing.assert_array_equal(*weights)
     np.testing.assert_allclose(np.std(weights[0]), 0.25, rtol=0.15)
@@ -80,35 +62,13 @@ def test_initial_weights_do_not_depend_on_the_mesh():
 
 # Every array where the rules put it
 
-# The rule of every parameter, by its name.
-RULE_OF = {
-    "embed_VD": "embed_VD",
-    "unembed_VD": "unembed_VD",
-    "wq_DNH": "w_DNH",
-    "wk_DKH": "w_DNH",
-    "wv_DKH": "w_DNH",
-    "wo_NHD": "w_NHD",
-    "bq_NH": "b_NH",
-    "bk_KH": "b_NH",
-    "bv_KH": "b_NH",
-    "w_gate_DF": "w_DF",
-    "w_up_DF": "w_DF",
-    "w_down_FD": "w_FD",
-    "scale": "scale",
-    "gate_DR": "gate_DR",
-    "u_DRWV": "u_DRWV",
-    "map_DRWD": "map_DRWD",
-    "map_DWD": "map_DWD",
-    "down_DRWE": "down_DRWE",
-    "up_ED": "up_ED",
-    "u_DWV": "u_DWV",
-    "up_EV": "up_EV",
-}
+# The rule of every parameter, by its name; taken here, before a fault changes one of them.
+SPECS = {name: row.spec for name, row in PARAMETERS.items()}
 
 
 def expected_spec(path):
-    spec = getattr(RULES, RULE_OF[path.split(".")[-1]])
-    return P(None, *spec) if path.startswith("blocks.") else spec
+    spec = SPECS[path.split(".")[-1]]
+    return P(None, *spec) if path.startswith("trunk.blocks.") else spec
 
 
 def assert_placed(params):
@@ -127,7 +87,7 @@ def assert_held(array):
     assert {shard.data.shape for shard in array.addressable_shards} == {expected}
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", PLACED)
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 1)])
 def test_parameters_carry_the_specs_of_the_rules(kind, shape):
     with tiny.mesh(*shape):
@@ -136,34 +96,37 @@ def test_parameters_carry_the_specs_of_the_rules(kind, shape):
 
 def test_every_kind_of_parameter_is_tried():
     with tiny.mesh():
-        seen = {path.split(".")[-1] for kind in MODELS for path in paths(shapes_of(make_config(kind))[1])}
-    assert seen == set(RULE_OF)
+        seen = {path.split(".")[-1] for kind in PLACED for path in paths(shapes_of(make_config(kind))[1])}
+    assert seen == set(SPECS)
 
 
 def test_layers_ranks_windows_and_time_are_never_split():
     """Read off the names: R, W, T, H and E stay whole, B goes over data and fsdp, N, K, F and V over tensor."""
     tensor = {letter: {"tensor"} for letter in "NKFV"}
     allowed = {"B": {BATCH}, "D": {"fsdp", None}, **tensor}
-    for field in dataclasses.fields(Rules):
-        spec, letters = getattr(RULES, field.name), re.sub(r"^.*_", "", field.name)
-        if field.name == "scale":
+    for name, spec in {
+        **{field.name: getattr(RULES, field.name) for field in dataclasses.fields(Rules)},
+        **SPECS,
+    }.items():
+        letters = re.sub(r"^.*_", "", name)
+        if name == "scale":
             assert spec == P(None)
             continue
-        assert len(letters) == len(spec), field.name
+        assert len(letters) == len(spec), name
         for letter, axis in zip(letters, spec, strict=True):
-            assert axis in allowed.get(letter, {None}), f"{field.name}: {letter} over {axis}"
+            assert axis in allowed.get(letter, {None}), f"{name}: {letter} over {axis}"
 
 
 def test_a_weight_is_gathered_along_fsdp_alone():
     with tiny.mesh(2, 2, 2):
-        w_DNH = jax.device_put(np.ones((4, 4, 2), np.float32), NamedSharding(jax.sharding.get_mesh(), RULES.w_DNH))
+        w_DNH = jax.device_put(np.ones((4, 4, 2), np.float32), NamedSharding(jax.sharding.get_mesh(), SPECS["wq_DNH"]))
         whole, back = jax.jit(lambda w: (gather(w), jax.grad(lambda w: jnp.sum(gather(w)))(w)))(w_DNH)
         assert whole.sharding.spec == P(None, "tensor", None)
-        assert back.sharding.spec == RULES.w_DNH
+        assert back.sharding.spec == SPECS["wq_DNH"]
         np.testing.assert_array_equal(back, 1)
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", PLACED)
 def test_activations_keep_their_batch_and_logits_their_vocabulary_sharding(kind):
     config = make_config(kind)
     with tiny.mesh(2, 2, 2):
@@ -172,8 +135,8 @@ def test_activations_keep_their_batch_and_logits_their_vocabulary_sharding(kind)
 
         def activations(params, tokens):
             model = nnx.merge(graph, params)
-            x_BTD = model(tokens)
-            return model.embed(tokens), x_BTD, model.head.target_log_probs(x_BTD)
+            seen = model.see(tokens)
+            return model.embed(tokens), seen.x_BTD, model.target(seen)[0]
 
         embedded, x_BTD, logp_BTV = jax.eval_shape(activations, shapes, tokens)
     assert embedded.sharding.spec == x_BTD.sharding.spec == P(("data", "fsdp"), None, None)
@@ -186,7 +149,7 @@ def test_activations_keep_their_batch_and_logits_their_vocabulary_sharding(kind)
 def param_of(path):
     """The parameter that an array of the train state belongs to, by its path; None for counts and coefficients."""
     keys = [k.key for k in path if isinstance(k, jax.tree_util.DictKey)]
-    start = next((i for i, key in enumerate(keys) if key in ("embed_VD", "blocks", "norm", "head")), None)
+    start = next((i for i, key in enumerate(keys) if key in ("embed_VD", "unembed_VD", "trunk", "head")), None)
     return None if start is None else ".".join(keys[start:])
 
 
@@ -214,7 +177,7 @@ def optimizer_config(name):
 
 
 @pytest.mark.parametrize("name", ARRAYS)
-@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("kind", PLACED)
 def test_a_fresh_state_is_placed_by_the_rules(name, kind):
     config = make_config(kind, optimizer=optimizer_config(name))
     with tiny.mesh(2, 2, 2):
@@ -343,9 +306,9 @@ def test_decoding_is_that_of_one_device_token_for_token(verifier, shape):
 
 # A rule, and what is said of it: the parameter whose spec is not the rules', or JAX's own words.
 WRONG_RULES = {
-    "input_width_replicated": ({"w_DNH": P(None, "tensor", None)}, "wk_DKH"),
-    "heads_over_fsdp": ({"w_DNH": P("tensor", "fsdp", None)}, "wk_DKH"),
-    "one_entry_short": ({"w_FD": P("tensor")}, "w_down_FD"),
+    "input_width_replicated": ({"wk_DKH": P(None, "tensor", None)}, "wk_DKH"),
+    "heads_over_fsdp": ({"wk_DKH": P("tensor", "fsdp", None)}, "wk_DKH"),
+    "one_entry_short": ({"w_down_FD": P("tensor")}, "w_down_FD"),
     "rank_split": ({"u_DRWV": P("fsdp", None, "tensor", None)}, "u_DRWV"),
     "residual_stream_replicated": ({"x_BTD": P(None, None, None)}, "shard"),
     "residual_stream_over_tensor": ({"x_BTD": P("tensor", None, None)}, "sharded by"),
@@ -371,8 +334,12 @@ def test_gradients_carry_the_specs_of_their_parameters(kind):
 @pytest.mark.parametrize("name", WRONG_RULES)
 def test_a_wrong_rule_is_noticed_before_anything_is_compiled(name, monkeypatch):
     changes, said = WRONG_RULES[name]
-    for module in (attention, base, cpd, factors, layers, transformer):
-        monkeypatch.setattr(module, "RULES", dataclasses.replace(RULES, **changes))
+    for name, spec in changes.items():
+        if name in PARAMETERS:
+            monkeypatch.setitem(PARAMETERS, name, dataclasses.replace(PARAMETERS[name], spec=spec))
+        else:
+            for module in (attention, language_model):
+                monkeypatch.setattr(module, "RULES", dataclasses.replace(RULES, **{name: spec}))
     with pytest.raises(Exception, match=said):
         assert_traces_as_the_rules_say()
 
@@ -392,7 +359,7 @@ def test_weights_of_one_layer_at_a_time_are_whole(remat, dtype):
     assert f"[{layers},{width // 8},{wide}]" in text  # the parts that a device holds
 
 
-@pytest.mark.parametrize("spec", [RULES.w_DNH, RULES.w_DF, RULES.w_FD], ids=str)
+@pytest.mark.parametrize("spec", [SPECS[name] for name in ("wq_DNH", "w_up_DF", "w_down_FD")], ids=str)
 def test_linear_has_the_gradients_of_einsum_and_sums_them_in_float32(spec):
     """In bfloat16: the products are of rounded operands, and nothing of the weight's gradient is lost in their sum."""
     rng = np.random.default_rng(0)
@@ -401,7 +368,7 @@ def test_linear_has_the_gradients_of_einsum_and_sums_them_in_float32(spec):
     x64, w64, d64 = (a.astype(np.float64) for a in (x, w, d))
     expected = np.tensordot(x64, w64, 1), np.tensordot(d64, w64, (range(2, d.ndim), range(1, w.ndim)))
     with tiny.mesh(2, 2, 2) as mesh:
-        inner, outer = ("tensor", None) if spec == RULES.w_FD else (None, "tensor")
+        inner, outer = ("tensor", None) if spec == SPECS["w_down_FD"] else (None, "tensor")
         x = jax.device_put(x, NamedSharding(mesh, P(BATCH, None, inner)))
         d = jax.device_put(d, NamedSharding(mesh, P(BATCH, None, outer, *[None] * (d.ndim - 3))))
         w = jax.device_put(w.astype(np.float32), NamedSharding(mesh, spec))

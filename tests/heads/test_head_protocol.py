@@ -1,0 +1,198 @@
+"""The protocol of heads, over every head and one with a cache: what is trained is what drafts in the production loop.
+
+That drafts change no token says nothing of a head, for the verifiers are exact whatever is drafted. So the law that
+each draft was drawn from is compared with the head's likelihood of the committed text, at every iteration.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax import Slots
+from mtp_jax.decode import loop
+from mtp_jax.decode.config import DecodeConfig
+from mtp_jax.decode.decoder import for_decoding
+from mtp_jax.decode.decoding import Decoding
+from mtp_jax.heads.base import Head
+from support import tiny
+from support.tally import TallyHead, laws, register
+
+W, K, NEW, SIZE = tiny.WINDOW, tiny.WINDOW - 1, 14, 12
+PROMPTS = [[5, 1, 9], [4, 3, 6, 7, 8, 2, 10, 11], [3], [7, 11] * 7]
+HEADS = {
+    "cpd": dict(rank=3, factors="full"),
+    "independent": dict(circuit="independent", rank=1, factors="lora"),
+    "next-token target": dict(rank=2, factors="lowrank", target="ntp"),
+    "tally": dict(kind="tally", target="ntp"),
+}
+TOLERANCE = 2e-5  # sums of another order
+
+
+def make(head):
+    """A model whose head drafts now and then what the model says, and the same to decode with."""
+    config = tiny.train_config(tiny.model_config(vocab_size=SIZE), tiny.head_config(**head))
+    model = tiny.make_model(config, seed=3)
+    return model, for_decoding(model)
+
+
+def check_laws(model, state, live_B):
+    """Every draft of a live row against the likelihood of the text; returns how many rows were compared."""
+    tokens_BS, length_B, draft_Bk = (np.asarray(a) for a in (state.tokens_BS, state.length_B, state.draft_Bk))
+    text_BT = np.array(tokens_BS)
+    for row, length, drafts in zip(text_BT, length_B, draft_Bk, strict=True):
+        row[length:] = 0
+        row[length : length + len(drafts)] = drafts[: len(row) - length]
+    for i in range(draft_Bk.shape[1]):
+        # The window behind the position before the last committed token: that token is its first.
+        want_BV = laws(model, text_BT, length_B - 2, i + 1)
+        np.testing.assert_allclose(np.asarray(state.logq_BkV)[live_B, i], want_BV[live_B], atol=TOLERANCE)
+    return int(live_B.sum())
+
+
+def check_loop(model, decoder, prompts=PROMPTS):
+    """Through the loop, a forward at a time: ragged rows, drafts accepted and rolled back."""
+    config = DecodeConfig(NEW, temperature=1.0, verifier="token", k=K, seed=5)
+    decoding, compared = Decoding(decoder, prompts, config), 0
+    while not decoding.done:
+        compared += check_laws(model, decoding.state, ~np.asarray(decoding.state.done_B))
+        decoding.advance(1)
+    out = decoding.result()
+    assert compared > 20 and len(set(out.forwards.tolist())) > 1
+    return out
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_every_draft_is_drawn_from_the_heads_likelihood_of_the_text(name, monkeypatch):
+    register(monkeypatch)
+    with tiny.mesh():
+        out = check_loop(*make(HEADS[name]))
+    accepted = out.accepted.sum()
+    assert 0 < accepted < out.drafted.sum(), "some drafts are accepted and some rolled back"
+
+
+def test_through_slots_too(monkeypatch):
+    """Requests come and go; a slot that is filled again has the cache of its own request."""
+    register(monkeypatch)
+    with tiny.mesh():
+        model, decoder = make(HEADS["tally"])
+        made = Slots(decoder, size=2, max_prompt=16, max_new=16, temperature=1.0, verifier="token", k=K)
+        for prompt, new in zip(PROMPTS * 2, (9, 3, 14, 5, 6, 12, 4, 8), strict=True):
+            made.submit(prompt, max_new_tokens=new)
+        compared = 0
+        while made.busy:
+            made.step(1)
+            state = made._batch.state
+            compared += check_laws(model, state, ~np.asarray(state.done_B))
+        assert compared > 12
+
+
+class Late(TallyHead):
+    """Entries are written one position behind their own."""
+
+    shift = 1
+
+
+class Early(TallyHead):
+    """The last entry is not read."""
+
+    def begin(self, seen, token_B, *, position_B=None, **rest):
+        return super().begin(seen, token_B, position_B=position_B - 1, **rest)
+
+
+class Unheard(TallyHead):
+    """The cache is that of the prompt: what is decoded is never written."""
+
+    def extend(self, cache, seen, next_BT, start_B, memo):
+        return super().extend(cache, seen, next_BT, start_B, memo) if next_BT.shape[1] > W else (cache, memo)
+
+
+class Stale(TallyHead):
+    """Entries of drafts that were rolled back stay: the first position of a forward is not written again."""
+
+    def extend(self, cache, seen, next_BT, start_B, memo):
+        if 1 < next_BT.shape[1] <= W:
+            kept_B1V = jnp.take_along_axis(cache, start_B[:, None, None], axis=1)
+            cache, memo = super().extend(cache, seen, next_BT, start_B, memo)
+            put = jax.vmap(lambda row, old, at: jax.lax.dynamic_update_slice(row, old, (at, 0)))
+            return put(cache, kept_B1V, start_B), memo
+        return super().extend(cache, seen, next_BT, start_B, memo)
+
+
+@pytest.mark.parametrize("fault", [Late, Early, Unheard, Stale])
+def test_a_cache_that_is_off_is_caught(fault, monkeypatch):
+    """No token changes by it in greedy decoding, and the law of the drafts does."""
+    register(monkeypatch)
+    with tiny.mesh():
+        right = make(HEADS["tally"])[1]
+        config = DecodeConfig(NEW, k=K)
+        decoding = Decoding(right, PROMPTS, config)
+        decoding.advance()
+    register(monkeypatch, fault)
+    with tiny.mesh():
+        model, wrong = make(HEADS["tally"])
+        other = Decoding(wrong, PROMPTS, config)
+        other.advance()
+        for a, b in zip(decoding.result().tokens, other.result().tokens, strict=True):
+            np.testing.assert_array_equal(a, b)
+        with pytest.raises(AssertionError, match="Not equal to tolerance"):
+            check_loop(model, wrong)
+
+
+def test_a_prompt_that_is_read_in_parts_fills_the_cache_as_at_once(monkeypatch):
+    """The trunk's cache and the head's, each behind what was read before."""
+    register(monkeypatch)
+    with tiny.mesh():
+        _, decoder = make(HEADS["tally"])
+        tokens_BT = tiny.shard(np.random.default_rng(0).integers(0, SIZE, (2, 13)).astype(np.int32))
+
+        def read(*sizes):
+            cache, head_cache = loop.init_cache(decoder.config, 2, 32), decoder.head.init_cache(2, 32)
+            at = 0
+            for size in sizes:
+                start_B = tiny.shard(np.full(2, at, np.int32))
+                seen, cache = decoder.extend(tokens_BT[:, at : at + size], cache, start_B)
+                next_BT = tokens_BT[:, at + 1 : at + size + 1]
+                head_cache, _ = decoder.head.extend(head_cache, seen, next_BT, start_B, None)
+                at += size
+            return np.asarray(head_cache)[:, :at]
+
+        np.testing.assert_allclose(read(5, 4, 3), read(12), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["next-token target", "tally"])
+def test_without_drafts_nothing_of_the_head_runs(name, monkeypatch):
+    register(monkeypatch)
+    with tiny.mesh():
+        _, decoder = make(HEADS[name])
+        family = type(decoder.head)
+        for method in ("init_cache", "extend", "begin", "next_log_probs", "condition", "marginal", "log_likelihood"):
+            for owner in {family, Head}:
+                monkeypatch.setattr(owner, method, lambda *args, m=method, **rest: pytest.fail(f"{m} runs"))
+        decoding = Decoding(decoder, PROMPTS, DecodeConfig(NEW, k=0))
+        decoding.advance()
+        assert [len(row) for row in decoding.result().tokens] == [NEW] * 4
+        assert decoding.state.head_cache == ()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_the_loss_is_the_weighted_negative_of_the_likelihood(name, monkeypatch):
+    """Offset by offset, and the laws of all offsets sum to 1."""
+    register(monkeypatch)
+    with tiny.mesh():
+        model, _ = make({**HEADS[name], "balance": "none"})
+        rng = np.random.default_rng(0)
+        tokens_BT, targets_BTW = rng.integers(0, SIZE, (2, 6)), rng.integers(0, SIZE, (2, 6, W))
+        weights_BTW = rng.random((2, 6, W)).astype(np.float32)
+
+        def both(model, tokens_BT, targets_BTW, weights_BTW):
+            seen = model.see(tokens_BT)
+            return model.head.loss(seen, targets_BTW, weights_BTW)[1], model.head.log_likelihood(seen, targets_BTW)
+
+        arrays = [tiny.shard(a) for a in (tokens_BT, targets_BTW, weights_BTW)]
+        aux, found_BTW = jax.jit(both)(model, *arrays)
+        np.testing.assert_allclose(aux["loss_offset"], -(weights_BTW * np.asarray(found_BTW)).sum((0, 1)), rtol=1e-5)
+        text_BT = rng.integers(0, SIZE, (3, 9)).astype(np.int32)
+        for offset in range(W):
+            law_BV = laws(model, text_BT, np.array([2, 4, 3]), offset)
+            np.testing.assert_allclose(np.exp(law_BV).sum(-1), 1, atol=1e-5)

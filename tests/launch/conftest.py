@@ -1,0 +1,11 @@
+"""What the tests of launchers have in common: a box."""
+
+import pytest
+
+from support.launchers import Box
+
+
+@pytest.fixture
+def box(tmp_path):
+    """A directory with a stand-in for the program."""
+    return Box(tmp_path)

@@ -1,0 +1,69 @@
+"""Evaluation: its numbers on any devices, and the names that they have in a run."""
+
+import math
+
+import numpy as np
+import pytest
+
+import mtp_jax
+from mtp_jax.train.evaluate import evaluate, evaluate_run, named
+from mtp_jax.train.loggers import read_metrics
+from support.loop import RANK, WINDOW
+
+# What is looked at here is the loop; faster code would take longer to compile.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+
+def test_metrics_have_the_names_that_readers_know(trained):
+    losses = {"loss", "loss_first_token", "joint_loss", *(f"loss_offset_{s + 1}" for s in range(WINDOW))}
+    gate = {"gate_entropy", "gate_effective", *(f"gate_share_{r + 1}" for r in range(RANK))}
+    both = {"kind", "step", "time"} | losses | gate
+    records = read_metrics(trained)
+    assert {record["kind"] for record in records} == {"train", "eval"}
+    for record in records:
+        train = {"grad_norm", "learning_rate", "tokens", "tokens_per_second", "goodput"}
+        own = train if record["kind"] == "train" else set()
+        # There is no MFU on a device whose peak is not known.
+        own |= {"compile_seconds"} if (record["kind"], record["step"]) == ("train", 1) else set()
+        assert both | own == set(record)
+        assert all(math.isfinite(value) for name, value in record.items() if name != "kind")
+        assert sum(record[f"gate_share_{r + 1}"] for r in range(RANK)) == pytest.approx(1, abs=1e-5)
+        assert 1 <= record["gate_effective"] <= RANK + 1e-5
+        assert record["joint_loss"] == pytest.approx(sum(record[f"loss_offset_{s + 1}"] for s in range(WINDOW)))
+        assert record["kind"] == "eval" or record["tokens_per_second"] > 0
+    first, last = (next(r for r in records if (r["kind"], r["step"]) == ("eval", step)) for step in (4, 8))
+    assert last["loss"] < first["loss"]
+
+
+def test_eight_devices_evaluate_as_one_does(config, trained):
+    there = evaluate_run(mtp_jax.load(trained, mesh=config.mesh))
+    run = mtp_jax.load(trained)
+    here = evaluate_run(run)
+    assert there.keys() == here.keys()
+    np.testing.assert_allclose(list(here.values()), list(there.values()), rtol=1e-5)
+    # And as the training loop did.
+    here, then = evaluate_run(run, limit=2), next(r for r in read_metrics(trained)[::-1] if r["kind"] == "eval")
+    np.testing.assert_allclose([here[name] for name in here], [then[name] for name in here], rtol=1e-5)
+
+
+def test_every_target_weighs_the_same_whichever_batch_it_is_in():
+    rng = np.random.default_rng(0)
+    batches = [
+        {"valid_BTW": rng.random((2, 5, WINDOW)) < p, "nll_BTW": rng.random((2, 5, WINDOW))} for p in (0.1, 0.5, 0.9)
+    ]
+
+    def loss(params, batch, count_W):
+        nll_W = (batch["nll_BTW"] * batch["valid_BTW"] / np.asarray(count_W)).sum((0, 1))
+        return nll_W.sum(), {"loss_offset": nll_W, "gate_share": np.array([0.5, 0.5]) / len(batches)}
+
+    found = evaluate(loss, None, batches)
+    valid, nll = (np.concatenate([batch[name] for batch in batches]) for name in ("valid_BTW", "nll_BTW"))
+    for s in range(WINDOW):
+        assert found[f"loss_offset_{s + 1}"] == pytest.approx(nll[..., s][valid[..., s]].mean())
+    assert found["loss"] == found["joint_loss"]
+    assert found["gate_effective"] == pytest.approx(2)
+
+
+def test_components_that_are_used_are_counted():
+    for shares, effective in (([1, 0, 0], 1), ([0.5, 0.5, 0], 2), ([1 / 3] * 3, 3)):
+        assert named({"loss_offset": np.ones(2), "gate_share": shares})["gate_effective"] == pytest.approx(effective)
