@@ -29,7 +29,7 @@ from mtp_jax.commands import train
 from mtp_jax.runs.manifest import seal
 from mtp_jax.runs.layout import write_config
 from mtp_jax.commands.experiment import load_sweep
-from mtp_jax.sweep import run
+from mtp_jax.commands import run_one
 
 file, directory = sys.argv[1:]
 named, trained = load_sweep(file), []
@@ -45,8 +45,8 @@ def fake_train(args):
     (run_dir / "metrics.jsonl").write_text(json.dumps({"kind": "eval", "step": 3, "joint_loss": 1.5}) + "\\n")
 
 train.main = fake_train
-run.costs = lambda sweep, say: {"rank=1": {}, "rank=2": {}}
-run.measure = lambda run_dir, *rest: {"readings": {"steps": 3, "half": 1}}
+run_one.costs = lambda sweep, say: {"rank=1": {}, "rank=2": {}}
+run_one.measure = lambda run_dir, *rest: {"readings": {"steps": 3, "half": 1}}
 for only in ("trunk", "costs", "2", "3", "2"):
     main(["sweep", file, "--only", only, "--dir", directory])
 assert trained == [("trunk", ""), ("rank=1", directory + "/trunk"), ("rank=2", directory + "/trunk")], trained
@@ -116,7 +116,7 @@ def test_a_run_that_is_preempted_has_not_failed(file, tmp_path, capsys, monkeypa
 
 
 def test_a_run_that_is_stopped_while_it_is_measured_is_started_again(file, tmp_path):
-    stopped = "run.measure = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(30)\nfor only"
+    stopped = "run_one.measure = lambda *_: os.kill(os.getpid(), signal.SIGTERM) or time.sleep(30)\nfor only"
     code = "import os, signal, time\n" + RUN.replace("for only", stopped)
     done = subprocess.run([sys.executable, "-c", code, file, tmp_path], capture_output=True, text=True)
     assert done.returncode == 75, done.stderr
