@@ -1,4 +1,4 @@
-"""Every number that a run needs, in frozen dataclasses that check themselves.
+"""Config of a run: every number that it needs, in frozen dataclasses that check themselves.
 
 Importing this module imports neither JAX nor Flax, so a bad value is refused before anything expensive happens.
 Every message names the field, the value found, the value allowed and the way out.

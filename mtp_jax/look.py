@@ -1,4 +1,4 @@
-"""Looking into a trained model: what its gate and its components say about a text, as arrays and as figures.
+"""Views into a trained model: what its gate and its components say about a text, as arrays and as figures.
 
 For notebooks; see `experiments/notebooks/reload_checkpoint.ipynb`.
 """

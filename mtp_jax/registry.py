@@ -1,4 +1,4 @@
-"""Looking names up in a registry, with an answer that helps when the name is unknown."""
+"""Registry lookup, with an answer that helps when the name is unknown."""
 
 from __future__ import annotations
 

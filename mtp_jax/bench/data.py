@@ -1,4 +1,4 @@
-"""What the data of a run cost: tokenising documents, reading batches, and what training waits for."""
+"""Data benchmark: what the data of a run cost, tokenising documents, reading batches, and what training waits for."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from mtp_jax.validate import ConfigError, require
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mtp_jax.sweep.runner import Progress
+    from mtp_jax.sweep.runner import SweepProgress
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,17 +97,17 @@ def _run_name(named: NamedSweep, text: str) -> str:
     return text
 
 
-def _progress(named: NamedSweep, place: Place) -> Progress:
-    from mtp_jax.sweep.runner import Progress
+def _progress(named: NamedSweep, place: Place) -> SweepProgress:
+    from mtp_jax.sweep.runner import SweepProgress
     from mtp_jax.train.costs import training_flops
 
     def work(config) -> float:
         return sum(training_flops(config)) * config.steps * config.data.batch_size * config.data.seq_len
 
-    return Progress(named, place, work)
+    return SweepProgress(named, place, work)
 
 
-def _run(named: NamedSweep, place: Place, progress: Progress) -> None:
+def _run(named: NamedSweep, place: Place, progress: SweepProgress) -> None:
     import time
 
     from rich.live import Live
@@ -135,7 +135,7 @@ def _run(named: NamedSweep, place: Place, progress: Progress) -> None:
     run_all(named, place, progress, show, stop)
 
 
-def _table(named: NamedSweep, progress: Progress) -> Table:
+def _table(named: NamedSweep, progress: SweepProgress) -> Table:
     import time
 
     from rich.table import Table

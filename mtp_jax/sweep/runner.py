@@ -28,7 +28,7 @@ class Row:
     error: str = ""
 
 
-class Progress:
+class SweepProgress:
     """The states of all runs and the time that is left."""
 
     def __init__(self, named: NamedSweep, place: Place, work: Callable[[Any], float]):
@@ -56,7 +56,7 @@ class Progress:
 def run_all(
     named: NamedSweep,
     place: Place,
-    progress: Progress,
+    progress: SweepProgress,
     show: Callable[[], None],
     stop: Callable[[], bool] = lambda: False,
 ) -> list[str]:

@@ -337,7 +337,7 @@ def test_a_run_waits_for_what_it_begins_from(file, tmp_path, capsys):
 
 def test_a_run_is_a_process_of_its_own_with_a_log(file, tmp_path):
     named, place = load_sweep(f"{file}@tiny"), Place(tmp_path)
-    progress = runner.Progress(named, place, lambda config: 1.0)
+    progress = runner.SweepProgress(named, place, lambda config: 1.0)
     for name in progress.rows.keys() - {"rank=1,seed=0"}:
         del progress.rows[name]  # so that it has nothing to begin from
     assert runner.run_all(named, place, progress, lambda: None) == ["rank=1,seed=0"]
@@ -377,7 +377,7 @@ def fake(file, monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "_run_in_process", run)
 
     def go():
-        progress = runner.Progress(named, place, lambda config: float(config.head.rank))
+        progress = runner.SweepProgress(named, place, lambda config: float(config.head.rank))
         return runner.run_all(named, place, progress, lambda: None), progress
 
     return types.SimpleNamespace(go=go, ran=ran, statuses=statuses, named=named, place=place)
@@ -404,7 +404,7 @@ def test_a_preemption_ends_the_sweep_and_fails_nothing(fake):
 
 
 def test_the_time_left_is_of_the_work_that_is_left(fake):
-    progress = runner.Progress(fake.named, fake.place, lambda config: float(config.head.rank))
+    progress = runner.SweepProgress(fake.named, fake.place, lambda config: float(config.head.rank))
     assert progress.seconds_left(0.0) is None
     trunk = progress.rows["trunk"]
     trunk.state, trunk.seconds = "done", 10.0

@@ -1,4 +1,4 @@
-"""What the loop asks of a verifier, and what verifiers share."""
+"""Verifier protocol: what the loop asks of one, and what verifiers share."""
 
 from __future__ import annotations
 
