@@ -1,4 +1,4 @@
-"""Rejection sampling of `token` and `block` verification: accept by the ratio p / q, then sample what the drafts left over.
+"""Rejection sampling of `token` and `block`: accept by the ratio p / q, then sample what the drafts left over.
 
 Given the committed tokens, a draft x_i is drawn from q_i, kept with a chance that depends on p and q, and the token
 behind the last accepted one is drawn from the normalised rest (rho p - q)^+. Behind the last draft that a row uses
