@@ -6,6 +6,7 @@ Every message names the field, the value found, the value allowed and the way ou
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Literal
@@ -75,9 +76,7 @@ class MeshConfig:
     def shape(self, num_devices: int) -> tuple[int, int, int]:
         """The (data, fsdp, tensor) mesh on `num_devices` devices. Raises `ConfigError` if it does not fit."""
         sizes = [self.data, self.fsdp, self.tensor]
-        fixed = 1
-        for size in sizes:
-            fixed *= 1 if size == -1 else size
+        fixed = math.prod(size for size in sizes if size != -1)
         require(
             num_devices % fixed == 0 and (-1 in sizes or fixed == num_devices),
             f"MeshConfig (data, fsdp, tensor) = {tuple(sizes)} needs {'a multiple of ' if -1 in sizes else ''}"

@@ -87,7 +87,6 @@ def connect(options: Distributed) -> None:
 
     # A dead process is to be named by `Watchdog`, before JAX's own watch aborts this one.
     given: dict[str, Any] = {"heartbeat_timeout_seconds": int(4 * options.lost_seconds) + 60}
-    given["shutdown_timeout_seconds"] = 60
     if options.num_processes:
         given |= {"num_processes": options.num_processes, "process_id": options.process_id}
     if options.coordinator != "auto":
@@ -95,7 +94,7 @@ def connect(options: Distributed) -> None:
     me = f"process {options.process_id} of {options.num_processes}" if options.num_processes else "this process"
     print(f"{me} on {socket.gethostname()}: connecting to {options.coordinator}", file=sys.stderr, flush=True)
     try:
-        jax.distributed.initialize(**given, initialization_timeout=CONNECT_SECONDS)
+        jax.distributed.initialize(**given, initialization_timeout=CONNECT_SECONDS, shutdown_timeout_seconds=60)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(
             f"{me} did not find the others at {options.coordinator} ({str(error).splitlines()[0]}). All must be "
@@ -120,20 +119,19 @@ def on_first(decide: Callable[[], T]) -> T:
     if jax.process_count() == 1:
         return decide()
     key = f"mtp_jax/first/{next(_numbers)}"
-    if jax.process_index() == 0:
-        try:
-            said: dict[str, Any] = {"value": decide()}
-        except ConfigError as error:
-            said = {"error": str(error)}
-        except Exception as error:
-            _client().key_value_set(key, json.dumps({"error": f"Process 0 failed: {error!r}"}))
-            raise
-        _client().key_value_set(key, json.dumps(said))
-    else:
+    if jax.process_index() > 0:
         said = json.loads(_client().blocking_key_value_get(key, 3_600_000))
-    if "error" in said:
-        raise ConfigError(said["error"])
-    return said["value"]
+        if "error" in said:
+            raise ConfigError(said["error"])
+        return said["value"]
+    try:
+        value = decide()
+    except Exception as error:
+        problem = str(error) if isinstance(error, ConfigError) else f"Process 0 failed: {error!r}"
+        _client().key_value_set(key, json.dumps({"error": problem}))
+        raise
+    _client().key_value_set(key, json.dumps({"value": value}))
+    return value
 
 
 def from_all(text: str) -> list[str]:
@@ -142,15 +140,20 @@ def from_all(text: str) -> list[str]:
 
     if jax.process_count() == 1:
         return [text]
-    import numpy as np
-    from jax.experimental import multihost_utils
+    name = f"mtp_jax/all/{next(_numbers)}"
+    if text:  # most have nothing to say, and what is said is kept for good
+        _client().key_value_set(f"{name}/{jax.process_index()}", text)
+    _client().wait_at_barrier(name, 3_600_000)
+    said = dict(_client().key_value_dir_get(f"{name}/"))
+    return [said.get(f"{name}/{process}", "") for process in range(jax.process_count())]
 
-    data = np.frombuffer(text.encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.asarray(data.size))
-    padded = np.zeros(max(1, sizes.max()), np.uint8)
-    padded[: data.size] = data
-    rows = multihost_utils.process_allgather(padded)
-    return [bytes(row[:size]).decode() for row, size in zip(rows, sizes, strict=True)]
+
+def warn(text: str) -> None:
+    """Print a warning on process 0."""
+    import jax
+
+    if jax.process_index() == 0:
+        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class MeetingError(RuntimeError):
@@ -167,10 +170,6 @@ class Meetings:
     def __init__(self) -> None:
         self._name, self._held, self._over = f"mtp_jax/meetings/{next(_numbers)}", 0, False
 
-    def meet(self, seconds: float) -> None:
-        """Wait for the others. Raises `MeetingError` if one comes to say that it has failed."""
-        self._meet(seconds, "")
-
     def failed(self, problem: str, seconds: float) -> MeetingError:
         """The error of this process, which has failed; the others have heard of it, if they did not fail before."""
         import jax
@@ -179,10 +178,11 @@ class Meetings:
             return MeetingError(problem)
         problem += f" (process {jax.process_index()} of {jax.process_count()}, host {socket.gethostname()})"
         with contextlib.suppress(Exception):  # whatever the runtime raises: this process has failed anyway
-            self._meet(seconds, problem)
+            self.meet(seconds, problem)
         return MeetingError(problem)
 
-    def _meet(self, seconds: float, problem: str) -> None:
+    def meet(self, seconds: float, problem: str = "") -> None:
+        """Wait for the others, or say what has failed. Raises `MeetingError` if one comes to say so."""
         import jax
 
         if jax.process_count() == 1:

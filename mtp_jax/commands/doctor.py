@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -11,9 +10,8 @@ import tyro
 
 from mtp_jax.commands import console, parse, use_compilation_cache
 from mtp_jax.commands.experiment import load_experiment, split_file
-from mtp_jax.config import MeshConfig, TrainConfig
+from mtp_jax.config import TrainConfig
 from mtp_jax.registry import lookup
-from mtp_jax.validate import ConfigError, require
 
 GIB, MIB = 2**30, 2**20
 
@@ -30,8 +28,6 @@ class Doctor:
     """Compile for so many simulated devices instead of those that are here."""
     topology: str = ""
     """Compile for a slice of TPUs, such as v5e:16x16 or v5p:4x4x8, by their own compiler (libtpu; no TPU is needed)."""
-    mesh: str = ""
-    """The mesh in short: data=4,fsdp=32,tensor=2. An axis that is left out is the config's."""
     accelerator: str = ""
     """Whether the step fits this device: v4, v5e, v5p, v6e, a100, a100-40gb, h100, h200 or b200."""
 
@@ -47,38 +43,18 @@ def main(args: list[str]) -> None:
         _machine()
         return
     file, rest = split_file(args, "doctor")
-    experiment = load_experiment(file)
-    options = parse(Doctor, rest, f"doctor {file}", Doctor(experiment))
-    config = dataclasses.replace(options.config, mesh=short_mesh(options.mesh, options.config.mesh, experiment.mesh))
+    options = parse(Doctor, rest, f"doctor {file}", Doctor(load_experiment(file)))
     use_compilation_cache()
 
     from mtp_jax.train.costs import ACCELERATORS
-    from mtp_jax.train.forecast import Target, forecast
+    from mtp_jax.train.forecast import forecast
 
     memory = lookup(ACCELERATORS, options.accelerator, "--accelerator").memory if options.accelerator else None
-    target = Target(options.devices, options.topology)
-    if target == Target():
+    if options.devices is None and not options.topology:
         _machine()
-    found = forecast(config, target, memory)
+    found = forecast(options.config, options.devices, options.topology, memory)
     _print(found, options.accelerator or found["device"])
     print(json.dumps(found))
-
-
-def short_mesh(short: str, given: MeshConfig, experiment: MeshConfig) -> MeshConfig:
-    """The mesh that `short` (`data=4,fsdp=2`) and the options that made `given` of the experiment's say together."""
-    changes: dict[str, int] = {}
-    for part in short.split(",") if short else []:
-        name, _, size = part.strip().partition("=")
-        number = size.removeprefix("-")
-        require(
-            name in vars(given) and name not in changes and number.isdigit(),
-            f"--mesh is {short!r} and {part!r} is not one of data=N, fsdp=N and tensor=N, each at most once.",
-        )
-        changes[name] = int(size)
-        own = getattr(given, name)
-        if own not in (changes[name], getattr(experiment, name)):
-            raise ConfigError(f"--mesh says {part.strip()} and --mesh.{name} is {own}; give one of them.")
-    return dataclasses.replace(given, **changes)
 
 
 def _machine() -> None:
@@ -87,24 +63,24 @@ def _machine() -> None:
     from mtp_jax.runs.layout import versions
     from mtp_jax.train.costs import peak_flops
 
-    print("\n".join(f"{name:18} {version}" for name, version in versions().items()))
     first = jax.devices()[0]
-    peak = peak_flops(first)
-    print(
-        f"{'devices':18} {jax.device_count()} x {first.device_kind} ({first.platform}), {jax.process_count()} processes"
-    )
-    print(f"{'peak':18} {'not known: MFU is not shown' if peak is None else f'{peak / 1e12:.0f} TFLOP/s bf16'}")
-    stats = first.memory_stats() or {}
+    peak, stats = peak_flops(first), first.memory_stats() or {}
+    rows = [
+        *versions().items(),
+        ("devices", f"{jax.device_count()} x {first.device_kind} ({first.platform}), {jax.process_count()} processes"),
+        ("peak", "not known: MFU is not shown" if peak is None else f"{peak / 1e12:.0f} TFLOP/s bf16"),
+    ]
     if "bytes_limit" in stats:
-        print(f"{'device memory':18} {stats['bytes_limit'] / GIB:.1f} GiB")
+        rows.append(("device memory", f"{stats['bytes_limit'] / GIB:.1f} GiB"))
+    _print_rows(rows)
 
 
 def _print(found: dict[str, Any], device: str) -> None:
     from rich.table import Table
 
     table = Table(title="Parameters", box=None, padding=(0, 2, 0, 0), pad_edge=False, title_justify="left")
-    for name, side in (("name", "left"), ("shape", "left"), ("dtype", "left"), ("split over", "left")):
-        table.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
+    for name in ("name", "shape", "dtype", "split over"):
+        table.add_column(name, no_wrap=True)
     table.add_column("MiB per device", justify="right", no_wrap=True)
     for row in found["shardings"]:
         spec = ", ".join(
@@ -113,15 +89,18 @@ def _print(found: dict[str, Any], device: str) -> None:
         shape = " x ".join(map(str, row["shape"]))
         table.add_row(row["name"], shape, row["dtype"], spec, f"{row['bytes'] / MIB:,.2f}")
     console().print(table)
-    print("\n".join(f"{name:18} {text}" for name, text in lines(found, device)))
+    _print_rows(lines(found, device))
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    print("\n".join(f"{name:18} {text}" for name, text in rows))
 
 
 def lines(found: dict[str, Any], device: str) -> list[tuple[str, str]]:
     """A forecast in words: (name, text) for each line."""
     size, count = found["bytes"], found["parameters"]
-    by = {"cpu": "XLA for CPUs", "gpu": "XLA for GPUs", "tpu": "the TPU compiler"}.get(
-        found["backend"], found["backend"]
-    )
+    compilers = {"cpu": "XLA for CPUs", "gpu": "XLA for GPUs", "tpu": "the TPU compiler"}
+    by = compilers.get(found["backend"], found["backend"])
     rows = [
         ("mesh", str(found["mesh"])),
         ("compiled by", f"{by}, for {found['devices']} x {found['device']}, in {found['compile_seconds']:.1f} s"),

@@ -46,11 +46,6 @@ class TrainOptions(Where):
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
-def main(args: list[str]) -> None:
-    with preempted_early():
-        _main(args)
-
-
 @contextlib.contextmanager
 def preempted_early() -> Iterator[None]:
     """A context in which SIGTERM ends the process with the status of a preemption: before training hears it itself."""
@@ -64,7 +59,8 @@ def preempted_early() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _main(args: list[str]) -> None:
+@preempted_early()
+def main(args: list[str]) -> None:
     if args in (["-h"], ["--help"]):
         print("usage: mtp-jax train EXPERIMENT.py [options]\n\nmtp-jax train EXPERIMENT.py --help lists the options.")
         return
@@ -91,12 +87,7 @@ def _main(args: list[str]) -> None:
         from mtp_jax.train.checks import check_run_dir
 
         config = read_config(check_run_dir(where.run_dir, resume=True, overwrite=where.overwrite))
-    options = parse(
-        TrainOptions,
-        rest,
-        f"train {file}",
-        TrainOptions(run_dir=default.run_dir, distributed=default.distributed, config=config),
-    )
+    options = parse(TrainOptions, rest, f"train {file}", TrainOptions(**vars(default), config=config))
     from mtp_jax.train.loop import train
     from mtp_jax.train.session import say
 
@@ -117,12 +108,10 @@ def _what_is_there(run_dir: str) -> dict[str, bool]:
     have been lost, so the old run is set aside.
     """
     from mtp_jax.runs.layout import CHECKPOINTS_DIR
-    from mtp_jax.runs.manifest import sealed_steps
+    from mtp_jax.runs.manifest import sealed_steps, unsealed_steps
     from mtp_jax.runs.paths import children, full_path
 
     path = full_path(run_dir)
     if not children(path) or sealed_steps(path / CHECKPOINTS_DIR):
         return {"resume": bool(children(path)), "overwrite": False}
-    from mtp_jax.runs.checkpoints import unsealed_steps
-
-    return {"resume": False, "overwrite": True, "keep_old": bool(unsealed_steps(path))}
+    return {"resume": False, "overwrite": True, "keep_old": bool(unsealed_steps(path / CHECKPOINTS_DIR))}

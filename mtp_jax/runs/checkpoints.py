@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable
 from typing import Any, Literal, Self, TypeVar
 
@@ -21,11 +20,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 
-from mtp_jax.distributed import from_all
+from mtp_jax.distributed import from_all, on_first, warn
 from mtp_jax.runs import manifest
 from mtp_jax.runs.layout import CHECKPOINTS_DIR
 from mtp_jax.runs.manifest import DamagedError
-from mtp_jax.runs.paths import children, full_path
+from mtp_jax.runs.paths import full_path
 from mtp_jax.state import TrainState
 
 T = TypeVar("T")
@@ -55,8 +54,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The complete steps, in order."""
-        found = manifest.sealed_steps(self._root) if jax.process_index() == 0 else []
-        return json.loads(from_all(json.dumps(found))[0])
+        return on_first(lambda: manifest.sealed_steps(self._root))
 
     def latest_step(self) -> int | None:
         """The newest complete step, or None."""
@@ -99,8 +97,7 @@ class Checkpoints:
         for name, tree in trees.items():
             target = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
             self._check_arrays(step, name, target)
-            placed = ocp.checkpoint_utils.construct_restore_args(target)
-            args[name] = ocp.args.PyTreeRestore(target, restore_args=placed)
+            args[name] = ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target))
         largest = max((math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(trees)), default=0)
         with ocp.Checkpointer(array_handler(largest)) as reader:
             found = reader.restore(self._dir(step), args=ocp.args.Composite(**args))
@@ -136,20 +133,18 @@ class Checkpoints:
             step = self.best_step() or max(steps)
         if step == "latest":
             step = max(steps)
-            lost = [s for s in unsealed_steps(self.run_dir) if s > step]
-            if lost and jax.process_index() == 0:
-                print(
-                    f"warning: Step {lost[-1]} of {self.run_dir} has no manifest: its save was not finished, or the "
-                    f"manifest is lost. The last good step is {step}.",
-                    file=sys.stderr,
-                    flush=True,
+            lost = [s for s in manifest.unsealed_steps(self._root) if s > step]
+            if lost:
+                warn(
+                    f"Step {lost[-1]} of {self.run_dir} has no manifest: its save was not finished, or the manifest is "
+                    f"lost. The last good step is {step}."
                 )
         if step not in steps:
             raise CheckpointError(f"{self.run_dir} has no step {step}; it has {steps}.{self._unsealed()}")
         return step
 
     def _unsealed(self) -> str:
-        found = unsealed_steps(self.run_dir)
+        found = manifest.unsealed_steps(self._root)
         if not found:
             return ""
         return (
@@ -187,20 +182,10 @@ class Checkpoints:
 
     def _read_meta(self, step: int) -> dict[str, Any]:
         manifest.check(self._dir(step), ["meta"])
-        return json.loads(manifest.read(self._dir(step), META_FILE))
+        return json.loads((self._dir(step) / META_FILE).read_text())
 
     def _dir(self, step: int) -> epath.Path:
         return self._root / str(step)
-
-
-def unsealed_steps(run_dir: epath.Path) -> list[int]:
-    """The steps of a run that Orbax has finished and that lack their manifest, in order.
-
-    Their arrays are all there, and nobody knows whether they are what was written.
-    """
-    paths = [path for path in children(run_dir / CHECKPOINTS_DIR) if path.name.isdigit()]
-    unsealed = [path for path in paths if not manifest.is_sealed(path)]
-    return sorted(int(path.name) for path in unsealed if ocp.utils.is_checkpoint_finalized(path))
 
 
 def array_handler(largest: int = 0) -> ocp.CompositeCheckpointHandler:

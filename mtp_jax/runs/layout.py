@@ -22,6 +22,8 @@ from etils import epath
 from mtp_jax import __version__
 from mtp_jax.config import TrainConfig
 from mtp_jax.data.tokenizers import Tokenizer, kept_tokenizer
+from mtp_jax.distributed import warn
+from mtp_jax.runs.manifest import MANIFEST, unsealed_steps
 from mtp_jax.runs.paths import full_path, replace_file
 from mtp_jax.validate import ConfigError, from_dict, require, to_dict
 
@@ -63,12 +65,26 @@ def write_config(run_dir: epath.PathLike, config: TrainConfig) -> None:
         replace_file(path / file, json.dumps(values, indent=2) + "\n")
 
 
-def write_tokenizer(run_dir: epath.PathLike, tokenizer: Tokenizer) -> None:
-    """Write the files of a run's tokenizer into it, so that it loads wherever it goes; nothing if there are none."""
-    path = epath.Path(run_dir) / TOKENIZER_DIR
+def write_run(config: TrainConfig, path: epath.Path, tokenizer: Tokenizer, overwrite: bool, keep_old: bool) -> None:
+    """Begin or go on with a run directory: what `overwrite` gives up is deleted, or moved aside with `keep_old`.
+
+    It holds the files of its tokenizer, if there are any, so that it loads wherever it goes.
+    """
+    if overwrite and keep_old:
+        steps, aside = unsealed_steps(path / CHECKPOINTS_DIR), set_aside(path)
+        last = aside / CHECKPOINTS_DIR / str(steps[-1])
+        warn(
+            f"Steps {steps} of {path} have no {MANIFEST}: it is lost, or the run was killed before it was written. "
+            f"That run is moved to {aside}, and a new one begins. If they are good, "
+            f"`mtp_jax.runs.manifest.seal(etils.epath.Path({str(last)!r}))` makes the last one complete as it is, and "
+            f"--run-dir {aside} --resume goes on from it. If nobody needs them, delete {aside}."
+        )
+    elif overwrite:
+        clear_run(path)
+    write_config(path, config)
     for file, data in tokenizer.files().items():
-        path.mkdir(parents=True, exist_ok=True)
-        replace_file(path / file, data)
+        (path / TOKENIZER_DIR).mkdir(parents=True, exist_ok=True)
+        replace_file(path / TOKENIZER_DIR / file, data)
 
 
 def run_tokenizer(run_dir: epath.PathLike, config: TrainConfig) -> Tokenizer:

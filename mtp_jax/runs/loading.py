@@ -24,7 +24,7 @@ from mtp_jax.mesh import make_mesh, on_mesh
 from mtp_jax.runs.checkpoints import Checkpoints, Step
 from mtp_jax.runs.layout import read_config, run_tokenizer, to_config
 from mtp_jax.state import build_model, split
-from mtp_jax.validate import ConfigError
+from mtp_jax.validate import require
 
 
 @dataclass(frozen=True)
@@ -93,11 +93,11 @@ def load(
         config = to_config(meta["config"], f"The config of step {meta['step']} in {run_dir}")
         config.check_widths((mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]))
         tokenizer = run_tokenizer(run_dir, config)
-        if tokenizer.to_json() != meta["tokenizer"]:
-            raise ConfigError(
-                f"{run_dir} was trained with the tokenizer {meta['tokenizer']} and {config.data.tokenizer!r} is now "
-                f"{tokenizer.to_json()}."
-            )
+        require(
+            tokenizer.to_json() == meta["tokenizer"],
+            f"{run_dir} was trained with the tokenizer {meta['tokenizer']} and {config.data.tokenizer!r} is now "
+            f"{tokenizer.to_json()}.",
+        )
         build = functools.partial(build_model, config, jax.random.key(0))
         graph = nnx.graphdef(jax.eval_shape(build))
         target = jax.eval_shape(jax.jit(lambda: split(build())[1]))

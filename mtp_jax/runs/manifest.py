@@ -68,19 +68,6 @@ def check(directory: epath.Path, folders: Iterable[str] | None = None, shard: tu
     _parallel(lambda name: _compare(directory / name, entries[name]), sorted(wanted)[index::count])
 
 
-def read(directory: epath.Path, file: str) -> bytes:
-    """The bytes of one file, which are those that were sealed. Raises `DamagedError` if they are not."""
-    entries, path = _entries(directory), directory / file
-    if file not in entries:
-        raise DamagedError(path, "is not in the manifest.")
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise DamagedError(path, f"cannot be read ({error}).") from error
-    _same(path, (len(data), hashlib.sha256(data).hexdigest()), entries[file])
-    return data
-
-
 def _files(directory: epath.Path, prefix: str = "") -> list[str]:
     found = []
     for path in directory.iterdir():
@@ -115,10 +102,6 @@ def _compare(path: epath.Path, entry: Entry) -> None:
         raise DamagedError(path, "is missing.") from error
     except OSError as error:
         raise DamagedError(path, f"cannot be read ({error}).") from error
-    _same(path, found, entry)
-
-
-def _same(path: epath.Path, found: Entry, entry: Entry) -> None:
     if found[0] != entry[0]:
         raise DamagedError(path, f"has {found[0]:,} bytes and was written with {entry[0]:,}.")
     if found[1] != entry[1]:
@@ -153,3 +136,14 @@ def _sync_folder(folder: epath.Path) -> None:
 def sealed_steps(root: epath.Path) -> list[int]:
     """The steps below `root` that have their manifest, in order."""
     return sorted(int(path.name) for path in children(root) if path.name.isdigit() and is_sealed(path))
+
+
+def unsealed_steps(root: epath.Path) -> list[int]:
+    """The steps below `root` that Orbax has finished and that lack their manifest, in order.
+
+    Their arrays are all there, and nobody knows whether they are what was written.
+    """
+    from orbax.checkpoint.utils import is_checkpoint_finalized
+
+    unsealed = [path for path in children(root) if path.name.isdigit() and not is_sealed(path)]
+    return sorted(int(path.name) for path in unsealed if is_checkpoint_finalized(path))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -13,7 +12,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from mtp_jax.config import TrainConfig
-from mtp_jax.distributed import Meetings, from_all
+from mtp_jax.distributed import Meetings, from_all, warn
 from mtp_jax.runs import manifest
 from mtp_jax.runs.checkpoints import CheckpointError, Checkpoints, Step, array_handler, best_of, loss_of
 from mtp_jax.runs.layout import run_tokenizer, versions
@@ -185,8 +184,8 @@ class CheckpointWriter(Checkpoints):
             if jax.process_index() == 0:
                 with contextlib.suppress(OSError):
                     self._clean()
-        if problem and jax.process_index() == 0:
-            print(f"warning: {problem}", file=sys.stderr, flush=True)
+        if problem:
+            warn(problem)
 
     def _clean(self) -> None:
         """Delete what was not finished."""

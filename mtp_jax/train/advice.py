@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
-from mtp_jax.config import MeshConfig, TrainConfig
+from mtp_jax.config import TrainConfig
 from mtp_jax.validate import ConfigError
 
 REMAT = ("none", "dots", "full")
@@ -24,9 +23,9 @@ def advice(config: TrainConfig, shape: tuple[int, int, int], found: dict[str, in
     parts, state = config.grad_accumulation, found["parameters"] + found["optimizer"]
     rows = config.data.batch_size // parts // (data * fsdp)
     lines = []
-    if data > 1 and _fits(config, 1, data * fsdp, tensor):
+    if data > 1 and _fits(config, (1, data * fsdp, tensor), parts):
         lines.append(
-            f"--mesh data=1,fsdp={data * fsdp}: parameters and optimizer are split over all devices, from "
+            f"--mesh.data 1 --mesh.fsdp {data * fsdp}: parameters and optimizer are split over all devices, from "
             f"{state / 2**30:.2f} GiB to about {state / data / 2**30:.2f}"
         )
     if rows > 1:
@@ -37,10 +36,10 @@ def advice(config: TrainConfig, shape: tuple[int, int, int], found: dict[str, in
     for remat in REMAT[REMAT.index(config.model.remat) + 1 :]:
         what = "attention" if remat == "dots" else "whole blocks, an eighth to a third more work"
         lines.append(f"--model.remat {remat}: the backward pass recomputes {what} instead of keeping it")
-    if rows == 1 and fsdp % 2 == 0 and _fits(config, data, fsdp // 2, 2 * tensor, parts=2 * parts):
+    if rows == 1 and fsdp % 2 == 0 and _fits(config, (data, fsdp // 2, 2 * tensor), 2 * parts):
         lines.append(
-            f"--mesh data={data},fsdp={fsdp // 2},tensor={2 * tensor} --grad-accumulation {2 * parts}: two devices "
-            "share a sequence's attention, feed-forward width and logits"
+            f"--mesh.data {data} --mesh.fsdp {fsdp // 2} --mesh.tensor {2 * tensor} --grad-accumulation {2 * parts}: "
+            "two devices share a sequence's attention, feed-forward width and logits"
         )
     if memory is not None and state > memory:
         lines.append(f"more devices: the state alone is {state / 2**30:.2f} GiB on each of {data * fsdp * tensor}")
@@ -49,10 +48,9 @@ def advice(config: TrainConfig, shape: tuple[int, int, int], found: dict[str, in
     return lines
 
 
-def _fits(config: TrainConfig, *shape: int, parts: int | None = None) -> bool:
-    changes: dict[str, Any] = {"mesh": MeshConfig(*shape)} | ({"grad_accumulation": parts} if parts else {})
+def _fits(config: TrainConfig, shape: tuple[int, int, int], parts: int) -> bool:
     try:
-        dataclasses.replace(config, **changes).check_mesh(shape)  # type: ignore[arg-type]
+        dataclasses.replace(config, grad_accumulation=parts).check_mesh(shape)
     except ConfigError:
         return False
     return True

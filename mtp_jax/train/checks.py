@@ -15,15 +15,24 @@ from mtp_jax.heads.registry import check_head
 from mtp_jax.mesh import make_mesh
 from mtp_jax.runs.layout import read_config
 from mtp_jax.runs.paths import children, full_path
-from mtp_jax.validate import ConfigError, require, to_dict
+from mtp_jax.validate import ConfigError, differences, require
 
 # Fields of model, head and data that a resumed run may change: they change no parameter's shape and no batch.
+_OF_HEAD = ("ntp_weight", "gamma", "z_weight", "balance", "balance_weight", "init_noise", "loss_fraction")
 RESUMABLE = {
-    *(("model", name) for name in ("dtype", "remat", "attention", "context_length")),
-    *(("head", name) for name in ("ntp_weight", "gamma", "z_weight", "balance", "balance_weight", "init_noise")),
-    *(("head", name) for name in ("loss_fraction",)),
-    ("data", "cache_dir"),
+    *(f"model.{name}" for name in ("dtype", "remat", "attention", "context_length")),
+    *(f"head.{name}" for name in _OF_HEAD),
+    "data.cache_dir",
 }
+# Other fields that it may not change, and why; those of `SWITCHES` may, but not to 0 or from it.
+FIXED = {
+    "optimizer.name": "their states differ",
+    "optimizer.skip_limit": "with and without one the optimizer's states differ",
+    "ema_decay": "it keeps an average of its weights from its first step, or none",
+    "init_from": "a run begins once",
+    "freeze": "a run begins once",
+}
+SWITCHES = {"optimizer.skip_limit", "ema_decay"}
 
 
 def check_machine(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Mesh:
@@ -45,17 +54,15 @@ def check_run_dir(run_dir: epath.PathLike, *, resume: bool = False, overwrite: b
         there is nothing to resume; or `overwrite` would delete something that is not a run directory.
     """
     path = full_path(run_dir)
-    if resume and overwrite:
-        raise ConfigError("Both --resume and --overwrite are given; choose one.")
+    require(not (resume and overwrite), "Both --resume and --overwrite are given; choose one.")
     require(not path.exists() or path.is_dir(), f"The run directory {path} is a file; give another --run-dir.")
     exists = bool(children(path))
-    if resume and not exists:
-        raise ConfigError(f"--resume was given and {path} has no run in it. Leave --resume out to start one.")
-    if exists and not (resume or overwrite):
-        raise ConfigError(
-            f"The run directory {path} exists. Give --resume to go on with it, --overwrite to delete it and start "
-            "again, or another --run-dir."
-        )
+    require(exists or not resume, f"--resume was given and {path} has no run in it. Leave --resume out to start one.")
+    require(
+        not exists or resume or overwrite,
+        f"The run directory {path} exists. Give --resume to go on with it, --overwrite to delete it and start again, "
+        "or another --run-dir.",
+    )
     if exists and overwrite:
         try:
             read_config(path)
@@ -66,31 +73,14 @@ def check_run_dir(run_dir: epath.PathLike, *, resume: bool = False, overwrite: b
 
 def check_same_run(config: TrainConfig, saved: TrainConfig, path: epath.Path) -> None:
     """Refuse to resume with another model, head or data: the parameters or the next batch would not be the run's."""
-
-    def check(same: bool, name: str, new: Any, old: Any, why: str = "") -> None:
+    for name, new, old in differences(config, saved):
+        part, why = name.partition(".")[0], f"; {FIXED[name]}" if name in FIXED else ""
+        fixed = name in FIXED or (part in ("model", "head", "data") and name not in RESUMABLE)
         require(
-            same,
+            not fixed or (name in SWITCHES and bool(new) == bool(old)),
             f"--resume: {name} is {new!r} and the run in {path} has {old!r}{why}. Give the run's own value, "
             "or start another run with --run-dir.",
         )
-
-    here, there = config.optimizer, saved.optimizer
-    check(here.name == there.name, "optimizer.name", here.name, there.name, "; their states differ")
-    new, old, why = here.skip_limit, there.skip_limit, "; with and without one the optimizer's states differ"
-    check(bool(new) == bool(old), "optimizer.skip_limit", new, old, why)
-    new, old, why = (
-        config.ema_decay,
-        saved.ema_decay,
-        "; it keeps an average of its weights from its first step, or none",
-    )
-    check(bool(new) == bool(old), "ema_decay", new, old, why)
-    for name in ("init_from", "freeze"):
-        new, old = getattr(config, name), getattr(saved, name)
-        check(new == old, name, new, old, "; a run begins once")
-    for part in ("model", "head", "data"):
-        new, old = to_dict(getattr(config, part)), to_dict(getattr(saved, part))
-        for name in old:
-            check(new[name] == old[name] or (part, name) in RESUMABLE, f"{part}.{name}", new[name], old[name])
 
 
 def check_same_data(store: Store | Mixture, meta: dict[str, Any], path: epath.Path) -> None:

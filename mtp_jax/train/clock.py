@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -74,16 +73,11 @@ class Speedometer:
             result["mfu"] = None if self._peak is None else rate * self._flops / self._peak
             self._step, self._mark = step, now
         result["goodput"] = self._clock.goodput
-        result["memory_gib"] = memory_gib(self.device)
+        stats = self.device.memory_stats() or {}
+        result["memory_gib"] = stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None
         result["compile_seconds"] = self._clock.lost.get("compiling") if self._first else None
         self._first = False
         return result
 
     def _training_seconds(self) -> float:
         return time.perf_counter() - self._clock.stopped
-
-
-def memory_gib(device: Any) -> float | None:
-    """The most memory that `device` had in use so far, in GiB; None where it does not say."""
-    stats = device.memory_stats() or {}
-    return stats["peak_bytes_in_use"] / 2**30 if "peak_bytes_in_use" in stats else None

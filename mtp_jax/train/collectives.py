@@ -11,8 +11,14 @@ import math
 import re
 from dataclasses import dataclass
 
-KINDS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-
+# Bytes that one of n devices sends, for each byte of its result.
+_RING = {
+    "all-gather": lambda n: (n - 1) / n,
+    "reduce-scatter": lambda n: n - 1,
+    "all-reduce": lambda n: 2 * (n - 1) / n,
+    "all-to-all": lambda n: (n - 1) / n,
+    "collective-permute": lambda n: 1,
+}
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?[\w.\-]+ = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
@@ -43,57 +49,43 @@ def count_collectives(hlo: str) -> Traffic:
     """
     computations, entry = _computations(hlo)
     devices = math.prod(int(n) for n in re.findall(r"\b(?:num_partitions|replica_count)=(\d+)", hlo.partition("\n")[0]))
-    counts: dict[str, int] = dict.fromkeys(KINDS, 0)
+    counts: dict[str, int] = dict.fromkeys(_RING, 0)
     sent, chains, unknown_loops = counts.copy(), set(), 0
 
-    def walk(name: str, times: int) -> int:
-        """Count a computation that runs so many times. Returns how many instructions were counted."""
+    def walk(name: str, times: int) -> None:
+        """Count a computation that runs so many times."""
         nonlocal unknown_loops
-        found = 0
         for line in computations.get(name, ()):
             instruction = _INSTRUCTION.match(line)
             if instruction is None:
                 continue
             shape, opcode, rest = instruction.groups()
-            if opcode.removesuffix("-start") in KINDS:
+            if opcode.removesuffix("-start") in _RING:
                 chain = _CHAIN.search(rest)
                 # A TPU hides an exchange behind the work of several fusions, and each of them shows it.
                 if chain is None or chain[1] not in chains:
                     chains.update(chain.groups() if chain else ())
-                    found += count(opcode, shape, rest, times, as_scatter=name.startswith("all-reduce-scatter"))
+                    count(opcode, shape, rest, times, as_scatter=name.startswith("all-reduce-scatter"))
             elif opcode == "while" and (loop := _LOOP.search(rest)):
-                trips, before = _trips(rest, computations.get(loop[1], [])), found
-                found += walk(loop[2], times * (trips or 1))
-                unknown_loops += trips is None and found > before
+                trips, before = _trips(rest, computations.get(loop[1], [])), sum(counts.values())
+                walk(loop[2], times * (trips or 1))
+                unknown_loops += trips is None and sum(counts.values()) > before
             elif opcode not in ("async-update", "async-done"):  # they name what their async-start has called
                 for one, several in _CALLED.findall(rest):
                     for called in [one] if one else re.findall(r"[\w.\-]+", several):
-                        found += walk(called, times)
-        return found
+                        walk(called, times)
 
-    def count(opcode: str, shape: str, rest: str, times: int, as_scatter: bool) -> int:
+    def count(opcode: str, shape: str, rest: str, times: int, as_scatter: bool) -> None:
         kind, size, group = opcode.removesuffix("-start"), _result_bytes(opcode, shape), _group_size(rest, devices)
         if as_scatter:  # a TPU's fusion of a sum and of the slice of it that is kept
             kind, size = "reduce-scatter", size // group
-        if group == 1:
-            return 0
-        counts[kind] += times
-        sent[kind] += times * round(size * _RING[kind](group))
-        return 1
+        if group > 1:
+            counts[kind] += times
+            sent[kind] += times * round(size * _RING[kind](group))
 
     walk(entry, 1)
-    used = [kind for kind in KINDS if counts[kind]]
+    used = [kind for kind in _RING if counts[kind]]
     return Traffic({kind: counts[kind] for kind in used}, {kind: sent[kind] for kind in used}, unknown_loops)
-
-
-# Bytes that one of n devices sends, for each byte of its result.
-_RING = {
-    "all-gather": lambda n: (n - 1) / n,
-    "reduce-scatter": lambda n: n - 1,
-    "all-reduce": lambda n: 2 * (n - 1) / n,
-    "all-to-all": lambda n: (n - 1) / n,
-    "collective-permute": lambda n: 1,
-}
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 
 from mtp_jax.config import TrainConfig
-from mtp_jax.heads.config import HeadConfig
 from mtp_jax.heads.registry import check_head
 from mtp_jax.model.config import ModelConfig
 
@@ -50,8 +49,8 @@ ACCELERATORS = {
 class Costs:
     """Parameters, and training FLOPs per token (forward and backward, without recomputation).
 
-    `next_token_flops` are those of a plain next-token head, and `plain_trunk_flops` the trunk's below it: all of it is
-    trained, whatever a run freezes.
+    `plain_flops` are those of the same trunk with one plain next-token head: all of it is trained, whatever a run
+    freezes.
     """
 
     trunk_params: int
@@ -59,14 +58,12 @@ class Costs:
     embedding_params: int
     trunk_flops: float
     head_flops: float
-    next_token_flops: float
-    plain_trunk_flops: float | None = None
+    plain_flops: float
 
     @property
     def step_ratio(self) -> float:
         """FLOPs of a step relative to the same trunk with one plain next-token head, all of it trained."""
-        plain = self.trunk_flops if self.plain_trunk_flops is None else self.plain_trunk_flops
-        return (self.trunk_flops + self.head_flops) / (plain + self.next_token_flops)
+        return (self.trunk_flops + self.head_flops) / self.plain_flops
 
 
 def trunk_forward_flops(model: ModelConfig, seq_len: int) -> float:
@@ -78,18 +75,16 @@ def trunk_forward_flops(model: ModelConfig, seq_len: int) -> float:
 
 
 def training_flops(config: TrainConfig) -> tuple[float, float]:
-    """Training FLOPs per token of trunk and head, forward and backward, without recomputation."""
-    trunk, frozen = trunk_forward_flops(config.model, config.data.seq_len), config.freeze == "trunk"
-    return (1 if frozen else 3) * trunk, head_training_flops(config.head, config.model, frozen)
+    """Training FLOPs per token of trunk and head, forward and backward, without recomputation.
 
-
-def head_training_flops(head: HeadConfig, model: ModelConfig, frozen: bool = False) -> float:
-    """Training FLOPs per token of the head, and of the model's own next-token loss where that is the target.
-
-    With a `frozen` trunk no gradient goes to the hidden states, nor to the vocabulary table.
+    The model's own next-token loss counts to the head, where that is the target. With a frozen trunk no gradient goes
+    to the hidden states, nor to the vocabulary table.
     """
+    model, head, frozen = config.model, config.head, config.freeze == "trunk"
     own = 2 * model.vocab_size * model.d_model if head.target == "ntp" else 0
-    return sum(check_head(head).flops(head, model, frozen)) + (1 if frozen else 3) * own
+    passes = 1 if frozen else 3
+    trunk = passes * trunk_forward_flops(model, config.data.seq_len)
+    return trunk, sum(check_head(head).flops(head, model, frozen)) + passes * own
 
 
 def costs(config: TrainConfig, params: Any) -> Costs:
@@ -106,8 +101,7 @@ def costs(config: TrainConfig, params: Any) -> Costs:
         embedding_params=count({name: params[name] for name in ("embed_VD", "unembed_VD") if name in params}),
         trunk_flops=trunk,
         head_flops=head,
-        next_token_flops=6 * model.vocab_size * model.d_model,
-        plain_trunk_flops=3 * trunk_forward_flops(model, config.data.seq_len),
+        plain_flops=3 * trunk_forward_flops(model, config.data.seq_len) + 6 * model.vocab_size * model.d_model,
     )
 
 

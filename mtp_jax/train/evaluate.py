@@ -21,16 +21,15 @@ from mtp_jax.state import split
 from mtp_jax.train.step import batch_loss, target_counts
 
 
+def batch_sizes(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
+    """What `mtp_jax.data.batches` is told of a run's batches: their sizes, and the rows that this process reads."""
+    data, shard = config.data, shard_of(mesh, config.data.batch_size)
+    return {"seq_len": data.seq_len, "window": config.head.window, "batch_size": data.batch_size, "shard": shard}
+
+
 def held_out(config: TrainConfig, store: Store | Mixture, mesh: Mesh, limit: int | None) -> list[Any]:
     """The held-out batches of a config, on the mesh."""
-    found = held_out_batches(
-        store.valid,
-        seq_len=config.data.seq_len,
-        window=config.head.window,
-        batch_size=config.data.batch_size,
-        limit=limit,
-        shard=shard_of(mesh, config.data.batch_size),
-    )
+    found = held_out_batches(store.valid, limit=limit, **batch_sizes(config, mesh))
     return [place(batch, mesh, config.data.batch_size) for batch in found]
 
 
@@ -73,9 +72,8 @@ def named(metrics: Any) -> dict[str, float]:
     """
     flat: dict[str, float] = {}
     if "listed" in metrics:
-        metrics = metrics | {
-            "loss_offset": metrics["loss_offset"] / np.where(metrics["listed"], metrics["listed"], np.nan)
-        }
+        listed = np.where(metrics["listed"], metrics["listed"], np.nan)
+        metrics = metrics | {"loss_offset": metrics["loss_offset"] / listed}
     for name, value in metrics.items():
         value = np.asarray(value)
         if value.ndim == 0:

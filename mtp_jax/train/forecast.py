@@ -7,12 +7,12 @@ the devices that are here, for any number of simulated ones, or for a TPU slice 
 from __future__ import annotations
 
 import concurrent.futures
+import importlib.util
 import multiprocessing
 import os
 import re
 import time
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from mtp_jax.train.advice import advice
 from mtp_jax.train.collectives import count_collectives
 from mtp_jax.train.costs import accelerator, costs, tree_bytes
 from mtp_jax.train.step import Batch, make_trainer
-from mtp_jax.validate import ConfigError, at_least, require
+from mtp_jax.validate import ConfigError, require
 
 CPU_NOTE = (
     "These are the temporaries and collectives of XLA for CPUs. It holds and sends bfloat16 as float32, sums gradients "
@@ -43,47 +43,40 @@ class ForecastError(RuntimeError):
     """A step that could not be compiled for another machine. The message says why and what may help."""
 
 
-@dataclass(frozen=True)
-class Target:
-    """The machine to compile for: the devices that are here, or one of these.
-
-    `devices`: so many simulated CPU devices. `topology`: a TPU slice by the name that its library has for it, such as
-    `v5e:16x16` (16 x 16 chips) or `v5p:4x4x8`.
-    """
-
-    devices: int | None = None
-    topology: str = ""
-
-    def __post_init__(self) -> None:
-        if self.devices is not None:
-            at_least(self, 1, "devices")
-        named = re.fullmatch(r"\w+:\d+(x\d+){1,2}", self.topology)
-        require(
-            not self.topology or named is not None,
-            f"The topology is {self.topology!r}; give a kind and chips along each axis, such as v5e:16x16.",
-        )
-
-
-def forecast(config: TrainConfig, target: Target, memory: int | None = None) -> dict[str, Any]:
+def forecast(
+    config: TrainConfig, devices: int | None = None, topology: str = "", memory: int | None = None
+) -> dict[str, Any]:
     """Compile the step of `config` and say what it needs, as JSON values. All bytes and FLOPs are of one device.
 
-    `memory` is what a device has, in bytes; by default that of its kind, where it is known. `fits` compares it with
-    `peak`, whose temporaries are those of the compiler that `backend` names. Another machine than this
-    one is dealt with in a process of its own.
+    It is compiled for the devices that are here, or for another machine in a process of its own. `fits` compares
+    `memory` with `peak`, whose temporaries are those of the compiler that `backend` names.
+
+    Args:
+      config: the run.
+      devices: so many simulated CPU devices instead of those that are here.
+      topology: a TPU slice instead, by the name that its library has for it, such as `v5e:16x16` (16 x 16 chips) or
+        `v5p:4x4x8`.
+      memory: what a device has, in bytes; by default that of its kind, where it is known.
 
     Raises:
       ConfigError: the mesh, the batch or the tokenizer does not fit, or there is no such topology.
       ForecastError: no compiler for that topology is here, or it refuses the step (for lack of memory, say).
     """
-    if target == Target():
+    if devices is None and not topology:
         return _forecast(config, jax.devices(), memory)
-    if target.devices and not target.topology:  # the same is found there, but sooner here
-        config.check_mesh(config.mesh.shape(target.devices))
+    require(devices is None or devices >= 1, f"--devices is {devices}; it must be at least 1.")
+    require(
+        not topology or re.fullmatch(r"\w+:\d+(x\d+){1,2}", topology) is not None,
+        f"The topology is {topology!r}; give a kind and chips along each axis, such as v5e:16x16.",
+    )
+    require(not (devices and topology), f"--devices is {devices} and --topology is {topology}; give one of them.")
+    if devices:  # the same is found there, but sooner here
+        config.check_mesh(config.mesh.shape(devices))
     context = multiprocessing.get_context("spawn")  # JAX has one set of devices for each process
     cache = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
-    with concurrent.futures.ProcessPoolExecutor(1, context, _pretend, (target, cache)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, context, _pretend, (devices or 1, cache)) as pool:
         try:
-            return pool.submit(_elsewhere, config, target, memory).result()
+            return pool.submit(_elsewhere, config, topology, memory).result()
         except BrokenProcessPool as error:
             raise ForecastError(
                 "The process that compiled has died, for lack of memory perhaps. Try fewer devices."
@@ -108,35 +101,28 @@ def abstract_step(config: TrainConfig, mesh: Mesh) -> tuple[Any, TrainState, Bat
     return trainer.step, on_mesh(jax.eval_shape(trainer.init), mesh), batch
 
 
-def _pretend(target: Target, cache: str | None) -> None:
-    """Set JAX up in a process where it has not begun: CPU devices alone, as many as the target has."""
+def _pretend(devices: int, cache: str | None) -> None:
+    """Set JAX up in a process where it has not begun: so many CPU devices alone."""
     os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the library then asks no cloud which machine this is
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update("jax_num_cpu_devices", target.devices if target.devices and not target.topology else 1)
+    jax.config.update("jax_num_cpu_devices", devices)
     jax.config.update("jax_compilation_cache_dir", cache)
 
 
-def _elsewhere(config: TrainConfig, target: Target, memory: int | None) -> dict[str, Any]:
-    devices = _slice(target.topology) if target.topology else jax.devices()
-    require(
-        target.devices in (None, len(devices)),
-        f"The topology {target.topology} has {len(devices)} devices and --devices is {target.devices}; leave it out.",
-    )
-    return _forecast(config, devices, memory)
+def _elsewhere(config: TrainConfig, topology: str, memory: int | None) -> dict[str, Any]:
+    return _forecast(config, _slice(topology) if topology else jax.devices(), memory)
 
 
 def _slice(name: str) -> list[Any]:
     """The devices of a TPU slice, as its library describes them."""
     from jax.experimental import topologies
 
-    try:
-        import libtpu  # type: ignore[import-not-found]  # noqa: F401
-    except ImportError as error:
+    if importlib.util.find_spec("libtpu") is None:
         raise ForecastError(
             f"The compiler for {name} is not installed here: pip install 'mtp_jax[tpu]' (no TPU is needed), or give "
             "--devices alone, for simulated devices."
-        ) from error
+        )
     try:
         return list(topologies.get_topology_desc(name, platform="tpu").devices)
     except Exception as error:  # whatever the library's version raises

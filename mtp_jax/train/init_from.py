@@ -36,7 +36,7 @@ def begin_from(config: TrainConfig, state: TrainState, tokenizer: Tokenizer, mes
         f"{tokenizer.to_json()}. Give the same data.tokenizer.",
     )
     for name, here, there in differences(config.model, run.config.model):
-        free = ("model", name) in RESUMABLE or (name == "tie_embeddings" and there)
+        free = f"model.{name}" in RESUMABLE or (name == "tie_embeddings" and there)
         why = "one table would have to stand for two" if name == "tie_embeddings" else "a trunk is taken as it is"
         require(
             free,
@@ -57,7 +57,9 @@ def begin_from(config: TrainConfig, state: TrainState, tokenizer: Tokenizer, mes
                 f"init_from: {'.'.join(path)} is {list(leaf.shape)} here and the run in {config.init_from} has {found}"
                 f"{table}. Begin from a run with the same trunk, and with head.target ntp, or rank 1 and full factors."
             )
-    params: Any = unflatten_dict({**flat, **{path: _as(leaf, flat[path]) for path, leaf in taken.items()}})
+    params: Any = unflatten_dict(
+        {**flat, **{path: jax.device_put(leaf, flat[path].sharding) for path, leaf in taken.items()}}
+    )
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)
     fresh = [".".join(path) for path in flat if path not in taken]
     text = f"{len(taken)} parameters are those of step {run.step} of {config.init_from}; fresh: {', '.join(fresh)}"
@@ -78,7 +80,3 @@ def _next_token(run: LoadedRun) -> bool:
     """Whether a run has a table that gives the next token. One that only factors go through does not."""
     head = run.config.head
     return head.target == "ntp" or (head.factors == "full" and head.rank == 1)
-
-
-def _as(array: Array, like: Array) -> Array:
-    return jax.device_put(array, like.sharding)

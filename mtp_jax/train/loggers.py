@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from etils import epath
 
-from mtp_jax.runs.paths import is_local
+from mtp_jax.runs.paths import is_local, replace_file
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -115,45 +115,37 @@ class JsonlLogger:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         earlier = [] if resume_from is None or not self._path.exists() else read_metrics(run_dir)
         self._lines = [_to_json(record) for record in earlier if record["step"] <= (resume_from or 0)]
-        self._flush_seconds = flush_seconds
+        # In one go, so that a kill right here cannot lose the history.
+        replace_file(self._path, "".join(self._lines))
+        self._flush_seconds, self._flushed = flush_seconds, time.monotonic()
         self._file: io.FileIO | None = None
         if is_local(self._path):
-            # The old file is replaced in one go, so that a kill right here cannot lose the history.
-            partial = self._path.with_suffix(".partial")
-            self._file, self._size = io.FileIO(partial, "w"), 0
-            self._append()
-            partial.replace(self._path)
-        else:
-            self._write_all()
+            self._file = io.FileIO(self._path, "a")
+            self._size = self._file.tell()
+            self._lines.clear()
 
     def log(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line."""
         self._lines.append(_to_json({"kind": kind, "step": step, "time": time.time(), **metrics}))
-        if self._file:
-            self._append()
-        elif kind == "eval" or time.monotonic() - self._flushed >= self._flush_seconds:
-            self._write_all()
+        if self._file or kind == "eval" or time.monotonic() - self._flushed >= self._flush_seconds:
+            self._flush()
 
     def close(self) -> None:
         """Flush and close."""
+        with contextlib.closing(self._file) if self._file else contextlib.nullcontext():
+            self._flush()
+
+    def _flush(self) -> None:
         if self._file:
-            with contextlib.closing(self._file):
-                self._append()
-        else:
-            self._write_all()
-
-    def _append(self) -> None:
-        """Write the lines that are not in the file yet, in place of what an earlier try left of them."""
-        assert self._file is not None
-        data = "".join(self._lines).encode()
-        self._file.seek(self._size)
-        self._file.truncate()
-        while data:
-            data = data[self._file.write(data) :]
-        self._size = self._file.tell()
-        self._lines.clear()
-
-    def _write_all(self) -> None:
+            # What is not in the file yet, in place of what an earlier try left of it.
+            data = "".join(self._lines).encode()
+            self._file.seek(self._size)
+            self._file.truncate()
+            while data:
+                data = data[self._file.write(data) :]
+            self._size = self._file.tell()
+            self._lines.clear()
+            return
         try:
             self._path.write_text("".join(self._lines))
         except Exception as error:  # gcsfs has its own, which are no OSError
@@ -246,15 +238,13 @@ class ProgressLogger:
         tenth = 10 * step // self._total
         if not self._live and tenth > self._printed_tenth:
             self._printed_tenth = tenth
-            self._print(f"step {step}/{self._total}  {numbers}{self._time_left()}")
+            seconds = self._progress.tasks[0].time_remaining
+            left = f"  {datetime.timedelta(seconds=int(seconds))} left" if seconds else ""
+            self._print(f"step {step}/{self._total}  {numbers}{left}")
 
     def close(self) -> None:
         """Leave the bar as it stands and give the terminal back."""
         self._progress.stop()
-
-    def _time_left(self) -> str:
-        seconds = self._progress.tasks[0].time_remaining
-        return f"  {datetime.timedelta(seconds=int(seconds))} left" if seconds else ""
 
     def _print(self, line: str) -> None:
         if self._live:

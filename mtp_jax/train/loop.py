@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +15,7 @@ from jax.sharding import Mesh
 from mtp_jax.config import TrainConfig
 from mtp_jax.data.batches import batches
 from mtp_jax.data.mixture import Mixture
-from mtp_jax.data.placement import place, shard_of
+from mtp_jax.data.placement import place
 from mtp_jax.data.preparation import prepare as prepare_data
 from mtp_jax.data.store import Store
 from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -24,23 +23,14 @@ from mtp_jax.distributed import Distributed, on_first
 from mtp_jax.heads.registry import check_head
 from mtp_jax.heads.shortlist import most_frequent, put_listed
 from mtp_jax.mesh import on_mesh
-from mtp_jax.runs.checkpoints import Checkpoints, unsealed_steps
-from mtp_jax.runs.layout import (
-    CHECKPOINTS_DIR,
-    clear_run,
-    read_config,
-    run_tokenizer,
-    set_aside,
-    write_config,
-    write_tokenizer,
-)
-from mtp_jax.runs.manifest import MANIFEST
+from mtp_jax.runs.checkpoints import Checkpoints
+from mtp_jax.runs.layout import read_config, run_tokenizer, write_run
 from mtp_jax.runs.writer import CheckpointWriter
 from mtp_jax.state import TrainState
 from mtp_jax.train.checks import check_machine, check_run_dir, check_same_data, check_same_run
 from mtp_jax.train.clock import Speedometer
 from mtp_jax.train.costs import Costs, costs
-from mtp_jax.train.evaluate import evaluate, held_out, named
+from mtp_jax.train.evaluate import batch_sizes, evaluate, held_out, named
 from mtp_jax.train.init_from import begin_from
 from mtp_jax.train.loggers import Loggers
 from mtp_jax.train.profile import Profile
@@ -101,7 +91,8 @@ def train(
             first = int(state.step)
             cost = costs(config, state.params)
             describe(config, mesh, path, cost, first)
-            data = train_batches(config, store, mesh, first)
+            read = batches(store.train, seed=config.data.seed, start=first, **batch_sizes(config, mesh))
+            data = (place(batch, mesh, config.data.batch_size) for batch in read)
             batch = next(data)
             if first < config.steps:
                 with session.phase("compiling", first):
@@ -234,8 +225,13 @@ class TrainRun:
 def begin(
     config: TrainConfig, trainer: Trainer, mesh: Mesh, store: Store | Mixture, tokenizer: Tokenizer
 ) -> TrainState:
-    """The state of a new run: fresh, or from another run."""
-    state = choose_shortlist(config, trainer.init(), store)
+    """The state of a new run: fresh, or from another run. A shortlist has the most frequent training tokens."""
+    state, count, vocab_size = trainer.init(), config.head.shortlist, config.model.vocab_size
+    if count:
+        ids, share = most_frequent(store.train.frequencies(vocab_size), count)
+        say(f"shortlist: the {count:,} most frequent of {vocab_size:,} tokens are {share:.2%} of the data")
+        ema = None if state.ema is None else put_listed(state.ema, ids)
+        state = dataclasses.replace(state, params=put_listed(state.params, ids), ema=ema)
     if config.init_from:
         state, taken = begin_from(config, state, tokenizer, mesh)
         say(taken)
@@ -261,21 +257,6 @@ def restore(
     return state, bool(meta["metrics"])
 
 
-def train_batches(config: TrainConfig, store: Store | Mixture, mesh: Mesh, start: int) -> Iterator[Any]:
-    """The batches of a run from step `start` on, on the mesh."""
-    data = config.data
-    found = batches(
-        store.train,
-        seq_len=data.seq_len,
-        window=config.head.window,
-        batch_size=data.batch_size,
-        seed=data.seed,
-        start=start,
-        shard=shard_of(mesh, data.batch_size),
-    )
-    return (place(batch, mesh, data.batch_size) for batch in found)
-
-
 def describe(config: TrainConfig, mesh: Mesh, path: epath.Path, cost: Costs, first: int) -> None:
     """Say what is trained and what it will cost."""
     head = config.head
@@ -283,44 +264,9 @@ def describe(config: TrainConfig, mesh: Mesh, path: epath.Path, cost: Costs, fir
     say(
         f"{path}: {'resuming at step ' + str(first) if first else 'new run'}, {config.steps} steps of "
         f"{config.data.batch_size} x {config.data.seq_len} tokens on mesh {dict(mesh.shape)} "
-        f"({mesh.devices.flat[0].device_kind}{processes})"
-    )
-    say(
+        f"({mesh.devices.flat[0].device_kind}{processes})\n"
         f"trunk {cost.trunk_params:,} parameters, head {cost.head_params:,} ({check_head(head).describe(head)}), "
-        f"embedding {cost.embedding_params:,}"
-    )
-    say(
+        f"embedding {cost.embedding_params:,}\n"
         f"predicted cost: head / trunk {cost.head_flops / cost.trunk_flops:.2f} of {cost.trunk_flops / 1e6:.1f} MFLOPs "
         f"a token; a step costs {cost.step_ratio:.2f} times one with a plain next-token head"
     )
-
-
-def write_run(config: TrainConfig, path: epath.Path, tokenizer: Tokenizer, overwrite: bool, keep_old: bool) -> None:
-    """Begin or go on with a run directory: what `overwrite` gives up is deleted, or moved aside with `keep_old`."""
-    if overwrite and keep_old:
-        steps, aside = unsealed_steps(path), set_aside(path)
-        last = aside / CHECKPOINTS_DIR / str(steps[-1])
-        print(
-            f"warning: Steps {steps} of {path} have no {MANIFEST}: it is lost, or the run was killed before it was "
-            f"written. That run is moved to {aside}, and a new one begins. If they are good, "
-            f"`mtp_jax.runs.manifest.seal(etils.epath.Path({str(last)!r}))` makes the last one complete as it is, and "
-            f"--run-dir {aside} --resume goes on from it. If nobody needs them, delete {aside}.",
-            file=sys.stderr,
-            flush=True,
-        )
-    elif overwrite:
-        clear_run(path)
-    write_config(path, config)
-    write_tokenizer(path, tokenizer)
-
-
-def choose_shortlist(config: TrainConfig, state: TrainState, store: Store | Mixture) -> TrainState:
-    """A fresh state with the most frequent training tokens as its shortlist, where the config asks for one."""
-    count = config.head.shortlist
-    if not count:
-        return state
-    ids, share = most_frequent(store.train.frequencies(config.model.vocab_size), count)
-    say(f"shortlist: the {count:,} most frequent of {config.model.vocab_size:,} tokens are {share:.2%} of the data")
-    params = put_listed(state.params, ids)
-    ema = None if state.ema is None else put_listed(state.ema, ids)
-    return dataclasses.replace(state, params=params, ema=ema)

@@ -52,7 +52,7 @@ def make_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 def make_optimizer(config: OptimizerConfig, steps: int, params: Any) -> optax.GradientTransformation:
     """Clipping by the global norm, then AdamW or Muon. `params` may be arrays or their shapes."""
-    schedule, matrices = make_schedule(config, steps), dimension_numbers(params)
+    schedule = make_schedule(config, steps)
     if config.name == "muon":
         update = muon(
             schedule,
@@ -62,11 +62,11 @@ def make_optimizer(config: OptimizerConfig, steps: int, params: Any) -> optax.Gr
             adam_b2=config.beta2,
             eps=config.eps,
             adam_weight_decay=0.0,
-            muon_weight_dimension_numbers=matrices,
+            muon_weight_dimension_numbers=dimension_numbers(params),
             consistent_rms=0.2,  # updates as large as Adam's, so one learning rate serves both (arXiv 2502.16982)
         )
     else:
-        decayed = jax.tree.map(lambda _, dims: dims is not None, params, _leaves(params, matrices))
+        decayed = jax.tree_util.tree_map_with_path(lambda path, _: row(path[-1].key).matrix, params)
         update = optax.adamw(
             schedule, config.beta1, config.beta2, config.eps, weight_decay=config.weight_decay, mask=decayed
         )
@@ -106,9 +106,3 @@ def skipping(inner: optax.GradientTransformation, above: float = 0.0) -> optax.G
         return updates, jax.tree.map(lambda a, b: jnp.where(good, a, b), made, left)
 
     return optax.GradientTransformation(init, update)
-
-
-def _leaves(params: Any, numbers: Any) -> Any:
-    """`numbers` as a tree of the same structure as `params`: None and named tuples count as leaves."""
-    leaf = lambda node: node is None or isinstance(node, MuonDimensionNumbers)  # noqa: E731
-    return jax.tree.unflatten(jax.tree.structure(params), jax.tree.leaves(numbers, is_leaf=leaf))

@@ -10,7 +10,6 @@ import jax
 from etils import epath
 
 from mtp_jax.config import ProfileConfig
-from mtp_jax.runs.paths import is_local
 
 PROFILE_DIR = "profile"
 
@@ -24,37 +23,28 @@ class Profile:
         self._dir = epath.Path(run_dir) / PROFILE_DIR
         if jax.process_count() > 1:
             self._dir /= f"process_{jax.process_index()}"
-        self._aside: tempfile.TemporaryDirectory[str] | None = None
-        self._running = False
+        self._recording: tempfile.TemporaryDirectory[str] | None = None
 
     def before(self, step: int, state: Any) -> None:
         """Step number `step` (from 0) is about to begin, from `state`."""
-        if self._running and step >= self._end:
+        if self._recording and step >= self._end:
             self.stop(state)
-        elif self._begin <= step < self._end and not self._running:
+        elif self._begin <= step < self._end and not self._recording:
             jax.block_until_ready(state)  # what was begun before is not recorded
-            if not is_local(self._dir):  # JAX would write with a client of its own, which is not that of the rest
-                self._aside = tempfile.TemporaryDirectory()
-            jax.profiler.start_trace(self._aside.name if self._aside else str(self._dir))
-            self._running = True
+            # To a bucket JAX would write with a client of its own, which is not that of the rest.
+            self._recording = tempfile.TemporaryDirectory()
+            jax.profiler.start_trace(self._recording.name)
 
     def stop(self, state: Any) -> None:
         """End the recording, if there is one, when `state` is there."""
-        if self._running:
+        if self._recording:
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
-            self._running = False
-            if self._aside:
-                with self._aside as folder:
-                    _copy(Path(folder), self._dir)
-                self._aside = None
+            with self._recording as folder:
+                for file in filter(Path.is_file, Path(folder).rglob("*")):
+                    target = self._dir / str(file.relative_to(folder))
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    target.write_bytes(file.read_bytes())
+            self._recording = None
             if jax.process_index() == 0:
                 print(f"profile of steps {self._begin}:{self._end} in {self._dir}", flush=True)
-
-
-def _copy(folder: Path, to: epath.Path) -> None:
-    for file in folder.rglob("*"):
-        if file.is_file():
-            target = to / str(file.relative_to(folder))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(file.read_bytes())

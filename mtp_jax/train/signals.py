@@ -67,10 +67,8 @@ class StopSignals:
             raise KeyboardInterrupt
         elif not self._held:
             # An exception could get lost here: Python ignores those that are raised inside a callback.
-            print(
-                "mtp-jax: error: Preempted before the first step; what was saved before is complete.", file=sys.stderr
-            )
-            sys.stderr.flush()
+            said = "mtp-jax: error: Preempted before the first step; what was saved before is complete."
+            print(said, file=sys.stderr, flush=True)
             os._exit(PREEMPTED)
         else:
             self.seen = number

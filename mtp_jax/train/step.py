@@ -28,7 +28,6 @@ Metrics = dict[str, Array]
 class Trainer:
     """The compiled functions of a run. Build it with `make_trainer` under `jax.set_mesh`."""
 
-    graph: nnx.GraphDef
     init: Callable[[], TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     evaluate: Callable[[dict[str, Any], Batch, Array], tuple[Array, Metrics]]
@@ -54,12 +53,8 @@ def make_trainer(config: TrainConfig) -> Trainer:
         opt_state = jax.jit(optimizer.init)(partition(config, params)[0])
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
 
-    return Trainer(
-        graph,
-        init,
-        jax.jit(functools.partial(train_step, config, graph, optimizer), donate_argnums=0),
-        jax.jit(functools.partial(batch_loss, graph)),
-    )
+    step = jax.jit(functools.partial(train_step, config, graph, optimizer), donate_argnums=0)
+    return Trainer(init, step, jax.jit(functools.partial(batch_loss, graph)))
 
 
 def target_counts(batches: Sequence[Batch]) -> Array:
@@ -119,15 +114,10 @@ def train_step(
     updates, opt_state = _update(optimizer, grads, state.opt_state, trained)
     trained: Any = optax.apply_updates(trained, updates)  # type: ignore[arg-type]
     params = merge(trained, frozen)
-    metrics = {
-        "loss": loss,
-        **aux,
-        "grad_norm": optax.tree.norm(grads),
-        # Steps that are skipped do not count for the schedule.
-        "learning_rate": make_schedule(config.optimizer, config.steps)(
-            state.opt_state.steps if config.optimizer.skip_limit else state.step
-        ),
-    }
+    # Steps that are skipped do not count for the schedule.
+    made = state.opt_state.steps if config.optimizer.skip_limit else state.step
+    rate = make_schedule(config.optimizer, config.steps)(made)
+    metrics = {"loss": loss, **aux, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
     if config.optimizer.skip_limit:
         metrics["skipped"] = opt_state.skipped
     step = state.step + 1

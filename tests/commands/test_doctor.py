@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 from mtp_jax import cli
-from mtp_jax.commands.doctor import lines, short_mesh
+from mtp_jax.commands.doctor import lines
 from mtp_jax.config import MeshConfig, OptimizerConfig, TrainConfig
 from mtp_jax.data.config import DataConfig
 from mtp_jax.decode.decoder import for_decoding
@@ -27,7 +27,7 @@ from mtp_jax.sharding import RULES
 from mtp_jax.state import build_model
 from mtp_jax.train.advice import advice
 from mtp_jax.train.collectives import count_collectives
-from mtp_jax.train.forecast import ForecastError, Target, abstract_step, forecast
+from mtp_jax.train.forecast import ForecastError, abstract_step, forecast
 from mtp_jax.train.step import make_trainer
 from mtp_jax.validate import ConfigError
 from support import tiny
@@ -176,7 +176,7 @@ def held(tree):
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_a_forecast_is_what_a_real_run_uses(optimizer):
     config = tiny.train_config(optimizer=OptimizerConfig(optimizer, warmup_steps=0), mesh=MeshConfig(2, 2, 2))
-    found = forecast(dataclasses.replace(config, model=tiny.model_config(vocab_size=264)), Target())
+    found = forecast(dataclasses.replace(config, model=tiny.model_config(vocab_size=264)))
     config = dataclasses.replace(config, model=tiny.model_config(vocab_size=264))
     with tiny.mesh(2, 2, 2):
         trainer = make_trainer(config)
@@ -200,7 +200,7 @@ def test_a_forecast_is_what_a_real_run_uses(optimizer):
 @pytest.mark.parametrize("memory, fits", [(2**40, True), (1000, False)])
 def test_whether_it_fits_is_said(memory, fits):
     config = tiny.train_config(tiny.model_config(vocab_size=264, num_layers=1), mesh=MeshConfig(8))
-    found = forecast(config, Target(), memory)
+    found = forecast(config, memory=memory)
     assert found["fits"] is fits and bool(found["advice"]) is not fits
 
 
@@ -215,7 +215,7 @@ def test_whether_it_fits_is_said(memory, fits):
 )
 def test_only_a_devices_own_compiler_rules_a_step_out(backend, memory, verdict):
     config = tiny.train_config(tiny.model_config(vocab_size=264, num_layers=1), mesh=MeshConfig(8))
-    found = forecast(config, Target(), memory)
+    found = forecast(config, memory=memory)
     size = found["bytes"]
     if memory is None:  # the state fits and the step does not
         memory = size["parameters"] + size["optimizer"] + 1
@@ -230,7 +230,7 @@ def test_layers_add_the_same_collectives_each():
 
     def counts(layers, mesh):
         config = tiny.train_config(tiny.model_config(vocab_size=264, num_layers=layers), mesh=mesh)
-        return forecast(config, Target())["collectives"]
+        return forecast(config)["collectives"]
 
     two, three, five = (counts(layers, MeshConfig(2, 2, 2)) for layers in (2, 3, 5))
     for kind in ("all-gather", "all-reduce"):
@@ -243,7 +243,7 @@ def test_layers_add_the_same_collectives_each():
 
 def test_simulated_devices_say_what_as_many_real_ones_do():
     config = tiny.train_config(tiny.model_config(vocab_size=264), mesh=MeshConfig(2, 2, 2))
-    here, there = forecast(config, Target()), forecast(config, Target(devices=8))
+    here, there = forecast(config), forecast(config, devices=8)
     for found in (here, there):
         del found["compile_seconds"]
     assert here == there
@@ -252,7 +252,7 @@ def test_simulated_devices_say_what_as_many_real_ones_do():
 @pytest.mark.slow
 def test_more_devices_than_this_machine_has():
     config = tiny.train_config(tiny.model_config(vocab_size=264, d_model=64), batch=64, mesh=MeshConfig(4, 8, 2))
-    found = forecast(config, Target(devices=64))
+    found = forecast(config, devices=64)
     assert (found["devices"], found["mesh"]) == (64, {"data": 4, "fsdp": 8, "tensor": 2})
     split = {row["name"]: row for row in found["shardings"]}
     assert split["embed_VD"]["bytes"] == 264 * 64 * 4 // 16
@@ -267,21 +267,22 @@ ADVISED = tiny.train_config(
 @pytest.mark.parametrize("mesh, least", [pytest.param((4, 2, 1), 4, marks=pytest.mark.slow), ((1, 8, 1), 3)])
 def test_what_is_advised_helps(mesh, least, tmp_path):
     config = dataclasses.replace(ADVISED, mesh=MeshConfig(*mesh))
-    before = forecast(config, Target(), memory=1000)
+    before = forecast(config, memory=1000)
     advised = [line for line in before["advice"] if line.startswith("--")]
     assert len(advised) >= least
     for line in advised:
         option = line.partition(":")[0]
         changed = config
         for name, value in re.findall(r"--(\S+) (\S+)", option):
-            if name == "mesh":
-                changed = dataclasses.replace(changed, mesh=short_mesh(value, changed.mesh, changed.mesh))
+            if name.startswith("mesh."):
+                mesh = dataclasses.replace(changed.mesh, **{name.removeprefix("mesh."): int(value)})
+                changed = dataclasses.replace(changed, mesh=mesh)
             elif name == "grad-accumulation":
                 changed = dataclasses.replace(changed, grad_accumulation=int(value))
             else:
                 assert name == "model.remat"
                 changed = dataclasses.replace(changed, model=dataclasses.replace(changed.model, remat=value))
-        assert forecast(changed, Target())["bytes"]["peak"] < before["bytes"]["peak"], line
+        assert forecast(changed)["bytes"]["peak"] < before["bytes"]["peak"], line
 
 
 def test_advice_names_what_is_left():
@@ -309,7 +310,7 @@ BIG = {
 @pytest.mark.parametrize("name", ["8B", pytest.param("70B", marks=pytest.mark.slow)])
 def test_a_large_model_is_compiled_for_256_devices_here(name):
     config, least = BIG[name]
-    found = forecast(config, Target(devices=256))
+    found = forecast(config, devices=256)
     count, size = sum(found["parameters"].values()), found["bytes"]
     assert least < count < 1.15 * least
     split = config.mesh.fsdp * config.mesh.tensor
@@ -421,8 +422,10 @@ def test_the_doctor_reports_on_a_machine_that_is_not_here(experiment, capsys):
     argv = [
         "--devices",
         "4",
-        "--mesh",
-        "fsdp=2,tensor=2",
+        "--mesh.fsdp",
+        "2",
+        "--mesh.tensor",
+        "2",
         "--accelerator",
         "v5e",
         "--data.tokenizer",
@@ -442,24 +445,14 @@ def test_the_doctor_reports_on_a_machine_that_is_not_here(experiment, capsys):
 
 
 def test_the_doctor_refuses_what_does_not_fit_together(refused, monkeypatch):
-    assert "needs a multiple of 3 devices and there are 256" in refused("--devices", 256, "--mesh", "fsdp=3")
+    assert "needs a multiple of 3 devices and there are 256" in refused("--devices", 256, "--mesh.fsdp", 3)
     assert "divide the part" in refused("--devices", 256)
-    assert "--mesh says fsdp=4 and --mesh.fsdp is 8" in refused("--mesh", "fsdp=4", "--mesh.fsdp", 8)
-    for short in ("fdsp=4", "fsdp=4,fsdp=4", "fsdp=x", "4,2,2"):
-        assert "is not one of data=N, fsdp=N and tensor=N" in refused("--mesh", short)
     assert "did you mean 'h100'?" in refused("--accelerator", "h10")
-    assert "Target.devices is 0" in refused("--devices", 0)
+    assert "--devices is 0" in refused("--devices", 0)
     assert "The topology is '16x16'" in refused("--topology", "16x16")
-
-
-def test_short_and_long_meshes_agree():
-    own = MeshConfig(fsdp=2)
-    assert short_mesh("", MeshConfig(4, 2, 1), own) == MeshConfig(4, 2, 1)
-    assert short_mesh("data=4, fsdp=8", own, own) == MeshConfig(4, 8, 1)
-    assert short_mesh("fsdp=8", MeshConfig(2, 8, 1), own) == MeshConfig(2, 8, 1)
-    assert short_mesh("data=-1", own, own) == own
-    with pytest.raises(ConfigError, match=r"--mesh.data is 2"):
-        short_mesh("data=4", MeshConfig(2, 2, 1), own)
+    assert "--devices is 4 and --topology is v5e:2x4; give one of them" in refused(
+        "--topology", "v5e:2x4", "--devices", 4
+    )
 
 
 def test_a_topology_without_its_compiler_is_refused(monkeypatch):
@@ -474,17 +467,15 @@ def test_a_topology_without_its_compiler_is_refused(monkeypatch):
 def test_a_topology_is_compiled_for_by_its_own_compiler():
     pytest.importorskip("libtpu")
     config = tiny.train_config(tiny.model_config(vocab_size=264, dtype="bfloat16"), mesh=MeshConfig(2, 2, 2))
-    found = forecast(config, Target(topology="v5e:2x4"))
+    found = forecast(config, topology="v5e:2x4")
     assert (found["backend"], found["device"], found["memory"]) == ("tpu", "TPU v5 lite", 16 * 2**30)
     assert found["fits"] and found["collectives"]["all-gather"]["count"] > 0
     # Here JAX by itself makes no mesh of 2 x 2 x 2: the slice has axes of 2 and 4.
-    assert forecast(config, Target(topology="v6e:2x4"))["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
-    with pytest.raises(ConfigError, match="has 8 devices and --devices is 4"):
-        forecast(config, Target(4, "v5e:2x4"))
+    assert forecast(config, topology="v6e:2x4")["mesh"] == {"data": 2, "fsdp": 2, "tensor": 2}
     large = dataclasses.replace(BIG["8B"][0], mesh=MeshConfig(1, 4, 1))
     with pytest.raises(
         ForecastError, match=r"(?s)The step does not fit: .*15\.75G.*What helps:\n  --grad-accumulation"
     ):
-        forecast(large, Target(topology="v5e:2x2"))
+        forecast(large, topology="v5e:2x2")
     with pytest.raises(ConfigError, match="no topology v5e:3x5"):
-        forecast(config, Target(topology="v5e:3x5"))
+        forecast(config, topology="v5e:3x5")

@@ -16,6 +16,7 @@ from mtp_jax.heads.factors import FACTORS
 from mtp_jax.losses.mixture import Terms, mixture_loss
 from mtp_jax.losses.subsample import subsample
 from mtp_jax.parameters import row
+from mtp_jax.state import build_model, split
 from mtp_jax.train.step import batch_loss, make_trainer, target_counts
 from support import tiny
 
@@ -114,7 +115,8 @@ def test_a_step_draws_anew_and_an_evaluation_does_not():
     trainer = make_trainer(config)
     state, batch = trainer.init(), tiny.make_batch(config)
     count_W = target_counts([batch])
-    loss = jax.jit(functools.partial(batch_loss, trainer.graph))
+    graph, _ = split(build_model(config, jax.random.key(0)))
+    loss = jax.jit(functools.partial(batch_loss, graph))
     first, second = (float(loss(state.params, batch, count_W, jax.random.key(seed))[0]) for seed in (0, 1))
     exact = float(loss(state.params, batch, count_W)[0])
     assert len({first, second, exact}) == 3

@@ -473,6 +473,7 @@ def test_a_save_that_cannot_be_begun_beside_others_ends_the_run_with_the_way_out
         patch.setattr(jax, "process_count", lambda: 2)
         for module in ("checkpoints", "writer"):
             patch.setattr(f"mtp_jax.runs.{module}.from_all", lambda text: [text, ""])
+        patch.setattr("mtp_jax.runs.checkpoints.on_first", lambda decide: decide())
         words = (
             r"Step 2 was not saved in .*Input/output error \(process 0 of 2\)\. The last good step is 1\..*auto-resume"
         )
@@ -492,7 +493,6 @@ def test_damage_that_one_process_finds_stops_all(tmp_path):
 def test_what_one_process_finds_is_said_by_all(tmp_path, monkeypatch):
     """Else the others would wait for it in Orbax."""
     save(tmp_path, {4: None, 8: None})
-    said = lambda text: [text, "" if text.startswith("[") else "theirs is bad."]  # noqa: E731
-    monkeypatch.setattr("mtp_jax.runs.checkpoints.from_all", said)
+    monkeypatch.setattr("mtp_jax.runs.checkpoints.from_all", lambda text: [text, "theirs is bad."])
     with Checkpoints(tmp_path) as checkpoints, pytest.raises(CheckpointError, match=r"theirs is bad\. The last good"):
         checkpoints.restore(make_state(0))

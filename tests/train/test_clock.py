@@ -29,7 +29,7 @@ def now(monkeypatch):
 
 
 def make_clock(config):
-    cost = Costs(0, 0, 0, trunk_flops=30.0, head_flops=20.0, next_token_flops=5.0)
+    cost = Costs(0, 0, 0, trunk_flops=30.0, head_flops=20.0, plain_flops=35.0)
     made = clock.Clock()
     return made, lambda step: clock.Speedometer(made, step, config, cost, make_mesh(config.mesh))
 

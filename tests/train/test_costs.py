@@ -21,8 +21,8 @@ from mtp_jax.state import build_model, split
 from mtp_jax.train.costs import (
     Costs,
     costs,
-    head_training_flops,
     peak_flops,
+    training_flops,
     tree_bytes,
     trunk_forward_flops,
 )
@@ -176,10 +176,10 @@ def test_attention_is_counted_at_its_mean_length():
 def test_the_ratio_is_to_a_plain_next_token_head():
     config = make_config()
     found = costs(config, shapes(config)[1])
-    assert found.next_token_flops == 6 * 34 * 20
+    assert found.plain_flops == found.trunk_flops + 6 * 34 * 20
     assert found.head_flops == 6 * (5 * 3 * 34 * 20 + 20 * 3)
     assert found.step_ratio == (found.trunk_flops + found.head_flops) / (found.trunk_flops + 6 * 34 * 20)
-    assert Costs(0, 0, 0, 10.0, 30.0, 10.0).step_ratio == 2.0
+    assert Costs(0, 0, 0, 10.0, 30.0, 20.0).step_ratio == 2.0
 
 
 # Parameters
@@ -286,7 +286,7 @@ def test_what_is_drawn_instead_of_done_costs_less(target):
     rest = 2 * model.d_model * 8 + (2 * model.vocab_size * model.d_model if target == "ntp" else 0)
 
     def training(**changes):
-        return head_training_flops(dataclasses.replace(head, **changes), model)
+        return training_flops(tiny.train_config(model, dataclasses.replace(head, **changes)))[1]
 
     assert training() == 3 * (rest + factors)
     assert training(loss_fraction=0.25) == 3 * rest + 0.25 * 3 * factors

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
+from mtp_jax.runs import layout
 from mtp_jax.runs.layout import set_aside
 from mtp_jax.train import checks, loop
 from mtp_jax.validate import ConfigError
@@ -87,7 +88,7 @@ NOT_TRAINED = {
 @pytest.mark.parametrize("name", NOT_TRAINED)
 def test_an_old_run_outlives_a_new_one_that_is_refused(config, trained, monkeypatch, name):
     part, changes, words = NOT_TRAINED[name]
-    monkeypatch.setattr(loop, "clear_run", lambda path: pytest.fail("this was to be refused before"))
+    monkeypatch.setattr(layout, "clear_run", lambda path: pytest.fail("this was to be refused before"))
     before = contents(trained)
     with pytest.raises(ConfigError, match=words):
         loop.train(change(config, part, **changes), trained, overwrite=True)

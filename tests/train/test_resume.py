@@ -90,7 +90,9 @@ def test_what_changes_no_shape_and_no_batch_may_change(config, part, changes):
 
 
 def test_what_may_change_are_fields_that_there_are(config):
-    fields = {(part, f.name) for part in ("model", "head", "data") for f in dataclasses.fields(getattr(config, part))}
+    fields = {
+        f"{part}.{f.name}" for part in ("model", "head", "data") for f in dataclasses.fields(getattr(config, part))
+    }
     assert fields > RESUMABLE
 
 
