@@ -24,10 +24,9 @@ from mtp_jax.decode.tune import tuned
 from mtp_jax.heads.mixture import MixtureHead
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.plots import PALETTE, dress
-from mtp_jax.validate import require
+from mtp_jax.validate import ConfigError, require
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from mtp_jax.runs.loading import LoadedRun
@@ -145,13 +144,11 @@ def plot_gate(gate: Gate) -> Figure:
 
     length, rank = gate.weights_TR.shape
     figure = Figure(figsize=(min(13.0, 4.0 + 0.12 * length), 2.6 + 0.3 * rank), layout="constrained")
-    panels = figure.subplots(2, 2, width_ratios=(5, 1), height_ratios=(0.3 * rank + 0.4, 1.4))
-    (heat, share), (line, key) = panels
-    names = [f"component {r}" for r in range(1, rank + 1)]
+    (heat, share), (line, key) = figure.subplots(2, 2, width_ratios=(5, 1), height_ratios=(0.3 * rank + 0.4, 1.4))
     edges_T = np.arange(length + 1) - 0.5
     mesh = heat.pcolormesh(edges_T, np.arange(rank + 1) - 0.5, gate.weights_TR.T, cmap="viridis", vmin=0, vmax=1)
     dress(heat, "Weight of each component after each token")
-    heat.set(yticks=range(rank), yticklabels=names, ylim=(rank - 0.5, -0.5))
+    heat.set(yticks=range(rank), yticklabels=[f"component {r + 1}" for r in range(rank)], ylim=(rank - 0.5, -0.5))
     dress(share, "Mean weight")
     share.barh(range(rank), gate.share_R, color=PALETTE[0], height=0.6)
     share.set(ylim=(rank - 0.5, -0.5), yticks=[], xlim=(0, 1), axisbelow=True)
@@ -192,8 +189,14 @@ def plot_window(window: Window, top: int = 3) -> Figure:
     grid = figure.subplots(len(rows), width, sharex=True, squeeze=False)
     for (name, colour, law_WV), line in zip(rows, grid, strict=True):
         line[0].set_ylabel(name, rotation=0, ha="right", va="center", weight="bold", color=colour, labelpad=34)
-        for s, axes in enumerate(line):
-            _bars(axes, law_WV[s], window.vocabulary, colour, top)
+        for axes, law_V in zip(line, law_WV, strict=True):
+            best = np.argsort(-law_V, kind="stable")[:top]
+            axes.barh(range(len(best)), law_V[best], color=colour, height=0.7)
+            labels = [window.vocabulary[int(token)] for token in best]
+            axes.set_yticks(range(len(best)), labels, family="monospace", size="medium", parse_math=False)
+            axes.set(xlim=(0, 1), xticks=(0, 0.5, 1), ylim=(len(best) - 0.5, -0.5))
+            axes.tick_params(axis="y", length=0)
+            axes.spines[["top", "right"]].set_visible(False)
     for s in range(width):
         given = "".join(window.vocabulary[int(token)] for token in window.path_W[:s])
         title = f"offset {s + 1}" + (f"\ngiven {given}" if s else "\n ")
@@ -202,24 +205,10 @@ def plot_window(window: Window, top: int = 3) -> Figure:
         for r in range(rank):
             grid[r, s].annotate(f"w = {window.posterior_WR[s, r]:.2f}", (0.98, 0.06), xycoords="axes fraction",
                                 ha="right", va="bottom", size="small", color="0.3")  # fmt: skip
-    figure.suptitle(f"After {_end(window.prompt)}", x=0.01, ha="left", weight="bold", parse_math=False)
+    prompt = "".join(map(_drawn, window.prompt))
+    prompt = prompt if len(prompt) <= 60 else f"...{prompt[-60:]}"
+    figure.suptitle(f"After {prompt}", x=0.01, ha="left", weight="bold", parse_math=False)
     return figure
-
-
-def _bars(axes: Axes, law_V: np.ndarray, vocabulary: Vocabulary, colour: str, top: int) -> None:
-    best = np.argsort(-law_V, kind="stable")[:top]
-    axes.barh(range(len(best)), law_V[best], color=colour, height=0.7)
-    labels = [vocabulary[int(token)] for token in best]
-    axes.set_yticks(range(len(best)), labels, family="monospace", size="medium", parse_math=False)
-    axes.set(xlim=(0, 1), xticks=(0, 0.5, 1), ylim=(len(best) - 0.5, -0.5))
-    axes.tick_params(axis="y", length=0)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _end(prompt: str, most: int = 60) -> str:
-    """The end of a prompt, as a figure can show it."""
-    text = "".join(map(_drawn, prompt))
-    return text if len(text) <= most else f"...{text[-most:]}"
 
 
 def _drawn(character: str) -> str:
@@ -250,11 +239,9 @@ def _tokens(run: LoadedRun, text: str) -> np.ndarray:
 
 def _mixture(model: LanguageModel) -> MixtureHead:
     """The model's head, if it has components to look at."""
-    require(
-        isinstance(model.head, MixtureHead),
-        f"The run's head is of kind {model.head.config.kind}; components are those of a mixture.",
-    )
-    return model.head  # type: ignore[return-value]
+    if isinstance(model.head, MixtureHead):
+        return model.head
+    raise ConfigError(f"The run's head is of kind {model.head.config.kind}; components are those of a mixture.")
 
 
 @jax.jit
@@ -263,16 +250,15 @@ def _log_weights(model: LanguageModel, tokens_1T: Array) -> Array:
 
 
 @jax.jit
-def _window_law(model: LanguageModel, tokens_1T: Array) -> tuple[list[Array], list[Array], list[Array]]:
+def _window_law(model: LanguageModel, tokens_1T: Array) -> list[tuple[Array, ...]]:
     """For each offset: log p_rs `[R, V]`, the joint's law `[V]` and the log posterior `[R]`, along the joint's path."""
     head, seen = _mixture(model), model.see(tokens_1T).at(jnp.full((1,), tokens_1T.shape[1] - 1))
     law_1V, joint = model.target(seen)[0][:, 0], head.joint(seen, head.config.window)
-    factors, laws, posteriors = [], [], []
+    found = []
     for s, logp_1RV in enumerate(joint.logp_BRV):
         logp_RV = logp_1RV[0]
-        factors.append(head.shortlist.spread(logp_RV) if head.shortlist and s else logp_RV)
+        factors_RV = head.shortlist.spread(logp_RV) if head.shortlist and s else logp_RV
         law_1V = head.next_log_probs(joint) if s else law_1V
-        laws.append(law_1V[0])
-        posteriors.append(joint.log_alpha_BR[0])
+        found.append((factors_RV, law_1V[0], joint.log_alpha_BR[0]))
         joint = head.condition(joint, jnp.argmax(law_1V, axis=-1))
-    return factors, laws, posteriors
+    return list(zip(*found, strict=True))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +23,9 @@ def panels(titles: Sequence[str], xlabel: str, ylabel: str) -> tuple[Figure, Seq
     rows = -(-len(titles) // columns)
     figure = Figure(figsize=(2.6 + 4.6 * columns, 4.0 * rows), layout="constrained")
     parts = figure.subplots(rows, columns, squeeze=False).ravel()
-    for title, axes in itertools.zip_longest(titles, parts):
-        if title is None:
-            axes.remove()
-            continue
+    for axes in parts[len(titles) :]:
+        axes.remove()
+    for title, axes in zip(titles, parts, strict=False):
         axes.set(xlabel=xlabel, ylabel=ylabel)
         dress(axes, title)
     return figure, list(parts[: len(titles)])

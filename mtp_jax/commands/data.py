@@ -14,8 +14,9 @@ import tyro
 
 from mtp_jax.commands import console, parse
 from mtp_jax.data.config import DataConfig, SourceConfig
+from mtp_jax.decode.spans import visible
 from mtp_jax.registry import lookup
-from mtp_jax.validate import at_least, choices, require
+from mtp_jax.validate import at_least, require
 
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
@@ -69,7 +70,6 @@ class Show:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices(self)
         at_least(self, 0, "documents", "batches", "seed")
         at_least(self, 1, "characters", "batch_size", "seq_len", "window")
 
@@ -85,17 +85,17 @@ def main(args: list[str]) -> None:
 def _prepare(args: list[str]) -> None:
     options = parse(Prepare, args, "data prepare")
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress
 
     from mtp_jax.data.preparation import prepare
 
     lines: list[str] = []
-    columns = TextColumn("tokenising"), BarColumn(), TextColumn("{task.fields[size]}"), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("", total=None, size="")
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("tokenising", total=None)
 
         def progress(done: int, total: int, size: int) -> None:
-            bar.update(task, completed=done, total=total, size=f"{size / 1e6:,.1f} MB, part {done} of {total}")
+            so_far = f"tokenising: {size / 1e6:,.1f} MB, part {done} of {total}"
+            bar.update(task, completed=done, total=total, description=so_far)
 
         store = prepare(options.config(), lines.append, out=options.out, processes=options.processes, progress=progress)
     print(*lines or [f"{store.path} was prepared before."], sep="\n")
@@ -110,7 +110,6 @@ def _show(args: list[str]) -> None:
     options = parse(Show, args, "data show")
     from mtp_jax.data.batches import batches
     from mtp_jax.data.store import Store
-    from mtp_jax.decode.spans import visible
 
     store = Store.open(Path(options.store).expanduser())
     documents, tokenizer = getattr(store, options.split), store.tokenizer()
@@ -120,9 +119,8 @@ def _show(args: list[str]) -> None:
     def say(text: Any = "", **style: Any) -> None:
         terminal.print(text, markup=False, highlight=False, soft_wrap=True, **style)
 
-    manifest = store.manifest
-    say(f"{store.path}: source {manifest['source']}, tokenizer {manifest['tokenizer']['name']}")
-    for split, counts in manifest["splits"].items():
+    say(f"{store.path}: source {store.manifest['source']}, tokenizer {store.manifest['tokenizer']['name']}")
+    for split, counts in store.manifest["splits"].items():
         say(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
     say(f"\nLength of the {options.split} documents in tokens", style="bold")
     say(histogram(documents.lengths))
@@ -135,39 +133,30 @@ def _show(args: list[str]) -> None:
         say(f"\nBatch {number}: documents end at ¶; a token that has fewer than {options.window} targets says how many",
             style="bold")  # fmt: skip
         for row in range(options.batch_size):
-            say(f"[{row}] {_marked(batch, row, tokenizer, options.window, visible)}")
+            say(f"[{row}] {_marked(batch, row, tokenizer, options.window)}")
 
 
 def histogram(lengths: np.ndarray, width: int = 50) -> str:
     """Counts by powers of two, as lines with bars."""
-    powers, counts = np.unique(np.ceil(np.log2(np.maximum(lengths, 1))).astype(int), return_counts=True)
-    rows = {int(power): int(count) for power, count in zip(powers, counts, strict=True)}
+    powers = np.ceil(np.log2(np.maximum(lengths, 1))).astype(int)
+    counts = np.bincount(powers)
     lines = []
-    for power in range(min(rows), max(rows) + 1):
-        count = rows.get(power, 0)
-        bar = "█" * -(-width * count // max(rows.values()))
-        lines.append(f"{'<=' if power else '  '} {2**power:>11,}  {count:>11,}  {bar}")
+    for power in range(powers.min(), len(counts)):
+        bar = "█" * -(-width * counts[power] // counts.max())
+        lines.append(f"{'<=' if power else '  '} {2**power:>11,}  {counts[power]:>11,}  {bar}")
     return "\n".join(lines)
 
 
-def _marked(batch: Any, row: int, tokenizer: Any, window: int, visible: Callable[[str], str]) -> str:
+def _marked(batch: Any, row: int, tokenizer: Any, window: int) -> str:
     """A sequence as text; incomplete windows say how many targets they have, ends of documents are shown."""
-    out, pending = [], []
-
-    def flush() -> None:
-        out.append(visible(tokenizer.decode(pending)))
-        pending.clear()
-
+    shown, pending = "", []
     for token, valid in zip(batch["tokens_BT"][row], batch["valid_BTW"][row].sum(-1), strict=True):
         pending.append(int(token))
-        if token == tokenizer.end_of_document:
-            flush()
-            out.append("¶\n    ")
-        elif valid < window:
-            flush()
-            out.append(str(valid).translate(SUBSCRIPTS))
-    flush()
-    return "".join(out)
+        is_end = token == tokenizer.end_of_document
+        if is_end or valid < window:
+            shown += visible(tokenizer.decode(pending)) + ("¶\n    " if is_end else str(valid).translate(SUBSCRIPTS))
+            pending = []
+    return shown + visible(tokenizer.decode(pending))
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {"prepare": _prepare, "show": _show}

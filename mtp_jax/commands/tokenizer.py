@@ -32,8 +32,7 @@ class TokenizerOptions(SourceConfig):
 
 def main(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
-        print("usage: mtp-jax tokenizer train --vocab-size N --out FILE [options]\n")
-        print("mtp-jax tokenizer train --help lists the options.")
+        print("usage: mtp-jax tokenizer train --vocab-size N --out FILE [options]; --help behind it lists the options")
         return
     lookup({"train": _train}, args[0], "The command of mtp-jax tokenizer")(args[1:])
 
@@ -48,56 +47,42 @@ def _train(args: list[str]) -> None:
     require(not out.exists(), f"--out is {options.out} and exists; delete it, or give another file.")
     require(out.parent.is_dir(), f"--out is {options.out} and {out.parent} is no directory; make it first.")
 
-    from mtp_jax.data.tokenizers import HFTokenizer
+    from mtp_jax.data.preparation import cache_dir
+    from mtp_jax.data.sources import documents, is_held_out, load_source
+    from mtp_jax.data.tokenizers import HFTokenizer, utf8
 
-    documents = _Documents(options)
-    data = train_bpe(iter(documents), options.vocab_size)
+    source, count, size, sample, sampled = load_source(options), 0, 0, [], 0
+
+    def training_documents() -> Iterator[str]:
+        nonlocal count, size, sampled
+        for _, text in documents(source, cache_dir(options) / "tfds"):
+            if is_held_out(text, options.valid_fraction):
+                if text and sampled < SAMPLE_BYTES:
+                    sample.append(text)
+                    sampled += len(text)
+            elif text:
+                count += 1
+                size += len(text)
+                yield utf8(text)[0]
+
+    data = train_bpe(training_documents(), options.vocab_size)
     require(
-        documents.count > 0,
+        count > 0,
         f"The train split of source {options.source} has no documents. The split is by the hash of a document's "
         "content: change --valid-fraction, or give the source more (and smaller) documents.",
     )
     tokenizer = HFTokenizer(data)
     try:
-        with out.open("xb") as file:
-            file.write(data)
+        out.write_bytes(data)
     except OSError as error:
         raise ConfigError(f"--out is {options.out}, which cannot be written ({error}).") from error
-    size, tokens = sum(map(len, documents.sample)), sum(map(len, tokenizer.encode_batch(documents.sample)))
-    rate = f"{size / tokens:.2f} bytes per token on" if tokens else "its bytes per token are not known, for there are"
+    tokens = sum(map(len, tokenizer.encode_batch(sample)))
+    rate = f"{sampled / tokens:.2f} bytes per token on" if tokens else "bytes per token are not known, for there are"
     fewer = f" (of {options.vocab_size:,}: the documents hold no more)" * (tokenizer.vocab_size < options.vocab_size)
     print(
-        f"Trained on {documents.count:,} documents of {documents.bytes:,} bytes: {tokenizer.vocab_size:,} "
-        f"tokens{fewer}, {rate} {len(documents.sample):,} held-out documents, in {out}"
+        f"Trained on {count:,} documents of {size:,} bytes: {tokenizer.vocab_size:,} tokens{fewer}, {rate} "
+        f"{len(sample):,} held-out documents, in {out}"
     )
-
-
-class _Documents:
-    """The training documents of a source as text, with their count and bytes so far, and a sample of those held out."""
-
-    def __init__(self, config: SourceConfig):
-        """Raises `ConfigError` if there is no such source."""
-        from mtp_jax.data.sources import load_source
-
-        self.config, self.source = config, load_source(config)
-        self.count = self.bytes = 0
-        self.sample: list[bytes] = []
-
-    def __iter__(self) -> Iterator[str]:
-        from mtp_jax.data.preparation import cache_dir
-        from mtp_jax.data.sources import documents, is_held_out
-        from mtp_jax.data.tokenizers import utf8
-
-        sampled = 0
-        for _, text in documents(self.source, cache_dir(self.config) / "tfds"):
-            if is_held_out(text, self.config.valid_fraction):
-                if text and sampled < SAMPLE_BYTES:
-                    self.sample.append(text)
-                    sampled += len(text)
-            elif text:
-                self.count += 1
-                self.bytes += len(text)
-                yield utf8(text)[0]
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> bytes:

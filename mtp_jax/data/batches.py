@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-from mtp_jax.data.mixture import MixedDocuments, Turns
+from mtp_jax.data.mixture import MixedDocuments, Turns, shares
 from mtp_jax.data.permutation import permutation
 from mtp_jax.data.store import Documents
 from mtp_jax.validate import require
@@ -40,13 +40,11 @@ class Sequences:
         self.documents = documents
         self.seq_len = seq_len
         self.window = window
-        self.seed, self.store = seed, store
+        self._order = functools.partial(permutation, seed=seed, store=store)
         self.per_epoch = max(1, len(documents.tokens) // seq_len)
         # A sequence may cross from one epoch to the next.
         self._epoch = functools.lru_cache(maxsize=2)(self._permute)
-        self._block = functools.lru_cache(maxsize=2)(
-            lambda block: permutation(self.per_epoch, seed, 2 * block + 1, store)
-        )
+        self._block = functools.lru_cache(maxsize=2)(lambda block: self._order(self.per_epoch, stream=2 * block + 1))
 
     def at(self, places: np.ndarray) -> Batch:
         """The sequences that training reads in `places` (B,)."""
@@ -54,12 +52,8 @@ class Sequences:
 
     def shuffle(self, numbers: np.ndarray) -> np.ndarray:
         """Which sequences come in the places `numbers`: a permutation of each `per_epoch` of them in turn."""
-        blocks, places = np.divmod(numbers, self.per_epoch)
-        order = np.empty_like(numbers)
-        for block in np.unique(blocks):
-            here = blocks == block
-            order[here] = block * self.per_epoch + self._block(int(block))[places[here]]
-        return order
+        found = (divmod(number, self.per_epoch) for number in numbers.tolist())
+        return np.array([block * self.per_epoch + self._block(block)[place] for block, place in found])
 
     def read(self, numbers: np.ndarray) -> Batch:
         """The sequences whose numbers are `numbers` (B,): the arrays that `batches` describes."""
@@ -79,7 +73,7 @@ class Sequences:
 
     def _permute(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The documents of `epoch` in their order, and where each ends."""
-        order = permutation(len(self.documents), self.seed, 2 * epoch, self.store)
+        order = self._order(len(self.documents), stream=2 * epoch)
         return order, np.cumsum(self.documents.lengths[order])
 
 
@@ -157,9 +151,9 @@ def held_out_batches(
     """
     documents.require_some()
     if isinstance(documents, MixedDocuments):
-        limits = [None] * len(documents.parts) if limit is None else documents.share_out(limit)
         sizes: dict[str, Any] = {"seq_len": seq_len, "window": window, "batch_size": batch_size, "shard": shard}
-        parts = zip(documents.parts, limits, strict=True)
+        some = [None if limit is None else max(1, part) for part in shares(documents.weights, limit or 0)]
+        parts = zip(documents.parts, some, strict=True)
         return [batch for part, few in parts for batch in held_out_batches(part, limit=few, **sizes)]
     rows = _rows(batch_size, shard)
     total = len(documents.tokens)

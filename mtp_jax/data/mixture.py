@@ -12,12 +12,11 @@ import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from mtp_jax.data.permutation import TURNS, permutation
-from mtp_jax.data.store import Documents, Store
+from mtp_jax.data.store import SPLITS, Documents, Store
 from mtp_jax.validate import require
 
 BLOCK = 4096  # sequences; a weight counts by its 4096ths
@@ -49,20 +48,13 @@ class MixedDocuments:
         """The share `[V]` that each token has in what is read."""
         return np.average([part.frequencies(vocab_size) for part in self.parts], axis=0, weights=self.weights)
 
-    def share_out(self, total: int) -> list[int]:
-        """`total` in parts, one for each store in proportion to its weight, and at least 1."""
-        return [max(1, part) for part in shares(self.weights, total)]
-
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
     def __getitem__(self, index: int) -> np.ndarray:
-        index = range(len(self))[index]
-        for part in self.parts:
-            if index < len(part):
-                return part[index]
-            index -= len(part)
-        raise AssertionError
+        index, ends = range(len(self))[index], np.cumsum([len(part) for part in self.parts])
+        store = np.searchsorted(ends, index, side="right")
+        return self.parts[store][index - ends[store]]  # counted from its end
 
 
 @dataclass(frozen=True)
@@ -72,16 +64,8 @@ class Mixture:
     path: str
     stores: tuple[Store, ...]
     weights: tuple[float, ...]
-
-    @property
-    def train(self) -> MixedDocuments:
-        """The training documents."""
-        return MixedDocuments(tuple(store.train for store in self.stores), self.weights)
-
-    @property
-    def valid(self) -> MixedDocuments:
-        """The held-out documents."""
-        return MixedDocuments(tuple(store.valid for store in self.stores), self.weights)
+    train: MixedDocuments
+    valid: MixedDocuments
 
     @property
     def sha256(self) -> str:
@@ -109,15 +93,16 @@ class Mixture:
                 f"DataConfig.files is {files!r} and {item.strip()!r} is not WEIGHT:DIRECTORY with a weight above 0; "
                 "write such as 3:data/stories,1:data/code.",
             )
-            stores.append(Store.open(Path(path).expanduser()))
+            stores.append(Store.open(path))
             weights.append(value)
-        mixture = cls(files, tuple(stores), tuple(weight / sum(weights) for weight in weights))
         require(
-            min(shares(mixture.weights)) > 0,
+            min(shares(weights)) > 0,
             f"DataConfig.files is {files!r}, where the smallest weight is less than a {BLOCK}th of all; leave that "
             "store out or give it more.",
         )
-        return mixture
+        parts = tuple(weight / sum(weights) for weight in weights)
+        train, valid = (MixedDocuments(tuple(getattr(store, split) for store in stores), parts) for split in SPLITS)
+        return cls(files, tuple(stores), parts, train, valid)
 
 
 class Turns:
@@ -128,23 +113,17 @@ class Turns:
         self._counts = np.array(shares(weights))
         self._block = functools.lru_cache(maxsize=4)(self._order)
 
-    def of(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def of(self, places: np.ndarray) -> np.ndarray:
         """(store, place among that store's sequences) of each of `places` (B,)."""
-        blocks, inside = np.divmod(places, BLOCK)
-        stores, before = np.empty_like(places), np.empty_like(places)
-        for block in np.unique(blocks):
-            here = blocks == block
-            turns, earlier = self._block(int(block))
-            stores[here], before[here] = turns[inside[here]], earlier[inside[here]]
-        return stores, before
+        return np.transpose([self._block(place // BLOCK)[:, place % BLOCK] for place in places.tolist()])
 
-    def _order(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+    def _order(self, block: int) -> np.ndarray:
         """The stores of a block's sequences, and how many of the same store come before each, from block 0 on."""
         stores = np.repeat(np.arange(len(self._counts)), self._counts)[permutation(BLOCK, self._seed, block, TURNS)]
         before = np.empty(BLOCK, np.int64)
         for store, count in enumerate(self._counts):
             before[stores == store] = block * count + np.arange(count)
-        return stores, before
+        return np.stack([stores, before])
 
 
 def shares(weights: Sequence[float], total: int = BLOCK) -> list[int]:

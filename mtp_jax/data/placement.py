@@ -31,9 +31,7 @@ def shard_of(mesh: Mesh, batch_size: int) -> tuple[int, int]:
 def place(batch: Any, mesh: Mesh, batch_size: int | None = None) -> Any:
     """This process's rows of a batch (of `batch_size` in all, by default these) as part of the global one."""
     sharding = jax.NamedSharding(mesh, RULES.rows_B)
-
-    def whole(rows: Any) -> Any:
-        shape = (batch_size or len(rows), *rows.shape[1:])
-        return jax.make_array_from_process_local_data(sharding, rows, shape)
-
-    return {name: whole(rows) for name, rows in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(sharding, rows, (batch_size or len(rows), *rows.shape[1:]))
+        for name, rows in batch.items()
+    }

@@ -7,8 +7,10 @@ not depend on who made it. It is made aside (`.NAME.partial`) and renamed when c
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import concurrent.futures.process
+import contextlib
 import errno
 import hashlib
 import json
@@ -75,25 +77,18 @@ def prepare(
     """
     tokenizer = tokenizer or load_tokenizer(config.tokenizer, config.end_of_document)
     made = {"format": FORMAT, "tokenizer": tokenizer.to_json(), "valid_fraction": config.valid_fraction}
-    if config.source == "store":
-        store = Store.open(Path(config.files).expanduser())
-        _check_same(store, made)
-    elif config.source == "mixture":
-        store = Mixture.open(config.files)
-        for part in store.stores:
+    if config.source in ("store", "mixture"):
+        store = Store.open(config.files) if config.source == "store" else Mixture.open(config.files)
+        for part in store.stores if isinstance(store, Mixture) else (store,):
             _check_same(part, made)
     else:
         source = load_source(config)
         identity = {"source": config.source, "fingerprint": source.fingerprint(), **made}
         cache = cache_dir(config)
         path = Path(out).expanduser().absolute() if out else cache / "tokens" / _name(config, identity)
-        task = _Task(path, identity, source, tokenizer, cache / "tfds", config.valid_fraction)
+        task = _Task(path, identity, source, tokenizer, cache / "tfds")
         if not task.there():
             task.make(log, processes, progress)
-        require(
-            out is None or (path / MANIFEST).exists(),
-            f"{path} holds something that is no token store. Name another directory.",
-        )
         store = Store.open(path)
         _check_same(store, identity)
     for documents in (store.train, store.valid):
@@ -107,11 +102,9 @@ def cache_dir(config: SourceConfig) -> Path:
 
 
 def _name(config: DataConfig, identity: dict[str, Any]) -> str:
-    def slug(name: str) -> str:
-        return re.sub(r"\W+", "_", name)[-40:]
-
+    source, tokenizer = (re.sub(r"\W+", "_", name)[-40:] for name in (config.source, config.tokenizer))
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:12]
-    return f"{slug(config.source)}-{slug(config.tokenizer)}-{digest}"
+    return f"{source}-{tokenizer}-{digest}"
 
 
 def _check_same(store: Store, identity: dict[str, Any]) -> None:
@@ -136,7 +129,6 @@ class _Task:
     source: Source
     tokenizer: Tokenizer
     data_dir: Path
-    valid_fraction: float
 
     @property
     def scratch(self) -> Path:
@@ -182,11 +174,15 @@ class _Task:
     def _make(self, log: Callable[[str], None], processes: int, progress: Progress) -> None:
         begin = time.monotonic()
         parts = self.source.parts(self.data_dir)
-        self._keep_if_same({**self.identity, "parts": [list(part) for part in parts]})
-        size = 0
-        for done, counts in enumerate(self._tokenise(parts, processes), 1):
-            size += counts["bytes"]
-            progress(done, len(parts), size)
+        file, made_of = self.scratch / "identity.json", json.dumps({**self.identity, "parts": parts}, sort_keys=True)
+        if not file.exists() or file.read_text() != made_of:  # parts of what the source was before, say
+            shutil.rmtree(self.scratch / "parts", ignore_errors=True)
+            (self.scratch / "parts").mkdir()
+            file.write_text(made_of)
+        counts = collections.Counter()
+        for done, found in enumerate(self._tokenise(parts, processes), 1):
+            counts.update(found)
+            progress(done, len(parts), counts["bytes"])
         if self.source.fingerprint() != self.identity["fingerprint"]:
             shutil.rmtree(self.scratch)
             raise DataError(
@@ -196,63 +192,37 @@ class _Task:
         shutil.rmtree(store, ignore_errors=True)
         store.mkdir()
         splits = {split: self._join(split, len(parts), store) for split in SPLITS}
-        counts = [self._counts(i) for i in range(len(parts))]
-        empty, replaced = (sum(count[name] for count in counts) for name in ("empty", "replaced"))
         for name, data in self.tokenizer.files().items():
             (store / TOKENIZER_DIR).mkdir(exist_ok=True)
             (store / TOKENIZER_DIR / name).write_bytes(data)
-        manifest = {
-            **self.identity,
-            "dtype": self.dtype.str,
-            "splits": splits,
-            "empty_documents": empty,
-            "replaced_characters": replaced,
-            "versions": {"numpy": np.__version__},
-        }
+        empty, replaced = counts["empty"], counts["replaced"]
+        manifest = {**self.identity, "dtype": self.dtype.str, "splits": splits}
+        manifest |= {"empty_documents": empty, "replaced_characters": replaced}
         (store / MANIFEST).write_text(json.dumps(manifest, indent=2))
         store.rename(self.path)
-        log(
-            f"Prepared {self.identity['source']} in {time.monotonic() - begin:.1f} s: "
-            + " and ".join(
-                f"{splits[s]['tokens']:,} tokens of {splits[s]['documents']:,} {s} documents" for s in SPLITS
-            )
-            + (f"; {empty:,} empty documents left out" if empty else "")
-            + (f"; {replaced:,} U+FFFD in place of what is not UTF-8" if replaced else "")
-            + f", in {self.path}"
-        )
-
-    def _keep_if_same(self, identity: dict[str, Any]) -> None:
-        """Throw away what is there of another store: parts of what the source was before, say."""
-        file, text = self.scratch / "identity.json", json.dumps(identity, sort_keys=True)
-        if not file.exists() or file.read_text() != text:
-            shutil.rmtree(self.scratch / "parts", ignore_errors=True)
-            (self.scratch / "parts").mkdir()
-            file.write_text(text)
+        said = [" and ".join(f"{n['tokens']:,} tokens of {n['documents']:,} {s} documents" for s, n in splits.items())]
+        said += [f"{empty:,} empty documents left out"] * bool(empty)
+        said += [f"{replaced:,} U+FFFD in place of what is not UTF-8"] * bool(replaced)
+        seconds = f"{time.monotonic() - begin:.1f} s"
+        log(f"Prepared {self.identity['source']} in {seconds}: {'; '.join(said)}, in {self.path}")
 
     def _tokenise(self, parts: list[Part], processes: int) -> Iterator[dict[str, int]]:
         """Tokenise every part that is not there yet; yields the counts of each as it is done."""
-        todo = []
-        for index in range(len(parts)):
-            if self._part(index).exists():
-                yield self._counts(index)
-            else:
-                todo.append(index)
+        todo = [index for index in range(len(parts)) if not self._part(index).exists()]
+        for index in set(range(len(parts))).difference(todo):
+            yield json.loads((self._part(index) / "counts.json").read_text())
+        work = todo, [parts[index] for index in todo]
         if min(processes, len(todo)) <= 1:
-            for index in todo:
-                yield self.tokenise(index, parts[index])
+            yield from map(self.tokenise, *work)
             return
         context = multiprocessing.get_context("spawn")  # a fork of a process with JAX in it may hang
         with concurrent.futures.ProcessPoolExecutor(min(processes, len(todo)), context, _start_worker) as pool:
-            futures = [pool.submit(self.tokenise, index, parts[index]) for index in todo]
             try:
-                for future in concurrent.futures.as_completed(futures):
-                    yield future.result()
+                yield from pool.map(self.tokenise, *work)
             except concurrent.futures.process.BrokenProcessPool as error:
                 raise DataError(
                     "A process that tokenised has died, for lack of memory perhaps. Run it again."
                 ) from error
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
 
     def tokenise(self, index: int, part: Part) -> dict[str, int]:
         """Tokenise one part into its directory and return its counts."""
@@ -260,8 +230,12 @@ class _Task:
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
         counts: dict[str, int] = {"bytes": 0, "empty": 0, "replaced": 0}
-        writers = {split: _Writer(scratch, split, self.dtype) for split in SPLITS}
-        try:
+        lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
+        with contextlib.ExitStack() as stack:
+            tokens_of, names_of = (
+                {split: stack.enter_context((scratch / f"{split}.{ending}").open("wb")) for split in SPLITS}
+                for ending in ("tokens.bin", "names.jsonl")
+            )
             for batch in batched(self.source.read(part, self.data_dir)):
                 full = [(name, text) for name, text in batch if text]
                 counts["bytes"] += sum(len(text) for _, text in full)
@@ -269,72 +243,47 @@ class _Task:
                 counts["replaced"] += sum(self.tokenizer.replaced(text) for _, text in full)
                 encoded = self.tokenizer.encode_batch([text for _, text in full])
                 for (name, text), tokens in zip(full, encoded, strict=True):
-                    split = "valid" if is_held_out(text, self.valid_fraction) else "train"
-                    writers[split].add(name, np.append(tokens, self.tokenizer.end_of_document))
-        finally:
-            for writer in writers.values():
-                writer.close()
-        for split, writer in writers.items():
-            counts[f"{split}_tokens"] = sum(writer.lengths)
+                    split = "valid" if is_held_out(text, self.identity["valid_fraction"]) else "train"
+                    tokens_of[split].write(np.append(tokens, self.tokenizer.end_of_document).astype(self.dtype).data)
+                    names_of[split].write(json.dumps(name).encode() + b"\n")
+                    lengths[split].append(len(tokens) + 1)
+        for split in SPLITS:
+            np.save(scratch / f"{split}.lengths.npy", np.array(lengths[split], np.int64))
         (scratch / "counts.json").write_text(json.dumps(counts))
         scratch.rename(self._part(index))
         return counts
 
     def _join(self, split: str, parts: int, store: Path) -> dict[str, Any]:
         """Lay the parts of a split end to end and return its entry of the manifest."""
-        digest, lengths = hashlib.sha256(), [np.zeros(1, np.int64)]
-        with (store / f"{split}.tokens.bin").open("wb") as out, (store / f"{split}.names.jsonl").open("wb") as names:
+        lengths = [np.zeros(1, np.int64)]
+        with (store / f"{split}.tokens.bin").open("w+b") as out, (store / f"{split}.names.jsonl").open("wb") as names:
             for index in range(parts):
-                directory = self._part(index)
-                expected, size = self._counts(index)[f"{split}_tokens"] * self.dtype.itemsize, 0
+                directory, before = self._part(index), out.tell()
+                lengths.append(np.load(directory / f"{split}.lengths.npy"))
                 with (directory / f"{split}.tokens.bin").open("rb") as file:
-                    while block := file.read(2**22):
-                        out.write(block)
-                        digest.update(block)
-                        size += len(block)
+                    shutil.copyfileobj(file, out)
+                size, expected = out.tell() - before, lengths[-1].sum() * self.dtype.itemsize
                 if size != expected:
                     shutil.rmtree(directory)
                     raise DataError(
                         f"{directory} has {size} bytes of {split} tokens and should have {expected}; it was damaged "
                         "and is deleted. Run it again to have it made anew."
                     )
-                lengths.append(np.load(directory / f"{split}.lengths.npy"))
                 names.write((directory / f"{split}.names.jsonl").read_bytes())
+            out.seek(0)
+            digest = hashlib.file_digest(out, "sha256").hexdigest()
         offsets = np.cumsum(np.concatenate(lengths))
         np.save(store / f"{split}.offsets.npy", offsets)
-        return {"documents": len(offsets) - 1, "tokens": int(offsets[-1]), "sha256": digest.hexdigest()}
+        return {"documents": len(offsets) - 1, "tokens": int(offsets[-1]), "sha256": digest}
 
     def _part(self, index: int) -> Path:
         return self.scratch / "parts" / f"{index:06}"
-
-    def _counts(self, index: int) -> dict[str, int]:
-        return json.loads((self._part(index) / "counts.json").read_text())
 
 
 def _start_worker() -> None:
     """A process that tokenises: it leaves Ctrl-C to its parent, and is one of as many as there are to be threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["RAYON_NUM_THREADS"] = "1"
-
-
-class _Writer:
-    """The files of one split of a part."""
-
-    def __init__(self, directory: Path, split: str, dtype: np.dtype):
-        self._path, self._dtype = directory / f"{split}.lengths.npy", dtype
-        self._tokens = (directory / f"{split}.tokens.bin").open("wb")
-        self._names = (directory / f"{split}.names.jsonl").open("w")
-        self.lengths: list[int] = []
-
-    def add(self, name: str, tokens: np.ndarray) -> None:
-        self._tokens.write(tokens.astype(self._dtype).tobytes())
-        self._names.write(json.dumps(name) + "\n")
-        self.lengths.append(len(tokens))
-
-    def close(self) -> None:
-        self._tokens.close()
-        self._names.close()
-        np.save(self._path, np.array(self.lengths, np.int64))
 
 
 def batched(documents: Iterator[tuple[str, bytes]]) -> Iterator[list[tuple[str, bytes]]]:

@@ -108,14 +108,14 @@ class Store:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Store:
         """Open the store in `path`; no token is read. Raises `ConfigError` if a file is missing or damaged."""
-        path = Path(path)
+        path = Path(path).expanduser()
         try:
             manifest = json.loads((path / MANIFEST).read_text())
             train, valid = (_open_split(path, manifest, split) for split in SPLITS)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ConfigError(
                 f"The token store {path} is damaged, or is none ({type(error).__name__}: {error}). If it is one, "
-                "delete it, to have it made again."
+                "delete it, to have it made again; if it is none, name another directory."
             ) from error
         return cls(path, manifest, train, valid)
 

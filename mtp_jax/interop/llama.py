@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from mtp_jax.heads.config import HeadConfig
-from mtp_jax.heads.mixture import MixtureHead
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.model.config import ModelConfig
 from mtp_jax.model.transformer import Trunk
@@ -72,46 +71,42 @@ def state_dict(model: LanguageModel) -> dict[str, np.ndarray]:
     """
     check_exportable(model.config, model.head.config)
     assert isinstance(model.trunk, Trunk), "export the model as it was loaded, not as decoding lays it out"
-    blocks, embed_VD = model.trunk.blocks, model.unembed_VD if model.embed_VD is None else model.embed_VD
-    weights = {"model.embed_tokens.weight": embed_VD, "model.norm.weight": model.trunk.norm.scale}
-    found = {name: np.asarray(weight[...], np.float32) for name, weight in weights.items()}  # type: ignore[index]
+    config, layers, blocks = model.config, model.config.num_layers, model.trunk.blocks
     attention, feed_forward = blocks.attention, blocks.feed_forward
-    matrices = {
-        "self_attn.q_proj": (attention.wq_DNH, 1),
-        "self_attn.k_proj": (attention.wk_DKH, 1),
-        "self_attn.v_proj": (attention.wv_DKH, 1),
-        "self_attn.o_proj": (attention.wo_NHD, 2),
-        "mlp.gate_proj": (feed_forward.w_gate_DF, 1),
-        "mlp.up_proj": (feed_forward.w_up_DF, 1),
-        "mlp.down_proj": (feed_forward.w_down_FD, 1),
+    matrices = {  # with the number of their inputs
+        "self_attn.q_proj": (attention.wq_DNH, config.d_model),
+        "self_attn.k_proj": (attention.wk_DKH, config.d_model),
+        "self_attn.v_proj": (attention.wv_DKH, config.d_model),
+        "self_attn.o_proj": (attention.wo_NHD, config.num_heads * config.head_width),
+        "mlp.gate_proj": (feed_forward.w_gate_DF, config.d_model),
+        "mlp.up_proj": (feed_forward.w_up_DF, config.d_model),
+        "mlp.down_proj": (feed_forward.w_down_FD, config.d_ff),
     }
-    vectors = {"input_layernorm.weight": blocks.attention_norm.scale}
-    vectors["post_attention_layernorm.weight"] = blocks.feed_forward_norm.scale
-    if model.config.qkv_bias:
-        biases = {"q": attention.bq_NH, "k": attention.bk_KH, "v": attention.bv_KH}
-        vectors |= {f"self_attn.{name}_proj.bias": bias for name, bias in biases.items()}
-    layers = range(model.config.num_layers)
-    for name, (stacked, inputs) in matrices.items():
-        weight = np.asarray(stacked[...], np.float32)
-        rows = int(np.prod(weight.shape[1 : 1 + inputs]))
-        for i in layers:
-            found[f"model.layers.{i}.{name}.weight"] = weight[i].reshape(rows, -1).T
-    for name, stacked in vectors.items():
-        for i, vector in enumerate(np.asarray(stacked[...], np.float32)):
-            found[f"model.layers.{i}.{name}"] = vector.reshape(-1)
-    if model.config.qkv_bias:  # the same switch of theirs gives the output a bias
-        found |= {f"model.layers.{i}.self_attn.o_proj.bias": np.zeros(model.config.d_model, np.float32) for i in layers}
-    return found | {"lm_head.weight": _table(model)}
+    stacked: dict[str, np.ndarray] = {
+        f"{name}.weight": _host(weight).reshape(layers, inputs, -1).swapaxes(1, 2)
+        for name, (weight, inputs) in matrices.items()
+    }
+    stacked["input_layernorm.weight"] = _host(blocks.attention_norm.scale)
+    stacked["post_attention_layernorm.weight"] = _host(blocks.feed_forward_norm.scale)
+    if config.qkv_bias:
+        for name, bias in {"q": attention.bq_NH, "k": attention.bk_KH, "v": attention.bv_KH}.items():
+            stacked[f"self_attn.{name}_proj.bias"] = _host(bias).reshape(layers, -1)
+        # The same switch of theirs gives the output a bias.
+        stacked["self_attn.o_proj.bias"] = np.zeros((layers, config.d_model), np.float32)
+    found = {f"model.layers.{i}.{name}": weight[i] for name, weight in stacked.items() for i in range(layers)}
+    found["model.embed_tokens.weight"] = _host(model.unembed_VD if model.embed_VD is None else model.embed_VD)
+    return found | {"model.norm.weight": _host(model.trunk.norm.scale), "lm_head.weight": _table(model)}
+
+
+def _host(weight: Any) -> np.ndarray:
+    return np.asarray(weight[...], np.float32)
 
 
 def _table(model: LanguageModel) -> np.ndarray:
     """The target's table `[V, D]`."""
     if model.head.config.target == "ntp":
-        return np.asarray(model.unembed_VD[...], np.float32)  # type: ignore[index]
+        return _host(model.unembed_VD)
     # Whatever the factors are, with one component logits are linear: those of the unit vectors are the table.
-    assert isinstance(model.head, MixtureHead)
     unit_1DD, none_1D = jnp.eye(model.config.d_model)[None], jnp.zeros((1, model.config.d_model), jnp.int32)
-    logits_1DRV = jax.jit(lambda model, *seen: model.head.logits(model.seen(*seen), stop=1)[0])(
-        model, unit_1DD, none_1D
-    )
-    return np.asarray(logits_1DRV)[0, :, 0].T
+    logits = jax.jit(lambda model, *seen: model.head.logits(model.seen(*seen), stop=1)[0])
+    return np.asarray(logits(model, unit_1DD, none_1D))[0, :, 0].T  # of [1, D, R, V]

@@ -31,9 +31,7 @@ class LocalDocuments(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         features = tfds.features.FeaturesDict({"name": tfds.features.Text(), "text": tfds.features.Text()})
-        return tfds.core.DatasetInfo(
-            builder=self, description="Local documents.", features=features, disable_shuffling=True
-        )
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Any]:
         return {"documents": self._generate_examples()}

@@ -35,8 +35,10 @@ class Files:
     def matching(cls, pattern: str) -> Files:
         """What a glob matches (`**` crosses directories), below its part without wildcards: a corpus that moves as a
         whole keeps its names. Raises `ConfigError` if no file matches."""
-        root, below = _split_pattern(pattern)
-        matches = glob.glob(below, root_dir=root, recursive=True)
+        parts = Path(pattern).expanduser().parts
+        wild = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts) - 1)
+        root = Path(*parts[:wild])
+        matches = glob.glob(str(Path(*parts[wild:])), root_dir=root, recursive=True)
         names = sorted({Path(match).as_posix() for match in matches if (root / match).is_file()})
         require(
             bool(names),
@@ -64,10 +66,7 @@ class Files:
     def parts(self, data_dir: Path, separator: bytes = b"") -> list[Part]:
         """Small files together; a large one in ranges of bytes that end with a `separator`, if one is given."""
         sizes = [self._stat(name).st_size for name in self.names]
-        require(
-            any(sizes),
-            f"The source has no documents: nothing is in {self}. Change DataConfig.files.",
-        )
+        require(any(sizes), f"The source has no documents: nothing is in {self}. Change DataConfig.files.")
         parts, begin = [], 0
         for i, (name, size) in enumerate(zip(self.names, sizes, strict=True)):
             if separator and size > base.PART_BYTES and not name.endswith(".gz"):
@@ -120,10 +119,3 @@ class Files:
         if cuts[-1] < size:
             cuts.append(size)
         return [Part(name, *cut) for cut in itertools.pairwise(cuts)]
-
-
-def _split_pattern(pattern: str) -> tuple[Path, str]:
-    """The directory before the first wildcard of `pattern`, and the rest of it."""
-    parts = Path(pattern).expanduser().parts
-    wild = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts) - 1)
-    return Path(*parts[:wild]), str(Path(*parts[wild:]))

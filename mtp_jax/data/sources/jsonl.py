@@ -16,7 +16,7 @@ class JsonLines:
     """The string in field `DataConfig.field` of each line; `meta.text` is the field `text` of the object in `meta`.
 
     Files whose name ends in `.gz` are decompressed. A document is called `file:offset` by the byte where its line
-    begins (after decompression). Blank lines are skipped. A lone surrogate, which UTF-8 does not have, becomes `?`.
+    begins (after decompression). Blank lines are skipped. A lone surrogate is kept, in three bytes that are not UTF-8.
     """
 
     def __init__(self, config: SourceConfig):

@@ -49,10 +49,7 @@ class Parquet:
                     for group in base.grouped([group.column(column).total_uncompressed_size for group in groups])
                     if file.metadata.num_rows
                 ]
-        require(
-            bool(parts),
-            f"The source has no documents: no row is in {self.files}. Change DataConfig.files.",
-        )
+        require(bool(parts), f"The source has no documents: no row is in {self.files}. Change DataConfig.files.")
         return parts
 
     def read(self, part: Part, data_dir: Path) -> Iterator[tuple[str, bytes]]:
@@ -61,7 +58,6 @@ class Parquet:
         import pyarrow.compute as pc
 
         with self._opened(part.name) as file:
-            self._column(part.name, file)
             row = sum(file.metadata.row_group(i).num_rows for i in range(part.begin))
             groups = range(part.begin, part.end)
             for batch in file.iter_batches(BATCH, row_groups=groups, columns=[self.field], use_threads=False):

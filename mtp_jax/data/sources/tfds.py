@@ -61,7 +61,14 @@ class TfdsDataset:
     def _open(self, data_dir: Path) -> tuple[Any, Any]:
         """The builder, its data set made, and the examples. Raises `ConfigError` on what the configuration names."""
         builder = self._builder(data_dir)
-        self._check_field(builder.info.features)
+        feature: Any = builder.info.features
+        for key in self.field.split("."):
+            feature = feature[key] if hasattr(feature, "keys") and key in feature else None
+        require(
+            getattr(feature, "shape", None) == () and getattr(feature, "np_dtype", None) in (object, str, bytes),
+            f"DataConfig.field is {self.field!r} and {self.dataset} has no such feature of strings; it has "
+            f"{', '.join(builder.info.features)}.",
+        )
         try:
             return builder, builder.as_data_source(split=self.split)
         except (NotImplementedError, ImportError) as error:
@@ -104,13 +111,3 @@ class TfdsDataset:
                 f"TFDS cannot prepare {self.dataset} in {data_dir}: {type(error).__name__}: {error}. Prepare it "
                 "elsewhere, with file_format='array_record', and give its directory as --data.dataset."
             ) from error
-
-    def _check_field(self, features: Any) -> None:
-        feature: Any = features
-        for key in self.field.split("."):
-            feature = feature[key] if hasattr(feature, "keys") and key in feature else None
-        require(
-            getattr(feature, "shape", None) == () and getattr(feature, "np_dtype", None) in (object, str, bytes),
-            f"DataConfig.field is {self.field!r} and {self.dataset} has no such feature of strings; it has "
-            f"{', '.join(features)}.",
-        )

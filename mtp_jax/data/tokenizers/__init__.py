@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from mtp_jax.data.tokenizers import byte, hf, sentence_piece
 from mtp_jax.data.tokenizers.base import Tokenizer, utf8
 from mtp_jax.data.tokenizers.byte import ByteTokenizer
 from mtp_jax.data.tokenizers.hf import HFTokenizer
@@ -30,9 +29,9 @@ __all__ = [
 
 # kind: (argument, end_of_document) to the tokenizer. The libraries are imported when a tokenizer is made.
 TOKENIZERS: dict[str, Callable[[str, str], Tokenizer]] = {
-    "bytes": byte.load,
-    "hf": hf.load,
-    "sentencepiece": sentence_piece.load,
+    "bytes": ByteTokenizer.load,
+    "hf": HFTokenizer.load,
+    "sentencepiece": SentencePieceTokenizer.load,
 }
 
 

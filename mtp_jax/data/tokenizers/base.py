@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection, Sequence
-from typing import Any, Protocol
+import hashlib
+from collections.abc import Sequence
+from typing import Any, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -13,26 +14,16 @@ from mtp_jax.validate import ConfigError, require
 
 
 class Tokenizer(Protocol):
-    """What the framework asks of a tokenizer. Ids lie in [0, vocab_size); `end_of_document` is one of them.
+    """What the framework asks of a tokenizer.
 
-    Text never becomes `end_of_document`, whatever it says: a document that contains the string `<|endoftext|>` has the
-    ids of those characters.
+    `name` is the one that `load_tokenizer` knows it by. Ids lie in [0, vocab_size), special ones included, and
+    `end_of_document`, which ends every document of a prepared data set, is one of them. Text never becomes it, whatever
+    it says: a document that contains the string `<|endoftext|>` has the ids of those characters.
     """
 
-    @property
-    def name(self) -> str:
-        """The name that `load_tokenizer` knows it by."""
-        ...
-
-    @property
-    def vocab_size(self) -> int:
-        """One more than the largest id, special ones included."""
-        ...
-
-    @property
-    def end_of_document(self) -> int:
-        """The id that ends every document of a prepared data set."""
-        ...
+    name: str
+    vocab_size: int
+    end_of_document: int
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """The ids of `text`, int32, without `end_of_document`. Bytes that are not UTF-8: see `replaced`."""
@@ -69,6 +60,93 @@ class Tokenizer(Protocol):
         ...
 
 
+class FileTokenizer(Tokenizer):
+    """What the tokenizers of one file have in common. Text that is not UTF-8 is encoded with U+FFFD in its place.
+
+    `kind` is their name in `TOKENIZERS`, `file` that of their file in a directory. `_open` reads the file and gives the
+    token that ends documents, if the file says so, and all special tokens with their ids; id i stands for `_pieces[i]`.
+    """
+
+    kind: str
+    file: str
+    _pieces: Sequence[bytes]
+
+    def __init__(self, data: bytes, end_of_document: str = "", name: str = ""):
+        """From the bytes of the file. The token `end_of_document` ends documents; empty: the tokenizer's own.
+
+        Raises `ConfigError` if it is no such file, does not say what ends a document, or has not what is asked for.
+        """
+        self._data, self.name = data, name or self.kind
+        own, special = self._open(data)
+        listed = ", ".join(map(repr, sorted(special)[:20])) or "none"
+        near = difflib.get_close_matches(end_of_document, special, n=1, cutoff=0.5)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        require(
+            not end_of_document or end_of_document in special,
+            f"DataConfig.end_of_document is {end_of_document!r} and the tokenizer {self.name!r} has no such special "
+            f"token; {hint}It has {listed}.",
+        )
+        self._end = end_of_document or own
+        require(
+            bool(self._end),
+            f"DataConfig.end_of_document is empty and nothing says which token of {self.name!r} ends a document. "
+            f"Set it to one of its special tokens: {listed}.",
+        )
+        self.end_of_document = special[self._end]
+
+    def _open(self, data: bytes) -> tuple[str, dict[str, int]]:
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, argument: str, end_of_document: str) -> Self:
+        """The tokenizer of the file `argument`, or of `file` in that directory, local or in an object store.
+
+        Raises `ConfigError` if there is none.
+        """
+        from etils import epath  # here, since bytes need no file
+
+        require(
+            bool(argument),
+            f"DataConfig.tokenizer is {cls.kind!r}; give the path of its file too, such as "
+            f"'{cls.kind}:models/{cls.file}'.",
+        )
+        name, path = f"{cls.kind}:{argument}", epath.Path(argument).expanduser()
+        path = path / cls.file if path.is_dir() else path
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ConfigError(
+                f"DataConfig.tokenizer is {name!r} and {path} cannot be read ({type(error).__name__}). Give the path "
+                f"of a {cls.file}, or of the directory that holds it."
+            ) from error
+        return cls(data, end_of_document, name)
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        """The ids of `text`, int32."""
+        return self.encode_batch([to_utf8(text)])[0]
+
+    def replaced(self, text: bytes) -> int:
+        """How many U+FFFD stand in `text` for what is not UTF-8."""
+        return utf8(text)[1]
+
+    def decode_bytes(self, ids: npt.ArrayLike) -> bytes:
+        """The bytes of `ids`."""
+        return b"".join(self._pieces[i] for i in self._meaningful(ids))
+
+    def to_json(self) -> dict[str, Any]:
+        """The hash of the file and the token that ends a document; not where the file is."""
+        return {"name": self.kind, "sha256": hashlib.sha256(self._data).hexdigest(), "end_of_document": self._end}
+
+    def files(self) -> dict[str, bytes]:
+        """The file as it was read."""
+        return {self.file: self._data}
+
+    def _meaningful(self, ids: npt.ArrayLike) -> list[int]:
+        """Those of `ids` that stand for something."""
+        found = np.asarray(ids, np.int64).ravel().tolist()
+        return [i for i in found if 0 <= i < len(self._pieces) and self._pieces[i]]
+
+
 def to_utf8(text: str | bytes) -> bytes:
     """`text` as bytes. Command-line arguments hold bytes that are not UTF-8 as surrogate escapes; these come back."""
     return text.encode("utf-8", "surrogateescape") if isinstance(text, str) else text
@@ -81,58 +159,3 @@ def utf8(data: bytes) -> tuple[str, int]:
     except UnicodeDecodeError:
         text = data.decode("utf-8", "replace")
         return text, text.count("\ufffd") - data.count("\ufffd".encode())
-
-
-def read_model(kind: str, argument: str, file: str) -> bytes:
-    """The file that `kind:argument` names: itself, or `file` in the directory `argument`, local or in an object store.
-
-    Raises `ConfigError` if there is none.
-    """
-    from etils import epath  # here, since bytes need no file
-
-    require(
-        bool(argument),
-        f"DataConfig.tokenizer is {kind!r}; give the path of its file too, such as '{kind}:models/{file}'.",
-    )
-    path = epath.Path(argument).expanduser()
-    path = path / file if path.is_dir() else path
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(
-            f"DataConfig.tokenizer is '{kind}:{argument}' and {path} cannot be read ({type(error).__name__}). Give the "
-            f"path of a {file}, or of the directory that holds it."
-        ) from error
-
-
-def choose_end(name: str, asked: str, own: str | None, special: Collection[str]) -> str:
-    """The token that ends documents: the one that is `asked` for, or else the tokenizer's `own`.
-
-    Raises `ConfigError` if there is neither, or if what is asked for is not among the `special` tokens.
-    """
-    listed = ", ".join(map(repr, sorted(special)[:20])) or "none"
-    if asked:
-        near = difflib.get_close_matches(asked, special, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        require(
-            asked in special,
-            f"DataConfig.end_of_document is {asked!r} and the tokenizer {name!r} has no such special token; {hint}"
-            f"It has {listed}.",
-        )
-        return asked
-    if own is None:
-        raise ConfigError(
-            f"DataConfig.end_of_document is empty and nothing says which token of {name!r} ends a document. "
-            f"Set it to one of its special tokens: {listed}."
-        )
-    return own
-
-
-def meaningful(pieces: Sequence[bytes], ids: npt.ArrayLike) -> list[int]:
-    """Those of `ids` that stand for something: id i stands for `pieces[i]`, and ids outside for nothing."""
-    return [i for i in np.asarray(ids, np.int64).ravel().tolist() if 0 <= i < len(pieces) and pieces[i]]
-
-
-def join(pieces: Sequence[bytes], ids: npt.ArrayLike) -> bytes:
-    """What `ids` stand for together."""
-    return b"".join(pieces[i] for i in meaningful(pieces, ids))

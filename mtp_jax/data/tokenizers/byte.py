@@ -48,13 +48,13 @@ class ByteTokenizer:
         """None: there is nothing to keep."""
         return {}
 
-
-def load(argument: str, end_of_document: str) -> ByteTokenizer:
-    """The tokenizer `bytes`. Raises `ConfigError` if it is given anything."""
-    require(not argument, f"DataConfig.tokenizer is 'bytes:{argument}'; bytes takes no argument. Write 'bytes'.")
-    require(
-        not end_of_document,
-        f"DataConfig.end_of_document is {end_of_document!r} and the tokenizer is 'bytes', which ends documents with "
-        "its id 256. Leave end_of_document empty.",
-    )
-    return ByteTokenizer()
+    @classmethod
+    def load(cls, argument: str, end_of_document: str) -> ByteTokenizer:
+        """The tokenizer `bytes`. Raises `ConfigError` if it is given anything."""
+        require(not argument, f"DataConfig.tokenizer is 'bytes:{argument}'; bytes takes no argument. Write 'bytes'.")
+        require(
+            not end_of_document,
+            f"DataConfig.end_of_document is {end_of_document!r} and the tokenizer is 'bytes', which ends documents "
+            "with its id 256. Leave end_of_document empty.",
+        )
+        return cls()

@@ -3,44 +3,51 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mtp_jax.data.tokenizers.base import choose_end, join, meaningful, read_model, to_utf8, utf8
+from mtp_jax.data.tokenizers.base import FileTokenizer, utf8
 from mtp_jax.validate import ConfigError, require
 
-FILE = "tokenizer.json"
 # The first of these that a tokenizer has ends its documents. Ends of turns come last: a base model may have both.
 ENDS = ("<|endoftext|>", "<|end_of_text|>", "<\uff5cend\u2581of\u2581sentence\uff5c>", "</s>", "<eos>", "[EOS]")
 ENDS += ("<|eot_id|>", "<|im_end|>")
 
 
-class HFTokenizer:
+class HFTokenizer(FileTokenizer):
     """A tokenizer of the `tokenizers` library. It encodes all of a text and adds nothing.
 
-    Truncation, padding, dropout and the special tokens of a template are switched off, whatever the file says.
-    Text that is not UTF-8 is encoded with U+FFFD in its place.
+    Truncation, padding, dropout and the special tokens of a template are switched off, whatever the file says. The
+    bytes of ids are exact for byte-level tokenizers: parts of a character come as they are.
     """
 
-    def __init__(self, data: bytes, end_of_document: str = "", name: str = "hf"):
-        """From the bytes of a `tokenizer.json`.
+    kind, file = "hf", "tokenizer.json"
 
-        Raises:
-          ConfigError: it is none, or does not say what ends a document, or has not what `end_of_document` names.
-        """
+    def __init__(self, data: bytes, end_of_document: str = "", name: str = ""):
+        """As `FileTokenizer`. Raises `ConfigError` too if text can say what ends a document."""
+        super().__init__(data, end_of_document, name)
+        # Some files have it as an ordinary word, which would be found in text.
+        self._tok.add_special_tokens([self._end])
+        self.vocab_size = 1 + max(self._tok.get_vocab(with_added_tokens=True).values())
+        require(
+            self.end_of_document not in self.encode(self._end),
+            f"DataConfig.end_of_document is {self._end!r} and the tokenizer {self.name!r} reads it in text too, so a "
+            "document that contains it would end there. Choose another special token, or give the SentencePiece model "
+            "that the file was made from, if there is one: 'sentencepiece:PATH'.",
+        )
+
+    def _open(self, data: bytes) -> tuple[str, dict[str, int]]:
         import tokenizers
 
         try:
-            tok = tokenizers.Tokenizer.from_buffer(data)
+            self._tok = tok = tokenizers.Tokenizer.from_buffer(data)
         except Exception as error:  # the library raises nothing more special
             raise ConfigError(
-                f"DataConfig.tokenizer is {name!r}, which is not a {FILE} of Hugging Face: {error}. A SentencePiece "
-                "model is named 'sentencepiece:PATH'."
+                f"DataConfig.tokenizer is {self.name!r}, which is not a {self.file} of Hugging Face: {error}. A "
+                "SentencePiece model is named 'sentencepiece:PATH'."
             ) from error
         tok.no_truncation()
         tok.no_padding()
@@ -48,50 +55,18 @@ class HFTokenizer:
             tok.model.dropout = None
         tok.encode_special_tokens = True
         added = {token.content: id for id, token in tok.get_added_tokens_decoder().items()}
-        own = next((end for end in ENDS if end in added), None)
-        self._end = choose_end(name, end_of_document, own, added)
-        # Some files have it as an ordinary word, which would be found in text.
-        tok.add_special_tokens([self._end])
-        self._tok, self._data, self.name = tok, data, name
-        self.vocab_size = 1 + max(tok.get_vocab(with_added_tokens=True).values())
-        self.end_of_document = added[self._end]
-        require(
-            self.end_of_document not in self.encode(self._end),
-            f"DataConfig.end_of_document is {self._end!r} and the tokenizer {name!r} reads it in text too, so a "
-            "document that contains it would end there. Choose another special token, or give the SentencePiece model "
-            "that the file was made from, if there is one: 'sentencepiece:PATH'.",
-        )
-
-    def encode(self, text: str | bytes) -> np.ndarray:
-        """The ids of `text`, int32."""
-        return self.encode_batch([to_utf8(text)])[0]
+        return next((end for end in ENDS if end in added), ""), added
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """The ids of every text, on all cores ($RAYON_NUM_THREADS of them)."""
         encodings = self._tok.encode_batch_fast([utf8(text)[0] for text in texts], add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
 
-    def replaced(self, text: bytes) -> int:
-        """How many U+FFFD stand in `text` for what is not UTF-8."""
-        return utf8(text)[1]
-
-    def decode_bytes(self, ids: npt.ArrayLike) -> bytes:
-        """The bytes of `ids`. Exact for byte-level tokenizers: parts of a character come as they are."""
-        return join(self._pieces, ids)
-
     def decode(self, ids: npt.ArrayLike) -> str:
         """The text of a whole document."""
         if self._byte_level:
             return self.decode_bytes(ids).decode("utf-8", "replace")
-        return self._tok.decode(meaningful(self._pieces, ids))
-
-    def to_json(self) -> dict[str, Any]:
-        """The hash of the file and the token that ends a document; not where the file is."""
-        return {"name": "hf", "sha256": hashlib.sha256(self._data).hexdigest(), "end_of_document": self._end}
-
-    def files(self) -> dict[str, bytes]:
-        """The `tokenizer.json` as it was read."""
-        return {FILE: self._data}
+        return self._tok.decode(self._meaningful(ids))
 
     @functools.cached_property
     def _byte_level(self) -> bool:
@@ -139,8 +114,3 @@ def byte_alphabet() -> dict[str, int]:
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in set(visible)]
     return {chr(byte): byte for byte in visible} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}
-
-
-def load(argument: str, end_of_document: str) -> HFTokenizer:
-    """The tokenizer in the file or directory `argument`."""
-    return HFTokenizer(read_model("hf", argument, FILE), end_of_document, f"hf:{argument}")
