@@ -31,7 +31,7 @@ def undecided(title: str, what: str) -> Claim:
 
 def signed(e: Estimate | None) -> str:
     """A difference with its interval, in a table."""
-    return "-" if e is None else e.signed
+    return "-" if e is None else f"{e:+.3f}"
 
 
 def over_text(
@@ -48,4 +48,4 @@ def above(e: Estimate, least: float) -> Estimate:
 
 def ratio_text(e: Estimate | None) -> str:
     """A ratio with its interval, in a table."""
-    return "-" if e is None else e.ratio
+    return "-" if e is None else f"{e:.3f}".replace(" ", "x ", 1)

@@ -48,7 +48,7 @@ def _by_reading(found: Sequence[RankResults], metric: Metric, unit: str) -> str:
             own = estimate(results, point, "steps", metric)
             if own is not None:
                 cells = [_with_share(results, point, reading, metric) for reading in READINGS]
-                rows.append([results.label, results.text(point), str(own), *cells, own.how])
+                rows.append([results.label, results.text(point), f"{own:.3f}", *cells, own.how])
     over_reference = (f"difference, {text}" for text in READINGS.values())
     return markdown_table(["sweep", "run", f"{unit}, equal steps", *over_reference, "interval over"], rows)
 
@@ -214,7 +214,8 @@ def balance(all_results: Sequence[RankResults]) -> Claim:
             cells = (over_text(results, point, compare(results, point, "steps", m)) for m in (joint_loss, TOKENS_T))
             rank = results.of(point)[0].head["rank"]
             loss = estimate(results, point, "steps", joint_loss)
-            rows.append([results.label, results.text(point), f"{effective[point]:.2f} of {rank}", str(loss), *cells])
+            own = f"{loss:.3f}" if loss else "-"
+            rows.append([results.label, results.text(point), f"{effective[point]:.2f} of {rank}", own, *cells])
     header = ["sweep", "run", "effective components", "joint loss", "over none", "tokens per forward over none"]
     text = (
         f"Equal steps, T = {MAIN_T:g}. Confirmed if fewer than {COLLAPSED:g} components are in effect without "
@@ -262,7 +263,9 @@ def conditioning(all_results: Sequence[RankResults]) -> Claim:
             if units:
                 e = over(units, lambda own, other: own - other, results.looks)
                 means = [np.mean([a.sum() / b.sum() for a, b in of]) for of in zip(*units, strict=True)]
-                rows.append([results.label, results.text(point), *(f"{mean:.3f}" for mean in means), e.signed, e.how])
+                rows.append(
+                    [results.label, results.text(point), *(f"{mean:.3f}" for mean in means), f"{e:+.3f}", e.how]
+                )
                 gains += [e] if results.reference(point) != point else []
         if gains:
             used.append(results)

@@ -47,7 +47,7 @@ def faster(all_results: Sequence[RankResults]) -> Claim:
                     + " (busy)" * (at.get("load", 0) > BUSY)
                     for run in results.of(point)
                     for at in run.raw["measured"].values()
-                    if at["speed"]
+                    if at.get("speed")  # newer sweeps do not measure it
                 )
                 up = speedup(results, point, "seconds", MAIN_T)
                 over_plain = [f"{up:.2f}x" if up else "-", next(direct, "-")]

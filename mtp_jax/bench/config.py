@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mtp_jax.heads.config import HeadConfig
-from mtp_jax.validate import at_least, choices, positive, require
+from mtp_jax.validate import at_least, choices, require
 
 
 @dataclass(frozen=True)
@@ -112,15 +112,3 @@ class TrainBenchConfig:
         at_least(self, 1, "repetitions")
         low = min(self.ranks, default=0)
         require(low >= 1, f"TrainBenchConfig.ranks is {self.ranks}; give one or more, each at least 1.")
-
-
-@dataclass(frozen=True)
-class DataBenchConfig:
-    """What `mtp-jax bench data` measures: tokenising and reading for `seconds` each, and `steps` of training."""
-
-    seconds: float = 5.0
-    steps: int = 20
-
-    def __post_init__(self) -> None:
-        positive(self, "seconds")
-        at_least(self, 1, "steps")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -44,14 +44,9 @@ def check(config: BenchConfig, run: TrainConfig) -> None:
 
 
 def bench_decode(
-    run: LoadedRun,
-    config: BenchConfig,
-    progress: Callable[[str], None] = lambda _: None,
-    prompts: Sequence[Any] | None = None,
+    run: LoadedRun, config: BenchConfig, progress: Callable[[str], None] = lambda _: None
 ) -> dict[str, Any]:
     """Measure and return `{"rows": [...], ...}`, the object that the command prints last.
-
-    `prompts` are token ids to continue in place of those that `config` chooses, `config.prompts` of them.
 
     A row's `speedup` is its tokens/s over those of k = 0 in the dtype `plain_dtype`, the fastest for k = 0, all else
     being equal, the median of the `speedups` by repetition; `verify_cost` the time of one of its iterations over one of
@@ -65,22 +60,19 @@ def bench_decode(
         max(config.ks, default=0) <= most,
         f"BenchConfig.ks is {config.ks} and the head of the run drafts at most {most} tokens; leave out what is more.",
     )
-    return bench_runs({"": run}, config, progress, prompts)[""]
+    return bench_runs({"": run}, config, progress)[""]
 
 
 def bench_runs(
-    runs: Mapping[str, LoadedRun],
-    config: BenchConfig,
-    progress: Callable[[str], None] = lambda _: None,
-    prompts: Sequence[Any] | None = None,
+    runs: Mapping[str, LoadedRun], config: BenchConfig, progress: Callable[[str], None] = lambda _: None
 ) -> dict[str, dict[str, Any]]:
     """`bench_decode` of several runs in one process, prompt by prompt in turn: their speeds compare with each other.
 
-    Of `config.ks` each has those that it can draft; `prompts` are the same for all, and so are the dtypes.
+    Of `config.ks` each has those that it can draft; the dtypes are the same for all.
     """
     for run in runs.values():
         check(config, run.config)
-    benches = {name: _Bench(run, config, prompts) for name, run in runs.items()}
+    benches = {name: _Bench(run, config) for name, run in runs.items()}
     for batch in config.batch_sizes:
         # The same cells for all.
         both = any([bench.tries(batch, progress) for bench in benches.values()])
@@ -104,13 +96,9 @@ def bench_runs(
 class _Bench:
     """One run that is measured."""
 
-    def __init__(self, run: LoadedRun, config: BenchConfig, prompts: Sequence[Any] | None):
+    def __init__(self, run: LoadedRun, config: BenchConfig):
         self.run, self.config = run, config
-        self.prompts = list(chosen_prompts(run, config) if prompts is None else prompts)
-        require(
-            len(self.prompts) == config.prompts,
-            f"BenchConfig.prompts is {config.prompts} and {len(self.prompts)} were given; make them as many.",
-        )
+        self.prompts = chosen_prompts(run, config)
         self.prefill_seconds: list[float] = []
         self.cells: list[Cell] = []
         self.trials: dict[tuple[int, int], dict[str, float]] = {}

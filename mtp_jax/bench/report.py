@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
+
+def _identical(row: Row) -> str:
+    if row["identical_to_plain"] is None:
+        return "-"
+    gap = "" if row["logit_gap"] is None else f" by {row['logit_gap']:.2g}"
+    return "yes" if row["identical_to_plain"] else f"{row['rows_that_differ']} rows differ{gap}"
+
+
 COLUMNS: dict[str, Callable[[Row], str]] = {
     "batch": lambda row: f"{row['batch']}",
     "dtype": lambda row: row["dtype"],
@@ -37,7 +45,7 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
     "tokens per forward": lambda row: f"{row['block_efficiency']:.2f}",
     "acceptance": lambda row: " ".join(f"{share:.2f}" for share in row["acceptance"]) or "-",
     "verify cost": lambda row: "-" if row.get("verify_cost") is None else f"{row['verify_cost']:.2f}",
-    "identical": lambda row: _identical(row),
+    "identical": _identical,
 }
 
 
@@ -138,24 +146,19 @@ def plot_acceptance(rows: Sequence[Row]) -> Figure:
 def plot_speed(rows: Sequence[Row]) -> Figure:
     """Tokens per second by k, one panel per batch size, in the dtype of its fastest row; dashed lines are what the
     speed-ups are against."""
-    rates = {_setting(row): row["tokens_per_second"] for row in rows}
-    batches = sorted({row["batch"] for row in rows})
-    dtypes = {
-        batch: max((row for row in rows if row["batch"] == batch), key=lambda row: row["tokens_per_second"])["dtype"]
-        for batch in batches
-    }
-    titles = [f"Decoding speed, batch {batch}, {dtypes[batch]}" for batch in batches]
+    fastest = {row["batch"]: row["dtype"] for row in sorted(rows[::-1], key=lambda row: row["tokens_per_second"])}
+    dtypes = dict(sorted(fastest.items()))
+    titles = [f"Decoding speed, batch {batch}, {dtype}" for batch, dtype in dtypes.items()]
     figure, parts = panels(titles, "drafts per forward, k", "tokens/s")
-    for batch, axes in zip(batches, parts, strict=True):
-        panel = [row for row in rows if (row["batch"], row["dtype"]) == (batch, dtypes[batch])]
-        for points, style in _lines(panel):
+    for (batch, dtype), axes in zip(dtypes.items(), parts, strict=True):
+        of_batch = [row for row in rows if row["batch"] == batch]
+        for points, style in _lines([row for row in of_batch if row["dtype"] == dtype]):
             axes.plot([row["k"] for row in points], [row["tokens_per_second"] for row in points], **style)
-        for row in panel:
-            if row["k"] == 0:
-                dashes = (4, 3) if row["plain_dtype"] == row["dtype"] else (1, 2)
+        for row in of_batch:
+            if row["k"] == 0 and row["dtype"] == row["plain_dtype"]:
+                dashes = (4, 3) if row["dtype"] == dtype else (1, 2)
                 dashed: dict[str, Any] = {"color": "0.4", "ls": (0, dashes), "lw": 1.0, "zorder": 1.9}
-                dashed["label"] = f"k = 0, plain decoding in {row['plain_dtype']}"
-                axes.axhline(rates[_setting({**row, "dtype": row["plain_dtype"]})], **dashed)
+                axes.axhline(row["tokens_per_second"], label=f"k = 0, plain decoding in {row['dtype']}", **dashed)
         axes.set(ylim=(0, 1.06 * axes.dataLim.ymax), xticks=sorted({row["k"] for row in rows}))
     legend(figure)
     return figure
@@ -170,17 +173,6 @@ def _lines(rows: Sequence[Row]) -> Iterator[tuple[list[Row], dict[str, Any]]]:
         if group:
             style = {"color": PALETTE[i % len(PALETTE)], "marker": MARKERS[j % len(MARKERS)], "ms": 5, "lw": 1.8}
             yield group, {**style, "label": f"T = {temperature:g}, {verifier}"}
-
-
-def _setting(row: Row) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("batch", "temperature", "verifier", "dtype", "k"))
-
-
-def _identical(row: Row) -> str:
-    if row["identical_to_plain"] is None:
-        return "-"
-    gap = "" if row["logit_gap"] is None else f" by {row['logit_gap']:.2g}"
-    return "yes" if row["identical_to_plain"] else f"{row['rows_that_differ']} rows differ{gap}"
 
 
 def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:

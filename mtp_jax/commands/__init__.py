@@ -3,20 +3,41 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+
+import tyro
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from mtp_jax.runs.loading import LoadedRun
+
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Which run, and which of its weights."""
+
+    run: Annotated[str, tyro.conf.Positional]
+    """The run directory."""
+    step: int | Literal["latest", "best"] = "latest"
+    """Which checkpoint; best is the one with the lowest held-out loss."""
+    weights: Literal["params", "ema"] = "params"
+    """The parameters, or their average over the last steps, where the run kept it (ema_decay)."""
+
+    def load(self) -> LoadedRun:
+        """The run with these weights. Raises what `mtp_jax.load` does."""
+        from mtp_jax.runs.loading import load
+
+        return load(self.run, self.step, weights=self.weights)
 
 
 def parse(cls: type[T], args: Sequence[str], name: str, default: T | None = None) -> T:
     """The options in `args` as a `cls`. Unknown options are answered with the nearest, and end the process."""
-    import tyro
-
     return tyro.cli(cls, prog=f"mtp-jax {name}", args=args, default=default)  # type: ignore[arg-type]
 
 
@@ -26,6 +47,18 @@ def console() -> Console:
 
     found = Console()
     return found if found.is_terminal else Console(width=max(found.width, 120))
+
+
+def print_table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """A table in the terminal: names on the left, numbers on the right of their columns."""
+    from rich.table import Table
+
+    table = Table(title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for index, name in enumerate(header):
+        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    console().print(table)
 
 
 def use_compilation_cache() -> None:

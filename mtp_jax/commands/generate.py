@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import tyro
-
-from mtp_jax.commands import parse, use_compilation_cache
+from mtp_jax.commands import RunOptions, parse, use_compilation_cache
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.validate import require
 
@@ -19,11 +17,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Generate:
+class Generate(RunOptions):
     """Continue text with a trained model. Accepted drafts are green; the target's own tokens are plain."""
 
-    run: Annotated[str, tyro.conf.Positional]
-    """The run directory."""
     prompt: str | None = None
     """The text to continue."""
     held_out: int = 0
@@ -44,10 +40,6 @@ class Generate:
     remembered. In float32 the text does not depend on it."""
     stop: tuple[str, ...] = ()
     """Strings that end the text and are cut off."""
-    step: int | Literal["latest", "best"] = "latest"
-    """Which checkpoint; best is the one with the lowest held-out loss."""
-    weights: Literal["params", "ema"] = "params"
-    """The parameters, or their average over the last steps, where the run kept it (ema_decay)."""
     color: Literal["auto", "always", "never"] = "auto"
 
 
@@ -67,7 +59,6 @@ def main(args: list[str]) -> None:
     from mtp_jax.decode.text import stop_bytes
     from mtp_jax.decode.tune import tuned
     from mtp_jax.runs.layout import read_config, run_tokenizer
-    from mtp_jax.runs.loading import load
     from mtp_jax.runs.paths import full_path
 
     stops = stop_bytes(options.stop)
@@ -89,7 +80,7 @@ def main(args: list[str]) -> None:
     console = Console(
         force_terminal=forced, **colors, highlight=False, emoji=False, soft_wrap=True, record=options.held_out > 0
     )
-    run = load(options.run, options.step, weights=options.weights)
+    run = options.load()
     with jax.set_mesh(run.mesh):
         decode = tuned(run.decoder, [prompts[0][1]], decode)
     for index, (name, tokens) in enumerate(prompts):

@@ -41,18 +41,10 @@ class Estimate:
         half = math.hypot(seeds, student(tail, math.inf) * self.error)
         return self.mean - half, self.mean + half
 
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} [{', '.join(f'{bound:.3f}' for bound in self.interval())}]"
-
-    @property
-    def signed(self) -> str:
-        """As a difference."""
-        return f"{self.mean:+.3f} [{', '.join(f'{bound:+.3f}' for bound in self.interval())}]"
-
-    @property
-    def ratio(self) -> str:
-        """As a ratio."""
-        return f"{self.mean:.3f}x [{', '.join(f'{bound:.3f}' for bound in self.interval())}]"
+    def __format__(self, spec: str) -> str:
+        """The number and its interval, each as `spec` says."""
+        low, high = self.interval()
+        return f"{self.mean:{spec}} [{low:{spec}}, {high:{spec}}]"
 
     @property
     def how(self) -> str:

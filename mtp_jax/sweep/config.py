@@ -33,11 +33,9 @@ class MeasureConfig:
     them, `prompt_tokens` long, each continued by `new_tokens` in batches of `batch_size`: of every checkpoint at the
     first of `temperatures` with each k in 1..W-1, and at the end with W-1 drafts at the other temperatures too. By
     default that is 10,000 verification steps of a window of 4 even where all drafts are accepted.
-    Speed is over the first `speed_prompts` of those stretches, one at a time, at the first temperature and every k,
-    `repetitions` times, at equal wall-clock. Speed is of one run of those that differ in their seed
-    alone. Training steps of all such runs and of next-token models are timed in turn, in one process, for `rounds`
-    rounds, and so are iterations of decoding at the first temperature, with each k: speeds of different runs are
-    compared by them.
+    Training steps of one run of those that differ in their seed alone and of next-token models are timed in turn, in
+    one process, for `rounds` rounds, and so are iterations of decoding one prompt at the first temperature, with each
+    k: speeds are what an iteration gives over what it takes.
     """
 
     held_out_sequences: int = 48
@@ -46,23 +44,19 @@ class MeasureConfig:
     new_tokens: int = 256
     batch_size: int = 40
     temperatures: tuple[float, ...] = (0.7, 0.0, 1.0)
-    speed_prompts: int = 8
-    repetitions: int = 3
     rounds: int = 40
     lengths: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        at_least(self, 1, "held_out_sequences", "prompts", "prompt_tokens", "batch_size", "speed_prompts")
-        at_least(self, 1, "repetitions", "rounds")
+        at_least(self, 1, "held_out_sequences", "prompts", "prompt_tokens", "batch_size", "rounds")
         at_least(self, 2, "new_tokens")
         require(
             bool(self.temperatures) and min(self.temperatures) >= 0,
             f"MeasureConfig.temperatures is {self.temperatures}; give one or more, each at least 0.",
         )
         require(
-            self.prompts % self.batch_size == 0 and self.speed_prompts <= self.prompts,
-            f"MeasureConfig.prompts is {self.prompts}, batch_size {self.batch_size} and speed_prompts "
-            f"{self.speed_prompts}: the second must divide the first, and the third be no more.",
+            self.prompts % self.batch_size == 0,
+            f"MeasureConfig.prompts is {self.prompts} and batch_size {self.batch_size}; it must divide them.",
         )
         for name, fraction in self.lengths.items():
             require(0 < fraction <= 1, f"MeasureConfig.lengths has {name} at {fraction}; it must lie in (0, 1].")
@@ -83,7 +77,7 @@ class Variant:
 
     @property
     def whole(self) -> bool:
-        """Whether it is the run of its shape of which everything is measured."""
+        """Whether it is the run of its shape whose costs are measured."""
         return self.name == self.shape
 
 

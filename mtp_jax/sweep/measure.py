@@ -1,9 +1,8 @@
-"""Measurements of a run of a sweep: losses, acceptance, speed, the cost of a training step."""
+"""Measurements of a run of a sweep: losses, acceptance, the costs of a training step and of decoding."""
 
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from mtp_jax.bench.config import BenchConfig
-from mtp_jax.bench.decode import bench_decode, bench_runs
+from mtp_jax.bench.decode import bench_runs
 from mtp_jax.bench.train import NEXT_TOKEN, measure_steps, next_token
 from mtp_jax.config import MeshConfig, TrainConfig
 from mtp_jax.data.mixture import Mixture
@@ -69,11 +68,6 @@ def measure(
         for temperature, k in _decoded(config, run.config.head.window - 1, step == main):
             progress(f"step {step}: acceptance at T = {temperature:g}, {k} drafts")
             found["decoding"].append(acceptance(run, store, config, temperature, k))
-        found["speed"] = []
-        if variant.whole and step == readings["seconds"]:
-            progress(f"step {step}: speed")
-            found["speed"] = speed(run, store, config)
-            found["load"] = os.getloadavg()[0] / (os.cpu_count() or 1)  # of one process alone about 1
         measured[str(step)] = found
     return {"data_sha256": data_sha256, "readings": readings, "measured": measured}
 
@@ -166,11 +160,6 @@ def untrained(config: TrainConfig) -> LoadedRun:
     return LoadedRun(model, tokenizer, config, mesh, 0, {})
 
 
-def prompts_of(store: Store | Mixture, config: MeasureConfig) -> list[tuple[int, np.ndarray]]:
-    """What acceptance is measured on: (document, tokens)."""
-    return stretches(store, config.prompts, config.prompt_tokens, config.new_tokens)
-
-
 def acceptance(
     run: LoadedRun, store: Store | Mixture, config: MeasureConfig, temperature: float, k: int
 ) -> dict[str, Any]:
@@ -178,7 +167,7 @@ def acceptance(
 
     Prompt i is sampled with seed i, whatever the run: where the target is the same, so is the text.
     """
-    prompts = prompts_of(store, config)
+    prompts = stretches(store, config.prompts, config.prompt_tokens, config.new_tokens)
     options = {"max_new_tokens": config.new_tokens, "temperature": temperature, "k": k}
     parts: list[Generation] = []
     with jax.set_mesh(run.mesh):
@@ -203,23 +192,3 @@ def acceptance(
         "acceptance": [ratio_interval(accepted_D, drafted_D) for accepted_D, drafted_D in columns],
         "documents": {"emitted": emitted_D.tolist(), "forwards": forwards_D.tolist()},
     }
-
-
-def speed(run: LoadedRun, store: Store | Mixture, config: MeasureConfig) -> list[dict[str, Any]]:
-    """The entries of `speed`: tokens/s of one prompt at a time by k, against plain decoding, in one process.
-
-    The prompts and seeds are the first ones of `acceptance`, and so is the text.
-    """
-    bench = bench_decode(
-        run,
-        BenchConfig(
-            prompts=config.speed_prompts,
-            prompt_tokens=config.prompt_tokens,
-            new_tokens=config.new_tokens,
-            temperatures=config.temperatures[:1],
-            repetitions=config.repetitions,
-        ),
-        prompts=[tokens for _, tokens in prompts_of(store, config)[: config.speed_prompts]],
-    )
-    names = ("temperature", "k", "dtype", "plain_dtype", "tokens_per_second", "speedup", "verify_cost")
-    return [{name: row[name] for name in (*names, "block_efficiency")} for row in bench["rows"]]

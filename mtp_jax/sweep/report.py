@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mtp_jax.plots import MARKERS, PALETTE, legend, markdown_table, panels
-from mtp_jax.sweep.compare import (
-    Metric,
-    compare,
-    decoding,
-    estimate,
-    joint_loss,
-    tokens_per_forward,
-)
+from mtp_jax.sweep.compare import Metric, compare, decoding, estimate, joint_loss, tokens_per_forward
 from mtp_jax.sweep.config import SEED
-from mtp_jax.sweep.results import READINGS, Results, Run, load_results, short
+from mtp_jax.sweep.results import READINGS, Results, load_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,8 +23,11 @@ HOW = """Every variant is compared with the run of the same seed that its sweep 
 stand in its row. Intervals are of 95%: Student's over the paired differences of the seeds, and the bootstrap over the
 held-out documents that the seeds share, added as variances; of one seed they say nothing of other seeds. They are not
 widened for the number of variants: the best of many looks better than it is. Losses are in nats per window, by offset
-given the ones before; tokens per forward are with W-1 drafts; tokens/s are what one run of a variant gave at batch 1,
-in a process of its own, at the number of drafts that was best for it: they have no interval."""
+given the ones before; tokens per forward are with W-1 drafts; tokens/s at batch 1 are the tokens of a forward with k
+drafts over the median time of such an iteration, at the k that is best and in the dtype that is fastest for it, and
+beside them is how often the same of k = 0 they are, plain decoding. Iterations of all variants are timed in one
+process, in turn; speeds have no interval."""
+CAPTION = "Differences to the reference, with intervals of 95%. Hollow: of one seed."
 
 
 def write_report(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], looks: int = 1) -> Path:
@@ -49,28 +44,20 @@ def write_report(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike
     _figure(all_results).savefig(directory / FIGURE, dpi=150)
     again = f" --looks {looks}" * (looks > 1)
     said = f"They hold for all {looks} looks together." if looks > 1 else "They are for one look at the data."
-    caption = "Differences to the reference, with intervals of 95%. Hollow: of one seed."
-    sections = [
-        "# Sweeps",
-        f"{HOW} {said}",
-        f"![{caption}]({FIGURE})\n\n*{caption}*",
-        *(_section(results) for results in all_results),
-        f"Written by `mtp-jax report {' '.join(map(str, paths))} --out {out}{again}`.",
-    ]
+    sections = ["# Sweeps", f"{HOW} {said}", f"![{CAPTION}]({FIGURE})\n\n*{CAPTION}*", *map(_section, all_results)]
+    sections.append(f"Written by `mtp-jax report {' '.join(map(str, paths))} --out {out}{again}`.")
     (directory / PAGE).write_text("\n\n".join(sections) + "\n")
     return directory / PAGE
 
 
 def readings_of(results: Results) -> dict[str, str]:
     """The readings that differ, in words: those with the same checkpoints of all runs are one."""
-    same: dict[tuple[Any, ...], list[str]] = {}
+    same: dict[tuple[Any, ...], dict[str, str]] = {}
     for name in dict.fromkeys([*READINGS, *(name for run in results.runs for name in run.raw["readings"])]):
-        same.setdefault(tuple(run.raw["readings"].get(name) for run in results.runs), []).append(name)
-    return {
-        names[0]: ", ".join(READINGS.get(name, f"`{name}`") for name in names)
-        for steps, names in same.items()
-        if set(steps) != {None}
-    }
+        steps = tuple(run.raw["readings"].get(name) for run in results.runs)
+        if any(steps):
+            same.setdefault(steps, {})[name] = READINGS.get(name, f"`{name}`")
+    return {next(iter(words)): ", ".join(words.values()) for words in same.values()}
 
 
 def _section(results: Results) -> str:
@@ -81,66 +68,55 @@ def _section(results: Results) -> str:
     runs = f"{len(results.runs)} runs of `{raw['command']}`; reference: {reference}"
     parts = [f"## {results.label}", f"{raw['title']} {runs}; {machine}; {versions}."]
     for reading, words in readings_of(results).items():
-        parts += [f"At {words}:", _table(results, reading)]
+        rows = [_row(results, point, reading) for point in results.points]
+        known = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
+        parts += [f"At {words}:", markdown_table(known, ([row[name] for name in known] for row in rows))]
     if results.failed:
-        parts += ["Runs that failed:", markdown_table(["run", "error"], map(list, results.failed.items()))]
+        parts += ["Runs that failed:", markdown_table(["run", "error"], results.failed.items())]
     return "\n\n".join(parts)
 
 
-def _table(results: Results, reading: str) -> str:
-    """A row for each variant; columns in which nothing is known are left out."""
-    settings = _settings(results)
-    rows = [{**settings[point], **_row(results, point, reading)} for point in results.points]
-    known = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
-    return markdown_table(known, ([row[name] for name in known] for row in rows))
-
-
 def _row(results: Results, point: Point, reading: str) -> dict[str, str]:
+    """The cells of a variant by column, "-" where nothing is known."""
     is_reference, runs, t = results.reference(point) == point, results.of(point), _temperature(results)
+    changes = [f"{name} = {value}" for name, value in runs[0].raw["changes"].items() if name != SEED]
     ends = [at for run in runs if (at := run.at(reading))]
-    drafted = [row for run in runs if (row := decoding(run, reading, t))]
-    timed = [row for run in runs if (row := fastest(run, reading, t))]
-    cost = runs[0].raw["cost"]  # which does not depend on the seed
-    over = cost["over_reference"]
+    drafted = [found for run in runs if (found := decoding(run, reading, t))]
+    rates, cost = speeds(results, point, reading), runs[0].raw["cost"]
+    k, over = max(rates, key=rates.__getitem__, default=0), cost["over_reference"]
 
-    def cell(metric: Metric, own: object) -> str:
-        e = compare(results, point, reading, metric)
-        return str(own or "-") if is_reference else "-" if e is None else e.signed
+    def cell(metric: Metric) -> str:
+        e = (estimate if is_reference else compare)(results, point, reading, metric)
+        return "-" if e is None else f"{e:.3f}" if is_reference else f"{e:+.3f}"
 
-    own_loss, own_tokens = (estimate(results, point, reading, of) for of in (joint_loss, tokens_per_forward(t)))
     step = f"{1e3 * cost['seconds']:.0f} ms" if is_reference else f"{over['measured']:.2f}x +- {over['error']:.2f}"
     return {
+        "run": ", ".join(changes) or runs[0].name,
         "seeds": f"{len(runs)}" + ", **reference**" * is_reference,
-        "joint loss": cell(joint_loss, own_loss),
+        "joint loss": cell(joint_loss),
         "loss by offset": _means([[e["mean"] for e in at["loss"]["offsets"]] for at in ends]),
-        f"tokens per forward, T = {t:g}": cell(tokens_per_forward(t), own_tokens),
-        "kept by offset": _means([[e["mean"] for e in row["acceptance"]] for row in drafted]),
-        f"tokens/s, T = {t:g}": ", ".join(f"{row['tokens_per_second']:,.0f} (k = {row['k']})" for row in timed) or "-",
-        "over plain decoding": _means([row["speedup"] for row in timed]),
+        f"tokens per forward, T = {t:g}": cell(tokens_per_forward(t)),
+        "kept by offset": _means([[e["mean"] for e in found["acceptance"]] for found in drafted]),
+        f"tokens/s, T = {t:g}": f"{rates[k]:,.0f} (k = {k})" if rates else "-",
+        "over plain decoding": f"{rates[k] / rates[0]:.2f}" if rates else "-",
         "training step": step,
         "components in effect": _means([at["gate"]["effective"] for at in ends if "gate" in at]),
     }
 
 
-def _settings(results: Results) -> dict[Point, dict[str, str]]:
-    """Of each variant the fields in which variants differ, and its case by name."""
-    first = {point: results.of(point)[0] for point in results.points}
-    names = dict.fromkeys([*results.fields, *(name for run in first.values() for name in run.raw["changes"])])
-    differ = [name for name in names if name != SEED and len({str(run.setting(name)) for run in first.values()}) > 1]
-    last = [short(name) for name in differ]
-    labels = {name: name if last.count(short(name)) > 1 else short(name) for name in differ}
-    return {point: {labels[name]: str(run.setting(name)) for name in differ} for point, run in first.items()}
+def speeds(results: Results, point: Point, reading: str) -> dict[int, float]:
+    """Tokens per second at batch 1 by k: tokens of a forward over the time of an iteration, in the faster dtype."""
+    t, found = _temperature(results), {}
+    for row in results.of(point)[0].raw["cost"]["decoding"]:  # which does not depend on the seed
+        tokens = estimate(results, point, reading, tokens_per_forward(t, k=row["k"]))
+        if tokens and row["temperature"] == t:
+            found[row["k"]] = max(found.get(row["k"], 0.0), tokens.mean / float(np.median(row["iteration_seconds"])))
+    return found
 
 
 def _temperature(results: Results) -> float:
     """The temperature at which every checkpoint is measured."""
     return results.raw["measure"]["temperatures"][0]
-
-
-def fastest(run: Run, reading: str, temperature: float) -> Mapping[str, Any] | None:
-    """The row of a run's own speeds with the most tokens per second; None if they were not measured."""
-    rows = [row for row in (run.at(reading) or {}).get("speed", []) if row["temperature"] == temperature]
-    return max(rows, key=lambda row: row["tokens_per_second"], default=None)
 
 
 def _means(values: Sequence[Any]) -> str:
@@ -150,12 +126,13 @@ def _means(values: Sequence[Any]) -> str:
 
 def _figure(all_results: Sequence[Results]) -> Figure:
     """For each sweep two panels: differences of loss and of tokens per forward."""
-    kinds = "joint loss, nats", "tokens per forward"
-    titles = [title for results in all_results for title in (results.label, "")]
-    figure, parts = panels(titles, "", "")
-    for axes, (results, kind) in zip(parts, itertools.product(all_results, kinds), strict=True):
+    drawn: list[tuple[Results, str, str, Metric]] = []
+    for results in all_results:
+        drawn.append((results, results.label, "joint loss, nats", joint_loss))
+        drawn.append((results, "", "tokens per forward", tokens_per_forward(_temperature(results))))
+    figure, parts = panels([title for _, title, *_ in drawn], "", "")
+    for axes, (results, _, name, metric) in zip(parts, drawn, strict=True):
         points, known = results.points, readings_of(results)
-        metric = dict(zip(kinds, (joint_loss, tokens_per_forward(_temperature(results))), strict=True))[kind]
         for index, (reading, words) in enumerate(READINGS.items()):
             for y, point in enumerate(points if reading in known else []):
                 e = compare(results, point, reading, metric)
@@ -164,10 +141,9 @@ def _figure(all_results: Sequence[Results]) -> Figure:
                     style |= {"label": words, "mfc": None if e.seeds > 1 else "white"}
                     error = [[abs(bound - e.mean)] for bound in e.interval()]
                     axes.errorbar(e.mean, y + 0.2 * (index - 1), xerr=error, **style)
-        marks = [" (ref.)" * (results.reference(point) == point) for point in points]
-        names = [results.text(point) + mark for point, mark in zip(points, marks, strict=True)]
-        axes.set_yticks(range(len(points)), names if kind == kinds[0] else [""] * len(points))
-        axes.set(ylim=(len(points) - 0.5, -0.5), xlabel=f"{kind}, over the reference")
+        names = [results.text(point) + " (ref.)" * (results.reference(point) == point) for point in points]
+        axes.set_yticks(range(len(points)), names if metric is joint_loss else [""] * len(points))
+        axes.set(ylim=(len(points) - 0.5, -0.5), xlabel=f"{name}, over the reference")
         axes.axvline(0, color="0.4", lw=1)
     legend(figure)
     return figure

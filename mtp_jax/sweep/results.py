@@ -32,13 +32,6 @@ class Run:
         step = self.raw["readings"].get(reading)
         return None if step is None else self.raw["measured"][str(step)]
 
-    def setting(self, name: str) -> Any:
-        """The value of a dotted field of its config, or the name of its case; None if it has no such field."""
-        value = {CASE: self.raw["changes"].get(CASE), **self.raw["config"]}
-        for part in name.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
-        return value
-
     @property
     def head(self) -> Mapping[str, Any]:
         """The head's config."""
@@ -80,14 +73,10 @@ class Results:
 
     def text(self, point: tuple[Any, ...]) -> str:
         """A point in words, as in "R = 4, learning_rate = 0.001"; a case is its own word."""
-        pairs = zip(self.fields, point, strict=True)
-        words = (str(value) if field == CASE else f"{short(field)} = {value}" for field, value in pairs)
+        names = [LETTERS.get(field, field.rpartition(".")[2]) for field in self.fields]
+        pairs = zip(names, point, strict=True)
+        words = (str(value) if name == CASE else f"{name} = {value}" for name, value in pairs)
         return ", ".join(words) or self.of(point)[0].name
-
-
-def short(field: str) -> str:
-    """The last part of a dotted field, or its letter."""
-    return LETTERS.get(field, field.rpartition(".")[2])
 
 
 def load_results(paths: Iterable[str | os.PathLike[str]], looks: int = 1) -> list[Results]:

@@ -336,7 +336,8 @@ def test_runs_that_are_measured_together_have_the_same_cells(monkeypatch, own, f
         name: untrained(tiny.train_config(tiny.model_config(dtype=dtype)))
         for name, dtype in zip(("one", "other"), own, strict=True)
     }
-    found = bench.bench_runs(runs, config, prompts=[np.array([1, 2, 3, 4])])
+    monkeypatch.setattr(bench, "chosen_prompts", lambda *_: [np.array([1, 2, 3, 4])])
+    found = bench.bench_runs(runs, config)
     cells = {(dtype, k) for dtype in session.DTYPES for k in (0, 1)}
     assert all({(row["dtype"], row["k"]) for row in of["rows"]} == cells for of in found.values())
 
@@ -401,4 +402,4 @@ def test_the_default_is_the_benchmark_that_is_published():
         },
     }
     asked = parse(Decode, ["run"], "bench decode")
-    assert asked == Decode("run", BenchConfig(), step="latest", report=False)
+    assert asked == Decode("run", config=BenchConfig(), step="latest", report=False)

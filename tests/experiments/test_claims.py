@@ -142,7 +142,7 @@ def test_the_verdicts_on_the_committed_results():
     }
     (scratch,) = data.rank_sweeps(found, frozen=False)
     e = data.differences(scratch, "steps", TOKENS_T)[0]
-    assert e and e.signed == "+0.167 [-0.029, +0.363]" and rises(scratch, "steps") is None
+    assert e and f"{e:+.3f}" == "+0.167 [-0.029, +0.363]" and rises(scratch, "steps") is None
 
 
 def test_a_file_that_is_not_of_results_ends_with_its_name(tmp_path, capsys):

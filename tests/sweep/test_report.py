@@ -8,7 +8,7 @@ import pytest
 
 from mtp_jax.cli import main
 from mtp_jax.sweep.compare import Estimate, compare, estimated, joint_loss, over
-from mtp_jax.sweep.report import _figure, readings_of
+from mtp_jax.sweep.report import _figure, readings_of, speeds
 from mtp_jax.sweep.results import load_results
 from mtp_jax.validate import ConfigError
 from support.results import results
@@ -147,9 +147,9 @@ def test_any_sweep_has_a_page_with_a_row_for_each_variant(tmp_path, capsys):
     assert f"Wrote {tmp_path / 'out' / 'report.md'}" in capsys.readouterr().out
     header, _, *rows = re.findall(r"^\| (.*) \|$", page, re.MULTILINE)
     names = header.split(" | ")
-    assert names[:3] == ["learning_rate", "seeds", "joint loss"] and "components in effect" not in names
+    assert names[:3] == ["run", "seeds", "joint loss"] and "components in effect" not in names
     cells = [dict(zip(names, row.split(" | "), strict=True)) for row in rows]
-    assert [of["learning_rate"] for of in cells] == ["0.001", "0.002", "0.004"]
+    assert [of["run"] for of in cells] == [f"optimizer.learning_rate = {rate}" for rate in (0.001, 0.002, 0.004)]
     assert [of["seeds"] for of in cells] == ["3, **reference**", "3", "3"]
     interval = r"\[[+-]\d\.\d{3}, [+-]\d\.\d{3}\]"
     for of, doublings in zip(cells[1:], (1, 2), strict=True):
@@ -168,30 +168,43 @@ def test_a_page_of_a_second_look_says_so_and_has_wider_intervals(tmp_path):
     assert "for one look at the data." in found[0] and "for all 2 looks together." in found[1]
     widths = []
     for page in found:
-        low, high = re.findall(r"^\| 0\.004 \|.*? \[(.*?), (.*?)\]", page, re.MULTILINE)[0]
+        low, high = re.findall(r"^\| optimizer\.learning_rate = 0\.004 \|.*? \[(.*?), (.*?)\]", page, re.MULTILINE)[0]
         widths.append(float(high) - float(low))
     assert widths[1] > 1.2 * widths[0] and found[1].endswith("--looks 2`.\n")
 
 
 def test_what_is_known_of_components_is_shown(tmp_path):
     page = report(tmp_path, results(lengths=True))
-    assert re.search(r"^\| R \| seeds \|.*\| components in effect \|$", page, re.MULTILINE)
-    assert "| tokens/s, T = 0.7 |" in page and "| 1,040 (k = 3) | 1.30 |" in page
+    assert re.search(r"^\| run \| seeds \|.*\| components in effect \|$", page, re.MULTILINE)
     # Three readings of one run, and the lengths, which are where one of them is too or another.
     assert re.findall(r"^At (.*):$", page, re.MULTILINE) == [
         "equal steps", "equal training FLOPs, equal wall-clock, `half`", "`quarter`",
     ]  # fmt: skip
 
 
-def test_settings_are_those_that_differ_and_have_their_whole_names_where_two_have_one(tmp_path):
-    cases = {"a": {"head.balance": "none", "model.width": [1, 2]}, "b": {"head.balance": "squared", "head.width": 3}}
-    value = results(ranks=(4,), cases=cases)
-    for run in value["runs"]:
-        run["config"]["model"]["width"] = run["changes"].get("model.width", [1, 1])
-        run["config"]["head"]["width"] = run["changes"].get("head.width", 2)
+def test_speeds_are_of_iterations_that_were_timed_together(load, tmp_path):
+    value = results(ranks=(1, 4), noise=0.0)
+    (found,) = load(value)
+    for point in found.points:
+        rates = speeds(found, point, "seconds")
+        assert list(rates) == [0, 1, 2, 3] and rates[0] == pytest.approx(1 / (0.0019 * 1.03))  # in the faster dtype
+        run = found.of(point)[0]
+        (row,) = [row for row in run.at("seconds")["decoding"] if row["k"] == 3]
+        tokens = sum(row["documents"]["emitted"]) / sum(row["documents"]["forwards"])
+        (timed,) = [row for row in run.raw["cost"]["decoding"] if row["k"] == 3]
+        assert rates[3] == pytest.approx(tokens / np.median(timed["iteration_seconds"]))
+    k = max(rates, key=rates.get)
     page = report(tmp_path, value)
-    assert "| case | balance | model.width | head.width | seeds |" in page
-    assert "| a | none | [1, 2] | 2 | 3, **reference** |" in page and "| b | squared | [1, 1] | 3 | 3 |" in page
+    assert "| tokens/s, T = 0.7 | over plain decoding |" in page
+    assert f"| {rates[k]:,.0f} (k = {k}) | {rates[k] / rates[0]:.2f} |" in page
+
+
+def test_a_variant_is_named_by_all_that_it_changes(tmp_path):
+    cases = {"a": {"head.balance": "none", "model.width": [1, 2]}, "b": {"head.balance": "squared", "head.width": 3}}
+    page = report(tmp_path, results(ranks=(4,), cases=cases))
+    a, b = "head.balance = none, model.width = [1, 2]", "head.balance = squared, head.width = 3"
+    assert f"| case = a, head.rank = 4, {a} | 3, **reference** |" in page
+    assert f"| case = b, head.rank = 4, {b} | 3 |" in page
 
 
 def test_a_field_may_have_lists_for_values(load):
@@ -211,14 +224,13 @@ def test_runs_that_failed_are_listed_and_a_missing_reference_leaves_no_differenc
                          "error": "no memory"}  # fmt: skip
     page = report(tmp_path, value)
     assert "| rank=2,seed=2 | no memory |" in page and "joint loss |" not in page and "nan" not in page
-    assert re.findall(r"^\| (\d) \| (\d) \| \d\.\d\d ", page, re.MULTILINE)[:2] == [("2", "2"), ("4", "3")]
+    assert re.findall(r"^\| head\.rank = (\d) \| (\d) \| \d\.\d\d ", page, re.MULTILINE)[:2] == [("2", "2"), ("4", "3")]
 
 
 def test_a_sweep_without_a_reference_or_speeds_shows_what_each_variant_has(tmp_path):
     value = sweep_over_rates() | {"reference": {}}
     for run in value["runs"]:
-        for found in run["measured"].values():
-            found["speed"] = []
+        run["cost"]["decoding"] = []
     page = report(tmp_path, value)
     assert page.count("**reference**") == 3 and "; reference: none;" in page and "tokens/s, T" not in page
 

@@ -61,7 +61,7 @@ BASE = replace(
 )
 MEASURE = MeasureConfig(
     held_out_sequences=8, prompts=4, prompt_tokens=8, new_tokens=12, batch_size=2, temperatures=(0.7, 0.0),
-    speed_prompts=2, repetitions=1, rounds=2, lengths={{"half": 0.5}},
+    rounds=2, lengths={{"half": 0.5}},
 )
 """
 TINY = TrainConfig(optimizer=OptimizerConfig(warmup_steps=0))
@@ -139,8 +139,7 @@ def test_fields_with_one_last_name_are_told_apart():
             {"grid": {"seed": (0,)}, "first": {"seed=0": TINY}},
             "Sweep.first has the names ['seed=0'], which",
         ),
-        ({"measure": {"prompts": 9, "batch_size": 2}}, "MeasureConfig.prompts is 9, batch_size 2 and speed_prompts 8:"),
-        ({"measure": {"prompts": 4, "batch_size": 2}}, "MeasureConfig.prompts is 4, batch_size 2 and speed_prompts 8:"),
+        ({"measure": {"prompts": 9, "batch_size": 2}}, "MeasureConfig.prompts is 9 and batch_size 2; it must divide"),
         ({"measure": {"temperatures": ()}}, "MeasureConfig.temperatures is (); give one or more"),
         ({"measure": {"lengths": {"half": 0.0}}}, "MeasureConfig.lengths has half at 0.0; it must lie in (0, 1]."),
     ],
@@ -221,16 +220,8 @@ def test_what_is_measured_of_a_run(done):
     assert [row["decoding"] and row["decoding"][0]["temperature"] for row in run["measured"].values()] == (
         [0.7] * len(run["measured"])
     )
-    at = run["measured"][str(run["readings"]["seconds"])]
-    assert {(row["temperature"], row["k"]) for row in at["speed"]} == {(0.7, k) for k in (0, 1, 2)} and at["load"] >= 0
     assert run["data_sha256"] == prepare(load_sweep(f"{done.file}@tiny").sweep.base.data).sha256
     assert run["begins_from"] == fingerprint(done.place.run("trunk"))
-
-
-@pytest.mark.slow
-def test_less_is_measured_of_the_other_seeds(more):
-    run = next(run for run in more.results["runs"] if run["name"] == "rank=3,seed=1")
-    assert all(found["speed"] == [] for found in run["measured"].values())
 
 
 @pytest.mark.slow
@@ -435,13 +426,11 @@ def test_what_is_measured_is_the_average_and_the_same_text_by_all(done):
         store = prepare(run.config.data, tokenizer=run.tokenizer)
         losses[weights] = measuring.held_out_losses(run, store, config.held_out_sequences)["loss"]["joint"]
         if weights == "ema":
-            together = measuring.acceptance(run, store, config, 0.7, 1)["tokens_per_forward"]["mean"]
-            (alone,) = [
-                row["block_efficiency"]
-                for row in measuring.speed(run, store, config)
-                if (row["temperature"], row["k"], row["dtype"]) == (0.7, 1, "float32")
-            ]
-            assert alone == pytest.approx(together)
+            together, alone = (
+                measuring.acceptance(run, store, dataclasses.replace(config, batch_size=size), 0.7, 1)
+                for size in (2, 1)
+            )
+            assert alone == together
     assert losses["ema"] == pytest.approx(found["loss"]["joint"]) and losses["ema"] != pytest.approx(losses["params"])
 
 
