@@ -25,8 +25,8 @@ held-out documents that the seeds share, added as variances; of one seed they sa
 widened for the number of variants: the best of many looks better than it is. Losses are in nats per window, by offset
 given the ones before; tokens per forward are with W-1 drafts; tokens/s at batch 1 are the tokens of a forward with k
 drafts over the median time of such an iteration, at the k that is best and in the dtype that is fastest for it, and
-beside them is how often the same of k = 0 they are, plain decoding. Iterations of all variants are timed in one
-process, in turn; speeds have no interval."""
+over plain decoding is the ratio to those of k = 0. Iterations of all variants are timed in one process, in turn;
+speeds have no interval."""
 CAPTION = "Differences to the reference, with intervals of 95%. Hollow: of one seed."
 
 
