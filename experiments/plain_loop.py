@@ -34,7 +34,7 @@ from mtp_jax.decode.decoder import Decoder, for_decoding
 from mtp_jax.decode.decoding import Decoding
 from mtp_jax.decode.law import Sampling, gumbel, process_logits
 from mtp_jax.decode.loop import Plan, run, step
-from mtp_jax.decode.state import DecodeState, Stops
+from mtp_jax.decode.state import DecodeState
 from mtp_jax.model.cache import Cache
 from mtp_jax.state import build_model
 
@@ -58,7 +58,7 @@ class Rows:
 
 
 def decode(
-    greedy: bool, filtered: bool, model: Decoder, rows: Rows, sampling: Sampling, stops: Stops, forwards: Array
+    greedy: bool, filtered: bool, model: Decoder, rows: Rows, sampling: Sampling, stops_n: Array, forwards: Array
 ) -> Rows:
     """Decode until every row is done, or for so many forwards."""
 
@@ -82,7 +82,7 @@ def decode(
         logp_B = jnp.sum(jnp.where(hit_BV, logp_B1V[:, 0], 0.0), axis=-1)
         live_B, broken_B = ~rows.done_B, jnp.isnan(logp_B)
         length_B = rows.length_B + live_B
-        ended_B = jnp.any(token_B[:, None] == stops.ids_n[None], axis=-1) | broken_B | (length_B >= rows.limit_B)
+        ended_B = jnp.any(token_B[:, None] == stops_n[None], axis=-1) | broken_B | (length_B >= rows.limit_B)
         return count + 1, Rows(
             tokens_BS=put(rows.tokens_BS, token_B, rows.length_B),
             logp_BS=put(rows.logp_BS, logp_B, rows.length_B),
@@ -119,27 +119,27 @@ def programs(model: Decoder, prompts: list[Any], **options: Any) -> tuple[Decodi
     """The decoding, and both loops compiled for it: each takes a state after prefill and forwards."""
     d = Decoding(model, prompts, DecodeConfig(k=0, **options))
     greedy, n = d.plan.verifier == "greedy", np.int32(0)
-    plain = compiled_decode.lower(greedy, d.plan.filtered, model, rows_of(d.state), d.sampling, d.stops, n).compile()
-    ours = run.lower(d.plan, model, d.state, d.sampling, d.stops, n).compile()
+    plain = compiled_decode.lower(greedy, d.plan.filtered, model, rows_of(d.state), d.sampling, d.stops_n, n).compile()
+    ours = run.lower(d.plan, model, d.state, d.sampling, d.stops_n, n).compile()
     return d, {"plain": plain, "k = 0": ours}
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def unrolled(plan: Plan, model: Decoder, state: DecodeState, sampling: Sampling, stops: Stops) -> DecodeState:
+def unrolled(plan: Plan, model: Decoder, state: DecodeState, sampling: Sampling, stops_n: Array) -> DecodeState:
     """`UNROLLED` iterations of `run` without its loop."""
     for _ in range(UNROLLED):
-        state = step(plan, model, state, sampling, stops)
+        state = step(plan, model, state, sampling, stops_n)
     return state
 
 
 def loop_cost(model: Decoder, prompt: Any, k: int) -> np.ndarray:
     """Times of `UNROLLED` iterations in the loop over those without, by pair."""
     d = Decoding(model, [prompt], DecodeConfig(NEW, k=k))
-    looped = run.lower(d.plan, model, d.state, d.sampling, d.stops, np.int32(0)).compile()
-    flat = unrolled.lower(d.plan, model, d.state, d.sampling, d.stops).compile()
+    looped = run.lower(d.plan, model, d.state, d.sampling, d.stops_n, np.int32(0)).compile()
+    flat = unrolled.lower(d.plan, model, d.state, d.sampling, d.stops_n).compile()
     calls = {
-        "loop": lambda state: looped(model, state, d.sampling, d.stops, np.int32(UNROLLED)),
-        "flat": lambda state: flat(model, state, d.sampling, d.stops),
+        "loop": lambda state: looped(model, state, d.sampling, d.stops_n, np.int32(UNROLLED)),
+        "flat": lambda state: flat(model, state, d.sampling, d.stops_n),
     }
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for pair in range(4 * PAIRS + 1):
@@ -168,7 +168,7 @@ def main() -> None:
                     d.prefill()
                     given = rows_of(d.state) if name == "plain" else d.state
                     begin = time.perf_counter()
-                    out = loops[name](model, given, d.sampling, d.stops, np.int32(NEW))
+                    out = loops[name](model, given, d.sampling, d.stops_n, np.int32(NEW))
                     jax.block_until_ready(out)
                     if pair:  # the first pair is for warming up
                         seconds[name].append(time.perf_counter() - begin)

@@ -14,7 +14,7 @@ from jax import Array
 from mtp_jax.heads.base import Aux, Head, Seen
 from mtp_jax.heads.circuits import Independent
 from mtp_jax.heads.config import HeadConfig
-from mtp_jax.heads.registry import make_head
+from mtp_jax.heads.registry import check_head
 from mtp_jax.losses.mixture import Terms, mixture_loss
 from mtp_jax.model.config import ModelConfig
 from mtp_jax.model.layers import product
@@ -53,7 +53,7 @@ class LanguageModel(nnx.Module):
         # Small next to what the layers add, or their output would drown in it until they have grown.
         self.embed_VD = None if tied else init_weight(rngs, "embed_VD", shape)
         self.trunk = Trunk(config, rngs=rngs)
-        self.head: Head = make_head(head, config, rngs=rngs)
+        self.head: Head = check_head(head)(head, config, rngs=rngs)
         wanted = tied or head.target == "ntp" or self.head.reads_table
         self.unembed_VD = init_weight(rngs, "unembed_VD", shape) if wanted else None
 

@@ -34,30 +34,22 @@ class Parameter:
     trained: bool = True
 
 
-def _table(spec: P) -> Parameter:
-    return Parameter(spec, (1,), (0,), matrix=False)
-
-
-def _vector(spec: P, exact: bool = False, trained: bool = True) -> Parameter:
-    return Parameter(spec, matrix=False, exact=exact, trained=trained)
-
-
 PARAMETERS: dict[str, Parameter] = {
     # The vocabulary.
-    "embed_VD": _table(P("tensor", "fsdp")),
-    "unembed_VD": _table(P("tensor", "fsdp")),
+    "embed_VD": Parameter(P("tensor", "fsdp"), (1,), (0,), matrix=False),
+    "unembed_VD": Parameter(P("tensor", "fsdp"), (1,), (0,), matrix=False),
     # The trunk.
     "wq_DNH": Parameter(P("fsdp", "tensor", None), (0,), (1, 2)),
     "wk_DKH": Parameter(P("fsdp", "tensor", None), (0,), (1, 2)),
     "wv_DKH": Parameter(P("fsdp", "tensor", None), (0,), (1, 2)),
     "wo_NHD": Parameter(P("tensor", None, "fsdp"), (0, 1), (2,)),
-    "bq_NH": _vector(P("tensor", None)),
-    "bk_KH": _vector(P("tensor", None)),
-    "bv_KH": _vector(P("tensor", None)),
+    "bq_NH": Parameter(P("tensor", None), matrix=False),
+    "bk_KH": Parameter(P("tensor", None), matrix=False),
+    "bv_KH": Parameter(P("tensor", None), matrix=False),
     "w_gate_DF": Parameter(P("fsdp", "tensor"), (0,), (1,)),
     "w_up_DF": Parameter(P("fsdp", "tensor"), (0,), (1,)),
     "w_down_FD": Parameter(P("tensor", "fsdp"), (0,), (1,)),
-    "scale": _vector(P(None), exact=True),
+    "scale": Parameter(P(None), matrix=False, exact=True),
     # Factors. The D x D maps are not split over tensor: their output meets the vocabulary, which is.
     "u_DRWV": Parameter(P("fsdp", None, None, "tensor"), (0,), (3,)),
     "u_DWV": Parameter(P("fsdp", None, "tensor"), (0,), (2,)),
@@ -66,7 +58,7 @@ PARAMETERS: dict[str, Parameter] = {
     "down_DRWE": Parameter(P("fsdp", None, None, None), (0,), (3,)),
     "up_ED": Parameter(P(None, "fsdp"), (0,), (1,)),
     "up_EV": Parameter(P(None, "tensor"), (0,), (1,)),
-    "listed_n": _vector(P(None), exact=True, trained=False),
+    "listed_n": Parameter(P(None), matrix=False, exact=True, trained=False),
     # Circuits.
     "gate_DR": Parameter(P("fsdp", None), (0,), (1,), matrix=False, exact=True),
 }

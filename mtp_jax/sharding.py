@@ -42,15 +42,11 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def whole(spec: P) -> P:
-    """The spec of a parameter after `gather`."""
-    return P(*(None if axis == "fsdp" else axis for axis in spec))
-
-
 def gather(w: Array) -> Array:
     """`w` whole along `fsdp`, still split along `tensor`. Its transpose scatters the gradient back."""
     spec = jax.typeof(w).sharding.spec
-    return w if whole(spec) == spec else jax.reshard(w, whole(spec))
+    whole = P(*(None if axis == "fsdp" else axis for axis in spec))
+    return w if whole == spec else jax.reshard(w, whole)
 
 
 # Inside `shard_map`, where each device sees its own part. The type of an array says over which mesh axes it varies.

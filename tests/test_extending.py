@@ -40,10 +40,9 @@ class Diagonal(Factors):
         return product("btrwd,vd->btrwv", rows_BTRWD, tables["unembed_VD"])
 
     @staticmethod
-    def forward_flops(head, model):
-        return 2 * head.rank * head.window * model.d_model * model.vocab_size
-
-    frozen_flops = forward_flops
+    def flops(head, model):
+        forward = 2 * head.rank * head.window * model.d_model * model.vocab_size
+        return forward, forward
 
 
 class Forgetful(CPD):

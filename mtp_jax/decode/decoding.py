@@ -17,7 +17,7 @@ from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.decoder import Decoder, mesh_in_scope
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.loop import Limits, Plan, prefill, run
-from mtp_jax.decode.state import DecodeState, Stops
+from mtp_jax.decode.state import DecodeState
 from mtp_jax.decode.verify import get_verifier
 from mtp_jax.sharding import RULES
 from mtp_jax.validate import require
@@ -117,12 +117,12 @@ class Decoding:
         self.prompt_BP, self.length_B = put_rows(prompt_BP), put_rows(length_B)
         self.limits = Limits(put_rows(length_B + new_B), put_rows(most_B))
         self.sampling = Sampling(*map(put_rows, (rows(config.temperature, np.float32), top_k_B, top_p_B, keys_B)))
-        self.stops = Stops(jnp.asarray(np.array(config.stop_tokens, np.int32)))
+        self.stops_n = jnp.asarray(np.array(config.stop_tokens, np.int32))
 
     @functools.cached_property
     def state(self) -> DecodeState:
         """Where every row is: at first behind the one token that prefill commits."""
-        arrays = self.prompt_BP, self.length_B, self.limits, self.sampling, self.stops
+        arrays = self.prompt_BP, self.length_B, self.limits, self.sampling, self.stops_n
         return prefill(self.plan, self.decoder, *arrays)
 
     def prefill(self) -> None:
@@ -169,7 +169,7 @@ class Decoding:
     def enter(self, max_forwards: int, attended: int | None = None) -> None:
         """Enter the loop once. It ends too when a row grows out of the `attended` slots (None: all)."""
         plan = dataclasses.replace(self.plan, attended=attended)
-        self.state = run(plan, self.decoder, self.state, self.sampling, self.stops, np.int32(max_forwards))
+        self.state = run(plan, self.decoder, self.state, self.sampling, self.stops_n, np.int32(max_forwards))
 
     def end(self, rows_B: np.ndarray) -> None:
         """End these rows here, whatever they lack."""

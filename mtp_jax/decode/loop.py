@@ -14,12 +14,15 @@ from jax import Array, lax
 from mtp_jax import arrays
 from mtp_jax.decode.decoder import Decoder
 from mtp_jax.decode.law import Sampling
-from mtp_jax.decode.state import DecodeState, Stops
+from mtp_jax.decode.state import DecodeState
 from mtp_jax.decode.verify import get_verifier
 from mtp_jax.decode.verify.base import leading
 from mtp_jax.heads.base import Draft, Head, Seen
 from mtp_jax.model.cache import Cache, init_cache
 from mtp_jax.sharding import RULES
+
+# What the trunk saw of each prompt's last token: `Seen` without the functions in it.
+Last = tuple[Array, Array, tuple[Array, ...]]
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,6 @@ class Plan:
     filtered: bool = False
     attended: int | None = None
 
-    def fits(self, length_B: Array, done_B: Array) -> Array:
-        """Whether attention reaches the next forward of every live row; what ended rows compute is not looked at."""
-        return jnp.all(done_B | (length_B + self.k <= (self.attended or self.slots)))
-
 
 class Limits(NamedTuple):
     """Where rows end and how much they draft: `limit_B` and `most_B` of `DecodeState`."""
@@ -48,12 +47,12 @@ class Limits(NamedTuple):
 
 
 def prefill(
-    plan: Plan, decoder: Decoder, prompt_BP: Array, length_B: Array, limits: Limits, sampling: Sampling, stops: Stops
+    plan: Plan, decoder: Decoder, prompt_BP: Array, length_B: Array, limits: Limits, sampling: Sampling, stops_n: Array
 ) -> DecodeState:
     """Read the prompts (padded on the right to P, `length_B` tokens each), commit one token and draft k."""
     drafts = plan.k > 0 and decoder.head.has_cache
     last, caches = read(decoder, prompt_BP, length_B, plan.slots, drafts)
-    return begin(plan, decoder, last, caches, prompt_BP, length_B, limits, sampling, stops)
+    return begin(plan, decoder, last, caches, prompt_BP, length_B, limits, sampling, stops_n)
 
 
 @functools.partial(jax.jit, static_argnames=("slots", "drafts"))
@@ -73,15 +72,7 @@ def read(
         next_BP = jnp.pad(prompt_BP[:, 1:], ((0, 0), (0, 1)))
         head_cache, _ = decoder.head.extend(decoder.head.init_cache(batch, slots), seen, next_BP, start_B, None)
     last = seen.at(length_B - 1)
-    return Last(last.x_BTD, last.tokens_BT, last.taps), (cache, head_cache)
-
-
-class Last(NamedTuple):
-    """What the trunk saw of each prompt's last token, as arrays (`Seen` has functions in it)."""
-
-    x_B1D: Array
-    tokens_B1: Array
-    taps: tuple[Array, ...]
+    return (last.x_BTD, last.tokens_BT, last.taps), (cache, head_cache)
 
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="caches")
@@ -94,7 +85,7 @@ def begin(
     length_B: Array,
     limits: Limits,
     sampling: Sampling,
-    stops: Stops,
+    stops_n: Array,
 ) -> DecodeState:
     """The state after prompts were read: one token committed, k drafted. Small, so each plan compiles it fast."""
     batch, width = prompt_BP.shape
@@ -118,37 +109,39 @@ def begin(
         drafted_Bk=counts_Bk,
         accepted_Bk=counts_Bk,
     )
-    return advance(plan, decoder, state, decoder.seen(*last), sampling, stops)
+    return advance(plan, decoder, state, decoder.seen(*last), sampling, stops_n)
 
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
 def run(
-    plan: Plan, decoder: Decoder, state: DecodeState, sampling: Sampling, stops: Stops, max_forwards: Array
+    plan: Plan, decoder: Decoder, state: DecodeState, sampling: Sampling, stops_n: Array, max_forwards: Array
 ) -> DecodeState:
     """Decode until every row is done, or for `max_forwards` forwards: a small budget streams, re-entering this
     executable. It returns early too when a row has grown out of what attention reads."""
 
     def live(carry: tuple[Array, DecodeState]) -> Array:
         forwards, state = carry
-        return (forwards < max_forwards) & ~jnp.all(state.done_B) & plan.fits(state.length_B, state.done_B)
+        # What ended rows compute is not looked at.
+        reached = jnp.all(state.done_B | (state.length_B + plan.k <= (plan.attended or plan.slots)))
+        return (forwards < max_forwards) & ~jnp.all(state.done_B) & reached
 
     def iterate(carry: tuple[Array, DecodeState]) -> tuple[Array, DecodeState]:
-        return carry[0] + 1, step(plan, decoder, carry[1], sampling, stops)
+        return carry[0] + 1, step(plan, decoder, carry[1], sampling, stops_n)
 
     return lax.while_loop(live, iterate, (jnp.zeros((), jnp.int32), state))[1]
 
 
-def step(plan: Plan, decoder: Decoder, state: DecodeState, sampling: Sampling, stops: Stops) -> DecodeState:
+def step(plan: Plan, decoder: Decoder, state: DecodeState, sampling: Sampling, stops_n: Array) -> DecodeState:
     """One iteration: a forward of k + 1 tokens, then `advance`."""
     last_B1 = arrays.at(state.tokens_BS, state.length_B - 1)[:, None]
     inputs_BT = jnp.concatenate([last_B1, state.draft_Bk], axis=1)
     seen, cache = decoder.extend(inputs_BT, state.cache, state.length_B - 1, plan.attended)
     state = dataclasses.replace(state, cache=cache, forwards_B=state.forwards_B + ~state.done_B)
-    return advance(plan, decoder, state, seen, sampling, stops)
+    return advance(plan, decoder, state, seen, sampling, stops_n)
 
 
 def advance(
-    plan: Plan, decoder: Decoder, state: DecodeState, seen: Seen, sampling: Sampling, stops: Stops
+    plan: Plan, decoder: Decoder, state: DecodeState, seen: Seen, sampling: Sampling, stops_n: Array
 ) -> DecodeState:
     """Verify the drafts against the target at the T positions that were seen, commit, and draft anew.
 
@@ -162,7 +155,7 @@ def advance(
     logp_BT = arrays.log_prob(logp_BTV, tokens_BT)
 
     broken_BT = jnp.isnan(logp_BT)
-    ends_BT = stops.hit(tokens_BT) | broken_BT
+    ends_BT = jnp.any(tokens_BT[:, :, None] == stops_n[None, None], axis=-1) | broken_BT
     # The first token is committed; one behind a draft if that was accepted, did not end the row, and there is room.
     offsets_1T = jnp.arange(width, dtype=jnp.int32)[None]
     offsets_1k, room_B1 = offsets_1T[:, :-1], (state.limit_B - state.length_B)[:, None]

@@ -139,8 +139,8 @@ class Slots:
         for slot, row in enumerate(self._rows):
             if row is None and self._queue:
                 self._rows[slot] = self._fill(slot, self._queue.popleft())
-        live = [row for row in self._rows if row]
-        self._batch.plan = dataclasses.replace(self._plan, filtered=any(_filters(row.config) for row in live))
+        filtered = any(row and (row.config.top_k or row.config.top_p != 1) for row in self._rows)
+        self._batch.plan = dataclasses.replace(self._plan, filtered=filtered)
         self._batch.enter(max_forwards)
         state = self._batch.state
         tokens_BS, logp_BS, length_B, done_B, finite_B = jax.device_get(
@@ -180,10 +180,6 @@ def _number(config: DecodeConfig) -> None:
 
 def _fits(name: str, value: Any, bound: str, most: int) -> None:
     require(value <= most, f"{name} is {value} and these slots have {bound} = {most}; make larger ones.")
-
-
-def _filters(config: DecodeConfig) -> bool:
-    return config.top_k != 0 or config.top_p != 1
 
 
 @functools.partial(jax.jit, static_argnames="size")

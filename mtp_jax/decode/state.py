@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import Array
 
 from mtp_jax.model.cache import Cache
@@ -45,15 +44,3 @@ class DecodeState:
     forwards_B: Array
     drafted_Bk: Array
     accepted_Bk: Array
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Stops:
-    """Token ids that end a row when they are committed, `[n]`; n may be 0."""
-
-    ids_n: Array
-
-    def hit(self, tokens_BT: Array) -> Array:
-        """Which tokens are stops, `[B, T]`."""
-        return jnp.any(tokens_BT[:, :, None] == self.ids_n[None, None], axis=-1)

@@ -6,6 +6,7 @@ them is answered. The choice is kept in the user's cache.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -19,13 +20,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 import mtp_jax
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.decoder import Decoder, mesh_in_scope
 from mtp_jax.decode.decoding import Decoding, Prompt
-from mtp_jax.decode.loop import Limits
 from mtp_jax.decode.verify import get_verifier
 from mtp_jax.validate import require
 
@@ -61,11 +60,15 @@ def best_k(decoder: Decoder, prompts: Sequence[Prompt], config: DecodeConfig) ->
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:32]
     if digest not in _CHOSEN:
         path = Path(os.environ.get("MTP_JAX_CACHE") or "~/.cache/mtp_jax").expanduser() / "tune" / f"{digest}.json"
-        k = _read(path)
+        k = None
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # there is none, or it makes no sense
+            k = json.loads(path.read_text())["k"]
         if k not in candidates(decoder.head.config.window):
             seconds, acceptance = measure(decoder, prompts, config)
             k = choose(seconds, acceptance)
-            _write(path, {"k": k, "seconds": seconds, "acceptance": acceptance, **key})
+            with contextlib.suppress(OSError):  # it cannot be written: this process remembers
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps({"k": k, "seconds": seconds, "acceptance": acceptance, **key}))
         _CHOSEN[digest] = k
     return _CHOSEN[digest]
 
@@ -91,44 +94,35 @@ def measure(decoder: Decoder, prompts: Sequence[Prompt], config: DecodeConfig) -
 
     Acceptance at an offset is over all candidates that draft there.
     """
-    ks = candidates(decoder.head.config.window)
-    decodings = {k: _endless(decoder, prompts, dataclasses.replace(config, k=k)) for k in ks}
-    for decoding in decodings.values():
-        _burst(decoding, 1)  # which compiles
+    window, decodings = decoder.head.config.window, {}
+    for k in candidates(window):
+        # Of the shapes that the request has, but only the end of the cache ends it.
+        asked = dataclasses.replace(config, k=k, stop_tokens=(-1,) * len(config.stop_tokens))
+        decodings[k] = endless = Decoding(decoder, prompts, asked)
+        last_B = jnp.full_like(endless.length_B, endless.plan.slots - window)
+        endless.limits = endless.limits._replace(length_B=last_B)
+        _burst(endless, 1)  # which compiles
     once = sum(_burst(decoding, 1)[0] for decoding in decodings.values())
     forwards = int(np.clip(SECONDS / ROUNDS / once, 4, FORWARDS))
-    seconds: dict[int, list[float]] = {k: [] for k in ks}
-    drafted_k, accepted_k = np.zeros((2, ks[-1]))
-    rng = np.random.default_rng(0)
-    for _ in range(ROUNDS):
-        for k in rng.permutation(ks).tolist():
-            each, drafted, accepted = _burst(decodings[k], forwards)
-            seconds[k].append(each)
-            drafted_k[:k] += drafted
-            accepted_k[:k] += accepted
-    return {k: float(np.median(each)) for k, each in seconds.items()}, (accepted_k / np.maximum(1, drafted_k)).tolist()
+    seconds, counts_2k = {k: [] for k in decodings}, np.zeros((2, max(decodings)))
+    for k in list(decodings) * ROUNDS:
+        each, counts = _burst(decodings[k], forwards)
+        seconds[k].append(each)
+        counts_2k[:, :k] += counts
+    acceptance = counts_2k[1] / np.maximum(1, counts_2k[0])
+    return {k: float(np.median(each)) for k, each in seconds.items()}, acceptance.tolist()
 
 
-def _endless(decoder: Decoder, prompts: Sequence[Prompt], config: DecodeConfig) -> Decoding:
-    """A decoding that only the end of the cache ends, of the shapes that the request has."""
-    decoding = Decoding(decoder, prompts, dataclasses.replace(config, stop_tokens=(-1,) * len(config.stop_tokens)))
-    last_B = jnp.full_like(decoding.length_B, decoding.plan.slots - decoder.head.config.window)
-    decoding.limits = Limits(last_B, decoding.limits.most_B)
-    return decoding
-
-
-def _burst(decoding: Decoding, forwards: int) -> tuple[float, np.ndarray, np.ndarray]:
-    """(seconds of a forward, drafts by offset, and how many of them were accepted) of at most so many forwards."""
+def _burst(decoding: Decoding, forwards: int) -> tuple[float, np.ndarray]:
+    """(seconds of a forward, by offset the drafts and how many of them were accepted) of at most so many forwards."""
     if decoding.done:
         decoding.prefill()
-    decoding.wait()
-    before = decoding.result()
-    begun = time.perf_counter()
+    before, begun = decoding.result(), time.perf_counter()
     decoding.advance(forwards)
     decoding.wait()
     seconds, after = time.perf_counter() - begun, decoding.result()
-    drafted, accepted = ((getattr(after, name) - getattr(before, name)).sum(0) for name in ("drafted", "accepted"))
-    return seconds / int((after.forwards - before.forwards).max()), drafted, accepted
+    counts_2Bk = np.stack([after.drafted - before.drafted, after.accepted - before.accepted])
+    return seconds / int((after.forwards - before.forwards).max()), counts_2Bk.sum(1)
 
 
 def _key(decoder: Decoder, prompts: Sequence[Prompt], config: DecodeConfig) -> dict[str, Any]:
@@ -136,46 +130,17 @@ def _key(decoder: Decoder, prompts: Sequence[Prompt], config: DecodeConfig) -> d
     plan = Decoding(decoder, prompts, dataclasses.replace(config, k=None)).plan
     (device, *_) = jax.tree.leaves(decoder)[0].devices()
     return {
-        "model": repr(decoder.config),
-        "head": repr(decoder.head.config),
-        "parameters": _fingerprint(decoder),
-        "device": device.device_kind,
-        "cores": os.cpu_count(),
-        "mesh": dict(mesh_in_scope().shape),
+        "model": [repr(decoder.config), repr(decoder.head.config), _fingerprint(decoder)],
+        "machine": [device.device_kind, os.cpu_count(), dict(mesh_in_scope().shape)],
         "versions": [mtp_jax.__version__, jax.__version__],
-        "batch": 1 << (len(prompts) - 1).bit_length(),
-        "slots": plan.slots,
-        "verifier": plan.verifier,
-        "filtered": plan.filtered,
-        "greedy": config.greedy,
+        "request": [repr(plan), 1 << (len(prompts) - 1).bit_length(), config.greedy],
     }
 
 
 def _fingerprint(decoder: Decoder) -> str:
     """A hash over the sums of a decoder's arrays: other parameters have other acceptance."""
     if decoder not in _FINGERPRINTS:
-        _FINGERPRINTS[decoder] = hashlib.sha256(np.asarray(_sums(decoder)).tobytes()).hexdigest()[:32]
+        sums = jax.jit(lambda leaves: jnp.stack([jnp.sum(jnp.abs(leaf.astype(jnp.float32))) for leaf in leaves]))
+        found = np.asarray(sums(jax.tree.leaves(decoder))).tobytes()
+        _FINGERPRINTS[decoder] = hashlib.sha256(found).hexdigest()[:32]
     return _FINGERPRINTS[decoder]
-
-
-@jax.jit
-def _sums(decoder: Decoder) -> Array:
-    return jnp.stack([jnp.sum(jnp.abs(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(decoder)])
-
-
-def _read(path: Path) -> int | None:
-    try:
-        return json.loads(path.read_text())["k"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None  # there is none, or no file that can be read: it is measured
-
-
-def _write(path: Path, found: dict[str, Any]) -> None:
-    """In one go: another process may write the same."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(json.dumps(found))
-        aside.replace(path)
-    except OSError:
-        pass  # the cache cannot be written: this process remembers

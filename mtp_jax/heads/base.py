@@ -43,9 +43,8 @@ class Seen:
         """One position of each row: every array has T = 1. The index may come from anywhere."""
         index_B = jax.reshard(jnp.asarray(index_B), RULES.rows_B)
         pick = lambda a: arrays.at(a, index_B)[:, None]  # noqa: E731
-        x_BTD, tokens_BT, segments_BT, taps = jax.tree.map(
-            pick, (self.x_BTD, self.tokens_BT, self.segments_BT, self.taps)
-        )
+        everywhere = self.x_BTD, self.tokens_BT, self.segments_BT, self.taps
+        x_BTD, tokens_BT, segments_BT, taps = jax.tree.map(pick, everywhere)
         return dataclasses.replace(self, x_BTD=x_BTD, tokens_BT=tokens_BT, segments_BT=segments_BT, taps=taps)
 
 

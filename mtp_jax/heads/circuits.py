@@ -32,8 +32,8 @@ class Circuit(nnx.Module):
 
     @staticmethod
     def start(latent: Any) -> tuple[Any, Array]:
-        """(what is carried along the window, log alpha_1 `[.., R]`, normalised)."""
-        raise NotImplementedError
+        """(what is carried along the window, log alpha_1 `[.., R]`, normalised): by default the latent is both."""
+        return latent, latent
 
     @staticmethod
     def advance(carry: Any, score_R: Array, offset: int) -> tuple[Any, Array]:
@@ -55,13 +55,8 @@ class Independent(Circuit):
         return jnp.zeros_like(x_BTD[..., :1], dtype=jnp.float32)
 
     @staticmethod
-    def start(latent: Array) -> tuple[Array, Array]:
-        """The one weight is 1."""
-        return latent, latent
-
-    @staticmethod
     def advance(carry: Array, score_R: Array, offset: int) -> tuple[Array, Array]:
-        """And stays so: a product that only gives the score is then not computed."""
+        """The one weight stays 1: a product that only gives the score is then not computed."""
         return carry, carry
 
 
@@ -79,11 +74,6 @@ class CPD(Circuit):
         """log w_r, `[B, T, R]`: the softmax of a linear layer."""
         z_BTR = jnp.einsum("btd,dr->btr", x_BTD.astype(jnp.float32), gather(self.gate_DR[...]))
         return jax.nn.log_softmax(z_BTR, axis=-1)
-
-    @staticmethod
-    def start(latent: Array) -> tuple[Array, Array]:
-        """The gate's weights."""
-        return latent, latent
 
     @staticmethod
     def advance(carry: Array, score_R: Array, offset: int) -> tuple[Array, Array]:

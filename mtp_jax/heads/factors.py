@@ -53,13 +53,11 @@ class Factors(nnx.Module):
         raise NotImplementedError
 
     @staticmethod
-    def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
-        """FLOPs of the logits of one position, all R and W."""
-        raise NotImplementedError
+    def flops(head: HeadConfig, model: ModelConfig) -> tuple[int, int]:
+        """FLOPs of the logits of one position, all R and W, and those that backward saves with a frozen trunk.
 
-    @staticmethod
-    def frozen_flops(head: HeadConfig, model: ModelConfig) -> int:
-        """FLOPs per position that backward saves where neither hidden states nor U need a gradient."""
+        Neither hidden states nor U need a gradient there.
+        """
         raise NotImplementedError
 
     def params(self) -> Tables:
@@ -124,14 +122,10 @@ class FullFactors(Factors):
         return _by_offset("btd,drwv->btrwv", x_BTD, tables["u_DRWV"])
 
     @staticmethod
-    def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
-        """FLOPs of the logits of one position, all R and W."""
-        return 2 * head.rank * head.window * model.vocab_size * model.d_model
-
-    @staticmethod
-    def frozen_flops(head: HeadConfig, model: ModelConfig) -> int:
-        """FLOPs per position that backward saves with a frozen trunk."""
-        return 2 * head.rank * head.window * model.vocab_size * model.d_model
+    def flops(head: HeadConfig, model: ModelConfig) -> tuple[int, int]:
+        """Of one position: forward, and what backward saves with a frozen trunk."""
+        forward = 2 * head.rank * head.window * model.vocab_size * model.d_model
+        return forward, forward
 
 
 class SharedFactors(Factors):
@@ -151,14 +145,10 @@ class SharedFactors(Factors):
         return product("btrwd,vd->btrwv", rows_BTRWD, tables["unembed_VD"])
 
     @staticmethod
-    def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
-        """FLOPs of the logits of one position, all R and W."""
-        return 2 * head.rank * head.window * model.d_model * (model.vocab_size + model.d_model)
-
-    @staticmethod
-    def frozen_flops(head: HeadConfig, model: ModelConfig) -> int:
-        """FLOPs per position that backward saves with a frozen trunk."""
-        return 2 * head.rank * head.window * model.d_model * (model.d_model + model.vocab_size)
+    def flops(head: HeadConfig, model: ModelConfig) -> tuple[int, int]:
+        """Of one position: forward, and what backward saves with a frozen trunk."""
+        forward = 2 * head.rank * head.window * model.d_model * (model.vocab_size + model.d_model)
+        return forward, forward
 
 
 class LowRankFactors(Factors):
@@ -176,19 +166,17 @@ class LowRankFactors(Factors):
     @staticmethod
     def tables(params: Tables) -> Tables:
         """The corrections have a table of their own, U B."""
-        return params if "up_VE" in params else params | {"up_VE": LowRankFactors._up(params["unembed_VD"], params)}
-
-    @staticmethod
-    def _up(unembed_VD: Array, params: Tables) -> Array:
-        return product("vd,ed->ve", unembed_VD, params["up_ED"])
+        if "up_VE" in params:
+            return params
+        return params | {"up_VE": product("vd,ed->ve", params["unembed_VD"], params["up_ED"])}
 
     def unstack(self, unembeddings: Tables) -> None:
         """As all factors; U B is made once."""
         whole = jax.tree.map(gather, self.params())
-        up = {name.replace("unembed_VD", "up_VE"): self._up(gather(u), whole) for name, u in unembeddings.items()}
         super().unstack(unembeddings)
-        for name, up_VE in up.items():
-            setattr(self, name, nnx.Param(up_VE))
+        for name, unembed_VD in unembeddings.items():
+            up_VE = self.tables(whole | {"unembed_VD": gather(unembed_VD)})["up_VE"]
+            setattr(self, name.replace("unembed_VD", "up_VE"), nnx.Param(up_VE))
         del self.up_ED
 
     @staticmethod
@@ -200,16 +188,10 @@ class LowRankFactors(Factors):
         return shared_BTWV[:, :, None] + product("btrwe,ve->btrwv", own_BTRWE, tables["up_VE"])
 
     @staticmethod
-    def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
-        """FLOPs of the logits of one position, all R and W."""
-        widths = model.d_model + head.rank * head.factor_width
-        return 2 * head.window * widths * (model.vocab_size + model.d_model)
-
-    @staticmethod
-    def frozen_flops(head: HeadConfig, model: ModelConfig) -> int:
-        """FLOPs per position that backward saves with a frozen trunk."""
-        d, own = model.d_model, head.rank * head.factor_width
-        return 2 * head.window * d * (d + own + model.vocab_size)
+    def flops(head: HeadConfig, model: ModelConfig) -> tuple[int, int]:
+        """Of one position: forward, and what backward saves with a frozen trunk."""
+        w, d, own, v = head.window, model.d_model, head.rank * head.factor_width, model.vocab_size
+        return 2 * w * (d + own) * (v + d), 2 * w * d * (d + own + v)
 
 
 class LoRAFactors(Factors):
@@ -245,15 +227,10 @@ class LoRAFactors(Factors):
         return shared_BTWV[:, :, None] + product("btrwe,ve->btrwv", own_BTRWE, tables["up_VE"])
 
     @staticmethod
-    def forward_flops(head: HeadConfig, model: ModelConfig) -> int:
-        """FLOPs of the logits of one position, all R and W."""
-        d, own = model.d_model, head.rank * head.factor_width
-        return 2 * head.window * (model.vocab_size * (d + own) + d * own)
-
-    @staticmethod
-    def frozen_flops(head: HeadConfig, model: ModelConfig) -> int:
-        """FLOPs per position that backward saves with a frozen trunk."""
-        return 2 * head.window * model.d_model * (model.vocab_size + head.rank * head.factor_width)
+    def flops(head: HeadConfig, model: ModelConfig) -> tuple[int, int]:
+        """Of one position: forward, and what backward saves with a frozen trunk."""
+        w, d, own, v = head.window, model.d_model, head.rank * head.factor_width, model.vocab_size
+        return 2 * w * (v * (d + own) + d * own), 2 * w * d * (v + own)
 
 
 FACTORS: dict[str, type[Factors]] = {

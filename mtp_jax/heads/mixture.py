@@ -40,10 +40,6 @@ class Joint:
     logp_BRV: tuple[Array, ...]
     offset: int = dataclasses.field(metadata={"static": True})
 
-    def skip(self) -> Joint:
-        """The law of the later offsets where the next token stays unknown: its factors sum to 1 (CPD only)."""
-        return dataclasses.replace(self, offset=self.offset + 1)
-
 
 class MixtureHead(Head):
     """q(x_s | x_<s, h) = sum_r alpha_sr p_rs(x_s | h): the circuit says what alpha is, the factors what p is."""
@@ -123,7 +119,9 @@ class MixtureHead(Head):
         if key is not None and config.loss_fraction < 1:
             batch = subsample(jax.random.fold_in(key, 1), config.loss_fraction, *batch)
         loss, nll_W = mixture_loss(self.form, terms, self.params(seen.unembed_VD), *batch)
-        aux = {"loss_offset": nll_W, **_gate_aux(log_w_BTR, weights_BTW)}
+        w_BTR, weight_BT1 = jnp.exp(log_w_BTR), weights_BTW[..., :1]
+        share_R = jnp.sum(weight_BT1 * w_BTR, axis=(0, 1))
+        aux = {"loss_offset": nll_W, "gate_share": share_R, "gate_entropy": -jnp.sum(weight_BT1 * w_BTR * log_w_BTR)}
         if self.shortlist:
             aux["listed"] = jnp.sum(batch[-1], axis=(0, 1))
         if config.balance != "none" and config.balance_weight > 0:
@@ -132,17 +130,10 @@ class MixtureHead(Head):
 
     def log_likelihood(self, seen: Seen, targets_BTW: Array) -> Array:
         """log q(x_s | x_<s, h), `[B, T, W]` in nats, in tiles; -inf from the first target on that is not listed."""
-        listed_BTW = self._columns(targets_BTW)[1]
-        logp_BTRW = self.factor_log_probs(seen, targets_BTW)
+        columns_BTW, listed_BTW = self._columns(targets_BTW)
+        logp_BTRW, _ = factor_scores(self.form, self.params(seen.unembed_VD), seen.x_BTD, columns_BTW)
         found_BTW = conditionals(type(self.circuit), self.circuit.latent(seen.x_BTD), logp_BTRW)
         return jnp.where(listed_BTW, found_BTW, -jnp.inf)
-
-    def factor_log_probs(self, seen: Seen, targets_BTW: Array) -> Array:
-        """log p_rs(x_s | h), `[B, T, R, W]`: what each component alone says of the targets. Forward only, in tiles.
-
-        Of a target that a shortlist has not it is any number.
-        """
-        return factor_scores(self.form, self.params(seen.unembed_VD), seen.x_BTD, self._columns(targets_BTW)[0])[0]
 
     def logits(self, seen: Seen, start: int = 0, stop: int | None = None) -> tuple[Array, ...]:
         """The logits of each of the offsets start .. stop - 1 (default: all W), `[B, T, R, V]` in float32.
@@ -216,31 +207,27 @@ class MixtureHead(Head):
     @classmethod
     def flops(cls, config: HeadConfig, model: ModelConfig, frozen: bool) -> tuple[float, float]:
         """Of factors at `loss_fraction` of the positions, and of the circuit at all of them."""
-        factors, circuit = _factors(config), lookup(CIRCUITS, config.circuit, "HeadConfig.circuit").flops(config, model)
-        forward = _by_offsets(factors.forward_flops, config, model)
-        saved = _by_offsets(factors.frozen_flops, config, model) if frozen else 0
-        part = config.loss_fraction
-        return part * forward + circuit, part * (2 * forward - saved) + (1 if frozen else 2) * circuit
+        circuit, part = (
+            lookup(CIRCUITS, config.circuit, "HeadConfig.circuit").flops(config, model),
+            config.loss_fraction,
+        )
+        forward, saved = _factor_flops(config, model)
+        backward = 2 * forward - (saved if frozen else 0)
+        return part * forward + circuit, part * backward + (1 if frozen else 2) * circuit
 
 
 def _factors(config: HeadConfig) -> type[Factors]:
     return lookup(FACTORS, config.factors, "HeadConfig.factors")
 
 
-def _by_offsets(flops: Any, head: HeadConfig, model: ModelConfig) -> int:
-    """`flops` of all offsets; with a shortlist, those after the first have another vocabulary."""
+def _factor_flops(head: HeadConfig, model: ModelConfig) -> tuple[int, int]:
+    """`Factors.flops` of all offsets; with a shortlist, those after the first have another vocabulary."""
+    flops = _factors(head).flops
     if not head.shortlist:
         return flops(head, model)
     first, later = (dataclasses.replace(head, window=w, shortlist=0) for w in (1, head.window - 1))
-    return flops(first, model) + flops(later, dataclasses.replace(model, vocab_size=head.shortlist))
-
-
-def _gate_aux(log_w_BTR: Array, weights_BTW: Array) -> Aux:
-    w_BTR, weight_BT1 = jnp.exp(log_w_BTR), weights_BTW[..., :1]
-    return {
-        "gate_share": jnp.sum(weight_BT1 * w_BTR, axis=(0, 1)),
-        "gate_entropy": -jnp.sum(weight_BT1 * w_BTR * log_w_BTR),
-    }
+    parts = flops(first, model), flops(later, dataclasses.replace(model, vocab_size=head.shortlist))
+    return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
 
 
 def _within(draft: Joint) -> None:

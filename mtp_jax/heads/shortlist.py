@@ -94,8 +94,7 @@ class Shortlist(nnx.Module):
 def put_listed(params: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
     """The parameters of a model with these ids as its shortlist."""
     head = params["head"]
-    old = head["shortlist"]["listed_n"]
-    listed_n = jax.device_put(np.asarray(ids, np.int32), old.sharding)
+    listed_n = jax.device_put(np.asarray(ids, np.int32), head["shortlist"]["listed_n"].sharding)
     return {**params, "head": {**head, "shortlist": {"listed_n": listed_n}}}
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -23,19 +23,8 @@ from jax.sharding import PartitionSpec as P
 from mtp_jax.losses.tiles import Device, Form
 from mtp_jax.sharding import like, vary
 
-
-class Law(Protocol):
-    """The weights of the components along the window (`mtp_jax.heads.circuits.Circuit`)."""
-
-    @staticmethod
-    def start(latent: Any) -> tuple[Any, Array]:
-        """(what is carried, log alpha_1 `[.., R]`)."""
-        ...
-
-    @staticmethod
-    def advance(carry: Any, score_R: Array, offset: int) -> tuple[Any, Array]:
-        """The same behind a token whose log p_r are `score_R`."""
-        ...
+if TYPE_CHECKING:
+    from mtp_jax.heads.circuits import Circuit
 
 
 @dataclass(frozen=True)
@@ -43,7 +32,7 @@ class Terms:
     """What is static in the loss: the circuit's law; offset s counts `gamma**(s-1)`; `z_weight` is on the mean square
     of log-normalisers."""
 
-    law: type[Law]
+    law: type[Circuit]
     gamma: float = 1.0
     z_weight: float = 0.0
 
@@ -68,8 +57,7 @@ def mixture_loss(
     Returns:
       the loss, and nll `[W]`, which is reported and carries no gradient.
     """
-    value: tuple[Array, Array] = _mixture_loss(form, terms, params, x_BTD, latent, targets_BTW, weights_BTW)
-    return value
+    return _mixture_loss(form, terms, params, x_BTD, latent, targets_BTW, weights_BTW)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -138,7 +126,7 @@ def factor_scores(form: Form, params: Any, x_BTD: Array, targets_BTW: Array) -> 
     return local(params, x_BTD, targets_BTW)
 
 
-def conditionals(law: type[Law], latent: Any, logp_BTRW: Array) -> Array:
+def conditionals(law: type[Circuit], latent: Any, logp_BTRW: Array) -> Array:
     """log q(x_s | x_<s), `[B, T, W]`, from the circuit's `latent` and log p_rs(x_s)."""
     carry, log_alpha_BTR = law.start(latent)
     window, found = logp_BTRW.shape[-1], []

@@ -49,7 +49,7 @@ class Device:
     """What one device does with its part of a batch: inside `shard_map`."""
 
     def __init__(self, form: Form, params: Any, specs: Any, x_BTD: Array):
-        self.form, self.params, self.specs, self.x_BTD = form, params, specs, x_BTD
+        self.form, self.params, self.specs = form, params, specs
         whole = jax.tree.map(lambda w, spec: gather_local(w, spec, x_BTD.dtype), params, specs)
         self.tables, self._pull = jax.vjp(form.tables, whole)
         # The axes that split the vocabulary: the rules split nothing else of the head over this one.
@@ -84,31 +84,29 @@ class Device:
         """A gradient of the tables to add to."""
         return jax.tree.map(lambda table: vary(jnp.zeros_like(table)), self.tables)
 
-    def logits(self, x_BTD: Array) -> tuple[Any, Callable[[Any], tuple[Any, Array]]]:
+    def logits(self, x_BTD: Array) -> tuple[list[Array], Callable[[Any], tuple[Any, Array]]]:
         """The logits of a tile, and the function that takes their gradient back to (tables, x).
 
         As plain matrices: M rows, one for each position, component and offset. XLA then works on them in place.
         """
 
-        def logits_MV(tables: Any, x_BTD: Array) -> Any:
-            return jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), self.form.logits(tables, x_BTD))
+        def logits_MV(tables: Any, x_BTD: Array) -> list[Array]:
+            return [a.reshape(-1, a.shape[-1]) for a in jax.tree.leaves(self.form.logits(tables, x_BTD))]
 
         return jax.vjp(logits_MV, self.tables, vary(x_BTD))
 
-    def scores(self, logits_MV: Any, columns_BTW: Array) -> tuple[Array, Array]:
+    def scores(self, logits_MV: list[Array], columns_BTW: Array) -> tuple[Array, Array]:
         """log p_rs(x_s) and the log-normalisers, `[B, T, R, W]`, of the targets in these columns."""
-        leaves = jax.tree.leaves(logits_MV)
-        found = [self._scores(*one) for one in zip(leaves, self._by_array(columns_BTW), strict=True)]
+        found = [self._scores(*one) for one in zip(logits_MV, self._by_array(columns_BTW), strict=True)]
         logp, lse = (jnp.concatenate(parts, axis=3) for parts in zip(*found, strict=True))
         return logp, lse
 
     def d_logits(
-        self, logits_MV: Any, lse_BTRW: Array, columns_BTW: Array, d_logp_BTRW: Array, d_lse_BTRW: Array
-    ) -> Any:
+        self, logits_MV: list[Array], lse_BTRW: Array, columns_BTW: Array, d_logp_BTRW: Array, d_lse_BTRW: Array
+    ) -> list[Array]:
         """The gradient of the logits, from those of the scores."""
-        leaves, tree = jax.tree.flatten(logits_MV)
         scores = (self._by_array(a) for a in (lse_BTRW, columns_BTW, d_logp_BTRW, d_lse_BTRW))
-        return jax.tree.unflatten(tree, [self._d_logits(*one) for one in zip(leaves, *scores, strict=True)])
+        return [self._d_logits(*one) for one in zip(logits_MV, *scores, strict=True)]
 
     def _scores(self, logits_MV: Array, columns_BTW: Array) -> tuple[Array, Array]:
         rank = logits_MV.shape[0] // columns_BTW.size

@@ -73,15 +73,6 @@ def attend_cached(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_B1TS: Array)
     return y_BTKGH.reshape(batch, time, num_heads, width, out_sharding=RULES.qkv_BTNH).astype(q_BTNH.dtype)
 
 
-def reference_attend(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_B1TS: Array) -> Array:
-    """The definition, for tests: softmax over the keys in float32, key heads repeated for their query heads."""
-    repeats = q_BTNH.shape[2] // k_BSKH.shape[2]
-    k_BSNH, v_BSNH = (jnp.repeat(a.astype(jnp.float32), repeats, axis=2) for a in (k_BSKH, v_BSKH))
-    scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH.astype(jnp.float32), k_BSNH) * q_BTNH.shape[-1] ** -0.5
-    weights_BNTS = jax.nn.softmax(jnp.where(mask_B1TS, scores_BNTS, -jnp.inf), axis=-1)
-    return jnp.einsum("bnts,bsnh->btnh", weights_BNTS, v_BSNH).astype(q_BTNH.dtype)
-
-
 class Attention(nnx.Module):
     """Projections to heads, rotary embedding, attention, and back to the model width."""
 
@@ -115,10 +106,8 @@ class Attention(nnx.Module):
         """
         q_BTNH, k_BTKH, v_BTKH = (linear(x_BTD, w[...]) for w in (self.wq_DNH, self.wk_DKH, self.wv_DKH))
         if self.config.qkv_bias:
-            dtype = x_BTD.dtype
-            q_BTNH = q_BTNH + self.bq_NH[...].astype(dtype)[None, None]
-            k_BTKH = k_BTKH + self.bk_KH[...].astype(dtype)[None, None]
-            v_BTKH = v_BTKH + self.bv_KH[...].astype(dtype)[None, None]
+            biased = (q_BTNH, self.bq_NH), (k_BTKH, self.bk_KH), (v_BTKH, self.bv_KH)
+            q_BTNH, k_BTKH, v_BTKH = (y + b[...].astype(x_BTD.dtype)[None, None] for y, b in biased)
         if self.config.qk_norm:
             q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
         q_BTNH, k_BTKH = rotate(q_BTNH, rope), rotate(k_BTKH, rope)

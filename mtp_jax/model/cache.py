@@ -6,6 +6,8 @@ in this forward before attention reads, so rolling back a rejected draft is one 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -27,11 +29,9 @@ def init_cache(config: ModelConfig, batch: int, slots: int) -> Cache:
     """
     shape = (batch, config.num_kv_heads, slots, config.head_width)
     dtype = jnp.float32 if platform() == "cpu" else jnp.dtype(config.dtype)
+    zeros = functools.partial(jnp.zeros, shape, dtype, out_sharding=RULES.cache_BKSH)
     # One array each: the caches are donated, and a buffer can be donated once.
-    return [
-        tuple(jnp.zeros(shape, dtype, out_sharding=RULES.cache_BKSH) for _ in range(2))  # type: ignore[misc]
-        for _ in range(config.num_layers)
-    ]
+    return [(zeros(), zeros()) for _ in range(config.num_layers)]
 
 
 def write(cache_BKSH: Array, new_BTKH: Array, start_B: Array) -> Array:

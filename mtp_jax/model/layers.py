@@ -25,10 +25,7 @@ def product(equation: str, x: Array, w: Array | OutputMajor) -> Array:
     float32 sum. The equation is that of a matrix product: rows and inner axes, (inner and outer axes, or outer and
     inner), to rows and outer axes, as in "btd,drwe->btrwe" and "btrwd,vd->btrwv".
     """
-    if isinstance(w, OutputMajor):
-        return w.times(x)
-    y: Array = _product(equation, x, w)
-    return y
+    return w.times(x) if isinstance(w, OutputMajor) else _product(equation, x, w)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -42,10 +39,6 @@ def _product(equation: str, x: Array, w: Array) -> Any:
 
 def _sum32(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
-
-
-def _product_forward(equation: str, x: Array, w: Array) -> tuple[Array, Any]:
-    return _product(equation, x, w), (x, w)
 
 
 def _product_backward(equation: str, residuals: tuple[Array, Array], d: Array) -> tuple[Array, Array]:
@@ -68,7 +61,7 @@ def _product_backward(equation: str, residuals: tuple[Array, Array], d: Array) -
     return d_x.reshape(x.shape).astype(x.dtype), d_w.reshape(w.shape).astype(w.dtype)
 
 
-_product.defvjp(_product_forward, _product_backward)
+_product.defvjp(lambda equation, x, w: (_product(equation, x, w), (x, w)), _product_backward)
 
 
 def linear(x: Array, w: Array | OutputMajor) -> Array:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mtp_jax.model.config import ModelConfig, RopeScaling
+from mtp_jax.model.config import ModelConfig
 
 
 class Rotary(NamedTuple):
@@ -20,17 +20,16 @@ class Rotary(NamedTuple):
 
 
 def frequencies(config: ModelConfig) -> np.ndarray:
-    """Radians per position of each pair, `[H/2]`."""
-    half = np.arange(0, config.head_width, 2) / config.head_width
-    return _scaled(config.rope_theta**-half, config.rope_scaling).astype(np.float32)
+    """Radians per position of each pair, `[H/2]`.
 
-
-def _scaled(frequency: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Llama 3: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
+    Llama 3: long wavelengths are stretched by `factor`, short ones kept, those between interpolated.
+    """
+    scaling = config.rope_scaling
+    frequency = config.rope_theta ** -(np.arange(0, config.head_width, 2) / config.head_width)
     turns = scaling.original_context_length * frequency / (2 * math.pi)
     keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     keep = np.clip(keep, 0.0, 1.0)
-    return frequency * (keep + (1 - keep) / scaling.factor)
+    return (frequency * (keep + (1 - keep) / scaling.factor)).astype(np.float32)
 
 
 def rotary(config: ModelConfig, positions_BT: Array) -> Rotary:

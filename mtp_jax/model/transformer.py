@@ -54,7 +54,8 @@ class Trunk(nnx.Module):
           hidden states `[B, T, D]` after the final norm, and the taps: the residual stream `[B, T, D]` behind each of
           `layers`. They travel in the scan's carry, so no more of them exist than are asked for.
         """
-        rope, mask_B1TS = rotary(self.config, _positions(segments_BT)), causal_mask(segments_BT)
+        positions_BT = jnp.zeros_like(segments_BT) + jnp.arange(segments_BT.shape[1], dtype=jnp.int32)[None]
+        rope, mask_B1TS = rotary(self.config, positions_BT), causal_mask(segments_BT)
 
         def layer(carry: tuple[Array, Taps], numbered: tuple[Array, Block]) -> tuple[tuple[Array, Taps], None]:
             (x_BTD, taps), (number, block) = carry, numbered
@@ -74,9 +75,8 @@ class UnrolledTrunk(nnx.Module):
 
     def __init__(self, trunk: Trunk):
         self.config = trunk.config
-        self.blocks = nnx.List(
-            [jax.tree.map(lambda w, i=i: w[i], trunk.blocks) for i in range(trunk.config.num_layers)]
-        )
+        layers = range(trunk.config.num_layers)
+        self.blocks = nnx.List([jax.tree.map(lambda w, i=i: w[i], trunk.blocks) for i in layers])
         self.norm = trunk.norm
 
     def extend(
@@ -108,7 +108,3 @@ class UnrolledTrunk(nnx.Module):
             written.append(layer_cache)
             tapped[number] = x_BTD
         return self.norm(x_BTD), tuple(tapped[number] for number in layers), written
-
-
-def _positions(tokens_BT: Array) -> Array:
-    return jnp.zeros_like(tokens_BT) + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)[None]

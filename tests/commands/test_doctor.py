@@ -19,7 +19,6 @@ from mtp_jax.data.config import DataConfig
 from mtp_jax.decode.decoder import for_decoding
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.loop import Limits, Plan, prefill, run
-from mtp_jax.decode.state import Stops
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.mesh import AXES
 from mtp_jax.model.config import ModelConfig
@@ -373,7 +372,7 @@ def test_the_decode_loop_lowers_for_other_platforms(elsewhere, temperature):
     plan = Plan(3, temperature, 48)
     key = jax.eval_shape(lambda: jax.random.key(0)).dtype
     sampling = Sampling(each(jnp.float32), each(jnp.int32), each(jnp.float32), each(key))
-    limits, stops = Limits(each(jnp.int32), each(jnp.int32)), Stops(jax.ShapeDtypeStruct((1,), jnp.int32))
+    limits, stops = Limits(each(jnp.int32), each(jnp.int32)), jax.ShapeDtypeStruct((1,), jnp.int32)
     model = jax.eval_shape(lambda: for_decoding(build_model(config, jax.random.key(0))))
     begin = functools.partial(prefill, plan)
     state = jax.eval_shape(begin, model, each(jnp.int32, 16), each(jnp.int32), limits, sampling, stops)

@@ -58,7 +58,7 @@ def test_the_cache_is_donated_and_not_copied(model, narrow, rows, k, dtype):
     decoding.plan = plan = dataclasses.replace(decoding.plan, slots=1024)
     state = decoding.state
     size = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state.cache))
-    compiled = loop.run.lower(plan, model, state, decoding.sampling, decoding.stops, np.int32(1)).compile()
+    compiled = loop.run.lower(plan, model, state, decoding.sampling, decoding.stops_n, np.int32(1)).compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= size
     # At heads 4 wide the scores of several tokens are as large as the cache.
@@ -103,7 +103,7 @@ def test_without_drafts_the_loop_is_one_token_wide(model, monkeypatch):
         state = decoding.state
         widths.clear()
         drafted.clear()
-        jax.make_jaxpr(lambda *args, d=decoding: loop.step(d.plan, *args, d.sampling, d.stops))(model, state)
+        jax.make_jaxpr(lambda *args, d=decoding: loop.step(d.plan, *args, d.sampling, d.stops_n))(model, state)
         assert set(widths) == expected
         assert bool(drafted) == (k > 0)
 
@@ -127,7 +127,7 @@ def test_decoding_traces_on_a_sharded_mesh(verifier):
         decoding = ask(model, laws=laws, verifier=verifier)
         state = prefilled(decoding)
         run = functools.partial(loop.run, decoding.plan)
-        out = jax.eval_shape(run, model, state, decoding.sampling, decoding.stops, 1)
+        out = jax.eval_shape(run, model, state, decoding.sampling, decoding.stops_n, 1)
         assert jax.tree.map(jax.typeof, out) == jax.tree.map(jax.typeof, state)
 
 

@@ -63,9 +63,9 @@ def stepwise(verifier: str, draft: str, law=PLAIN[0], **options):
     d = table_decoding(model, FEWER_ROWS, NEW, verifier, law, **options)
     last, caches = loop.read(model, d.prompt_BP, d.length_B, d.plan.slots)
     begin = loop.begin.__wrapped__
-    d.state = begin(d.plan, model, last, caches, d.prompt_BP, d.length_B, d.limits, d.sampling, d.stops)
+    d.state = begin(d.plan, model, last, caches, d.prompt_BP, d.length_B, d.limits, d.sampling, d.stops_n)
     while not d.done:
-        d.state = loop.step(d.plan, model, d.state, d.sampling, d.stops)
+        d.state = loop.step(d.plan, model, d.state, d.sampling, d.stops_n)
     return d.result()
 
 

@@ -80,6 +80,6 @@ def test_fault_drafts_that_ignore_the_targets_token_cost_acceptance_and_not_the_
     condition = MixtureHead.condition
 
     def forget(self, joint, token_B):
-        return joint.skip() if joint.offset == 0 else condition(self, joint, token_B)
+        return dataclasses.replace(joint, offset=1) if joint.offset == 0 else condition(self, joint, token_B)
 
     assert costs_acceptance_only(model, 1.2, lambda: monkeypatch.setattr(MixtureHead, "condition", forget))

@@ -31,7 +31,7 @@ def test_without_drafts_the_loop_is_the_plain_loop(model, laws):
         rows = plain.rows_of(decoding.state)
         decoding.prefill()
         expected, out = (
-            loops[name](model, given, decoding.sampling, decoding.stops, np.int32(budget))
+            loops[name](model, given, decoding.sampling, decoding.stops_n, np.int32(budget))
             for name, given in (("plain", rows), ("k = 0", decoding.state))
         )
         committed = np.arange(out.tokens_BS.shape[1])[None] < np.asarray(out.length_B)[:, None]
@@ -50,6 +50,6 @@ def test_drafts_cost_operations(model):
     _, loops = plain.programs(model, PROMPTS[:1], max_new_tokens=8)
     plain_count = sum(plain.operations(loops["plain"].as_text()).values())
     decoding = plain.Decoding(model, PROMPTS[:1], plain.DecodeConfig(max_new_tokens=8, k=1))
-    args = model, decoding.state, decoding.sampling, decoding.stops, np.int32(0)
+    args = model, decoding.state, decoding.sampling, decoding.stops_n, np.int32(0)
     drafting = plain.run.lower(decoding.plan, *args).compile().as_text()
     assert sum(plain.operations(drafting).values()) > 1.1 * plain_count

@@ -92,7 +92,7 @@ def ask(
 def prefilled(decoding: Decoding) -> DecodeState:
     """The shapes of the state after prefill; nothing is compiled."""
     d = decoding
-    arrays = d.decoder, d.prompt_BP, d.length_B, d.limits, d.sampling, d.stops
+    arrays = d.decoder, d.prompt_BP, d.length_B, d.limits, d.sampling, d.stops_n
     return jax.eval_shape(functools.partial(loop.prefill, d.plan), *arrays)
 
 
@@ -175,7 +175,7 @@ def faulty_loop() -> Callable[[Decoding], Generation]:
     def decode(decoding: Decoding) -> Generation:
         d = decoding
         d.prefill()
-        d.state = compiled(d.plan, d.decoder, d.state, d.sampling, d.stops, np.int32(100))
+        d.state = compiled(d.plan, d.decoder, d.state, d.sampling, d.stops_n, np.int32(100))
         assert d.done
         return d.result()
 

@@ -149,7 +149,7 @@ def test_what_backward_saves_on_a_frozen_trunk(factors):
     jaxpr = jax.jit(jax.value_and_grad(logits)).trace(own, rest, jnp.ones((1, rows, 20))).jaxpr.jaxpr
     # The rule of a product gives both gradients, and the compiler leaves out what nobody asks for.
     counted = count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
-    forward, saved = form.forward_flops(config.head, model), form.frozen_flops(config.head, model)
+    forward, saved = form.flops(config.head, model)
     # U B is computed once for all positions; the prediction leaves it out, and the gradient of B.
     assert counted - 2 * per_batch(config) == rows * (3 * forward - saved)
 
@@ -282,7 +282,7 @@ def test_a_state_takes_the_bytes_that_its_shards_take():
 def test_what_is_drawn_instead_of_done_costs_less(target):
     """The gate and the model's own next-token logits are always whole."""
     model, head = ModelConfig(), HeadConfig(rank=8, factors="shared", target=target)
-    factors = SharedFactors.forward_flops(head, model)
+    factors = SharedFactors.flops(head, model)[0]
     rest = 2 * model.d_model * 8 + (2 * model.vocab_size * model.d_model if target == "ntp" else 0)
 
     def training(**changes):

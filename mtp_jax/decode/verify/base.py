@@ -21,7 +21,7 @@ class Verdict(NamedTuple):
 class Verifier(Protocol):
     """A rule that leaves the law of the output equal to the target's, whatever was drafted."""
 
-    keeps_q: bool
+    keeps_q: bool = False
     """Whether it compares probabilities: the law of every draft is then kept in the state, and else never formed."""
 
     def noise(self, sampling: Sampling, start_B: Array, width: int, vocab_size: int) -> Array | None:
@@ -37,11 +37,16 @@ class Verifier(Protocol):
         ...
 
     def verify(self, logits_BTV: Array, state: DecodeState, sampling: Sampling) -> Verdict:
-        """Judge the drafts of `state` by the target's logits at their positions and the one behind them."""
-        ...
+        """Judge the drafts of `state` by the target's logits at their positions and the one behind them.
+
+        By default they are accepted while they equal the target's choices, which are committed. Given that drafts
+        1..i-1 equal what the target chose, its choice at i follows its own law, whatever the draft.
+        """
+        chosen_BT, k = self.choose(logits_BTV, state.noise_BTV), state.draft_Bk.shape[1]
+        return Verdict(chosen_BT, leading((chosen_BT[:, :k] == state.draft_Bk) & used(state)))
 
 
-class Sampled:
+class Sampled(Verifier):
     """What verifiers that sample have in common; rows of temperature 0 are greedy under each of them."""
 
     def law(self, logp_BTV: Array, sampling: Sampling, *, filtered: bool) -> Array:
@@ -62,12 +67,3 @@ def used(state: DecodeState) -> Array:
 def leading(ok_Bk: Array) -> Array:
     """How many from the front are true, `[B]`."""
     return jnp.sum(jnp.cumprod(ok_Bk.astype(jnp.int32), axis=1), axis=1, dtype=jnp.int32)
-
-
-def match_prefix(chosen_BT: Array, state: DecodeState) -> Verdict:
-    """Accept drafts while they equal the target's choices, and commit the choices.
-
-    Given that drafts 1..i-1 equal what the target chose, its choice at i follows its own law, whatever the draft.
-    """
-    k = state.draft_Bk.shape[1]
-    return Verdict(chosen_BT, leading((chosen_BT[:, :k] == state.draft_Bk) & used(state)))

@@ -11,19 +11,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from mtp_jax.decode.law import Sampling, gumbel
-from mtp_jax.decode.state import DecodeState
-from mtp_jax.decode.verify.base import Sampled, Verdict, match_prefix
+from mtp_jax.decode.verify.base import Sampled
 
 
 class Coupled(Sampled):
     """argmax(logits + noise) for both."""
 
-    keeps_q = False
-
     def noise(self, sampling: Sampling, start_B: Array, width: int, vocab_size: int) -> Array | None:
         """Gumbel noise `[B, width, V]`, a position's own."""
         return gumbel(sampling.key_B, start_B[:, None] + jnp.arange(width, dtype=jnp.int32)[None], vocab_size)
-
-    def verify(self, logits_BTV: Array, state: DecodeState, sampling: Sampling) -> Verdict:
-        """Accept drafts while they are what the target chooses."""
-        return match_prefix(self.choose(logits_BTV, state.noise_BTV), state)

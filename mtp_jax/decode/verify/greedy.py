@@ -6,14 +6,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from mtp_jax.decode.law import Sampling
-from mtp_jax.decode.state import DecodeState
-from mtp_jax.decode.verify.base import Verdict, match_prefix
+from mtp_jax.decode.verify.base import Verifier
 
 
-class Greedy:
+class Greedy(Verifier):
     """Draft and target both take the argmax of their log-probabilities; temperature and filters do not matter."""
-
-    keeps_q = False
 
     def noise(self, sampling: Sampling, start_B: Array, width: int, vocab_size: int) -> Array | None:
         """None."""
@@ -26,7 +23,3 @@ class Greedy:
     def choose(self, logits_BTV: Array, noise_BTV: Array | None) -> Array:
         """The argmax, `[B, T]`."""
         return jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
-
-    def verify(self, logits_BTV: Array, state: DecodeState, sampling: Sampling) -> Verdict:
-        """Accept drafts while they are what the target chooses."""
-        return match_prefix(self.choose(logits_BTV, None), state)

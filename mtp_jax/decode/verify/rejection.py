@@ -19,7 +19,7 @@ from jax import Array
 from mtp_jax import arrays
 from mtp_jax.decode.law import ACCEPT, CHOOSE, Sampling, block_keys, gumbel
 from mtp_jax.decode.state import DecodeState
-from mtp_jax.decode.verify.base import Sampled, Verdict, match_prefix, used
+from mtp_jax.decode.verify.base import Sampled, Verdict, used
 
 
 class Rejection(Sampled):
@@ -52,7 +52,7 @@ class Rejection(Sampled):
         draft_Bk, logq_BkV, noise_BTV = state.draft_Bk, state.logq_BkV, state.noise_BTV
         k, used_Bk = draft_Bk.shape[1], used(state)
         if k == 0:  # plain sampling
-            return match_prefix(self.choose(logits_BTV, noise_BTV), state)
+            return super().verify(logits_BTV, state, sampling)
         assert logq_BkV is not None and noise_BTV is not None
         logp_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
         q_BTV = jnp.pad(jnp.where(used_Bk[:, :, None], jnp.exp(logq_BkV), 0.0), ((0, 0), (0, 1), (0, 0)))
