@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 from mtp_jax.model.cache import Cache
@@ -44,3 +46,11 @@ class DecodeState:
     forwards_B: Array
     drafted_Bk: Array
     accepted_Bk: Array
+
+    def narrowed(self, k: int) -> DecodeState:
+        """A copy for a loop with k drafts, of those that there are: the prompts need not be read again for it."""
+        cut = {name: getattr(self, name)[:, :k] for name in ("draft_Bk", "drafted_Bk", "accepted_Bk")}
+        cut |= {name: jnp.minimum(getattr(self, name), k) for name in ("draft_len_B", "most_B")}
+        cut["noise_BTV"] = None if self.noise_BTV is None else self.noise_BTV[:, : k + 1]
+        cut["logq_BkV"] = self.logq_BkV[:, :k] if k and self.logq_BkV is not None else None
+        return jax.tree.map(jnp.copy, dataclasses.replace(self, **cut, head_cache=self.head_cache if k else ()))

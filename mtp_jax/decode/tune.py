@@ -95,22 +95,25 @@ def measure(decoder: Decoder, prompts: Sequence[Prompt], config: DecodeConfig) -
     Acceptance at an offset is over all candidates that draft there.
     """
     window, decodings = decoder.head.config.window, {}
-    for k in candidates(window):
+    for k in reversed(candidates(window)):
         # Of the shapes that the request has, but only the end of the cache ends it.
         asked = dataclasses.replace(config, k=k, stop_tokens=(-1,) * len(config.stop_tokens))
         decodings[k] = endless = Decoding(decoder, prompts, asked)
         last_B = jnp.full_like(endless.length_B, endless.plan.slots - window)
         endless.limits = endless.limits._replace(length_B=last_B)
+        widest = next(iter(decodings.values()))
+        if widest is not endless:  # prompts are read once
+            endless.state = widest.state.narrowed(k)
         _burst(endless, 1)  # which compiles
     once = sum(_burst(decoding, 1)[0] for decoding in decodings.values())
-    forwards = int(np.clip(SECONDS / ROUNDS / once, 4, FORWARDS))
+    forwards = int(np.clip(SECONDS / ROUNDS / once, 3, FORWARDS))
     seconds, counts_2k = {k: [] for k in decodings}, np.zeros((2, max(decodings)))
     for k in list(decodings) * ROUNDS:
         each, counts = _burst(decodings[k], forwards)
         seconds[k].append(each)
         counts_2k[:, :k] += counts
     acceptance = counts_2k[1] / np.maximum(1, counts_2k[0])
-    return {k: float(np.median(each)) for k, each in seconds.items()}, acceptance.tolist()
+    return {k: float(np.median(seconds[k])) for k in sorted(seconds)}, acceptance.tolist()
 
 
 def _burst(decoding: Decoding, forwards: int) -> tuple[float, np.ndarray]:

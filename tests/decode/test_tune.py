@@ -9,7 +9,7 @@ from mtp_jax.decode import tune
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.generate import generate
 from mtp_jax.validate import ConfigError
-from support.decoding import NEW, PROMPTS, WINDOW, same
+from support.decoding import NEW, PROMPTS, WINDOW, ask, same
 
 AUTO = {"max_new_tokens": NEW, "k": "auto", "stop_tokens": [31]}
 
@@ -58,6 +58,22 @@ def test_what_is_measured_is_the_cost_of_each_k_and_the_acceptance_at_each_offse
     seconds, acceptance = tune.measure(model, PROMPTS, DecodeConfig(NEW))
     assert list(seconds) == [0, 1, 3] and min(seconds.values()) > 0
     assert len(acceptance) == WINDOW - 1 and 0 < acceptance[-1] <= acceptance[0] < 1
+
+
+@pytest.mark.parametrize("verifier", ["greedy", "coupled"])
+@pytest.mark.parametrize("k", [0, 1])
+def test_prompts_that_were_read_for_more_drafts_serve_fewer(model, k, verifier):
+    def decoding(k):
+        temperature = 0.0 if verifier == "greedy" else 0.8
+        return ask(model, k=k, temperature=temperature, verifier=verifier, seed=3)
+
+    wide, narrow, fresh = decoding(WINDOW - 1), decoding(k), decoding(k)
+    narrow.state = wide.state.narrowed(k)
+    for each in (narrow, fresh, wide):
+        each.advance()
+    assert same(narrow.result().tokens, fresh.result().tokens) and wide.done
+    np.testing.assert_array_equal(narrow.result().forwards, fresh.result().forwards)
+    np.testing.assert_array_equal(narrow.result().drafted, fresh.result().drafted)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 3}], ids=["greedy", "coupled"])
