@@ -6,6 +6,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+NEVER = -1e30
+"""The logit of a token that is ruled out; finite, so that differences stay numbers."""
+
+
+def rule_out(logits: Array, count: int, first: int | Array = 0) -> Array:
+    """`logits`, the vocabulary last, with `NEVER` at the ids from `count` on. `first` is that of column 0."""
+    if isinstance(first, int) and first + logits.shape[-1] <= count:
+        return logits
+    ids_V = first + lax.broadcasted_iota(jnp.int32, (1,) * (logits.ndim - 1) + logits.shape[-1:], logits.ndim - 1)
+    return jnp.where(ids_V < count, logits, NEVER)
+
 
 def at(array: Array, index_B: Array) -> Array:
     """`array[b, index_B[b]]` for every row b."""

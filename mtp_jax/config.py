@@ -6,6 +6,7 @@ Every message names the field, the value found, the value allowed and the way ou
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from typing import Literal
 from mtp_jax.data.config import DataConfig
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.model.config import ModelConfig
-from mtp_jax.validate import at_least, choices, fraction, positive, require, to_dict
+from mtp_jax.validate import at_least, fraction, positive, require, to_dict, typed
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class OptimizerConfig:
     skip_above: float = 0.0
 
     def __post_init__(self) -> None:
-        choices(self)
+        typed(self)
         at_least(self, 0, "learning_rate", "warmup_steps", "weight_decay", "clip_norm", "skip_limit", "skip_above")
         require(
             self.skip_above == 0 or (self.skip_above > 1 and self.skip_limit > 0),
@@ -68,6 +69,7 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
+        typed(self)
         sizes = (self.data, self.fsdp, self.tensor)
         for name, size in to_dict(self).items():
             require(size >= 1 or size == -1, f"MeshConfig.{name} is {size}; it must be at least 1, or -1 for the rest.")
@@ -94,6 +96,7 @@ class ProfileConfig:
     steps: str = ""
 
     def __post_init__(self) -> None:
+        typed(self)
         begin, end = self.range
         require(
             not self.steps or 0 <= begin < end,
@@ -140,7 +143,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices(self)
+        typed(self)
         fraction(self, "ema_decay", closed=False)
         require(
             self.freeze == "none" or bool(self.init_from),
@@ -166,13 +169,19 @@ class TrainConfig:
             "the warm-up cannot be longer than the run.",
         )
 
-    def check_tokenizer(self, vocab_size: int) -> None:
-        """Refuse a model whose vocabulary is smaller than the tokenizer's `vocab_size`."""
+    def with_tokenizer(self, vocab_size: int) -> TrainConfig:
+        """The config with `model.num_tokens`, of a tokenizer of `vocab_size` ids; refuses a smaller vocabulary."""
         require(
             self.model.vocab_size >= vocab_size,
             f"model.vocab_size is {self.model.vocab_size} and the tokenizer {self.data.tokenizer!r} has {vocab_size} "
             f"tokens; set model.vocab_size to {vocab_size} or more.",
         )
+        require(
+            self.model.num_tokens in (None, vocab_size),
+            f"model.num_tokens is {self.model.num_tokens} and the tokenizer {self.data.tokenizer!r} has {vocab_size} "
+            "tokens. Leave it out: it is the tokenizer's.",
+        )
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, num_tokens=vocab_size))
 
     def check_mesh(self, shape: tuple[int, int, int]) -> None:
         """Refuse a batch or a width that the mesh `(data, fsdp, tensor)` does not divide."""

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from mtp_jax.validate import ConfigError, positive, require
+from mtp_jax.validate import ConfigError, positive, require, typed
 
 T = TypeVar("T")
 BEATS_KEPT = 4  # how many times within `lost_seconds` a process says that it is there
@@ -43,6 +43,7 @@ class Distributed:
     """As long may a step take, or a batch of an evaluation. Then all end, and say where each one was."""
 
     def __post_init__(self) -> None:
+        typed(self)
         positive(self, "lost_seconds", "stalled_seconds")
         given = self.num_processes != 0 or self.process_id != -1
         if self.coordinator == "":

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from mtp_jax import arrays
 from mtp_jax.heads.base import Aux, Head, Seen
 from mtp_jax.heads.circuits import Independent
 from mtp_jax.heads.config import HeadConfig
@@ -101,7 +102,12 @@ class LanguageModel(nnx.Module):
         params, latent_BT1 = {"unembed_VD": seen.unembed_VD}, Independent.latent(seen.x_BTD)
         first = targets_BTW[..., :1], weights_BTW[..., :1]
         own, nll_1 = mixture_loss(
-            NextToken, Terms(Independent, z_weight=config.z_weight), params, seen.x_BTD, latent_BT1, *first
+            NextToken,
+            Terms(Independent, 1.0, config.z_weight, self.config.known),
+            params,
+            seen.x_BTD,
+            latent_BT1,
+            *first,
         )
         return loss + config.ntp_weight * own, {**aux, "loss_first_token": nll_1[0]}
 
@@ -109,7 +115,7 @@ class LanguageModel(nnx.Module):
         """The model's own law of the next token: log-probabilities `[B, T, V]` in float32."""
         assert self.unembed_VD is not None
         logits_BT11V = NextToken.logits({"unembed_VD": gather(self.unembed_VD[...])}, x_BTD)
-        return jax.nn.log_softmax(logits_BT11V[:, :, 0, 0], axis=-1)
+        return jax.nn.log_softmax(arrays.rule_out(logits_BT11V[:, :, 0, 0], self.config.known), axis=-1)
 
     def target(self, seen: Seen) -> tuple[Array, Any]:
         """The law of the next token that decoding preserves: log-probabilities `[B, T, V]` in float32.

@@ -5,11 +5,15 @@ Every message names the field, the value found, the value allowed and the way ou
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
+import functools
+import os
+import types
 import typing
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar, Union
 
 T = TypeVar("T")
 
@@ -36,6 +40,70 @@ def each(value: Any) -> Sequence[Any]:
     return value if hasattr(value, "__len__") else (value,)
 
 
+def typed(config: Any) -> None:
+    """Give every field of a config the type that it is declared with: the first line of its `__post_init__`.
+
+    Scalars and 0-d arrays of NumPy and JAX become Python's, paths strings, lists tuples, and 1e3 the integer 1000. What
+    would have another value then, or is of another kind, is a `ConfigError`.
+    """
+    hints = _hints(type(config))
+    for name in (field.name for field in dataclasses.fields(config)):
+        value = getattr(config, name)
+        try:
+            object.__setattr__(config, name, _as(hints[name], value))
+        except (TypeError, ValueError, OverflowError):
+            raise ConfigError(
+                f"{type(config).__name__}.{name} is {value!r}; it must be {_words(hints[name])}."
+            ) from None
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _as(hint: Any, value: Any) -> Any:
+    """`value` as what a type hint says. Raises `TypeError` or `ValueError` if it is something else."""
+    kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind in (Union, types.UnionType):
+        for one in args:
+            with contextlib.suppress(TypeError, ValueError, OverflowError):
+                return _as(one, value)
+        raise TypeError
+    if kind in (tuple, Sequence):
+        if isinstance(value, str | bytes):
+            raise TypeError
+        return tuple(_as(args[0], each) for each in value)
+    if kind is Mapping:
+        return {_as(args[0], key): _as(args[1], each) for key, each in dict(value).items()}
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if kind is Literal and isinstance(value, str) and value in args:
+        return str(value)
+    if kind is str and isinstance(value, str | os.PathLike):
+        return str(os.fspath(value))
+    if kind in (int, float) and isinstance(value, int | float) and not isinstance(value, bool):
+        if kind is int and value != int(value):
+            raise ValueError
+        return int(value) if kind is int else value
+    if kind is not int and isinstance(kind, type) and isinstance(value, kind):
+        return value
+    raise TypeError
+
+
+def _words(hint: Any) -> str:
+    """A type hint as a person says it."""
+    kind, args = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if kind is Literal:
+        return f"{'one of ' * (len(args) > 1)}{', '.join(map(repr, args))}"
+    if kind in (Union, types.UnionType):
+        return " or ".join(map(_words, args))
+    if kind in (tuple, Sequence):
+        return f"a sequence of which each is {_words(args[0])}"
+    names = {int: "an integer", float: "a number", bool: "True or False", str: "a string", types.NoneType: "None"}
+    return names.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
 # What many fields have in common. Each raises `ConfigError` with the field's name, its value and what is allowed.
 
 
@@ -44,16 +112,6 @@ def at_least(config: Any, least: float, *names: str) -> None:
     for name in names:
         for value in each(getattr(config, name)):
             require(value >= least, f"{type(config).__name__}.{name} is {value}; it must be at least {least}.")
-
-
-def choices(config: Any) -> None:
-    """Refuse a value that is not among those of a `Literal` field."""
-    for name, hint in typing.get_type_hints(type(config)).items():
-        value, allowed = getattr(config, name), typing.get_args(hint)
-        require(
-            typing.get_origin(hint) is not Literal or value in allowed,
-            f"{type(config).__name__}.{name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.",
-        )
 
 
 def positive(config: Any, *names: str) -> None:
@@ -90,12 +148,12 @@ def differences(a: Any, b: Any, prefix: str = "") -> Iterator[tuple[str, Any, An
 
 def from_dict(cls: type[T], values: dict[str, Any]) -> T:
     """The inverse of `to_dict`. Raises `ConfigError` on a field that `cls` does not have, with the nearest name."""
-    hints = typing.get_type_hints(cls)
+    hints = _hints(cls)
     kwargs: dict[str, Any] = {}
     for name, value in values.items():
         near = difflib.get_close_matches(name, hints, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else f"; it has {sorted(hints)}."
         require(name in hints, f"{cls.__name__} has no field {name!r}{hint}")
         nested = dataclasses.is_dataclass(hints[name]) and isinstance(value, dict)
-        kwargs[name] = from_dict(hints[name], value) if nested else tuple(value) if isinstance(value, list) else value
+        kwargs[name] = from_dict(hints[name], value) if nested else value
     return cls(**kwargs)

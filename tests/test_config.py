@@ -45,6 +45,14 @@ class ToTheModel(Head):
 
 # What is refused, and what its message must say: the fields, the values on both sides, and a way out.
 REFUSED = {
+    "more tokens than rows": (
+        lambda: ModelConfig(vocab_size=12, num_tokens=13),
+        ["num_tokens is 13", "vocab_size is 12", "Leave it out"],
+    ),
+    "a tokenizer of another size": (
+        lambda: TrainConfig(model=ModelConfig(num_tokens=200)).with_tokenizer(257),
+        ["num_tokens is 200", "has 257", "Leave it out"],
+    ),
     "heads_by_groups": (
         lambda: ModelConfig(num_heads=6, num_kv_heads=4),
         ["num_heads is 6", "num_kv_heads is 4", "multiple"],
@@ -97,8 +105,8 @@ REFUSED = {
         ["HeadConfig.shortlist is 3", "window is 1", "shortlist to 0"],
     ),
     "a shortlist that is longer than the model's vocabulary": (
-        lambda: Shortlist(11, vocab_size=10),
-        ["HeadConfig.shortlist is 11", "vocab_size is 10"],
+        lambda: Shortlist(11, ModelConfig(vocab_size=12, num_tokens=10)),
+        ["HeadConfig.shortlist is 11", "vocabulary has 10 tokens"],
     ),
     "a shortlist that is longer than the vocabulary": (
         lambda: LossBenchConfig(v=10, shortlist=11),
@@ -146,7 +154,7 @@ REFUSED = {
     "negative_token": (lambda: decode([-1, 3]), ["Prompt 0 has token ids -1..3", "0..31"]),
     "ks_without_0": (lambda: BenchConfig(ks=(1, 3)), ["BenchConfig.ks is (1, 3)", "0 among them"]),
     "no_temperatures": (lambda: BenchConfig(temperatures=()), ["BenchConfig.temperatures is ()", "one or more"]),
-    "k_in_words": (lambda: DecodeConfig(8, k="best"), ["DecodeConfig.k is 'best'", "give a number of drafts"]),
+    "k_in_words": (lambda: DecodeConfig(8, k="best"), ["DecodeConfig.k is 'best'", "an integer", "'auto'"]),
     "batches_that_do_not_divide": (
         lambda: BenchConfig(prompts=24, batch_sizes=(1, 5)),
         ["batch_sizes is (1, 5)", "prompts is 24", "divide the prompts"],
@@ -180,7 +188,7 @@ REFUSED = {
         ["shortlist is 9", "factors is lora", "shared, lowrank"],
     ),
     "tokenizer": (
-        lambda: TrainConfig(model=ModelConfig(vocab_size=100)).check_tokenizer(256),
+        lambda: TrainConfig(model=ModelConfig(vocab_size=100)).with_tokenizer(256),
         ["vocab_size is 100", "has 256", "'bytes'"],
     ),
     "batch_by_devices": (lambda: on_mesh(2, 3, 1), ["16 sequences", "2 x 3 = 6"]),
@@ -346,7 +354,7 @@ def test_what_fits_is_accepted():
     for factors in ("shared", "lowrank"):
         check_head(HeadConfig(factors=factors, shortlist=9))
     ToTheModel.check(HeadConfig("drafter", target="ntp"))
-    TrainConfig(ModelConfig(vocab_size=257)).check_tokenizer(257)
+    TrainConfig(ModelConfig(vocab_size=257)).with_tokenizer(257)
     on_mesh(2, 2, 2, batch=8, parts=2)
     on_mesh(1, 1, 2, factors="shared")
     decode([0, 31] * 4, seed=2**32 - 1)
@@ -392,6 +400,7 @@ def test_every_field_survives_json():
             vocab_size=512,
             d_model=64,
             d_ff=96,
+            num_tokens=300,
             num_layers=3,
             num_heads=8,
             num_kv_heads=4,

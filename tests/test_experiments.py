@@ -47,7 +47,7 @@ def test_an_experiment_fits_its_tokenizer_and_one_device(file):
     config = load_experiment(str(file))
     kind, _, path = config.data.tokenizer.partition(":")
     if kind == "bytes":
-        config.check_tokenizer(load_tokenizer("bytes").vocab_size)
+        config.with_tokenizer(load_tokenizer("bytes").vocab_size)
     else:  # made by the command that the docstring gives
         text = ast.get_docstring(ast.parse(file.read_text())) or ""
         assert f"--vocab-size {config.model.vocab_size} --out {path}\n" in text
@@ -97,7 +97,7 @@ def test_a_recipe_is_for_two_cores_and_for_a_gpu(recipe):
             config = named.config(run)
             config.check_mesh((1, 1, 1))
             if config.data.tokenizer == "bytes":
-                config.check_tokenizer(load_tokenizer("bytes").vocab_size)
+                config.with_tokenizer(load_tokenizer("bytes").vocab_size)
         for variant in named.sweep.variants.values():
             # Every reading needs a saved step, and all of them are kept.
             every, steps = variant.config.checkpoint_every, variant.config.steps

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mtp_jax.heads.config import HeadConfig
-from mtp_jax.validate import at_least, choices, require
+from mtp_jax.validate import at_least, require, typed
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class BenchConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        choices(self)
+        typed(self)
         at_least(self, 1, "prompts", "prompt_tokens", "repetitions")
         at_least(self, 2, "new_tokens")
         at_least(self, 0, "seed")
@@ -80,7 +80,7 @@ class LossBenchConfig:
     repetitions: int = 5
 
     def __post_init__(self) -> None:
-        choices(self)
+        typed(self)
         at_least(self, 1, "d", "v", "window", "rank", "tokens", "factor_width", "repetitions")
         require(
             0 <= self.shortlist <= self.v,
@@ -109,6 +109,7 @@ class TrainBenchConfig:
     repetitions: int = 5
 
     def __post_init__(self) -> None:
+        typed(self)
         at_least(self, 1, "repetitions")
         low = min(self.ranks, default=0)
         require(low >= 1, f"TrainBenchConfig.ranks is {self.ranks}; give one or more, each at least 1.")

@@ -145,7 +145,7 @@ def _matmuls(form: Form, params: Any, x: Array, log_w: Array, targets: Array, we
 
     @functools.partial(jax.shard_map, out_specs=(specs, RULES.x_BTD))
     def local(params: Any, x: Array, targets: Array) -> Any:
-        device = Device(form, params, specs, x)
+        device = Device(form, params, specs, x, None)
 
         def tile(d_tables: Any, x: Array) -> Any:
             logits, pull = device.logits(x)

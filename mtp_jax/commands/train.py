@@ -94,7 +94,8 @@ def main(args: list[str]) -> None:
     if config is not experiment:
         flag = "--resume" if where.resume else "--auto-resume"
         for name, here, theirs in differences(experiment, options.config):
-            say(f"{flag}: {name} is {theirs!r} in this run ({here!r} in {file})")
+            if name != "model.num_tokens":  # which the run has from its tokenizer
+                say(f"{flag}: {name} is {theirs!r} in this run ({here!r} in {file})")
 
     use_compilation_cache()
     train(options.config, options.run_dir, **there, resume_step=options.from_step, distributed=options.distributed)

@@ -6,7 +6,7 @@ import os
 import re
 from dataclasses import dataclass
 
-from mtp_jax.validate import at_least, require
+from mtp_jax.validate import at_least, require, typed
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class SourceConfig:
     """Where prepared data sets are kept (default: $MTP_JAX_CACHE, else ~/.cache/mtp_jax)."""
 
     def __post_init__(self) -> None:
+        typed(self)
         kind = _kind(self.source)
         if kind:
             require(

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias, TypeVar
 
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.model.config import ModelConfig
-from mtp_jax.validate import at_least, each, require
+from mtp_jax.validate import at_least, each, require, typed
 
 T = TypeVar("T")
 Rows: TypeAlias = T | Sequence[T]  # one value for all rows of a batch, or one for each
@@ -36,12 +36,9 @@ class DecodeConfig:
     stop_tokens: Sequence[int] = ()
 
     def __post_init__(self) -> None:
+        typed(self)
         at_least(self, 1, "max_new_tokens")
         at_least(self, 0, "temperature", "top_k", *(() if self.seed is None else ("seed",)))
-        require(
-            not isinstance(self.k, str) or self.k == "auto",
-            f"DecodeConfig.k is {self.k!r}; give a number of drafts, one for each row, or 'auto'.",
-        )
         for temperature in each(self.temperature):
             require(
                 temperature == 0 or temperature >= 1e-6,
@@ -72,7 +69,7 @@ class DecodeConfig:
 
     def check(self, model: ModelConfig, head: HeadConfig, prompts: Sequence[Any]) -> None:
         """Refuse what such a model cannot decode. Each of `prompts` is a sequence of token ids."""
-        window, vocab, context = head.window, model.vocab_size, model.context_length
+        window, known, context = head.window, model.known, model.context_length
         require(len(prompts) > 0, "There are no prompts; give at least one.")
         for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k"):
             value = getattr(self, name)
@@ -98,6 +95,6 @@ class DecodeConfig:
             )
             low, high = min(prompt), max(prompt)
             require(
-                low >= 0 and high < vocab,
-                f"Prompt {i} has token ids {low}..{high}; the vocabulary is 0..{vocab - 1}.",
+                low >= 0 and high < known,
+                f"Prompt {i} has token ids {low}..{high}; the vocabulary is 0..{known - 1}.",
             )

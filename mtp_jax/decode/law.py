@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from mtp_jax.arrays import NEVER
 from mtp_jax.sharding import RULES
 
 CHOOSE, ACCEPT = 0, 1  # what randomness is for
-NEVER = -1e30  # the logit of a token that is ruled out; finite, so that differences stay numbers
 
 
 @jax.tree_util.register_dataclass

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mtp_jax.validate import at_least, choices, require
+from mtp_jax.validate import at_least, require, typed
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class HeadConfig:
     shortlist: int = 0
 
     def __post_init__(self) -> None:
-        choices(self)
+        typed(self)
         at_least(self, 1, "window", "rank", "factor_width")
         at_least(self, 0, "ntp_weight", "z_weight", "balance_weight", "init_noise", "shortlist")
         require(

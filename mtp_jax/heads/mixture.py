@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from mtp_jax import arrays
 from mtp_jax.heads.base import Aux, Head, Seen
 from mtp_jax.heads.circuits import CIRCUITS
 from mtp_jax.heads.config import HeadConfig
@@ -48,7 +49,8 @@ class MixtureHead(Head):
         super().__init__(config, model, rngs=rngs)
         self.factors = _factors(config)(config, model, rngs=rngs)
         self.circuit = lookup(CIRCUITS, config.circuit, "HeadConfig.circuit")(config, model, rngs=rngs)
-        self.shortlist = Shortlist(config.shortlist, model.vocab_size) if config.shortlist else None
+        self.shortlist = Shortlist(config.shortlist, model) if config.shortlist else None
+        self.known = model.known
 
     @classmethod
     def check(cls, config: HeadConfig) -> None:
@@ -114,7 +116,7 @@ class MixtureHead(Head):
         latent = self.circuit.latent(x_BTD)
         log_w_BTR = self.circuit.start(latent)[1]
         columns_BTW, listed_BTW = self._columns(targets_BTW)
-        terms = Terms(type(self.circuit), config.gamma, config.z_weight)
+        terms = Terms(type(self.circuit), config.gamma, config.z_weight, self.known)
         batch = x_BTD, latent, columns_BTW, weights_BTW * listed_BTW
         if key is not None and config.loss_fraction < 1:
             batch = subsample(jax.random.fold_in(key, 1), config.loss_fraction, *batch)
@@ -131,7 +133,7 @@ class MixtureHead(Head):
     def log_likelihood(self, seen: Seen, targets_BTW: Array) -> Array:
         """log q(x_s | x_<s, h), `[B, T, W]` in nats, in tiles; -inf from the first target on that is not listed."""
         columns_BTW, listed_BTW = self._columns(targets_BTW)
-        logp_BTRW, _ = factor_scores(self.form, self.params(seen.unembed_VD), seen.x_BTD, columns_BTW)
+        logp_BTRW, _ = factor_scores(self.form, self.params(seen.unembed_VD), seen.x_BTD, columns_BTW, self.known)
         found_BTW = conditionals(type(self.circuit), self.circuit.latent(seen.x_BTD), logp_BTRW)
         return jnp.where(listed_BTW, found_BTW, -jnp.inf)
 
@@ -146,7 +148,7 @@ class MixtureHead(Head):
             if start >= stop:
                 return []
             tables = self.factors.tables(self.factors.at(params, slice(start, stop)))
-            logits_BTRWV = self.factors.logits(tables, seen.x_BTD)
+            logits_BTRWV = arrays.rule_out(self.factors.logits(tables, seen.x_BTD), self.known)
             return [logits_BTRWV[:, :, :, s] for s in range(stop - start)]
 
         stop = self.config.window if stop is None else stop
@@ -226,7 +228,7 @@ def _factor_flops(head: HeadConfig, model: ModelConfig) -> tuple[int, int]:
     if not head.shortlist:
         return flops(head, model)
     first, later = (dataclasses.replace(head, window=w, shortlist=0) for w in (1, head.window - 1))
-    parts = flops(first, model), flops(later, dataclasses.replace(model, vocab_size=head.shortlist))
+    parts = flops(first, model), flops(later, dataclasses.replace(model, vocab_size=head.shortlist, num_tokens=None))
     return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
 
 

@@ -17,6 +17,7 @@ from jax import Array
 from jax.sharding import PartitionSpec as P
 
 from mtp_jax.heads.factors import Factors, Tables
+from mtp_jax.model.config import ModelConfig
 from mtp_jax.sharding import BATCH, RULES
 from mtp_jax.validate import require
 
@@ -51,12 +52,12 @@ def split(params: Tables) -> tuple[Tables, Tables]:
 class Shortlist(nnx.Module):
     """The n listed token ids, `listed_n`, in the order of their columns in the logits of the later offsets."""
 
-    def __init__(self, count: int, vocab_size: int):
+    def __init__(self, count: int, model: ModelConfig):
         require(
-            count <= vocab_size,
-            f"HeadConfig.shortlist is {count} and model.vocab_size is {vocab_size}; it is part of the vocabulary.",
+            count <= model.known,
+            f"HeadConfig.shortlist is {count} and the vocabulary has {model.known} tokens; it is part of them.",
         )
-        self.vocab_size = vocab_size
+        self.vocab_size = model.vocab_size
         self.listed_n = nnx.Param(jnp.arange(count, dtype=jnp.int32))
 
     def rows(self, table_VD: Array) -> Array:

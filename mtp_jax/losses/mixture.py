@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Terms:
     """What is static in the loss: the circuit's law; offset s counts `gamma**(s-1)`; `z_weight` is on the mean square
-    of log-normalisers."""
+    of log-normalisers; ids from `known` on are ruled out (None: all are known)."""
 
     law: type[Circuit]
     gamma: float = 1.0
     z_weight: float = 0.0
+    known: int | None = None
 
 
 def mixture_loss(
@@ -63,7 +64,7 @@ def mixture_loss(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _mixture_loss(form: Form, terms: Terms, params: Any, x: Array, latent: Any, targets: Array, weights: Array) -> Any:
     """`mixture_loss` where no gradient is asked for: forward only."""
-    logp, lse = factor_scores(form, params, x, targets)
+    logp, lse = factor_scores(form, params, x, targets, terms.known)
     return _objective(terms, logp, lse, latent, weights)
 
 
@@ -73,7 +74,7 @@ def _loss_forward(form: Form, terms: Terms, params: Any, x: Array, latent: Any, 
 
     @functools.partial(jax.shard_map, in_specs=specs, out_specs=((P(), P()), specs[:3]))
     def local(params: Any, x: Array, latent: Any, targets: Array, weights: Array) -> Any:
-        device = Device(form, params, specs[0], x)
+        device = Device(form, params, specs[0], x, terms.known)
         weights = weights / device.copies
 
         def tile(carry: Any, arrays: tuple[Any, ...]) -> Any:
@@ -104,17 +105,19 @@ def _loss_backward(form: Form, terms: Terms, gradients: Any, cotangents: tuple[A
 _mixture_loss.defvjp(_loss_forward, _loss_backward)
 
 
-def factor_scores(form: Form, params: Any, x_BTD: Array, targets_BTW: Array) -> tuple[Array, Array]:
+def factor_scores(
+    form: Form, params: Any, x_BTD: Array, targets_BTW: Array, known: int | None = None
+) -> tuple[Array, Array]:
     """log p_rs(x_s | h) and the log-normaliser of every factor, each `[B, T, R, W]` in float32. Forward only.
 
-    Arguments as in `mixture_loss`.
+    Arguments as in `mixture_loss` and `Terms`.
     """
     specs = _specs((params, x_BTD, targets_BTW))
     rows = P(specs[1][0], None, None, None)
 
     @functools.partial(jax.shard_map, in_specs=specs, out_specs=(rows, rows))
     def local(params: Any, x: Array, targets: Array) -> Any:
-        device = Device(form, params, specs[0], x)
+        device = Device(form, params, specs[0], x, known)
 
         def tile(_: None, arrays: tuple[Array, ...]) -> Any:
             return None, device.scores(device.logits(arrays[0])[0], arrays[1])

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from mtp_jax import arrays
 from mtp_jax.sharding import gather_local, platform, reduce_local, shares, varies, vary
 
 # Most bytes of float32 logits that are alive together on one device: as few as keep the products at full speed.
@@ -48,8 +49,8 @@ def tile_positions(positions: int, logits_bytes: int) -> int:
 class Device:
     """What one device does with its part of a batch: inside `shard_map`."""
 
-    def __init__(self, form: Form, params: Any, specs: Any, x_BTD: Array):
-        self.form, self.params, self.specs = form, params, specs
+    def __init__(self, form: Form, params: Any, specs: Any, x_BTD: Array, known: int | None):
+        self.form, self.params, self.specs, self.known = form, params, specs, known
         whole = jax.tree.map(lambda w, spec: gather_local(w, spec, x_BTD.dtype), params, specs)
         self.tables, self._pull = jax.vjp(form.tables, whole)
         # The axes that split the vocabulary: the rules split nothing else of the head over this one.
@@ -63,7 +64,7 @@ class Device:
         most = sum(logits.size * logits.dtype.itemsize for logits in jax.tree.leaves(one))
         self.width = tile_positions(x_BTD.shape[0] * x_BTD.shape[1], most)
 
-    def tiles(self, arrays: Any) -> Any:
+    def tiles(self, trees: Any) -> Any:
         """Each `[B, T, ...]` as `[tiles, 1, positions, ...]`, padded at the end with zeros (of weight zero)."""
 
         def split(array: Array) -> Array:
@@ -72,7 +73,7 @@ class Device:
             flat = jnp.pad(flat, [(0, padding)] + [(0, 0)] * (flat.ndim - 1))
             return flat.reshape(-1, 1, self.width, *flat.shape[1:])
 
-        return jax.tree.map(split, arrays)
+        return jax.tree.map(split, trees)
 
     def untile(self, tiled: Array, like_BT: Array) -> Array:
         """The inverse of `tiles`, with B and T of `like_BT`."""
@@ -87,11 +88,19 @@ class Device:
     def logits(self, x_BTD: Array) -> tuple[list[Array], Callable[[Any], tuple[Any, Array]]]:
         """The logits of a tile, and the function that takes their gradient back to (tables, x).
 
-        As plain matrices: M rows, one for each position, component and offset. XLA then works on them in place.
+        As plain matrices: M rows, one for each position, component and offset. XLA then works on them in place. Ids
+        from `known` on, if it is given, are ruled out.
         """
+        parts = lax.axis_size("tensor") if self.split else 1
+
+        def known_MV(a_MV: Array) -> Array:
+            size = a_MV.shape[1]
+            if self.known is None or size * parts <= self.known:
+                return a_MV
+            return arrays.rule_out(a_MV, self.known, lax.axis_index("tensor") * size if self.split else 0)
 
         def logits_MV(tables: Any, x_BTD: Array) -> list[Array]:
-            return [a.reshape(-1, a.shape[-1]) for a in jax.tree.leaves(self.form.logits(tables, x_BTD))]
+            return [known_MV(a.reshape(-1, a.shape[-1])) for a in jax.tree.leaves(self.form.logits(tables, x_BTD))]
 
         return jax.vjp(logits_MV, self.tables, vary(x_BTD))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mtp_jax.validate import at_least, choices, positive, require
+from mtp_jax.validate import at_least, positive, require, typed
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,7 @@ class RopeScaling:
     original_context_length: int = 8192
 
     def __post_init__(self) -> None:
+        typed(self)
         at_least(self, 1, "factor", "original_context_length")
         positive(self, "low_freq_factor")
         require(
@@ -34,7 +35,9 @@ class RopeScaling:
 class ModelConfig:
     """The trunk: a Llama-style decoder.
 
-    `vocab_size` may exceed the tokenizer's (a multiple of the tensor axis, say); the ids above it are never targets.
+    `vocab_size` may exceed the tokenizer's (a multiple of the tensor axis, say). The `num_tokens` lowest ids stand for
+    something: those above have no probability, in training and in decoding alike. It is the tokenizer's, and filled in
+    where a run begins.
     `context_length` is the most tokens that one sequence may hold, in training and in decoding.
     `dtype` is the compute dtype; parameters, logits and log-probabilities are float32 whatever it is.
     `remat` says what the backward pass recomputes: `none` only what lies between matrix products, `dots` attention too,
@@ -43,6 +46,7 @@ class ModelConfig:
     """
 
     vocab_size: int = 264
+    num_tokens: int | None = None
     d_model: int = 256
     d_ff: int = 704
     num_layers: int = 6
@@ -61,9 +65,14 @@ class ModelConfig:
     attention: Literal["xla", "cudnn"] = "xla"
 
     def __post_init__(self) -> None:
-        choices(self)
+        typed(self)
         at_least(self, 1, "vocab_size", "d_model", "d_ff", "num_layers", "num_heads", "num_kv_heads", "context_length")
         positive(self, "rope_theta", "norm_eps")
+        require(
+            self.num_tokens is None or 1 <= self.num_tokens <= self.vocab_size,
+            f"ModelConfig.num_tokens is {self.num_tokens} and vocab_size is {self.vocab_size}; it is part of the "
+            "vocabulary. Leave it out: it is the tokenizer's.",
+        )
         require(
             self.num_heads % self.num_kv_heads == 0,
             f"ModelConfig.num_heads is {self.num_heads} and num_kv_heads is {self.num_kv_heads}; every key/value head "
@@ -85,6 +94,11 @@ class ModelConfig:
             f"ModelConfig.attention is cudnn, dtype is {self.dtype} and head_dim is {self.head_width}; cuDNN attends "
             "in bfloat16 with heads of a multiple of 8 up to 128. Change them, or set attention to xla.",
         )
+
+    @property
+    def known(self) -> int:
+        """How many ids have a probability: those below."""
+        return self.vocab_size if self.num_tokens is None else self.num_tokens
 
     @property
     def head_width(self) -> int:

@@ -98,6 +98,7 @@ def load(
             f"{run_dir} was trained with the tokenizer {meta['tokenizer']} and {config.data.tokenizer!r} is now "
             f"{tokenizer.to_json()}.",
         )
+        config = config.with_tokenizer(tokenizer.vocab_size)
         build = functools.partial(build_model, config, jax.random.key(0))
         graph = nnx.graphdef(jax.eval_shape(build))
         target = jax.eval_shape(jax.jit(lambda: split(build())[1]))

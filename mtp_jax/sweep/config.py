@@ -18,7 +18,7 @@ from typing import Any
 from etils import epath
 
 from mtp_jax.config import TrainConfig
-from mtp_jax.validate import at_least, require
+from mtp_jax.validate import at_least, require, typed
 
 CASE, SEED, COSTS = "case", "seed", "costs"
 
@@ -48,6 +48,7 @@ class MeasureConfig:
     lengths: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        typed(self)
         at_least(self, 1, "held_out_sequences", "prompts", "prompt_tokens", "batch_size", "rounds")
         at_least(self, 2, "new_tokens")
         require(

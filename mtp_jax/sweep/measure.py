@@ -154,9 +154,10 @@ def decoding_costs(
 def untrained(config: TrainConfig) -> LoadedRun:
     """A model as it begins, on one device, as `load` gives a trained one."""
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
+    config = config.with_tokenizer(tokenizer.vocab_size)
     with jax.set_mesh(mesh):
         model = jax.jit(functools.partial(build_model, config))(jax.random.key(config.seed))
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
     return LoadedRun(model, tokenizer, config, mesh, 0, {})
 
 

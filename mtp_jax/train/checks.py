@@ -20,7 +20,7 @@ from mtp_jax.validate import ConfigError, differences, require
 # Fields of model, head and data that a resumed run may change: they change no parameter's shape and no batch.
 _OF_HEAD = ("ntp_weight", "gamma", "z_weight", "balance", "balance_weight", "init_noise", "loss_fraction")
 RESUMABLE = {
-    *(f"model.{name}" for name in ("dtype", "remat", "attention", "context_length")),
+    *(f"model.{name}" for name in ("dtype", "remat", "attention", "context_length", "num_tokens")),
     *(f"head.{name}" for name in _OF_HEAD),
     "data.cache_dir",
 }
@@ -39,7 +39,7 @@ def check_machine(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Me
     """The mesh of a config. Raises `ConfigError` if the devices, the batch or the tokenizer do not fit it, or if it has
     a head that does not exist."""
     tokenizer = tokenizer or load_tokenizer(config.data.tokenizer, config.data.end_of_document)
-    config.check_tokenizer(tokenizer.vocab_size)
+    config.with_tokenizer(tokenizer.vocab_size)
     check_head(config.head)
     mesh = make_mesh(config.mesh)
     config.check_mesh((mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]))

@@ -193,7 +193,7 @@ def _check_tokenizer(config: TrainConfig) -> list[str]:
     path = name.partition(":")[2]
     if path and not Path(path).expanduser().exists():
         return [f"The tokenizer {name} is not here: whether model.vocab_size holds its tokens was not checked."]
-    config.check_tokenizer(load_tokenizer(name, config.data.end_of_document).vocab_size)
+    config.with_tokenizer(load_tokenizer(name, config.data.end_of_document).vocab_size)
     return []
 
 

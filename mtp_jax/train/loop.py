@@ -76,6 +76,7 @@ def train(
             tokenizer = run_tokenizer(path, config)
         else:
             tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
+        config = config.with_tokenizer(tokenizer.vocab_size)
         mesh = check_machine(config, tokenizer)
         with jax.set_mesh(mesh):
             with session.phase("preparing data", 0):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.decode.law import NEVER, Sampling, gumbel, process_logits
+from mtp_jax.arrays import NEVER
+from mtp_jax.decode.law import Sampling, gumbel, process_logits
 from support import tiny
 from support.laws import FALSE_ALARM, POWER, goodness_of_fit, reference_law
 
