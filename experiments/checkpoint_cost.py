@@ -135,7 +135,7 @@ def _row(name: str, found: dict[str, float], megabytes: int) -> str:
 
 
 def main() -> None:
-    """See the module."""
+    """Measure, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=TrainConfig.checkpoint_every)

@@ -1,4 +1,4 @@
-"""Several processes: how they find each other, what one decides for all, and how they end when one is lost.
+"""Processes of one run: how they find each other, what one decides for all, and how they end when one is lost.
 
 JAX's runtime connects them and runs one program on all. A process that dies or hangs leaves the others waiting in an
 exchange that never comes; here each says every few seconds where it is, sees where the others are, and ends, naming

@@ -22,6 +22,7 @@ from mtp_jax.model.layers import product
 from mtp_jax.model.transformer import Trunk, UnrolledTrunk
 from mtp_jax.parameters import init_weight
 from mtp_jax.sharding import RULES, gather
+from mtp_jax.validate import require
 
 
 class NextToken:
@@ -55,6 +56,8 @@ class LanguageModel(nnx.Module):
         self.embed_VD = None if tied else init_weight(rngs, "embed_VD", shape)
         self.trunk = Trunk(config, rngs=rngs)
         self.head: Head = check_head(head)(head, config, rngs=rngs)
+        outside = [n for n in self.head.taps if not 1 <= n <= config.num_layers]
+        require(not outside, f"The head taps the layers {outside} and the model has 1..{config.num_layers}.")
         wanted = tied or head.target == "ntp" or self.head.reads_table
         self.unembed_VD = init_weight(rngs, "unembed_VD", shape) if wanted else None
 

@@ -1,6 +1,6 @@
 """Views into a trained model: what its gate and its components say about a text, as arrays and as figures.
 
-For notebooks; see `experiments/notebooks/reload_checkpoint.ipynb`.
+For notebooks, such as `experiments/notebooks/reload_checkpoint.ipynb`.
 """
 
 from __future__ import annotations

@@ -53,6 +53,10 @@ REFUSED = {
         lambda: TrainConfig(model=ModelConfig(num_tokens=200)).with_tokenizer(257),
         ["num_tokens is 200", "has 257", "Leave it out"],
     ),
+    "a shortlist of a head that has none": (
+        lambda: ToTheModel.check(HeadConfig("drafter", target="ntp", shortlist=3)),
+        ["shortlist is 3", "kind is drafter", "set it to 0"],
+    ),
     "heads_by_groups": (
         lambda: ModelConfig(num_heads=6, num_kv_heads=4),
         ["num_heads is 6", "num_kv_heads is 4", "multiple"],

@@ -62,7 +62,7 @@ def portable(value: Any) -> Any:
 
 
 def main() -> None:
-    """See the module."""
+    """Execute the notebooks that are named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="*", type=Path, default=sorted(HERE.glob("*.ipynb")))
     parser.add_argument("--out", type=Path, help="where to write the one notebook that is given")

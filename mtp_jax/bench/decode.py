@@ -38,7 +38,10 @@ def chosen_prompts(run: LoadedRun, config: BenchConfig) -> list[Any]:
 def check(config: BenchConfig, run: TrainConfig) -> None:
     """Refuse what cannot be measured of such a run."""
     for name in config.verifiers:
-        get_verifier(name)
+        require(
+            not (config.auto and get_verifier(name).keeps_q),
+            f"BenchConfig.auto is True and verifiers has {name}, whose tokens depend on k; leave one of them out.",
+        )
     if config.compare == "hf":
         hf.check(run)
 

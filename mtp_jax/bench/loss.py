@@ -1,4 +1,4 @@
-"""The loss of a CPD head against its own matrix products, and against all logits at once."""
+"""Benchmark of the loss of a CPD head against its own matrix products, and against all logits at once."""
 
 from __future__ import annotations
 

@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+from mtp_jax.heads.config import HeadConfig
+from mtp_jax.heads.registry import check_head
 from mtp_jax.plots import MARKERS, PALETTE, legend, markdown_table, panels
 from mtp_jax.runs.paths import full_path
 from mtp_jax.train.loggers import METRICS_FILE, read_metrics, series
-from mtp_jax.validate import require
+from mtp_jax.validate import from_dict, require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -212,13 +214,18 @@ def _summary(train: Sequence[Row], bench: dict[str, Any], config: dict[str, Any]
     versions = ", ".join(f"{name} {version}" for name, version in bench["versions"].items())
     return (
         f"A trunk of {model['num_layers']} layers of width {model['d_model']} ({sizes['trunk']:,} parameters) with a "
-        f"`{head['kind']}` head over the next {head['window']} tokens, of rank {head['rank']} with `{head['factors']}` "
-        f"factors and target `{head['target']}` ({sizes['head']:,} parameters), trained for {steps:,} steps of "
+        f"`{head['kind']}` head ({_described(head)}) and target `{head['target']}` ({sizes['head']:,} parameters), "
+        f"trained for {steps:,} steps of "
         f"{data['batch_size']} x {data['seq_len']} tokens ({steps * data['batch_size'] * data['seq_len']:,} in all) of "
         f"`{data['source']}`, tokenizer `{data['tokenizer']}`. Decoded in {dtypes} at batch {batches}: "
         f"{_decode_setting(bench)}. Compiling ({bench['compile_seconds']:.1f} s) and prefill "
         f"({bench['prefill_seconds']:.2f} s) are not in the speeds. Versions: {versions}."
     )
+
+
+def _described(head: dict[str, Any]) -> str:
+    config = from_dict(HeadConfig, head)
+    return check_head(config).describe(config)
 
 
 def _markdown(title: str, train: Sequence[Row], evals: Sequence[Row], bench: dict[str, Any], config: dict) -> str:

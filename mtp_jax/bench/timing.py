@@ -1,4 +1,4 @@
-"""Timing compiled functions against each other."""
+"""Times of compiled functions, measured against each other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training step with a CPD head against that of the same trunk with a plain next-token head."""
+"""Benchmark of the training step with a CPD head against that of the same trunk with a plain next-token head."""
 
 from __future__ import annotations
 

@@ -22,18 +22,19 @@ def main(args: list[str]) -> None:
     require(options.batches is None or options.batches >= 1, f"--batches is {options.batches}; it must be at least 1.")
     use_compilation_cache()
     from mtp_jax.train.evaluate import evaluate_run
+    from mtp_jax.train.loggers import series
 
     run = options.load()
     metrics = evaluate_run(run, options.batches)
-    window, rank = run.config.head.window, run.config.head.rank
+    window = run.config.head.window
     losses = {f"offset {s}": metrics[f"loss_offset_{s}"] for s in range(1, window + 1)}
     losses |= {"first token": metrics["loss_first_token"], "joint": metrics["joint_loss"]}
     title = f"Held-out loss of step {run.step}, nats per token"
     print_table(title, losses, [[f"{loss:.4f}" for loss in losses.values()]])
-    shares = " ".join(f"{metrics[f'gate_share_{r + 1}']:.2f}" for r in range(rank))
-    console().print(
-        f"components: {metrics['gate_effective']:.2f} effective of {rank}, shares {shares}, "
-        f"gate entropy {metrics['gate_entropy']:.3f} nats",
-        highlight=False,
-    )
+    if shares := series(metrics, "gate_share_"):
+        console().print(
+            f"components: {metrics['gate_effective']:.2f} effective of {len(shares)}, "
+            f"shares {' '.join(f'{share:.2f}' for share in shares)}, gate entropy {metrics['gate_entropy']:.3f} nats",
+            highlight=False,
+        )
     print(json.dumps({"run": options.run, "step": run.step, **metrics}))

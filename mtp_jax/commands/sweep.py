@@ -98,8 +98,12 @@ def _run_name(named: NamedSweep, text: str) -> str:
 
 
 def _progress(named: NamedSweep, place: Place) -> SweepProgress:
+    from mtp_jax.heads.registry import check_head
     from mtp_jax.sweep.runner import SweepProgress
     from mtp_jax.train.costs import training_flops
+
+    for name in named.runs:
+        check_head(named.config(name).head)
 
     def work(config) -> float:
         return sum(training_flops(config)) * config.steps * config.data.batch_size * config.data.seq_len

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +59,8 @@ class Head(nnx.Module):
     """
 
     config: HeadConfig
+    shortlists: ClassVar[bool] = False
+    """Whether such a head can have a shortlist."""
 
     def __init__(self, config: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -70,6 +72,10 @@ class Head(nnx.Module):
             config.target == "ntp" or cls.marginal is not Head.marginal,
             f"HeadConfig.target is marginal and kind is {config.kind}, whose law of the first token is the model's "
             "own; set target to ntp.",
+        )
+        require(
+            config.shortlist == 0 or cls.shortlists,
+            f"HeadConfig.shortlist is {config.shortlist} and kind is {config.kind}, which has none; set it to 0.",
         )
 
     @classmethod

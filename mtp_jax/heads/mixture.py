@@ -45,6 +45,8 @@ class Joint:
 class MixtureHead(Head):
     """q(x_s | x_<s, h) = sum_r alpha_sr p_rs(x_s | h): the circuit says what alpha is, the factors what p is."""
 
+    shortlists = True
+
     def __init__(self, config: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(config, model, rngs=rngs)
         self.factors = _factors(config)(config, model, rngs=rngs)

@@ -27,7 +27,7 @@ SHORT = "short_"
 
 @dataclass(frozen=True)
 class ShortlistForm:
-    """The form (`losses.tiles.Form`) of `factors` with tables of their own after the first offset (see `split`)."""
+    """The form (`losses.tiles.Form`) of `factors` with tables of their own after the first offset, as `split` gives."""
 
     factors: type[Factors]
 

@@ -67,7 +67,7 @@ def state_dict(model: LanguageModel) -> dict[str, np.ndarray]:
       model: one as training has it, its layers stacked.
 
     Raises:
-      ConfigError: see `check_exportable`.
+      ConfigError: as `check_exportable`.
     """
     check_exportable(model.config, model.head.config)
     assert isinstance(model.trunk, Trunk), "export the model as it was loaded, not as decoding lays it out"

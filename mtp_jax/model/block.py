@@ -29,7 +29,7 @@ class Block(nnx.Module):
         cache: LayerCache | None = None,
         start_B: Array | None = None,
     ) -> tuple[Array, LayerCache | None]:
-        """`[B, T, D]` to `[B, T, D]`, and the cache as written (see `Attention`)."""
+        """`[B, T, D]` to `[B, T, D]`, and the cache as `Attention` has written it."""
         y_BTD, cache = self.attention(self.attention_norm(x_BTD), rope, mask_B1TS, cache, start_B)
         x_BTD = x_BTD + y_BTD
         return x_BTD + self.feed_forward(self.feed_forward_norm(x_BTD)), cache

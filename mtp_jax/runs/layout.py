@@ -117,8 +117,21 @@ def set_aside(run_dir: epath.PathLike) -> epath.Path:
     return aside
 
 
+def is_run(run_dir: epath.PathLike) -> bool:
+    """Whether a directory is a run, be it of a version that this one does not read."""
+    try:
+        _config_values(run_dir)
+    except ConfigError:
+        return False
+    return (full_path(run_dir) / "versions.json").exists()  # other programs have such configs too
+
+
 def read_config(run_dir: epath.PathLike) -> TrainConfig:
-    """The config of a run directory. Raises `ConfigError` if there is none."""
+    """The config of a run directory. Raises `ConfigError` if there is none, or one of another version."""
+    return to_config(_config_values(run_dir), str(full_path(run_dir) / CONFIG_FILE))
+
+
+def _config_values(run_dir: epath.PathLike) -> dict[str, Any]:
     path = full_path(run_dir) / CONFIG_FILE
     require(path.exists(), f"{run_dir} is not a run directory: it has no {CONFIG_FILE}. Give what --run-dir was.")
     try:
@@ -128,12 +141,17 @@ def read_config(run_dir: epath.PathLike) -> TrainConfig:
     # Other programs have a config.json too.
     ours = isinstance(values, dict) and {"model", "head", "data"} <= set(values)
     require(ours, f"{path} is not the config of a run: it has no model, head and data. Give what --run-dir was.")
-    return to_config(values, str(path))
+    return values
 
 
 def to_config(values: Any, what: str) -> TrainConfig:
     """The config that `values` say. Raises `ConfigError`, with what they are, if they are none."""
     try:
         return from_dict(TrainConfig, values)
+    except ConfigError as error:
+        raise ConfigError(
+            f"{what} does not fit this version of mtp_jax: {error} If it is of an older one, delete the run, give "
+            "--overwrite, or another --run-dir."
+        ) from error
     except (TypeError, AttributeError, OverflowError) as error:
         raise ConfigError(f"{what} has a value of a wrong type ({error}).") from error

@@ -43,7 +43,7 @@ def measure(
 ) -> dict[str, Any]:
     """The `readings` and what was `measured` of a finished run, as a results file has them, and its training tokens.
 
-    `cost` is that of its shape (see `costs`), and `reference_steps` how many the run has that it is compared with.
+    `cost` is that of its shape, from `costs`, and `reference_steps` how many the run has that it is compared with.
     Measured are the averaged parameters where the run keeps them. Nothing of `run_dir` is changed.
 
     Raises:

@@ -51,7 +51,7 @@ class Place:
         return self.directory / "records" / f"{name}.json"
 
     def read(self, named: NamedSweep, name: str) -> dict[str, Any] | None:
-        """The record of a run, if it is of all that it depends on now: see `subject`."""
+        """The record of a run, if its `subject` is that of now."""
         path = self.record(name)
         record = json.loads(path.read_text()) if path.exists() else None
         return record if record and record.get("subject") == self.subject(named, name) else None

@@ -13,7 +13,7 @@ from mtp_jax.data.store import Store
 from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mtp_jax.heads.registry import check_head
 from mtp_jax.mesh import make_mesh
-from mtp_jax.runs.layout import read_config
+from mtp_jax.runs.layout import is_run, read_config
 from mtp_jax.runs.paths import children, full_path
 from mtp_jax.validate import ConfigError, differences, require
 
@@ -66,8 +66,12 @@ def check_run_dir(run_dir: epath.PathLike, *, resume: bool = False, overwrite: b
     if exists and overwrite:
         try:
             read_config(path)
-        except (ConfigError, TypeError, ValueError) as error:
-            raise ConfigError(f"--overwrite leaves {path} alone, for it is not a run of mtp_jax: {error}") from error
+        except ConfigError as error:
+            # A run of an older version is one.
+            if not is_run(path):
+                raise ConfigError(
+                    f"--overwrite leaves {path} alone, for it is not a run of mtp_jax: {error}"
+                ) from error
     return path
 
 
@@ -76,10 +80,11 @@ def check_same_run(config: TrainConfig, saved: TrainConfig, path: epath.Path) ->
     for name, new, old in differences(config, saved):
         part, why = name.partition(".")[0], f"; {FIXED[name]}" if name in FIXED else ""
         fixed = name in FIXED or (part in ("model", "head", "data") and name not in RESUMABLE)
+        way = "one as the run does" if name in SWITCHES else "the run's own value"
         require(
             not fixed or (name in SWITCHES and bool(new) == bool(old)),
-            f"--resume: {name} is {new!r} and the run in {path} has {old!r}{why}. Give the run's own value, "
-            "or start another run with --run-dir.",
+            f"--resume: {name} is {new!r} and the run in {path} has {old!r}{why}. Give {way}, or start another run "
+            "with --run-dir.",
         )
 
 

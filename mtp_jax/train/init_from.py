@@ -44,8 +44,10 @@ def begin_from(config: TrainConfig, state: TrainState, tokenizer: Tokenizer, mes
             "run's own value.",
         )
     flat: dict[tuple[str, ...], Any] = flatten_dict(state.params)  # type: ignore[assignment]
-    there = _parameters(run)
-    if config.head.target == "ntp" and not _next_token(run):
+    there = _parameters(run, config.model.tie_embeddings)
+    # A tied table of a run whose head gives the next token is its embedding alone.
+    apart = config.model.tie_embeddings and run.config.head.target == "marginal"
+    if config.head.target == "ntp" and (apart or not _next_token(run)):
         there.pop(TABLE, None)
     taken = {path: there[path] for path in flat if path[0] != "head" and path in there}
     for path, leaf in flat.items():
@@ -66,9 +68,12 @@ def begin_from(config: TrainConfig, state: TrainState, tokenizer: Tokenizer, mes
     return dataclasses.replace(state, params=params, ema=ema), text
 
 
-def _parameters(run: LoadedRun) -> dict[tuple[str, ...], Array]:
-    """A run's parameters by path: with a tied table twice, and the table that full factors of rank 1 stand for."""
+def _parameters(run: LoadedRun, tied: bool) -> dict[tuple[str, ...], Array]:
+    """A run's parameters by path, for one that is `tied` or not: then with a tied table twice, and with the table that
+    full factors of rank 1 stand for."""
     found: Any = flatten_dict(split(run.model)[1])
+    if tied:
+        return found
     if run.config.model.tie_embeddings:
         found[("embed_VD",)] = jnp.copy(found[TABLE])  # the step donates each of the two
     if run.config.head.target == "marginal" and _next_token(run):

@@ -79,9 +79,9 @@ def train(
         config = config.with_tokenizer(tokenizer.vocab_size)
         mesh = check_machine(config, tokenizer)
         with jax.set_mesh(mesh):
+            trainer = make_trainer(config)
             with session.phase("preparing data", 0):
                 store = prepare_data(config.data, print, tokenizer)
-            trainer = make_trainer(config)
             held_out_batches = held_out(config, store, mesh, config.eval_batches)
             if resume:
                 with session.phase("restoring", 0):

@@ -15,6 +15,7 @@ from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.decoder import for_decoding
 from mtp_jax.decode.decoding import Decoding
 from mtp_jax.heads.base import Head
+from mtp_jax.validate import ConfigError
 from support import tiny
 from support.tally import TallyHead, laws, register
 
@@ -75,16 +76,19 @@ def test_through_slots_too(monkeypatch):
     """Requests come and go; a slot that is filled again has the cache of its own request."""
     register(monkeypatch)
     with tiny.mesh():
-        model, decoder = make(HEADS["tally"])
-        made = Slots(decoder, size=2, max_prompt=16, max_new=16, temperature=1.0, verifier="token", k=K)
-        for prompt, new in zip(PROMPTS * 2, (9, 3, 14, 5, 6, 12, 4, 8), strict=True):
-            made.submit(prompt, max_new_tokens=new)
-        compared = 0
-        while made.busy:
-            made.step(1)
-            state = made._batch.state
-            compared += check_laws(model, state, ~np.asarray(state.done_B))
-        assert compared > 12
+        check_slots(*make(HEADS["tally"]))
+
+
+def check_slots(model, decoder):
+    made = Slots(decoder, size=2, max_prompt=16, max_new=16, temperature=1.0, verifier="token", k=K)
+    for prompt, new in zip(PROMPTS * 2, (9, 3, 14, 5, 6, 12, 4, 8), strict=True):
+        made.submit(prompt, max_new_tokens=new)
+    compared = 0
+    while made.busy:
+        made.step(1)
+        state = made._batch.state
+        compared += check_laws(model, state, ~np.asarray(state.done_B))
+    assert compared > 12
 
 
 class Late(TallyHead):
@@ -137,6 +141,27 @@ def test_a_cache_that_is_off_is_caught(fault, monkeypatch):
             np.testing.assert_array_equal(a, b)
         with pytest.raises(AssertionError, match="Not equal to tolerance"):
             check_loop(model, wrong)
+
+
+@pytest.mark.parametrize("fault", [Late, Stale])
+def test_it_is_caught_through_slots_too(fault, monkeypatch):
+    register(monkeypatch, fault)
+    with tiny.mesh(), pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check_slots(*make(HEADS["tally"]))
+
+
+class Deep(TallyHead):
+    """It taps a layer that is not there."""
+
+    @property
+    def taps(self):
+        return (1, 3)
+
+
+def test_a_layer_that_is_not_there_is_refused(monkeypatch):
+    register(monkeypatch, Deep)
+    with tiny.mesh(), pytest.raises(ConfigError, match=r"taps the layers \[3\] and the model has 1\.\.2"):
+        make(HEADS["tally"])
 
 
 def test_a_prompt_that_is_read_in_parts_fills_the_cache_as_at_once(monkeypatch):

@@ -52,9 +52,15 @@ class TallyHead(Head):
         """It has."""
         return True
 
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The first layer."""
+        return (1,)
+
     def entries(self, seen: Seen, next_BT: Array) -> Array:
         """`[B, T, V]`."""
-        strength_BT1 = 1 + jnp.tanh(seen.x_BTD[..., :1].astype(jnp.float32))
+        (tap_BTD,) = seen.taps
+        strength_BT1 = 1 + jnp.tanh((seen.x_BTD + tap_BTD)[..., :1].astype(jnp.float32))
         return strength_BT1 * _rows(self.behind_VV[...], next_BT)
 
     def init_cache(self, batch: int, slots: int) -> Array:

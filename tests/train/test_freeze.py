@@ -206,3 +206,29 @@ def test_one_table_may_stand_for_two(trunk, tmp_path):
 def test_a_trunk_that_nothing_trained_is_not_frozen():
     with pytest.raises(ConfigError, match="freeze is trunk and init_from is empty"):
         mtp_jax.TrainConfig(freeze="trunk")
+
+
+@pytest.fixture(scope="module")
+def apart(trunk, tmp_path_factory):
+    """A run whose embeddings are tied and whose head has a table of its own for the next token."""
+    tied = dataclasses.replace(trunk[0].model, tie_embeddings=True)
+    head = tiny.head_config(rank=1, window=2, factors="full", circuit="independent")
+    path = tmp_path_factory.mktemp("apart") / "run"
+    train(dataclasses.replace(trunk[0], model=tied, head=head, steps=1), path)
+    return tied, path
+
+
+def test_a_tied_table_that_is_the_embedding_alone_stays_what_it_is(trunk, apart, tmp_path):
+    tied, source = apart
+    head = tiny.head_config(rank=1, window=2, factors="shared")
+    config = on_trunk(trunk, model=tied, head=head, init_from=str(source), steps=1, freeze="trunk")
+    train(config, tmp_path / "run")
+    tables = [np.asarray(mtp_jax.load(path).model.unembed_VD[...]) for path in (source, tmp_path / "run")]
+    np.testing.assert_array_equal(*tables)
+
+
+def test_a_tied_table_that_is_the_embedding_alone_gives_no_next_token(trunk, apart, tmp_path):
+    tied, source = apart
+    config = on_trunk(trunk, model=tied, init_from=str(source), steps=1)
+    with pytest.raises(ConfigError, match=r"unembed_VD is .* has none that gives the next token"):
+        train(config, tmp_path / "run")

@@ -71,6 +71,17 @@ def test_overwrite_deletes_nothing_but_runs(config, fake, tmp_path, name):
     assert contents(tmp_path) == before and trainer.events == []
 
 
+def test_a_run_of_an_older_version_is_refused_in_a_sentence_and_may_be_overwritten(config, fake, tmp_path):
+    trainer, path = fake(), tmp_path / "old"
+    path.mkdir()
+    (path / "config.json").write_text('{"model": {"layers": 3}, "head": {}, "data": {}}')
+    (path / "versions.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"old/config\.json does not fit this version .*'layers'.* delete the run"):
+        layout.read_config(path)
+    loop.train(config, path, overwrite=True)
+    assert trainer.events and layout.read_config(path).model.d_model == config.model.d_model
+
+
 NOT_TRAINED = {
     "held-out split": ("data", {"valid_fraction": 1e-9}, "The valid split has no documents"),
     "training split": ("data", {"valid_fraction": 1 - 1e-9}, "The train split has no documents"),

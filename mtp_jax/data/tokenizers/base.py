@@ -26,7 +26,7 @@ class Tokenizer(Protocol):
     end_of_document: int
 
     def encode(self, text: str | bytes) -> np.ndarray:
-        """The ids of `text`, int32, without `end_of_document`. Bytes that are not UTF-8: see `replaced`."""
+        """The ids of `text`, int32, without `end_of_document`. Of bytes that are not UTF-8 `replaced` tells."""
         ...
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
