@@ -46,6 +46,20 @@ def test_eval_gives_what_training_gave(run):
     assert "offset 3" in output and "effective of 2" in output
 
 
+def test_eval_of_a_head_without_components_says_nothing_of_them(run, monkeypatch, capsys):
+    from mtp_jax.train import evaluate
+
+    whole = evaluate.evaluate_run
+
+    def without(*args):
+        return {name: value for name, value in whole(*args).items() if not name.startswith("gate")}
+
+    monkeypatch.setattr(evaluate, "evaluate_run", without)
+    cli.main(["eval", str(run.dir), "--batches", "1"])
+    output = capsys.readouterr().out
+    assert "offset 3" in output and "components" not in output and last_line(output)["step"] == 8
+
+
 def test_generate_continues_a_prompt(run):
     output = user("generate", run.dir, "--prompt", "The 1st of", "--max-new-tokens", "12", "--seed", "3")
     assert output.startswith("The 1st of") and "\x1b" not in output
