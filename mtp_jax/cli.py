@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
+import signal
 import sys
 from collections.abc import Sequence
 
+from mtp_jax.output import open_standard_files, safe_output
+from mtp_jax.train.signals import INTERRUPTED, leave, listening
 from mtp_jax.validate import PREEMPTED, ConfigError, PreemptedError
 
 # name: (module, what it does)
@@ -32,15 +34,27 @@ COMMANDS = {
     ),
 }
 
+PRINT = ("generate", "eval", "doctor")  # they have nothing to do where nobody reads
+
 USAGE = "usage: mtp-jax COMMAND ...\n\n" + "\n".join(f"  {name:9} {text}" for name, (_, text) in COMMANDS.items())
 USAGE += "\n\nmtp-jax COMMAND --help lists a command's options. Errors exit with status 2, failed runs with 1, and runs"
-USAGE += "\nthat were saved because SIGTERM or a notice came with 75: start the same command again, with --auto-resume."
+USAGE += "\nthat were saved because SIGTERM or another notice came with 75: start the same again, with --auto-resume."
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command. Exits with status 2 on a mistake of the caller's, 1 on a run that failed, 75 on one that was
-    preempted."""
+    preempted, 130 on Ctrl-C, which ends the process at once where a command does not say otherwise."""
     args = list(sys.argv[1:] if argv is None else argv)
+    open_standard_files()
+    name = args[0] if args else ""
+    with safe_output(ends=name in PRINT) as output, listening(leave, [signal.SIGINT]):
+        _run(args)
+        output.flush()
+        if output.lost and name in (*PRINT, "bench"):
+            _fail(f"What it found could not be printed: {output.lost}.", 1)
+
+
+def _run(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print(USAGE)
         return
@@ -55,11 +69,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     except ConfigError as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except PreemptedError as error:
         _fail(str(error), PREEMPTED)
-    except BrokenPipeError:  # the reader of our output has seen enough (`| head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except RuntimeError as error:
         if type(error).__module__.partition(".")[0] != "mtp_jax":
             raise

@@ -13,6 +13,7 @@ from mtp_jax.sweep.config import COSTS, NamedSweep
 from mtp_jax.sweep.measure import costs, measure
 from mtp_jax.sweep.records import Place, machine
 from mtp_jax.train.loggers import read_metrics, series
+from mtp_jax.train.signals import STOPS, leave, listening
 from mtp_jax.validate import ConfigError, PreemptedError, differences, require
 
 
@@ -23,9 +24,9 @@ def run_one(named: NamedSweep, name: str, place: Place) -> None:
 
     Raises:
       ConfigError: what it begins from is not finished, or its directory has a run with another config.
-      PreemptedError: training was, which is no failure; SIGTERM while it measures ends the process with that status.
+      PreemptedError: training was, which is no failure; a notice while it measures ends the process with 75.
     """
-    with train.preempted_early():
+    with listening(leave, STOPS):
         _run_one(named, name, place)
 
 

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mtp_jax.commands import console, parse, use_compilation_cache
 from mtp_jax.commands.experiment import load_sweep, split_file
 from mtp_jax.runs.paths import given_path
 from mtp_jax.sweep.config import NamedSweep
 from mtp_jax.sweep.records import Place, collect, write_json
-from mtp_jax.validate import ConfigError, require
+from mtp_jax.train.signals import STOPS, leave, listening
+from mtp_jax.validate import ConfigError, PreemptedError, require
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -119,13 +121,13 @@ def _run(named: NamedSweep, place: Place, progress: SweepProgress) -> None:
     from mtp_jax.sweep.runner import run_all
 
     told: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
-    stop = lambda: bool(told)  # noqa: E731
+
+    def hear(number: int) -> None:
+        if number == signal.SIGINT in told:  # again: the run has heard it too
+            leave(number)
+        told.append(number)
+
     terminal = console()
-    if terminal.is_terminal:
-        with Live(console=terminal, get_renderable=lambda: _table(named, progress), refresh_per_second=1):
-            run_all(named, place, progress, lambda: None, stop)
-        return
     seen: dict[str, str] = {name: row.state for name, row in progress.rows.items()}
 
     def show() -> None:
@@ -136,7 +138,18 @@ def _run(named: NamedSweep, place: Place, progress: SweepProgress) -> None:
                 took = f" in {_duration(row.seconds)}" if row.state in ("done", "failed") else ""
                 print(f"{name}: {row.state}{took} {row.error}".rstrip() + f"; {left} left", flush=True)
 
-    run_all(named, place, progress, show, stop)
+    table: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if terminal.is_terminal:
+        table = Live(console=terminal, get_renderable=lambda: _table(named, progress), refresh_per_second=1)
+        show = lambda: None  # noqa: E731
+    try:
+        with listening(hear, STOPS), table:
+            run_all(named, place, progress, show, lambda: bool(told))
+    except PreemptedError as error:
+        if signal.SIGINT not in told:
+            raise
+        print(f"Interrupted. {error}", file=sys.stderr)
+        raise KeyboardInterrupt from error
 
 
 def _table(named: NamedSweep, progress: SweepProgress) -> Table:

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import signal
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -16,7 +11,8 @@ from mtp_jax.commands import parse, use_compilation_cache
 from mtp_jax.commands.experiment import default_run_dir, load_experiment, split_file
 from mtp_jax.config import TrainConfig
 from mtp_jax.distributed import Distributed, connect, on_first
-from mtp_jax.validate import PREEMPTED, differences, require
+from mtp_jax.train.signals import STOPS, leave, listening
+from mtp_jax.validate import differences, require
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +42,7 @@ class TrainOptions(Where):
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
 
 
-@contextlib.contextmanager
-def preempted_early() -> Iterator[None]:
-    """A context in which SIGTERM ends the process with the status of a preemption: before training hears it itself."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(PREEMPTED))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@preempted_early()
+@listening(leave, STOPS)  # before training hears them itself
 def main(args: list[str]) -> None:
     if args in (["-h"], ["--help"]):
         print("usage: mtp-jax train EXPERIMENT.py [options]\n\nmtp-jax train EXPERIMENT.py --help lists the options.")

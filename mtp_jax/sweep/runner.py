@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from mtp_jax.sweep.config import NamedSweep
 from mtp_jax.sweep.records import Place
+from mtp_jax.train.signals import INTERRUPTED
 from mtp_jax.validate import PREEMPTED, PreemptedError
 
 POLL_SECONDS = 1.0
@@ -67,7 +68,8 @@ def run_all(
     goes on is told to save.
 
     Raises:
-      PreemptedError: after `stop`, or a run was preempted, so this process is about to be. The same call goes on.
+      PreemptedError: after `stop`, or a run was preempted or interrupted, so this process is about to be. The same call
+        goes on.
     """
     for row in progress.rows.values():
         if row.state == "failed":
@@ -79,12 +81,12 @@ def run_all(
         row.state, progress.begun = "running", time.monotonic()
         show()
         status = _run_in_process(named, name, place, show, stop)
-        if status == PREEMPTED:
-            raise PreemptedError(f"The run {name} was preempted. Start the same command again: it goes on.")
         row.seconds = time.monotonic() - progress.begun
         record = place.read(named, name)
         if status == 0 and record and record["state"] == "done":
             row.state, row.error = "done", ""
+        elif status in (PREEMPTED, INTERRUPTED) or stop():
+            raise PreemptedError(f"The run {name} was stopped. Start the same command again: it goes on.")
         else:
             row.state, row.error = "failed", _reason(named, name, place, status)
         show()
@@ -106,7 +108,8 @@ def _run_in_process(
             except subprocess.TimeoutExpired:
                 show()
             except KeyboardInterrupt:
-                process.wait()  # the terminal has told it too: it saves
+                process.terminate()  # the terminal may have told it too: it saves
+                process.wait()
                 raise
             if stop():
                 process.terminate()

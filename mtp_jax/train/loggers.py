@@ -86,8 +86,6 @@ class Loggers:
         try:
             write()
         except OSError as error:
-            if logger is self._progress:
-                raise
             if logger not in self._failed:
                 self._failed.append(logger)
                 print(f"warning: {type(logger).__name__} cannot write ({error}).", file=sys.stderr, flush=True)
@@ -156,11 +154,16 @@ class JsonlLogger:
 def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
     """The records of `<run_dir>/metrics.jsonl`, in order; all values but `kind` and `step` are floats.
 
-    A last line that a killed process left unfinished is ignored. Raises `FileNotFoundError` if there is no such file.
+    What a killed process or a full disk left of a line is ignored. Raises `FileNotFoundError` if there is no such file.
     """
-    lines = (epath.Path(run_dir) / METRICS_FILE).read_text().splitlines(keepends=True)
-    records = [json.loads(line) for line in lines if line.endswith("\n")]
-    return [{k: v if k in ("kind", "step") else float(v) for k, v in record.items()} for record in records]
+    records = []
+    for line in (epath.Path(run_dir) / METRICS_FILE).read_bytes().splitlines(keepends=True):
+        # No line stands in the way of a run that goes on.
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            record = json.loads(line) if line.endswith(b"\n") else None
+            values = {k: v if k in ("kind", "step") else float(v) for k, v in record.items()}
+            records += [values] if {"kind", "step"} <= values.keys() else []
+    return records
 
 
 class TensorBoardLogger:
@@ -175,23 +178,42 @@ class TensorBoardLogger:
 
         purge_step = None if resume_from is None else resume_from + 1
         self._writer = SummaryWriter(str(epath.Path(run_dir) / "tensorboard"), purge_step=purge_step, flush_secs=30)
+        # tensorboardX writes in a thread. If an error ended that, its queue would fill up and block for good.
+        self._error: Exception | None = None
+        file: Any = self._writer._get_file_writer()
+        for name in ("write_event", "flush"):
+            events = file.event_writer._ev_writer
+            setattr(events, name, self._keep_error(getattr(events, name)))
 
     def log(self, kind: Kind, step: int, metrics: Mapping[str, float]) -> None:
-        """Write one scalar per metric."""
-        # tensorboardX writes in a thread; where that has died of an error, its queue fills up and blocks for good.
-        if not self._alive():
-            raise OSError("the thread that writes events has died")
+        """Write one scalar per metric, or raise as `OSError` what went wrong when earlier ones were written."""
+        self._check()
         for name, value in metrics.items():
             self._writer.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         """Flush and close the event file."""
-        if self._alive():
+        try:
             self._writer.close()
+        except Exception as error:  # a bucket's package has its own, which are no OSError
+            self._error = self._error or error
+        self._check()
 
-    def _alive(self) -> bool:
-        writer: Any = self._writer._get_file_writer()
-        return writer.event_writer._worker.is_alive()
+    def _check(self) -> None:
+        if self._error:
+            raise OSError(str(self._error) or repr(self._error)) from self._error
+
+    def _keep_error(self, write: Callable[..., None]) -> Callable[..., None]:
+        """`write` until it fails, and from then on nothing: behind half an event none can be read."""
+
+        def kept(*args: Any) -> None:
+            if not self._error:
+                try:
+                    write(*args)
+                except Exception as error:
+                    self._error = error
+
+        return kept
 
 
 class ProgressLogger:

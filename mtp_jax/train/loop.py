@@ -66,7 +66,8 @@ def train(
       NonFiniteLossError: the loss became NaN or infinite; the message names the last good checkpoint.
       CheckpointError: what it would go on from is damaged or not there; or the last state was not saved.
       KeyboardInterrupt: Ctrl-C, after the state was saved.
-      PreemptedError: SIGTERM, or a notice that the machine is taken away, after the state was saved.
+      PreemptedError: SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, or a notice that the machine is taken away, after the state was
+        saved. Signals that are ignored stay so, and but for SIGTERM those that the caller has handlers for.
     """
     require(resume or resume_step is None, f"--from-step is {resume_step} and --resume is not given; give both.")
     with open_session(distributed or Distributed()) as session:
@@ -80,7 +81,7 @@ def train(
         mesh = check_machine(config, tokenizer)
         with jax.set_mesh(mesh):
             trainer = make_trainer(config)
-            with session.phase("preparing data", 0):
+            with session.phase("preparing data", 0), session.signals.at_once():
                 store = prepare_data(config.data, print, tokenizer)
             held_out_batches = held_out(config, store, mesh, config.eval_batches)
             if resume:
@@ -99,7 +100,8 @@ def train(
                 with session.phase("compiling", first):
                     trainer = trainer.compile(state, batch)
                 say(f"compiled in {session.clock.lost['compiling']:.1f} s")
-            # All that can fail before the first step has not failed: an old run is deleted only now.
+            # All that can fail before the first step has not failed: an old run is deleted only now, and whole.
+            session.signals.hold()
             on_first(lambda: write_run(config, path, tokenizer, overwrite, keep_old))
             resumed_from = first if resume else None
             with (
@@ -136,7 +138,6 @@ class TrainRun:
         pending: tuple[int, Metrics] | None = None
         profile = Profile(config.profile, self.checkpoints.run_dir)
         due = lambda every: step % every == 0 or step == config.steps  # noqa: E731
-        signals.hold()
         if not evaluated and due(config.eval_every):
             last_eval = self.evaluate(step, state)
         while step < config.steps and not signals.stop():

@@ -10,6 +10,7 @@ import jax
 from etils import epath
 
 from mtp_jax.config import ProfileConfig
+from mtp_jax.distributed import warn
 
 PROFILE_DIR = "profile"
 
@@ -39,12 +40,16 @@ class Profile:
         """End the recording, if there is one, when `state` is there."""
         if self._recording:
             jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-            with self._recording as folder:
-                for file in filter(Path.is_file, Path(folder).rglob("*")):
-                    target = self._dir / str(file.relative_to(folder))
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    target.write_bytes(file.read_bytes())
-            self._recording = None
+            recording, self._recording = self._recording, None
+            try:
+                jax.profiler.stop_trace()
+                with recording as folder:
+                    for file in filter(Path.is_file, Path(folder).rglob("*")):
+                        target = self._dir / str(file.relative_to(folder))
+                        target.parent.mkdir(parents=True, exist_ok=True)
+                        target.write_bytes(file.read_bytes())
+            except (OSError, RuntimeError) as error:  # a full disk ends no run; JAX has errors of its own
+                warn(f"The profile was not written ({error}).")
+                return
             if jax.process_index() == 0:
                 print(f"profile of steps {self._begin}:{self._end} in {self._dir}", flush=True)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import jax
 
 from mtp_jax.distributed import Distributed, Watchdog
+from mtp_jax.output import safe_output
 from mtp_jax.train.clock import Clock
 from mtp_jax.train.signals import StopSignals
 
@@ -27,16 +28,18 @@ class TrainSession:
 
         A `patient` phase may take any time. Until the next phase or step the watchdog counts what follows to this one.
         """
+        self.signals.look()
         self.watchdog.at(what, step, patient=patient)
         with self.clock.losing(what):
             yield
+        self.signals.look()
 
 
 @contextlib.contextmanager
 def open_session(options: Distributed) -> Iterator[TrainSession]:
-    """A context in which signals are heard and lost processes are noticed."""
+    """A context in which signals are heard, lost processes are noticed, and nobody has to read what is printed."""
     clock = Clock()
-    with StopSignals() as signals, Watchdog(options) as watchdog:
+    with safe_output(), StopSignals() as signals, Watchdog(options) as watchdog:
         try:
             yield TrainSession(clock, signals, watchdog)
         except Exception as error:

@@ -66,17 +66,40 @@ def test_a_full_disk_loses_no_line_and_ends_no_run(tmp_path, capsys):
     events, lines, _ = run._loggers
     run.log("train", 1, {"loss": 1.0})
     lines._file = FullDisk(lines._file)
-    # What tensorboardX does on an error: its thread is gone, and its queue would fill up.
-    events._writer._get_file_writer().event_writer._worker.stop()
+    record = events._writer._get_file_writer().event_writer._ev_writer._py_recordio_writer
+    record._writer = FullDisk(record._writer)
     for step in range(2, 40):
-        run.log("train", step, {"loss": 1 / step})
+        # More than the queue of the thread that writes events takes.
+        run.log("train", step, {"loss": 1 / step, **{f"loss_offset_{s}": 1.0 for s in range(1, 20)}})
     said = capsys.readouterr().err
     assert said.count("JsonlLogger cannot write ([Errno 28]") == 1, "it is said once"
-    assert said.count("TensorBoardLogger cannot write (the thread that writes events has died)") == 1
+    assert said.count("TensorBoardLogger cannot write ([Errno 28]") == 1 and "Traceback" not in said
     lines._file.full = False
     run.log("train", 40, {"loss": 0.1})
     run.close()
     assert [record["step"] for record in read_metrics(tmp_path)] == list(range(1, 41))
+
+
+@pytest.mark.parametrize("name", ["flush", "close"])
+def test_a_disk_that_is_full_at_the_end_leaves_the_other_loggers_to_close(tmp_path, capsys, monkeypatch, name):
+    with Loggers(tmp_path, 2, console=Console(file=io.StringIO())) as some:
+        record = some._loggers[0]._writer._get_file_writer().event_writer._ev_writer._py_recordio_writer  # pyright: ignore
+        monkeypatch.setattr(record, name, lambda: FullDisk(None).write(b""))
+        some.log("eval", 1, {"loss": 1.0})
+    assert capsys.readouterr().err.count("TensorBoardLogger cannot write ([Errno 28]") == 1
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1]
+
+
+def test_half_a_line_anywhere_stands_in_the_way_of_no_resume(tmp_path):
+    logger = JsonlLogger(tmp_path)
+    for step in (1, 2, 3):
+        logger.log("train", step, {"loss": 1 / step})
+    logger.close()
+    path = tmp_path / "metrics.jsonl"
+    first, second, third = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + second[:30] + third + b"\0\xff\0\n7\n" + third + second[:30])
+    JsonlLogger(tmp_path, resume_from=3).close()
+    assert path.read_bytes() == first + third
 
 
 def test_resume_drops_what_a_killed_run_left_behind(tmp_path):

@@ -132,4 +132,4 @@ def test_ctrl_c_reaches_a_real_run(config, tmp_path):
     assert f"Interrupted. Step {step} is saved in {tmp_path / 'run'}" in output
     assert logged(tmp_path / "run", "train") == list(range(1, step + 1))
     run = mtp_jax.load(tmp_path / "run")
-    assert run.step == step and run.config == endless
+    assert run.step == step and run.config == endless.with_tokenizer(257)
