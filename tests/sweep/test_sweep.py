@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -337,15 +338,17 @@ def test_a_run_is_a_process_of_its_own_with_a_log(file, tmp_path):
     assert "mtp-jax: error: rank=1,seed=0 needs trunk" in place.log("rank=1,seed=0").read_text()
 
 
-def test_sigterm_stops_the_run_that_goes_on_and_says_start_again(file, tmp_path):
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+def test_a_signal_stops_the_run_that_goes_on_and_says_start_again(file, tmp_path, number, status):
+    """It is sent to the sweep alone."""
     command = [sys.executable, "-m", "mtp_jax", "sweep", f"{file}@tiny", "--dir", str(tmp_path)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stderr
         for line in process.stdout:
             if line.startswith("trunk: running"):
                 break
-        process.terminate()
-        assert process.wait(60) == 75
+        process.send_signal(number)
+        assert process.wait(60) == status
         assert "Start the same command again" in process.stderr.read()
     ours = [cmd for cmd in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path) in cmd.read_bytes().decode()]
     assert not ours and not list(tmp_path.glob("records/*"))
