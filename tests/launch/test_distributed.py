@@ -70,11 +70,12 @@ def test_any_processes_learn_what_one_learns_and_others_go_on(root, alone, count
             assert some.wait() == [0] * others and f"resuming at step {steps - 2}" in some.said(0), some.said()
 
 
-def test_a_notice_to_one_stops_all_at_one_step_and_the_same_command_goes_on(root, together):
-    run_dir, file = root / "preempted", experiment(root, "preempted")
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+def test_a_notice_to_one_stops_all_at_one_step_and_the_same_command_goes_on(root, together, number):
+    run_dir, file = root / f"preempted-{number}", experiment(root, f"preempted-{number}")
     with Processes(file, run_dir, "--auto-resume", "--steps", "200") as two:
         two.wait_for_step(6)
-        two.processes[1].send_signal(signal.SIGTERM)
+        two.processes[1].send_signal(number)
         assert two.wait() == [75, 75], two.said()
         (step,) = {int(n) for i in range(2) for n in re.findall(r"Preempted\. Step (\d+) is saved", two.said(i))}
         assert 6 <= step == max(sealed_steps(run_dir / "checkpoints")) < 200
