@@ -47,9 +47,12 @@ def _train(args: list[str]) -> None:
     require(not out.exists(), f"--out is {options.out} and exists; delete it, or give another file.")
     require(out.parent.is_dir(), f"--out is {options.out} and {out.parent} is no directory; make it first.")
 
+    from etils import epath
+
     from mtp_jax.data.preparation import cache_dir
     from mtp_jax.data.sources import documents, is_held_out, load_source
     from mtp_jax.data.tokenizers import HFTokenizer, utf8
+    from mtp_jax.runs.paths import replace_file
 
     source, count, size, sample, sampled = load_source(options), 0, 0, [], 0
 
@@ -73,7 +76,7 @@ def _train(args: list[str]) -> None:
     )
     tokenizer = HFTokenizer(data)
     try:
-        out.write_bytes(data)
+        replace_file(epath.Path(out), data)
     except OSError as error:
         raise ConfigError(f"--out is {options.out}, which cannot be written ({error}).") from error
     tokens = sum(map(len, tokenizer.encode_batch(sample)))

@@ -81,6 +81,8 @@ def leave(number: int) -> None:
                 stream.flush()
                 if stream.isatty():
                     os.write(stream.fileno(), b"\x1b[?25h\n")  # the cursor, which a bar has hidden
+        with contextlib.suppress(Exception):  # or its tracker warns of semaphores
+            sys.modules["multiprocessing.util"]._run_finalizers(0)
 
     # The main thread may hold the stream, and wait for who reads.
     words = threading.Thread(target=last_words, daemon=True)
