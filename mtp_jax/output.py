@@ -57,7 +57,8 @@ def safe_output(*, ends: bool = False) -> Iterator[Output]:
     """A context in which `sys.stdout`, which it yields, and `sys.stderr` are an `Output`. `ends`: that of the first."""
     before = {"stdout": (sys.stdout, ends), "stderr": (sys.stderr, False)}
     ours = {name: Output(*given) for name, given in before.items() if not isinstance(given[0], Output)}
-    vars(sys).update(ours)
+    for name, output in ours.items():
+        setattr(sys, name, output)
     try:
         yield sys.stdout  # type: ignore[misc]
     finally:

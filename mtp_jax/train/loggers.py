@@ -160,7 +160,7 @@ def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
     for line in (epath.Path(run_dir) / METRICS_FILE).read_bytes().splitlines(keepends=True):
         # No line stands in the way of a run that goes on.
         with contextlib.suppress(ValueError, TypeError, AttributeError):
-            record = json.loads(line) if line.endswith(b"\n") else None
+            record = json.loads(line if line.endswith(b"\n") else b"{}")
             values = {k: v if k in ("kind", "step") else float(v) for k, v in record.items()}
             records += [values] if {"kind", "step"} <= values.keys() else []
     return records
