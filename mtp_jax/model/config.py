@@ -46,7 +46,6 @@ class ModelConfig:
     """
 
     vocab_size: int = 264
-    num_tokens: int | None = None
     d_model: int = 256
     d_ff: int = 704
     num_layers: int = 6
@@ -63,6 +62,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     remat: Literal["none", "dots", "full"] = "none"
     attention: Literal["xla", "cudnn"] = "xla"
+    num_tokens: int | None = None
 
     def __post_init__(self) -> None:
         typed(self)

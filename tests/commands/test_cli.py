@@ -63,7 +63,7 @@ def test_an_unknown_command_is_answered_with_the_nearest(refused):
     every = "train, generate, bench, data, eval, tokenizer, sweep, report, doctor"
     assert f"there is no command 'qqq'; there are {every}." in refused("qqq")
     assert "The benchmark is 'decoed'; did you mean 'decode'?" in refused("bench", "decoed", "run")
-    assert "The benchmark is 'qqq'; it can be data, decode, loss, train." in refused("bench", "qqq")
+    assert "The benchmark is 'qqq'; it can be decode, loss, train." in refused("bench", "qqq")
 
 
 def test_an_unknown_option_is_answered_with_the_nearest(experiment, refused, nothing_expensive):
