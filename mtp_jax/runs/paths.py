@@ -13,6 +13,9 @@ from mtp_jax.validate import require
 # or a file of it would not be seen.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
 
+LOCK = ".mtp_jax.lock"
+"""How the names of a run's lock begin (`mtp_jax.runs.lock`), which is no content of the run."""
+
 
 def is_local(path: epath.PathLike) -> bool:
     """Whether a path is on a disk, which has folders, appends and renames."""
@@ -44,9 +47,9 @@ def given_path(path: epath.PathLike) -> epath.Path:
 
 
 def children(folder: epath.Path) -> list[epath.Path]:
-    """What lies in a folder; nothing if it is none, or does not exist, as an empty one never does in a bucket."""
+    """What lies in a folder but a lock; nothing if it is none, or not there, as an empty one never is in a bucket."""
     try:
-        return list(folder.iterdir())
+        return [path for path in folder.iterdir() if not path.name.startswith(LOCK)]
     except (FileNotFoundError, NotADirectoryError):
         return []
 

@@ -25,6 +25,7 @@ from mtp_jax.heads.shortlist import most_frequent, put_listed
 from mtp_jax.mesh import on_mesh
 from mtp_jax.runs.checkpoints import Checkpoints
 from mtp_jax.runs.layout import read_config, run_tokenizer, write_run
+from mtp_jax.runs.lock import one_writer
 from mtp_jax.runs.writer import CheckpointWriter
 from mtp_jax.state import TrainState
 from mtp_jax.train.checks import check_machine, check_run_dir, check_same_data, check_same_run
@@ -57,12 +58,13 @@ def train(
 
     Everything that can be refused is refused before the step is compiled, and before an old run is deleted.
     With `overwrite` a run that is there is deleted, or with `keep_old` too moved to RUN/lost-N.
+    While another process trains in the directory, it is refused and nothing is touched.
     With `resume` it goes on from the latest checkpoint, or from `resume_step`: later ones are deleted at the next save.
     Several processes, connected by `mtp_jax.distributed.connect`, call it alike; `distributed` says how long they wait
     for each other.
 
     Raises:
-      ConfigError: the config, the mesh, the data or the run directory does not fit.
+      ConfigError: the config, the mesh, the data or the run directory does not fit; or another process trains there.
       NonFiniteLossError: the loss became NaN or infinite; the message names the last good checkpoint.
       CheckpointError: what it would go on from is damaged or not there; or the last state was not saved.
       KeyboardInterrupt: Ctrl-C, after the state was saved.
@@ -70,8 +72,9 @@ def train(
         saved. Signals that are ignored stay so, and but for SIGTERM those that the caller has handlers for.
     """
     require(resume or resume_step is None, f"--from-step is {resume_step} and --resume is not given; give both.")
-    with open_session(distributed or Distributed()) as session:
-        path = epath.Path(on_first(lambda: str(check_run_dir(run_dir, resume=resume, overwrite=overwrite))))
+    check = lambda: str(check_run_dir(run_dir, resume=resume, overwrite=overwrite))  # noqa: E731
+    with open_session(distributed or Distributed()) as session, one_writer(on_first(check)) as path:
+        on_first(check)  # again: what was there may have changed until nobody else could write
         if resume:
             check_same_run(config, read_config(path), path)
             tokenizer = run_tokenizer(path, config)
