@@ -22,6 +22,8 @@ COMMANDS = {
     "bench": ("mtp_jax.commands.bench", "decode RUN | loss | train FILE    time decoding, the loss or training steps"),
     "data": ("mtp_jax.commands.data", "prepare | show DIR                tokenise documents once, look into them"),
     "eval": ("mtp_jax.commands.eval", "RUN                               held-out loss by offset"),
+    "import": ("mtp_jax.commands.import_run", "SOURCE --out RUN                  a pretrained model becomes a run"),
+    "export": ("mtp_jax.commands.export_run", "RUN --out DIR                     the model of a run, for transformers"),
     "tokenizer": (
         "mtp_jax.commands.tokenizer",
         "train --vocab-size N --out FILE   make a tokenizer from the documents of a source",

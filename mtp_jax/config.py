@@ -146,6 +146,11 @@ class TrainConfig:
         typed(self)
         fraction(self, "ema_decay", closed=False)
         require(
+            self.freeze == "trunk" or self.model.param_dtype == "float32",
+            f"model.param_dtype is {self.model.param_dtype} and freeze is {self.freeze}; what is trained is float32. "
+            "Set freeze to trunk, or param_dtype to float32.",
+        )
+        require(
             self.freeze == "none" or bool(self.init_from),
             f"freeze is {self.freeze} and init_from is empty: a trunk that nothing has trained would be frozen. Set "
             "init_from to the directory of a run.",

@@ -17,26 +17,12 @@ from mtp_jax.heads.circuits import Independent
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.heads.registry import check_head
 from mtp_jax.losses.mixture import Terms, mixture_loss
+from mtp_jax.losses.next_token import NextToken
 from mtp_jax.model.config import ModelConfig
-from mtp_jax.model.layers import product
 from mtp_jax.model.transformer import Trunk, UnrolledTrunk
 from mtp_jax.parameters import init_weight
 from mtp_jax.sharding import RULES, gather
 from mtp_jax.validate import require
-
-
-class NextToken:
-    """The form (`losses.tiles.Form`) of the model's own next-token law: R = W = 1, and its table is all there is."""
-
-    @staticmethod
-    def tables(params: Any) -> Any:
-        """The table itself."""
-        return params
-
-    @staticmethod
-    def logits(tables: Any, x_BTD: Array) -> Array:
-        """`[B, T, 1, 1, V]` in float32."""
-        return product("btd,vd->btv", x_BTD, tables["unembed_VD"])[:, :, None, None]
 
 
 class LanguageModel(nnx.Module):
@@ -112,6 +98,8 @@ class LanguageModel(nnx.Module):
             latent_BT1,
             *first,
         )
+        if aux["loss_offset"].shape[0] < config.window:  # the head leaves the first offset to the model
+            aux = {**aux, "loss_offset": jnp.concatenate([nll_1, aux["loss_offset"]])}
         return loss + config.ntp_weight * own, {**aux, "loss_first_token": nll_1[0]}
 
     def next_token(self, x_BTD: Array) -> Array:

@@ -11,6 +11,7 @@ from jax import Array
 
 from mtp_jax.config import TrainConfig
 from mtp_jax.language_model import LanguageModel
+from mtp_jax.parameters import last_name, row
 
 
 @jax.tree_util.register_dataclass
@@ -26,8 +27,17 @@ class TrainState:
 
 
 def build_model(config: TrainConfig, key: Array) -> LanguageModel:
-    """The model of a config, with fresh parameters."""
-    return LanguageModel(config.model, config.head, rngs=nnx.Rngs(key))
+    """The model of a config, with fresh parameters in the dtype that they are kept in."""
+    model = LanguageModel(config.model, config.head, rngs=nnx.Rngs(key))
+    if config.model.param_dtype == "float32":
+        return model
+    graph, params = split(model)
+
+    def cast(path: tuple[Any, ...], weight: Array) -> Array:
+        kept = path[0].key == "head" or row(last_name(path)).exact
+        return weight if kept else weight.astype(config.model.param_dtype)
+
+    return nnx.merge(graph, jax.tree_util.tree_map_with_path(cast, params))
 
 
 def split(model: LanguageModel) -> tuple[nnx.GraphDef, dict[str, Any]]:

@@ -57,6 +57,14 @@ REFUSED = {
         lambda: ToTheModel.check(HeadConfig("drafter", target="ntp", shortlist=3)),
         ["shortlist is 3", "kind is drafter", "set it to 0"],
     ),
+    "narrow parameters that are trained": (
+        lambda: TrainConfig(ModelConfig(param_dtype="bfloat16")),
+        ["param_dtype is bfloat16", "freeze is none", "float32"],
+    ),
+    "a window without a head": (
+        lambda: check_head(HeadConfig("none", window=2, target="ntp")),
+        ["window is 2", "kind is none", "set window to 1"],
+    ),
     "heads_by_groups": (
         lambda: ModelConfig(num_heads=6, num_kv_heads=4),
         ["num_heads is 6", "num_kv_heads is 4", "multiple"],
@@ -261,7 +269,7 @@ POSITIVE = [
 # The modules whose refusals are all tried here.
 CHECKING = (
     *("config", "model.config", "data.config", "decode.config", "bench.config"),
-    *("heads.config", "heads.base", "heads.mixture", "heads.shortlist"),
+    *("heads.config", "heads.base", "heads.mixture", "heads.shortlist", "heads.none"),
 )
 # What a config cannot be made without.
 GIVEN = {DecodeConfig: {"max_new_tokens": 8}}
@@ -417,6 +425,7 @@ def test_every_field_survives_json():
             tie_embeddings=True,
             norm_eps=1e-6,
             dtype="float32",
+            param_dtype="bfloat16",
             remat="dots",
         ),
         HeadConfig("other", 3, "independent", 1, "shared", 5, "ntp", 0.5, 0.9, 1e-3, "switch", 0.2, 0.1, 0.5, 6),

@@ -14,7 +14,7 @@ import numpy as np
 from mtp_jax.bench.config import BenchConfig
 from mtp_jax.config import TrainConfig
 from mtp_jax.decode.generate import generate
-from mtp_jax.interop.llama import check_exportable, llama_config, state_dict
+from mtp_jax.interop.exporting import check_exportable, exported_config, state_dict
 from mtp_jax.runs.loading import LoadedRun
 from mtp_jax.validate import require
 
@@ -23,7 +23,7 @@ Decode = Callable[[np.ndarray], np.ndarray]
 
 
 def check(run: TrainConfig) -> None:
-    """Raise `ConfigError` unless the packages are installed and the run's model is a Llama."""
+    """Raise `ConfigError` unless the packages are installed and the run's model is one that it has."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     require(
         not missing,
@@ -84,12 +84,16 @@ def compare(
 
 
 def load_theirs(run: LoadedRun) -> Callable[[np.ndarray, int], np.ndarray]:
-    """The run as a `LlamaForCausalLM`: a function of a prompt and a number of new tokens that gives those tokens."""
+    """The run as a model of `transformers`: a function of a prompt and a number of new tokens that gives those."""
     import torch  # type: ignore[import-not-found]
     import transformers  # type: ignore[import-not-found]
 
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**llama_config(run.config.model)))
-    model.load_state_dict({name: torch.tensor(weight) for name, weight in state_dict(run.model).items()})
+    values = exported_config(run.config.model, run.config.head)
+    config = transformers.AutoConfig.for_model(values.pop("model_type"), **values, eos_token_id=None, bos_token_id=None)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    weights = {name: torch.tensor(np.float32(weight)) for name, weight in state_dict(run.model)}
+    tied = {"lm_head.weight": weights["model.embed_tokens.weight"]} if config.tie_word_embeddings else {}
+    model.load_state_dict(weights | tied)
     model = model.to(_device(), getattr(torch, run.config.model.dtype)).eval()
 
     def decode(prompt: np.ndarray, new_tokens: int) -> np.ndarray:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from mtp_jax.heads.base import Head
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.heads.mixture import MixtureHead
+from mtp_jax.heads.none import NoHead
 from mtp_jax.registry import lookup
 
 HEADS: dict[str, type[Head]] = {
     "mixture": MixtureHead,
+    "none": NoHead,
 }
 
 

@@ -39,7 +39,8 @@ class ModelConfig:
     something: those above have no probability, in training and in decoding alike. It is the tokenizer's, and filled in
     where a run begins.
     `context_length` is the most tokens that one sequence may hold, in training and in decoding.
-    `dtype` is the compute dtype; parameters, logits and log-probabilities are float32 whatever it is.
+    `dtype` is the compute dtype; logits and log-probabilities are float32 whatever it is. `param_dtype` is that of the
+    parameters outside the head, which may be less only where nothing trains them: a pretrained model keeps its own.
     `remat` says what the backward pass recomputes: `none` only what lies between matrix products, `dots` attention too,
     `full` whole blocks.
     `attention` is how training attends: by XLA anywhere, or by cuDNN's flash attention on NVIDIA GPUs in bfloat16.
@@ -60,6 +61,7 @@ class ModelConfig:
     tie_embeddings: bool = False
     norm_eps: float = 1e-5
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     remat: Literal["none", "dots", "full"] = "none"
     attention: Literal["xla", "cudnn"] = "xla"
     num_tokens: int | None = None

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
 from mtp_jax.config import MeshConfig, TrainConfig
 from mtp_jax.data.tokenizers import Tokenizer
+from mtp_jax.data.tokenizers.conventions import Messages
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.decoder import Decoder, for_decoding
 from mtp_jax.decode.decoding import Generation
@@ -61,7 +63,29 @@ class LoadedRun:
             return generate(self.decoder, prompts, **self._defaults(options))
 
     def _defaults(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {"stop_tokens": (self.tokenizer.end_of_document,), **options}
+        stops = self.tokenizer.conventions.stops or (self.tokenizer.end_of_document,)
+        return {"stop_tokens": stops, **options}
+
+    def encode(self, text: str, *, special: bool = False) -> np.ndarray:
+        """The ids of a prompt, with what the model wants in front. `special`: special tokens in it stand for
+        themselves; without it text never becomes one."""
+        ids, bos = (
+            self.tokenizer.encode_special(text) if special else self.tokenizer.encode(text),
+            self.tokenizer.conventions.bos,
+        )
+        return ids if bos is None or ids[:1].tolist() == [bos] else np.concatenate([np.array([bos], np.int32), ids])
+
+    def chat(self, messages: Messages, **options: Any) -> str:
+        """The assistant's answer to a conversation: a list of {"role": ..., "content": ...}.
+
+        Options are those of `mtp_jax.generate`; without `max_new_tokens` it goes on to its end, or that of the context.
+
+        Raises `ConfigError` if the model has no chat template, or it does not render the messages.
+        """
+        prompt = self.encode(self.tokenizer.conventions.render(messages), special=True)
+        left = self.config.model.context_length - len(prompt)
+        out = self.generate_tokens([prompt], **{"max_new_tokens": left, **options})
+        return self.tokenizer.decode(out.tokens[0])
 
 
 def load(

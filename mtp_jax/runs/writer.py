@@ -90,7 +90,7 @@ class CheckpointWriter(Checkpoints):
         }
         arrays = {"params": state.params, "opt_state": state.opt_state}
         arrays |= {} if state.ema is None else {"ema": state.ema}
-        items = {name: ocp.args.PyTreeSave(tree) for name, tree in arrays.items()}
+        items = {name: ocp.args.PyTreeSave(tree) for name, tree in arrays.items() if jax.tree.leaves(tree)}
         begun: Future[None] = Future()
         if given_up and (problem := self._on_first(lambda: self._give_up(given_up))):
             raise CheckpointError(f"Steps {given_up} of {self.run_dir} were given up and cannot be deleted: {problem}.")

@@ -60,7 +60,7 @@ def test_help_of_an_experiment_lists_every_field(experiment, refused):
 
 def test_an_unknown_command_is_answered_with_the_nearest(refused):
     assert "there is no command 'trian'; did you mean 'train'?" in refused("trian")
-    every = "train, generate, bench, data, eval, tokenizer, sweep, report, doctor"
+    every = "train, generate, bench, data, eval, import, export, tokenizer, sweep, report, doctor"
     assert f"there is no command 'qqq'; there are {every}." in refused("qqq")
     assert "The benchmark is 'decoed'; did you mean 'decode'?" in refused("bench", "decoed", "run")
     assert "The benchmark is 'qqq'; it can be decode, loss, train." in refused("bench", "qqq")
@@ -111,12 +111,13 @@ COMMANDS = {  # all that compile
     "generate": ("generate", "{empty}", "--prompt", "x"),
     "bench": ("bench", "decode", "{empty}"),
     "doctor": ("doctor",),
+    "export": ("export", "{empty}", "--out", "x"),
 }
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_keeps_what_it_compiles(name, experiment, calls, caches, tmp_path, monkeypatch):
-    assert set(cli.COMMANDS) == {*COMMANDS, "data", "tokenizer", "report", "sweep"}  # a sweep: see test_sweep
+    assert set(cli.COMMANDS) == {*COMMANDS, "data", "tokenizer", "report", "sweep", "import"}  # a sweep: see test_sweep
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     argv = [arg.format(experiment=experiment, empty=tmp_path) for arg in COMMANDS[name]]

@@ -29,7 +29,15 @@ OTHER = TrainConfig(
             vocab_size=260, num_tokens=257, d_model=32, d_ff=48, num_layers=3, num_heads=8, num_kv_heads=4, head_dim=8
         ),
         **dict(context_length=64, rope_theta=500.0, rope_scaling=RopeScaling(2.0, 1.5, 5.0, 32)),
-        **dict(qkv_bias=True, qk_norm=True, tie_embeddings=True, norm_eps=1e-6, dtype="bfloat16", remat="dots"),
+        **dict(
+            qkv_bias=True,
+            qk_norm=True,
+            tie_embeddings=True,
+            norm_eps=1e-6,
+            dtype="bfloat16",
+            param_dtype="float16",
+            remat="dots",
+        ),
         attention="cudnn",
     ),
     HeadConfig("mixture", 2, "independent", 1, "lowrank", 4, "ntp", 0.5, 0.9, 1e-3, "switch", 0.1, 0.5, 0.5, 6),

@@ -10,6 +10,8 @@ from typing import Any, Protocol, Self
 import numpy as np
 import numpy.typing as npt
 
+from mtp_jax.data.tokenizers.conventions import FILE as CONVENTIONS
+from mtp_jax.data.tokenizers.conventions import Conventions
 from mtp_jax.validate import ConfigError, require
 
 
@@ -18,16 +20,22 @@ class Tokenizer(Protocol):
 
     `name` is the one that `load_tokenizer` knows it by. Ids lie in [0, vocab_size), special ones included, and
     `end_of_document`, which ends every document of a prepared data set, is one of them. Text never becomes it, whatever
-    it says: a document that contains the string `<|endoftext|>` has the ids of those characters.
+    it says: a document that contains the string `<|endoftext|>` has the ids of those characters. `conventions` are
+    those of a pretrained model.
     """
 
     name: str
     vocab_size: int
     end_of_document: int
+    conventions: Conventions = Conventions()
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """The ids of `text`, int32, without `end_of_document`. Of bytes that are not UTF-8 `replaced` tells."""
         ...
+
+    def encode_special(self, text: str) -> np.ndarray:
+        """The ids of `text`, in which special tokens stand for themselves: what a chat template renders, say."""
+        raise ConfigError(f"The tokenizer {self.name!r} has no special tokens in text.")
 
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """`encode` of every text, in order. Many at once is what makes preparing data fast."""
@@ -111,6 +119,7 @@ class FileTokenizer(Tokenizer):
             f"'{cls.kind}:models/{cls.file}'.",
         )
         name, path = f"{cls.kind}:{argument}", epath.Path(argument).expanduser()
+        kept = path / CONVENTIONS if path.is_dir() else None
         path = path / cls.file if path.is_dir() else path
         try:
             data = path.read_bytes()
@@ -119,7 +128,10 @@ class FileTokenizer(Tokenizer):
                 f"DataConfig.tokenizer is {name!r} and {path} cannot be read ({type(error).__name__}). Give the path "
                 f"of a {cls.file}, or of the directory that holds it."
             ) from error
-        return cls(data, end_of_document, name)
+        found = cls(data, end_of_document, name)
+        if kept is not None and kept.exists():
+            found.conventions = Conventions.from_bytes(kept.read_bytes())
+        return found
 
     def encode(self, text: str | bytes) -> np.ndarray:
         """The ids of `text`, int32."""
@@ -135,11 +147,14 @@ class FileTokenizer(Tokenizer):
 
     def to_json(self) -> dict[str, Any]:
         """The hash of the file and the token that ends a document; not where the file is."""
-        return {"name": self.kind, "sha256": hashlib.sha256(self._data).hexdigest(), "end_of_document": self._end}
+        found = {"name": self.kind, "sha256": hashlib.sha256(self._data).hexdigest(), "end_of_document": self._end}
+        own = self.conventions != Conventions()
+        return found | ({"conventions": hashlib.sha256(self.conventions.to_bytes()).hexdigest()} if own else {})
 
     def files(self) -> dict[str, bytes]:
-        """The file as it was read."""
-        return {self.file: self._data}
+        """The file as it was read, and a pretrained model's conventions."""
+        own = self.conventions != Conventions()
+        return {self.file: self._data, **({CONVENTIONS: self.conventions.to_bytes()} if own else {})}
 
     def _meaningful(self, ids: npt.ArrayLike) -> list[int]:
         """Those of `ids` that stand for something."""

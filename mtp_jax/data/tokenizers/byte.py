@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mtp_jax.data.tokenizers.base import to_utf8
+from mtp_jax.data.tokenizers.base import Tokenizer, to_utf8
 from mtp_jax.validate import require
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """Ids 0 to 255 are the bytes themselves; 256 ends a document. Any bytes survive the way there and back."""
 
     name = "bytes"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -61,6 +62,29 @@ class HFTokenizer(FileTokenizer):
         """The ids of every text, on all cores ($RAYON_NUM_THREADS of them)."""
         encodings = self._tok.encode_batch_fast([utf8(text)[0] for text in texts], add_special_tokens=False)
         return [np.array(encoding.ids, np.int32) for encoding in encodings]
+
+    def encode_special(self, text: str) -> np.ndarray:
+        """The ids of `text`, in which special tokens stand for themselves."""
+        return np.array(self._reading_special.encode(text, add_special_tokens=False).ids, np.int32)
+
+    @functools.cached_property
+    def _reading_special(self) -> Any:
+        """The same tokenizer, but for special tokens in text."""
+        import tokenizers
+
+        found = tokenizers.Tokenizer.from_buffer(self._data)
+        found.no_truncation()
+        found.no_padding()
+        return found
+
+    @property
+    def special(self) -> dict[str, int]:
+        """The ids of the special tokens by their text."""
+        return {token.content: id for id, token in self._tok.get_added_tokens_decoder().items() if token.special}
+
+    def begins(self) -> list[int]:
+        """What the file itself puts in front of a text."""
+        return self._reading_special.encode("", add_special_tokens=True).ids
 
     def decode(self, ids: npt.ArrayLike) -> str:
         """The text of a whole document."""

@@ -1,0 +1,112 @@
+"""Conventions of a pretrained model around text: what begins it, what ends an answer, how a conversation is written."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mtp_jax.validate import ConfigError, require
+
+FILE = "conventions.json"
+Messages = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Conventions:
+    """`bos`: the id that begins every text, exactly once; None if none does. `stops`: the ids that end an answer; none:
+    the end of a document. `template`: how a conversation is written, in Jinja; `special`: the tokens that it may name.
+    """
+
+    bos: int | None = None
+    stops: tuple[int, ...] = ()
+    template: str = ""
+    special: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """As the file `conventions.json` of a tokenizer's directory."""
+        return (json.dumps(dataclasses.asdict(self), indent=1) + "\n").encode()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Conventions:
+        """The inverse of `to_bytes`."""
+        values = json.loads(data)
+        return cls(values["bos"], tuple(values["stops"]), values["template"], values["special"])
+
+    def render(self, messages: Messages, *, answer: bool = True) -> str:
+        """A conversation as the model was trained on it, special tokens in it as text.
+
+        Args:
+          messages: each with a `role` and its `content`.
+          answer: whether it ends where the assistant's answer begins.
+
+        Raises:
+          ConfigError: the model has no template, it has an error, or refuses such messages: with its line.
+        """
+        require(bool(self.template), "The model has no chat template; continue plain text, or import a model with one.")
+        for i, message in enumerate(messages):
+            require(
+                isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message,
+                f"Message {i} is {message!r}; it must be a dictionary with a role and its content, such as "
+                "{'role': 'user', 'content': 'Hello'}.",
+            )
+        try:
+            import jinja2
+            from jinja2.sandbox import ImmutableSandboxedEnvironment
+        except ModuleNotFoundError as error:
+            raise ConfigError("A chat template needs jinja2: pip install 'mtp_jax[hf]'.") from error
+
+        def raise_exception(message: str) -> None:
+            raise jinja2.TemplateError(message)
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+        environment.globals["raise_exception"] = raise_exception
+        try:
+            template = environment.from_string(self.template)
+            return template.render(messages=list(messages), add_generation_prompt=answer, **self.special)
+        except jinja2.TemplateSyntaxError as error:
+            raise ConfigError(f"The chat template is wrong in line {error.lineno}: {error}.") from error
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ConfigError(f"The chat template does not render these messages: {error}.") from error
+
+
+def read_conventions(directory: Path, ids: Mapping[str, int], begins: Sequence[int]) -> Conventions:
+    """What the files of a Hugging Face directory say.
+
+    Args:
+      directory: has config.json, and tokenizer_config.json, generation_config.json and chat_template.jinja if it has.
+      ids: those of the special tokens, by their text.
+      begins: the ids that the tokenizer itself puts in front of a text.
+    """
+
+    def read(name: str) -> dict[str, Any]:
+        path = directory / name
+        try:
+            return json.loads(path.read_text()) if path.exists() else {}
+        except ValueError as error:
+            raise ConfigError(f"{path} is not JSON ({error}). Get the model's files again.") from error
+
+    config, tokenizer, generation = (
+        read(f"{name}.json") for name in ("config", "tokenizer_config", "generation_config")
+    )
+    special = {
+        name: value if isinstance(value, str) else value["content"]
+        for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+        if (value := tokenizer.get(name))
+    }
+    bos = ids.get(special.get("bos_token", ""), config.get("bos_token_id"))
+    wanted = tokenizer.get("add_bos_token")
+    begins_with = bos if wanted or (wanted is None and bos is not None and list(begins[:1]) == [bos]) else None
+    stops = generation.get("eos_token_id", config.get("eos_token_id"))
+    stops = [] if stops is None else stops if isinstance(stops, list) else [stops]
+    file = directory / "chat_template.jinja"
+    template = file.read_text() if file.exists() else tokenizer.get("chat_template") or ""
+    if isinstance(template, list):  # several, by name
+        template = next((one["template"] for one in template if one.get("name") == "default"), "")
+    return Conventions(begins_with, tuple(stops), template, special)

@@ -1,0 +1,148 @@
+"""Export of a run: a directory that `transformers` and what reads its files load, with the law that decoding keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax.traverse_util import flatten_dict
+
+from mtp_jax.data.tokenizers.conventions import FILE as CONVENTIONS
+from mtp_jax.heads.config import HeadConfig
+from mtp_jax.interop import hf
+from mtp_jax.interop.weights import names, tensors, to_theirs
+from mtp_jax.language_model import LanguageModel
+from mtp_jax.model.config import ModelConfig
+from mtp_jax.model.transformer import Trunk
+from mtp_jax.runs.loading import LoadedRun
+from mtp_jax.runs.paths import children, full_path
+from mtp_jax.state import split
+from mtp_jax.validate import require
+
+SHARD_BYTES = 5 * 10**9
+CARD = """# {name}
+
+Written by `mtp-jax export` from step {step} of `{run}`{base}. The files here are the model without its head: they give
+the law that decoding with the head keeps. {head}
+"""
+
+
+def check_exportable(model: ModelConfig, head: HeadConfig) -> None:
+    """Raise `ConfigError` unless the target's logits are one table times the hidden state of a trunk that is known."""
+    require(
+        head.target == "ntp" or head.rank == 1,
+        f"head.target is {head.target} and head.rank is {head.rank}: the target is a mixture of {head.rank} softmaxes, "
+        "and a Llama has one table. Export a model with head.target ntp, or with head.rank 1.",
+    )
+    hf.to_hf(model)
+
+
+def exported_config(model: ModelConfig, head: HeadConfig) -> dict[str, Any]:
+    """The `config.json` of Hugging Face. Raises `ConfigError` as `check_exportable`."""
+    check_exportable(model, head)
+    return {**hf.to_hf(model), "tie_word_embeddings": model.tie_embeddings and head.target == "ntp"}
+
+
+def state_dict(model: LanguageModel) -> Iterator[tuple[str, np.ndarray]]:
+    """The weights by their names at Hugging Face, one after another, in the dtype that they are kept in; rows of ids
+    that no tokenizer has are left out. The mesh of `model` is in scope, its layers stacked as training has them.
+
+    Raises `ConfigError` as `check_exportable`.
+    """
+    config, head = model.config, model.head.config
+    check_exportable(config, head)
+    assert isinstance(model.trunk, Trunk), "export the model as it was loaded, not as decoding lays it out"
+    params, dtype = split(model)[1], jnp.dtype(config.param_dtype)
+    flat: dict[tuple[str, ...], Any] = flatten_dict(params)  # type: ignore[assignment]
+    for path, weight in names(params, config, "hf").items():
+        if path == ("unembed_VD",) and head.target != "ntp" and not config.tie_embeddings:
+            continue
+        parts = tensors(weight, config, "hf")
+        for layer, name in enumerate(parts):
+            array = np.asarray(flat[path][layer] if "blocks" in path else flat[path])
+            array = array[: config.known] if path[-1].endswith("_VD") else array
+            yield name, to_theirs(array.astype(dtype), path)
+    if head.target != "ntp":
+        yield "lm_head.weight", _table(model)[: config.known].astype(dtype)
+
+
+def export_run(run: LoadedRun, run_dir: epath.PathLike, out: epath.PathLike) -> epath.Path:
+    """Write a model into a new directory, and return its path: config, safetensors, tokenizer, a model card.
+
+    Raises `ConfigError` as `check_exportable`, and where `out` has something in it.
+    """
+    from safetensors.numpy import save_file
+
+    directory = full_path(out)
+    require(not children(directory), f"{directory} exists and is not empty; give another --out, or delete it.")
+    config = exported_config(run.config.model, run.config.head)
+    partial = directory.parent / f".{directory.name}.partial"
+    if partial.exists():
+        partial.rmtree()
+    partial.mkdir(parents=True)
+    kept, end = run.tokenizer.conventions, run.tokenizer.end_of_document
+    ends = list(kept.stops or (end,))
+    ids = {"bos_token_id": kept.bos, "eos_token_id": ends if len(ends) > 1 else ends[0]}
+    files = {hf.CONFIG: {**config, **ids}, "generation_config.json": ids}
+    if kept.special:
+        files["tokenizer_config.json"] = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            **kept.special,
+            "add_bos_token": kept.bos is not None,
+            **({"chat_template": kept.template} if kept.template else {}),
+        }
+    for file, values in files.items():
+        (partial / file).write_text(json.dumps(values, indent=2) + "\n")
+    for file, content in run.tokenizer.files().items():
+        if file not in (*files, CONVENTIONS):
+            (partial / file).write_bytes(content)
+    index: dict[str, str] = {}
+    with jax.set_mesh(run.mesh):
+        shards = list(_shards(run.model))
+        for number, weights in enumerate(shards, 1):
+            file = hf.WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            save_file(dict(_chosen(run.model, weights)), partial / file, metadata={"format": "pt"})
+            index |= dict.fromkeys(weights, file)
+    if len(shards) > 1:
+        (partial / hf.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2) + "\n")
+    head = run.config.head
+    base = f", which began with `{run.config.init_from}`" if run.config.init_from else ""
+    said = (
+        "It has none."
+        if head.kind == "none"
+        else (f"Its head (`{head.kind}`, W = {head.window}) is in that run directory, and is read by `mtp_jax.load`.")
+    )
+    (partial / "README.md").write_text(
+        CARD.format(name=directory.name, step=run.step, run=run_dir, base=base, head=said)
+    )
+    if directory.exists():
+        directory.rmdir()
+    return partial.replace(directory)
+
+
+def _shards(model: LanguageModel) -> Iterator[list[str]]:
+    """Names of weights that go into one file."""
+    names, size = [], 0
+    for name, array in state_dict(model):
+        if names and size + array.nbytes > SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names, size = [*names, name], size + array.nbytes
+    yield names
+
+
+def _chosen(model: LanguageModel, wanted: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    return ((name, array) for name, array in state_dict(model) if name in wanted)
+
+
+def _table(model: LanguageModel) -> np.ndarray:
+    """The table `[V, D]` of a head whose first offset is one product."""
+    # Whatever the factors are, with one component logits are linear: those of the unit vectors are the table.
+    unit_1DD, none_1D = jnp.eye(model.config.d_model)[None], jnp.zeros((1, model.config.d_model), jnp.int32)
+    logits = jax.jit(lambda model, *seen: model.head.logits(model.seen(*seen), stop=1)[0])
+    return np.asarray(logits(model, unit_1DD, none_1D))[0, :, 0].T  # of [1, D, R, V]

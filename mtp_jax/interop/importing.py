@@ -1,0 +1,127 @@
+"""Import of a pretrained model: a Hugging Face directory or a model of its hub becomes a run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from etils import epath
+
+from mtp_jax.config import MeshConfig, TrainConfig
+from mtp_jax.data.config import DataConfig
+from mtp_jax.data.tokenizers import HFTokenizer
+from mtp_jax.data.tokenizers.conventions import read_conventions
+from mtp_jax.heads.config import HeadConfig
+from mtp_jax.interop import hf
+from mtp_jax.interop.weights import read_params
+from mtp_jax.mesh import make_mesh, on_mesh
+from mtp_jax.runs.layout import TOKENIZER_DIR, write_config
+from mtp_jax.runs.paths import children, full_path, replace_file
+from mtp_jax.runs.writer import CheckpointWriter
+from mtp_jax.state import TrainState, build_model, split
+from mtp_jax.validate import ConfigError, require
+
+ROWS = 64  # the vocabulary is padded to a multiple of it, which every tensor axis divides
+NO_HEAD = HeadConfig(kind="none", window=1, circuit="independent", rank=1, target="ntp", balance="none")
+IGNORED = (".rotary_emb.inv_freq",)  # what a config says too
+
+
+def import_run(
+    source: str,
+    out: epath.PathLike,
+    *,
+    revision: str = "main",
+    log: Callable[[str], None] = lambda _: None,
+) -> epath.Path:
+    """Make a run directory of a pretrained model, and return its path. It is there whole, or not at all.
+
+    The parameters keep their dtype. Tokenizer, chat template and generation config come with them.
+
+    Args:
+      source: a Hugging Face directory, or the id of a model of its hub, such as "Qwen/Qwen3-0.6B".
+      out: the run directory, which is not there yet.
+      revision: of the hub: a branch, a tag or a commit.
+      log: told what is done.
+
+    Raises:
+      ConfigError: the model is of a kind that we do not compute, its files do not fit together, or `out` exists.
+    """
+    run = full_path(out)
+    require(not children(run), f"{run} exists and is not empty; give another --out, or delete it.")
+    directory = _directory(source, revision)
+    values = hf.read_json(directory / hf.CONFIG)
+    model = hf.model_config(values, str(directory / hf.CONFIG))
+    end = _end(directory)
+    tokenizer = HFTokenizer.load(str(directory), end)
+    tokenizer.conventions = read_conventions(directory, tokenizer.special, tokenizer.begins())
+    with hf.open_tensors(directory) as (shapes, dtype, read):
+        ignored = [name for name in shapes if name.endswith(IGNORED)]
+        ignored += ["lm_head.weight"] * (model.tie_embeddings and "lm_head.weight" in shapes)
+        if ignored:
+            log(f"Not used, since the config says it too: {', '.join(ignored)}.")
+        rows = model.vocab_size
+        require(
+            tokenizer.vocab_size <= rows,
+            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens and vocab_size is {rows}; one of them is of "
+            "another model.",
+        )
+        model = dataclasses.replace(model, vocab_size=-(-rows // ROWS) * ROWS, param_dtype=dtype)
+        data = DataConfig(tokenizer=f"hf:{directory}", end_of_document=end, seq_len=min(1024, model.context_length))
+        config = TrainConfig(model, NO_HEAD, data, init_from=source, freeze="trunk").with_tokenizer(
+            tokenizer.vocab_size
+        )
+        mesh = make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
+        with jax.set_mesh(mesh):
+            build = functools.partial(build_model, config, jax.random.key(0))
+            target = on_mesh(jax.eval_shape(jax.jit(lambda: split(build())[1])), mesh)
+            found = {name: shape for name, shape in shapes.items() if name not in ignored}
+            params = read_params(target, model, found, read, "hf", str(directory))
+            log(f"Read {len(found)} tensors in {dtype}.")
+            partial = run.parent / f".{run.name}.partial"
+            if partial.exists():
+                partial.rmtree()
+            write_config(partial, config)
+            for name, content in tokenizer.files().items():
+                (partial / TOKENIZER_DIR).mkdir(exist_ok=True)
+                replace_file(partial / TOKENIZER_DIR / name, content)
+            state = TrainState(jax.numpy.zeros((), jax.numpy.int32), params, {})
+            with CheckpointWriter(partial, 1) as checkpoints:
+                checkpoints.save(state, config, {}, "")
+    if run.exists():
+        run.rmdir()
+    return partial.replace(run)
+
+
+def _end(directory: Path) -> str:
+    """What ends a document, if the files say so: a token by that name."""
+    path = directory / "tokenizer_config.json"
+    end = hf.read_json(path).get("eos_token") if path.exists() else None
+    return end["content"] if isinstance(end, dict) else end or ""
+
+
+def _directory(source: str, revision: str) -> Path:
+    """Where the model's files are, fetched from the hub if `source` is no directory."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.absolute()
+    require(
+        "/" in source and not source.startswith((".", "/", "~")),
+        f"There is no directory {source}, and a model of the hub has a name like Qwen/Qwen3-0.6B.",
+    )
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.safetensors", hf.INDEX, hf.CONFIG, *hf.TOKENIZER_FILES]
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        offline = " $HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") else ""
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"The model {source} at revision {revision} cannot be fetched from the hub ({reason}).{offline} Give the "
+            "path of a directory that has its files."
+        ) from error

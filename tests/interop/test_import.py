@@ -1,0 +1,277 @@
+"""Import of pretrained models: what comes in computes what its files say, and anything else is refused by name."""
+
+import json
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+
+import mtp_jax
+from mtp_jax.interop.exporting import export_run
+from mtp_jax.interop.importing import import_run
+from mtp_jax.interop.weights import read_params
+from mtp_jax.mesh import on_mesh
+from mtp_jax.state import build_model, split
+from mtp_jax.validate import ConfigError
+from support import REPOSITORY, tiny
+from support.llama import reference
+
+pytest.importorskip("safetensors", reason="weights are read by safetensors: pip install 'mtp_jax[hf]'")
+from safetensors.numpy import load_file, save_file
+
+D, F, V, N, K, H, L = 16, 24, 259, 4, 2, 6, 2
+CONFIG = dict(
+    model_type="llama", vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N,
+    num_key_value_heads=K, head_dim=H, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=5e3, rope_scaling=None,
+    tie_word_embeddings=False, hidden_act="silu", attention_bias=False, eos_token_id=[256, 257], bos_token_id=258,
+)  # fmt: skip
+LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
+FAMILIES = {
+    "llama": {},
+    "tied": dict(tie_word_embeddings=True),
+    "one key head": dict(num_key_value_heads=1),
+    "llama3": dict(rope_scaling={**LLAMA3, "original_max_position_embeddings": 32}),
+    "linear": dict(rope_scaling=dict(type="linear", factor=2.0)),
+    "mistral": dict(model_type="mistral", sliding_window=None),
+    "qwen2": dict(model_type="qwen2", use_sliding_window=False, sliding_window=32),
+    "qwen3": dict(model_type="qwen3"),
+}
+TOKENS_BT = np.random.default_rng(0).integers(0, 256, (2, 12)).astype(np.int32)
+
+
+def weights_of(config, dtype="float32", seed=0):
+    """Random weights by the names at Hugging Face."""
+    rng, kv = np.random.default_rng(seed), config["num_key_value_heads"]
+    shapes = {
+        "self_attn.q_proj.weight": (N * H, D), "self_attn.k_proj.weight": (kv * H, D),
+        "self_attn.v_proj.weight": (kv * H, D), "self_attn.o_proj.weight": (D, N * H),
+        "mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F),
+        "input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,),
+    }  # fmt: skip
+    if config["model_type"] == "qwen2":
+        shapes |= {f"self_attn.{n}_proj.bias": (heads * H,) for n, heads in (("q", N), ("k", kv), ("v", kv))}
+    if config["model_type"] == "qwen3":
+        shapes |= {f"self_attn.{n}_norm.weight": (H,) for n in "qk"}
+    named = {f"model.layers.{i}.{name}": shape for i in range(L) for name, shape in shapes.items()}
+    named |= {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    named |= {} if config["tie_word_embeddings"] else {"lm_head.weight": (V, D)}
+    return {name: (("norm" in name) + 0.4 * rng.standard_normal(shape)).astype(dtype) for name, shape in named.items()}
+
+
+def write_tokenizer(directory):
+    """Bytes, two tokens that end something and one that begins a text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tok = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok.add_special_tokens([AddedToken(text, special=True) for text in ("<|endoftext|>", "<|end|>", "<s>")])
+    tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 258)])
+    tok.save(str(directory / "tokenizer.json"))
+
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
+    "{{ m.role }}: {{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
+)
+
+
+@pytest.fixture
+def source(tmp_path):
+    """Writes a Hugging Face directory and returns it with its config and weights."""
+
+    def write(dtype="float32", name="source", **changes):
+        directory, config = tmp_path / name, {**CONFIG, **changes}
+        directory.mkdir()
+        weights = weights_of(config, dtype)
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        (directory / "config.json").write_text(json.dumps(config))
+        values = {"bos_token": "<s>", "eos_token": {"content": "<|end|>"}, "chat_template": TEMPLATE}
+        (directory / "tokenizer_config.json").write_text(json.dumps(values))
+        write_tokenizer(directory)
+        return directory, config, weights
+
+    return write
+
+
+def law(run, tokens_BT=TOKENS_BT):
+    with jax.set_mesh(run.mesh):
+        return np.asarray(jax.jit(lambda model, t: model.target(model.see(t))[0])(run.model, tokens_BT))[..., :V]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_computes_what_its_files_say(source, tmp_path, name):
+    directory, config, weights = source(**FAMILIES[name])
+    run = mtp_jax.load(import_run(str(directory), tmp_path / "run"))
+    scaling = config["rope_scaling"] and {"rope_type": "linear", **config["rope_scaling"]}
+    logits_BTV = reference({**config, "rope_scaling": scaling}, weights, TOKENS_BT)
+    logp_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
+    np.testing.assert_allclose(law(run), logp_BTV, atol=2e-5)
+    assert run.config.model.num_tokens == V and run.config.model.vocab_size == 320
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["tied", "qwen2", "qwen3"])
+def test_an_import_of_the_export_is_the_identity(source, tmp_path, name, dtype):
+    directory, _, weights = source(getattr(ml_dtypes, dtype, None) or np.dtype(dtype), **FAMILIES[name])
+    first = mtp_jax.load(import_run(str(directory), tmp_path / "first"))
+    assert first.config.model.param_dtype == dtype and first.model.unembed_VD[...].dtype == dtype
+    export_run(first, tmp_path / "first", tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == weights.keys()
+    for key, weight in weights.items():
+        assert found[key].dtype == weight.dtype
+        np.testing.assert_array_equal(found[key], weight)
+    second = mtp_jax.load(import_run(str(tmp_path / "out"), tmp_path / "second"))
+    jax.tree.map(np.testing.assert_array_equal, split(first.model)[1], split(second.model)[1])
+    assert first.tokenizer.to_json() == second.tokenizer.to_json()
+    assert first.config.model == second.config.model and first.config.head == second.config.head
+
+
+def test_several_files_are_read_by_their_index(source, tmp_path):
+    directory, _, weights = source()
+    whole = mtp_jax.load(import_run(str(directory), tmp_path / "whole"))
+    (directory / "model.safetensors").unlink()
+    names = sorted(weights)
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, chosen in parts.items():
+        save_file({name: weights[name] for name in chosen}, directory / file)
+    listed = {name: file for file, chosen in parts.items() for name in chosen}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    found = mtp_jax.load(import_run(str(directory), tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, split(whole.model)[1], split(found.model)[1])
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)])
+def test_each_device_reads_its_own_part(source, tmp_path, shape):
+    directory, _, weights = source(**FAMILIES["qwen2"])
+    run = mtp_jax.load(import_run(str(directory), tmp_path / "run"))
+    config, parts = run.config, []
+
+    def read(name, rows, columns):
+        whole = weights[name]
+        piece = whole[rows, columns] if whole.ndim == 2 else whole[rows]
+        parts.append((name, piece.size / whole.size))
+        return piece
+
+    with tiny.mesh(*shape) as mesh:
+        target = jax.eval_shape(jax.jit(lambda: split(build_model(config, jax.random.key(0)))[1]))
+        shapes = {name: weight.shape for name, weight in weights.items()}
+        found = read_params(on_mesh(target, mesh), config.model, shapes, read, "hf", "here")
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(split(run.model)[1]))
+    split_ones = [share for name, share in parts if name.endswith("q_proj.weight")]
+    assert max(split_ones) <= (1 / 4 if shape[2] == 2 else 1 / 8)
+
+
+REFUSED = {
+    "another family": (dict(model_type="gemma3"), "model_type is 'gemma3'; what can be imported has one of llama"),
+    "experts": (dict(num_local_experts=8), "num_local_experts is 8; what can be imported has none"),
+    "a window": (dict(model_type="mistral", sliding_window=32), "sliding_window is 32; .* at least max_position_embed"),
+    "yarn": (
+        dict(rope_scaling=dict(rope_type="yarn", factor=4.0)),
+        "rope_type is 'yarn'; .* default, linear or llama3",
+    ),
+    "another activation": (dict(hidden_act="gelu"), "hidden_act is 'gelu'; what can be imported has 'silu'"),
+    "a bias of the output": (dict(attention_bias=True), "attention_bias is True; what can be imported has False"),
+    "quantised": (dict(quantization_config={"bits": 4}), "quantization_config is {'bits': 4}"),
+    "another width": (
+        dict(intermediate_size=32),
+        r"down_proj.weight is \[16, 24\], and the config makes it \[16, 32\]",
+    ),
+    "fewer layers": (dict(num_hidden_layers=1), "has the tensor 'model.layers.1.input_layernorm.weight', .* 8? ?more"),
+    "a bias that is not there": (dict(model_type="qwen2"), "has no tensor 'model.layers.0.self_attn.k_proj.bias'"),
+    "a smaller vocabulary": (dict(vocab_size=200), "the tokenizer has 259 tokens and vocab_size is 200"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_we_do_not_compute_is_refused_and_leaves_nothing(source, tmp_path, name):
+    changes, words = REFUSED[name]
+    directory, config, _ = source()
+    (directory / "config.json").write_text(json.dumps({**config, **changes}))
+    with pytest.raises(ConfigError, match=words):
+        import_run(str(directory), tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+BROKEN = {
+    "cut short": (lambda d: cut(d / "model.safetensors"), "model.safetensors is damaged or cut short"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors"),
+    "a pickle": (
+        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+        "pytorch_model.bin is a pickle, which is not read",
+    ),
+    "an index of a file that is not there": (
+        lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {"a": "b.safetensors"}}'),
+        "has no b.safetensors",
+    ),
+    "a config that is no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read as JSON"),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_files_that_do_not_fit_together_are_refused(source, tmp_path, name):
+    directory, *_ = source()
+    damage, words = BROKEN[name]
+    damage(directory)
+    with pytest.raises(ConfigError, match=words):
+        import_run(str(directory), tmp_path / "run")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_run_that_is_there_stays(source, tmp_path):
+    directory, *_ = source()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match="exists and is not empty"):
+        import_run(str(directory), tmp_path / "run")
+    assert (tmp_path / "run" / "thesis.tex").exists()
+
+
+def test_conventions_come_with_the_model(source, tmp_path):
+    pytest.importorskip("jinja2", reason="chat templates are Jinja: pip install 'mtp_jax[hf]'")
+    directory, *_ = source()
+    run = mtp_jax.load(import_run(str(directory), tmp_path / "run"))
+    kept = run.tokenizer.conventions
+    assert (kept.bos, kept.stops) == (258, (256, 257)) and run.tokenizer.end_of_document == 257
+    # One BOS in front of a text, and none more where there is one.
+    assert run.encode("ab").tolist()[0] == 258 and len(run.encode("ab")) == 3
+    assert run.encode("<s>ab", special=True).tolist() == run.encode("ab").tolist()
+    assert 258 not in run.encode("<s>ab").tolist()[1:], "text never becomes a special token"
+    text = kept.render([{"role": "user", "content": "hi"}])
+    assert text == "<s>user: hi<|end|>assistant:"
+    ids = run.encode(text, special=True).tolist()
+    assert ids.count(258) == 1 and ids.count(257) == 1
+    assert isinstance(run.chat([{"role": "user", "content": "hi"}], max_new_tokens=4), str)
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "words"),
+    [
+        ("", [{"role": "user", "content": "x"}], "has no chat template"),
+        (TEMPLATE, [{"role": "tool", "content": "x"}], "does not render these messages: no tools here"),
+        (TEMPLATE, ["hello"], "Message 0 is 'hello'; it must be a dictionary"),
+        ("a\n{% for %}", [], "The chat template is wrong in line 2"),
+        ("{{ ''.__class__.__mro__ }}", [], "does not render"),
+    ],
+)
+def test_a_conversation_that_cannot_be_written_is_refused(template, messages, words):
+    pytest.importorskip("jinja2", reason="chat templates are jinja: pip install 'mtp_jax[hf]'")
+    from mtp_jax.data.tokenizers.conventions import Conventions
+
+    with pytest.raises(ConfigError, match=words):
+        Conventions(template=template).render(messages)
+
+
+def test_a_trained_llama_of_others_tells_a_story(tmp_path):
+    story = REPOSITORY.parent / "shared/data/stories260K"
+    if not story.is_dir():
+        pytest.skip("the model is not here")
+    run = mtp_jax.load(import_run(str(story), tmp_path / "run"))
+    assert "little girl named Lily" in run.generate("Once upon a time", max_new_tokens=32)
