@@ -19,6 +19,7 @@ from mtp_jax.validate import PREEMPTED, ConfigError, PreemptedError
 COMMANDS = {
     "train": ("mtp_jax.commands.train", "EXPERIMENT.py [--run-dir DIR]     train, and leave a run directory"),
     "generate": ("mtp_jax.commands.generate", "RUN --prompt TEXT                 continue text with a trained model"),
+    "chat": ("mtp_jax.commands.chat", "RUN                               talk with a model that has a chat template"),
     "bench": ("mtp_jax.commands.bench", "decode RUN | loss | train FILE    time decoding, the loss or training steps"),
     "data": ("mtp_jax.commands.data", "prepare | show DIR                tokenise documents once, look into them"),
     "eval": ("mtp_jax.commands.eval", "RUN                               held-out loss by offset"),
@@ -36,7 +37,7 @@ COMMANDS = {
     ),
 }
 
-PRINT = ("generate", "eval", "doctor")  # they have nothing to do where nobody reads
+PRINT = ("generate", "chat", "eval", "doctor")  # they have nothing to do where nobody reads
 
 USAGE = "usage: mtp-jax COMMAND ...\n\n" + "\n".join(f"  {name:9} {text}" for name, (_, text) in COMMANDS.items())
 USAGE += "\n\nmtp-jax COMMAND --help lists a command's options. Errors exit with status 2, failed runs with 1, and runs"

@@ -63,8 +63,12 @@ class LoadedRun:
             return generate(self.decoder, prompts, **self._defaults(options))
 
     def _defaults(self, options: dict[str, Any]) -> dict[str, Any]:
-        stops = self.tokenizer.conventions.stops or (self.tokenizer.end_of_document,)
-        return {"stop_tokens": stops, **options}
+        return {"stop_tokens": self.stop_tokens, **options}
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The ids that end an answer: those of a pretrained model, or the end of a document."""
+        return self.tokenizer.conventions.stops or (self.tokenizer.end_of_document,)
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
         """The ids of a prompt, with what the model wants in front. `special`: special tokens in it stand for

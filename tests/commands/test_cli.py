@@ -60,7 +60,7 @@ def test_help_of_an_experiment_lists_every_field(experiment, refused):
 
 def test_an_unknown_command_is_answered_with_the_nearest(refused):
     assert "there is no command 'trian'; did you mean 'train'?" in refused("trian")
-    every = "train, generate, bench, data, eval, import, export, tokenizer, sweep, report, doctor"
+    every = "train, generate, chat, bench, data, eval, import, export, tokenizer, sweep, report, doctor"
     assert f"there is no command 'qqq'; there are {every}." in refused("qqq")
     assert "The benchmark is 'decoed'; did you mean 'decode'?" in refused("bench", "decoed", "run")
     assert "The benchmark is 'qqq'; it can be decode, loss, train." in refused("bench", "qqq")
@@ -111,6 +111,7 @@ COMMANDS = {  # all that compile
     "generate": ("generate", "{empty}", "--prompt", "x"),
     "bench": ("bench", "decode", "{empty}"),
     "doctor": ("doctor",),
+    "chat": ("chat", "{empty}"),
     "export": ("export", "{empty}", "--out", "x"),
 }
 

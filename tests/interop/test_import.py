@@ -1,5 +1,6 @@
 """Import of pretrained models: what comes in computes what its files say, and anything else is refused by name."""
 
+import functools
 import json
 
 import jax
@@ -16,83 +17,18 @@ from mtp_jax.state import build_model, split
 from mtp_jax.validate import ConfigError
 from support import REPOSITORY, tiny
 from support.llama import reference
+from support.pretrained import FAMILIES, TEMPLATE, V, write
 
 pytest.importorskip("safetensors", reason="weights are read by safetensors: pip install 'mtp_jax[hf]'")
 from safetensors.numpy import load_file, save_file
 
-D, F, V, N, K, H, L = 16, 24, 259, 4, 2, 6, 2
-CONFIG = dict(
-    model_type="llama", vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=N,
-    num_key_value_heads=K, head_dim=H, max_position_embeddings=64, rms_norm_eps=1e-5, rope_theta=5e3, rope_scaling=None,
-    tie_word_embeddings=False, hidden_act="silu", attention_bias=False, eos_token_id=[256, 257], bos_token_id=258,
-)  # fmt: skip
-LLAMA3 = dict(rope_type="llama3", factor=4.0, low_freq_factor=1.0, high_freq_factor=4.0)
-FAMILIES = {
-    "llama": {},
-    "tied": dict(tie_word_embeddings=True),
-    "one key head": dict(num_key_value_heads=1),
-    "llama3": dict(rope_scaling={**LLAMA3, "original_max_position_embeddings": 32}),
-    "linear": dict(rope_scaling=dict(type="linear", factor=2.0)),
-    "mistral": dict(model_type="mistral", sliding_window=None),
-    "qwen2": dict(model_type="qwen2", use_sliding_window=False, sliding_window=32),
-    "qwen3": dict(model_type="qwen3"),
-}
 TOKENS_BT = np.random.default_rng(0).integers(0, 256, (2, 12)).astype(np.int32)
-
-
-def weights_of(config, dtype="float32", seed=0):
-    """Random weights by the names at Hugging Face."""
-    rng, kv = np.random.default_rng(seed), config["num_key_value_heads"]
-    shapes = {
-        "self_attn.q_proj.weight": (N * H, D), "self_attn.k_proj.weight": (kv * H, D),
-        "self_attn.v_proj.weight": (kv * H, D), "self_attn.o_proj.weight": (D, N * H),
-        "mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F),
-        "input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,),
-    }  # fmt: skip
-    if config["model_type"] == "qwen2":
-        shapes |= {f"self_attn.{n}_proj.bias": (heads * H,) for n, heads in (("q", N), ("k", kv), ("v", kv))}
-    if config["model_type"] == "qwen3":
-        shapes |= {f"self_attn.{n}_norm.weight": (H,) for n in "qk"}
-    named = {f"model.layers.{i}.{name}": shape for i in range(L) for name, shape in shapes.items()}
-    named |= {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
-    named |= {} if config["tie_word_embeddings"] else {"lm_head.weight": (V, D)}
-    return {name: (("norm" in name) + 0.4 * rng.standard_normal(shape)).astype(dtype) for name, shape in named.items()}
-
-
-def write_tokenizer(directory):
-    """Bytes, two tokens that end something and one that begins a text."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tok = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
-    tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tok.add_special_tokens([AddedToken(text, special=True) for text in ("<|endoftext|>", "<|end|>", "<s>")])
-    tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 258)])
-    tok.save(str(directory / "tokenizer.json"))
-
-
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
-    "{{ m.role }}: {{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
-)
 
 
 @pytest.fixture
 def source(tmp_path):
     """Writes a Hugging Face directory and returns it with its config and weights."""
-
-    def write(dtype="float32", name="source", **changes):
-        directory, config = tmp_path / name, {**CONFIG, **changes}
-        directory.mkdir()
-        weights = weights_of(config, dtype)
-        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-        (directory / "config.json").write_text(json.dumps(config))
-        values = {"bos_token": "<s>", "eos_token": {"content": "<|end|>"}, "chat_template": TEMPLATE}
-        (directory / "tokenizer_config.json").write_text(json.dumps(values))
-        write_tokenizer(directory)
-        return directory, config, weights
-
-    return write
+    return functools.partial(write, tmp_path / "source")
 
 
 def law(run, tokens_BT=TOKENS_BT):
