@@ -15,7 +15,7 @@ class Import:
     """Make a run directory of a Llama, Mistral or Qwen. Nothing of the source is changed or executed."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """A Hugging Face directory, or the id of a model of its hub, such as Qwen/Qwen3-0.6B."""
+    """A Hugging Face directory, the id of a model of its hub, such as Qwen/Qwen3-0.6B, or a .gguf file."""
     out: str
     """The run directory."""
     revision: str = "main"

@@ -1,14 +1,16 @@
-"""Import of a pretrained model: a Hugging Face directory or a model of its hub becomes a run directory."""
+"""Import of a pretrained model: a Hugging Face directory, a model of its hub or a GGUF file becomes a run directory."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 
 from mtp_jax.config import MeshConfig, TrainConfig
@@ -17,6 +19,8 @@ from mtp_jax.data.tokenizers import HFTokenizer
 from mtp_jax.data.tokenizers.conventions import read_conventions
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.interop import hf
+from mtp_jax.interop.gguf import open_gguf
+from mtp_jax.interop.pretrained import Pretrained
 from mtp_jax.interop.weights import read_params
 from mtp_jax.mesh import make_mesh, on_mesh
 from mtp_jax.runs.layout import TOKENIZER_DIR, write_config
@@ -39,10 +43,11 @@ def import_run(
 ) -> epath.Path:
     """Make a run directory of a pretrained model, and return its path. It is there whole, or not at all.
 
-    The parameters keep their dtype. Tokenizer, chat template and generation config come with them.
+    The parameters keep their dtype; what is quantised becomes float32. Tokenizer, stop tokens and chat template come
+    with them.
 
     Args:
-      source: a Hugging Face directory, or the id of a model of its hub, such as "Qwen/Qwen3-0.6B".
+      source: a Hugging Face directory, the id of a model of its hub, such as "Qwen/Qwen3-0.6B", or a GGUF file.
       out: the run directory, which is not there yet.
       revision: of the hub: a branch, a tag or a commit.
       log: told what is done.
@@ -52,48 +57,60 @@ def import_run(
     """
     run = full_path(out)
     require(not children(run), f"{run} exists and is not empty; give another --out, or delete it.")
-    directory = _directory(source, revision)
-    values = hf.read_json(directory / hf.CONFIG)
-    model = hf.model_config(values, str(directory / hf.CONFIG))
-    end = _end(directory)
-    tokenizer = HFTokenizer.load(str(directory), end)
+    with contextlib.ExitStack() as stack:
+        if source.endswith(".gguf"):
+            found = open_gguf(Path(source).expanduser().absolute())
+        else:
+            found = stack.enter_context(_open_hf(_directory(source, revision)))
+        _write(found, source, run, log)
+    return run
+
+
+@contextlib.contextmanager
+def _open_hf(directory: Path) -> Iterator[Pretrained]:
+    model = hf.model_config(hf.read_json(directory / hf.CONFIG), str(directory / hf.CONFIG))
+    tokenizer = HFTokenizer.load(str(directory), _end(directory))
     tokenizer.conventions = read_conventions(directory, tokenizer.special, tokenizer.begins())
     with hf.open_tensors(directory) as (shapes, dtype, read):
         ignored = [name for name in shapes if name.endswith(IGNORED)]
         ignored += ["lm_head.weight"] * (model.tie_embeddings and "lm_head.weight" in shapes)
-        if ignored:
-            log(f"Not used, since the config says it too: {', '.join(ignored)}.")
-        rows = model.vocab_size
-        require(
-            tokenizer.vocab_size <= rows,
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens and vocab_size is {rows}; one of them is of "
-            "another model.",
-        )
-        model = dataclasses.replace(model, vocab_size=-(-rows // ROWS) * ROWS, param_dtype=dtype)
-        data = DataConfig(tokenizer=f"hf:{directory}", end_of_document=end, seq_len=min(1024, model.context_length))
-        config = TrainConfig(model, NO_HEAD, data, init_from=source, freeze="trunk").with_tokenizer(
-            tokenizer.vocab_size
-        )
-        mesh = make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
-        with jax.set_mesh(mesh):
-            build = functools.partial(build_model, config, jax.random.key(0))
-            target = on_mesh(jax.eval_shape(jax.jit(lambda: split(build())[1])), mesh)
-            found = {name: shape for name, shape in shapes.items() if name not in ignored}
-            params = read_params(target, model, found, read, "hf", str(directory))
-            log(f"Read {len(found)} tensors in {dtype}.")
-            partial = run.parent / f".{run.name}.partial"
-            if partial.exists():
-                partial.rmtree()
-            write_config(partial, config)
-            for name, content in tokenizer.files().items():
-                (partial / TOKENIZER_DIR).mkdir(exist_ok=True)
-                replace_file(partial / TOKENIZER_DIR / name, content)
-            state = TrainState(jax.numpy.zeros((), jax.numpy.int32), params, {})
-            with CheckpointWriter(partial, 1) as checkpoints:
-                checkpoints.save(state, config, {}, "")
+        yield Pretrained(str(directory), "hf", model, tokenizer, shapes, dtype, read, ignored)
+
+
+def _write(found: Pretrained, source: str, run: epath.Path, log: Callable[[str], None]) -> None:
+    """Write the run, aside first."""
+    tokenizer, rows = found.tokenizer, found.model.vocab_size
+    if found.ignored:
+        log(f"Not used, since the config says it too: {', '.join(found.ignored)}.")
+    require(
+        tokenizer.vocab_size <= rows,
+        f"{found.what}: the tokenizer has {tokenizer.vocab_size} tokens and vocab_size is {rows}; one of them is of "
+        "another model.",
+    )
+    model = dataclasses.replace(found.model, vocab_size=-(-rows // ROWS) * ROWS, param_dtype=found.dtype)
+    end = str(tokenizer.to_json()["end_of_document"])
+    data = DataConfig(tokenizer=f"hf:{found.what}", end_of_document=end, seq_len=min(1024, model.context_length))
+    config = TrainConfig(model, NO_HEAD, data, init_from=source, freeze="trunk").with_tokenizer(tokenizer.vocab_size)
+    mesh = make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
+    with jax.set_mesh(mesh):
+        build = functools.partial(build_model, config, jax.random.key(0))
+        target = on_mesh(jax.eval_shape(jax.jit(lambda: split(build())[1])), mesh)
+        shapes = {name: shape for name, shape in found.shapes.items() if name not in found.ignored}
+        params = read_params(target, model, shapes, found.read, found.kind, found.what)
+        log(f"Read {len(shapes)} tensors in {found.dtype}.")
+        partial = run.parent / f".{run.name}.partial"
+        if partial.exists():
+            partial.rmtree()
+        write_config(partial, config)
+        for name, content in tokenizer.files().items():
+            (partial / TOKENIZER_DIR).mkdir(exist_ok=True)
+            replace_file(partial / TOKENIZER_DIR / name, content)
+        state = TrainState(jnp.zeros((), jnp.int32), params, {})
+        with CheckpointWriter(partial, 1) as checkpoints:
+            checkpoints.save(state, config, {}, "")
     if run.exists():
         run.rmdir()
-    return partial.replace(run)
+    partial.replace(run)
 
 
 def _end(directory: Path) -> str:
