@@ -10,6 +10,11 @@ NEVER = -1e30
 """The logit of a token that is ruled out; finite, so that differences stay numbers."""
 
 
+def random_key(seed: int | Array) -> Array:
+    """The key of a seed: of threefry whatever JAX's default is, so that a seed means the same in every process."""
+    return jax.random.key(seed, impl="threefry2x32")
+
+
 def rule_out(logits: Array, count: int, first: int | Array = 0) -> Array:
     """`logits`, the vocabulary last, with `NEVER` at the ids from `count` on. `first` is that of column 0."""
     if isinstance(first, int) and first + logits.shape[-1] <= count:

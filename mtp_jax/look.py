@@ -252,7 +252,7 @@ def _log_weights(model: LanguageModel, tokens_1T: Array) -> Array:
 @jax.jit
 def _window_law(model: LanguageModel, tokens_1T: Array) -> list[tuple[Array, ...]]:
     """For each offset: log p_rs `[R, V]`, the joint's law `[V]` and the log posterior `[R]`, along the joint's path."""
-    head, seen = _mixture(model), model.see(tokens_1T).at(jnp.full((1,), tokens_1T.shape[1] - 1))
+    head, seen = _mixture(model), model.see(tokens_1T).at(jnp.full((1,), tokens_1T.shape[1] - 1, jnp.int32))
     law_1V, joint = model.target(seen)[0][:, 0], head.joint(seen, head.config.window)
     found = []
     for s, logp_1RV in enumerate(joint.logp_BRV):

@@ -75,7 +75,7 @@ def init_weight(rngs: nnx.Rngs, name: str, shape: tuple[int, ...], scale: float 
     """A float32 weight of variance `scale**2 / fan_in`, split as its row says."""
     found = row(name)
     std = scale / math.sqrt(math.prod(shape[axis] for axis in found.inputs))
-    return nnx.Param(std * jax.random.normal(rngs.params(), shape, out_sharding=found.spec))
+    return nnx.Param(std * jax.random.normal(rngs.params(), shape, jnp.float32, out_sharding=found.spec))
 
 
 def init_full(name: str, shape: tuple[int, ...], value: float = 0.0) -> nnx.Param[Array]:

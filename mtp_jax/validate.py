@@ -57,6 +57,14 @@ def typed(config: Any) -> None:
             ) from None
 
 
+def integer(name: str, value: Any, least: int) -> int:
+    """A whole number that a function was given, read as `typed` reads those of configs."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        if (found := _as(int, value)) >= least:
+            return found
+    raise ConfigError(f"{name} is {value!r}; it must be an integer and at least {least}.")
+
+
 @functools.cache
 def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)

@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import Mesh
 
+from mtp_jax.arrays import random_key
 from mtp_jax.bench.config import LossBenchConfig
 from mtp_jax.bench.timing import interleave, ratio, summary
 from mtp_jax.config import MeshConfig
@@ -103,15 +104,15 @@ def _problem(config: LossBenchConfig, tokens: int) -> tuple[Form, Arrays]:
         config.head(),
         ModelConfig(vocab_size=config.v, d_model=config.d, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=2),
     )
-    made = jax.jit(lambda: LanguageModel(model, head, rngs=nnx.Rngs(jax.random.key(0))))()
+    made = jax.jit(lambda: LanguageModel(model, head, rngs=nnx.Rngs(random_key(0))))()
     mixture, table = made.head, made.unembed_VD
     assert isinstance(mixture, MixtureHead)
     # Numbers that all dtypes here have.
     found = mixture.params(None if table is None else table[...])  # pyright: ignore[reportIndexIssue]
     params = jax.tree.map(lambda w: w.astype(config.dtype).astype(jnp.float32), found)
-    keys, shape, spec = jax.random.split(jax.random.key(1), 3), (1, tokens), RULES.x_BTD
-    x_BTD = jax.random.normal(keys[0], (*shape, config.d), out_sharding=spec).astype(config.dtype)
-    log_w_BTR = jax.nn.log_softmax(jax.random.normal(keys[1], (*shape, config.rank), out_sharding=spec))
+    keys, shape, spec = jax.random.split(random_key(1), 3), (1, tokens), RULES.x_BTD
+    x_BTD = jax.random.normal(keys[0], (*shape, config.d), jnp.float32, out_sharding=spec).astype(config.dtype)
+    log_w_BTR = jax.nn.log_softmax(jax.random.normal(keys[1], (*shape, config.rank), jnp.float32, out_sharding=spec))
     targets_BTW = jax.random.randint(
         keys[2], (*shape, config.window), 0, config.shortlist or config.v, out_sharding=spec
     )

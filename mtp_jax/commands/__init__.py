@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -65,5 +66,6 @@ def use_compilation_cache() -> None:
     """Keep compiled functions between processes, in `$JAX_COMPILATION_CACHE_DIR` or `~/.cache/mtp_jax/xla`."""
     import jax
 
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "mtp_jax" / "xla"))
+    with contextlib.suppress(RuntimeError):  # a user without a home has no cache
+        if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "mtp_jax" / "xla"))

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import reprlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, TypeVar
 
+import numpy as np
+
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.model.config import ModelConfig
-from mtp_jax.validate import at_least, each, require, typed
+from mtp_jax.validate import ConfigError, at_least, each, from_dict, require, typed
 
 T = TypeVar("T")
 Rows: TypeAlias = T | Sequence[T]  # one value for all rows of a batch, or one for each
+BY_ROW = "max_new_tokens", "temperature", "top_k", "top_p", "seed", "k"  # the options that have this type
 
 
 @dataclass(frozen=True)
@@ -23,7 +28,8 @@ class DecodeConfig:
     a function of that and its prompt alone. `k` is the most drafts per forward, 0..W-1 (default W-1); a forward is as
     wide as the largest of them. "auto" is the k that is fastest for this model on this device: it is measured once,
     before the first request of its kind, and remembered. `verifier` names an entry of
-    `mtp_jax.decode.verify.VERIFIERS`; of `token` and `block` the output depends on k too.
+    `mtp_jax.decode.verify.VERIFIERS`; of `token` and `block` the output depends on k too. None is the default of
+    whatever has one.
     """
 
     max_new_tokens: Rows[int]
@@ -35,14 +41,24 @@ class DecodeConfig:
     verifier: str | None = None
     stop_tokens: Sequence[int] = ()
 
+    @classmethod
+    def of(cls, options: Mapping[str, Any], **defaults: Any) -> DecodeConfig:
+        """The options of a function, over its defaults for what is not given, or None. Errors as in `from_dict`."""
+        given = {name: value for name, value in options.items() if value is not None}
+        return from_dict(cls, {"max_new_tokens": None, **defaults, **given})
+
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is None and field.default is not dataclasses.MISSING:
+                object.__setattr__(self, field.name, field.default)
         typed(self)
         at_least(self, 1, "max_new_tokens")
         at_least(self, 0, "temperature", "top_k", *(() if self.seed is None else ("seed",)))
         for temperature in each(self.temperature):
+            # Hotter still, ids that are ruled out would have a probability.
             require(
-                temperature == 0 or temperature >= 1e-6,
-                f"DecodeConfig.temperature is {temperature}; it must be 0 (greedy), or at least 1e-06.",
+                temperature == 0 or 1e-6 <= temperature <= 1e6,
+                f"DecodeConfig.temperature is {temperature}; it must be 0 (greedy), or in 1e-06..1e06.",
             )
         for top_p in each(self.top_p):
             require(0 < top_p <= 1, f"DecodeConfig.top_p is {top_p}; it must lie in (0, 1].")
@@ -67,11 +83,12 @@ class DecodeConfig:
         """`seed`, or 0 where none was given."""
         return 0 if self.seed is None else self.seed
 
-    def check(self, model: ModelConfig, head: HeadConfig, prompts: Sequence[Any]) -> None:
-        """Refuse what such a model cannot decode. Each of `prompts` is a sequence of token ids."""
+    def check(self, model: ModelConfig, head: HeadConfig, prompts: Sequence[Any]) -> list[np.ndarray]:
+        """Refuse what such a model cannot decode. Returns what `prompt_ids` makes of the prompts."""
+        prompts = prompt_ids(prompts)
         window, known, context = head.window, model.known, model.context_length
         require(len(prompts) > 0, "There are no prompts; give at least one.")
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k"):
+        for name in BY_ROW:
             value = getattr(self, name)
             require(
                 isinstance(value, str) or not hasattr(value, "__len__") or len(value) == len(prompts),
@@ -83,6 +100,11 @@ class DecodeConfig:
         most = 2**32 - (1 if hasattr(self.seeds, "__len__") else len(prompts))
         for seed in each(self.seeds):
             require(seed <= most, f"seed is {seed}; row i samples with seed + i, so it must lie in 0..{most}.")
+        for token in self.stop_tokens:
+            require(
+                -1 <= token < model.vocab_size,
+                f"stop_tokens has {token}; the vocabulary is 0..{known - 1}, and -1 is a token that never comes.",
+            )
         new = each(self.max_new_tokens)
         for i, prompt in enumerate(prompts):
             require(len(prompt) > 0, f"Prompt {i} is empty; it needs at least one token to continue from.")
@@ -93,8 +115,30 @@ class DecodeConfig:
                 f"Prompt {i} has {len(prompt)} tokens and max_new_tokens is {limit}, {total} together; "
                 f"the model's context_length is {context}. Shorten one of them.",
             )
-            low, high = min(prompt), max(prompt)
+            low, high = prompt.min(), prompt.max()
             require(
                 low >= 0 and high < known,
                 f"Prompt {i} has token ids {low}..{high}; the vocabulary is 0..{known - 1}.",
             )
+        return prompts
+
+
+def prompt_ids(prompts: Any) -> list[np.ndarray]:
+    """Prompts as int64 arrays `[T]`: sequences, generators, and arrays of any integer type, of NumPy or JAX.
+
+    Raises `ConfigError` on text, on one flat sequence, and on what is no integer.
+    """
+    name, given, found = "prompts", prompts, []
+    try:
+        for i, prompt in enumerate([prompts] if isinstance(prompts, str | bytes) else prompts):
+            name, given = f"Prompt {i}", prompt
+            ids = np.asarray(prompt if hasattr(prompt, "__len__") else list(prompt))
+            if ids.ndim != 1 or ids.dtype.kind not in "iuf" or not np.array_equal(ids, np.trunc(ids)):
+                raise ValueError
+            found.append(ids.astype(np.int64))
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{name} is {reprlib.repr(given)}; a prompt is a sequence of token ids, and prompts are several of them, "
+            "such as [[5, 1, 9]]. Text is continued by the `generate` of a loaded run."
+        ) from None
+    return found

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+from mtp_jax.arrays import random_key
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.decoder import Decoder, mesh_in_scope
 from mtp_jax.decode.law import Sampling
@@ -111,7 +112,7 @@ class Decoding:
         # Every forward writes k + 1 positions, the last of them up to k behind the limit.
         slots = width + bucket(int(new_B.max())) + window
         filtered = bool((top_k_B > 0).any() or (top_p_B < 1).any())
-        keys_B = jax.vmap(jax.random.key)(seeds_B)
+        keys_B = jax.vmap(random_key)(seeds_B)
         self.decoder = decoder
         self.plan = Plan(int(most_B.max()), config.rule, slots, filtered)
         self.prompt_BP, self.length_B = put_rows(prompt_BP), put_rows(length_B)

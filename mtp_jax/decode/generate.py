@@ -26,7 +26,7 @@ def generate(model: LanguageModel, prompts: Sequence[Prompt], **options: Any) ->
     Raises:
       ConfigError: a bad value; the message names it and what is allowed.
     """
-    decoding = begin(model, prompts, DecodeConfig(**options))
+    decoding = begin(model, prompts, DecodeConfig.of(options))
     decoding.advance()
     return decoding.result()
 

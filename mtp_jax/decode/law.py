@@ -68,7 +68,7 @@ def gumbel(key_B: Array, positions_BT: Array, vocab_size: int) -> Array:
     """Noise `[B, T, V]` that is a function of each row's key and the absolute position of the token it chooses."""
 
     def one(key: Array, position: Array) -> Array:
-        return jax.random.gumbel(jax.random.fold_in(key, position), (vocab_size,))
+        return jax.random.gumbel(jax.random.fold_in(key, position), (vocab_size,), jnp.float32)
 
     return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(key_B, positions_BT)
 

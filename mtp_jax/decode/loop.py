@@ -136,7 +136,7 @@ def step(plan: Plan, decoder: Decoder, state: DecodeState, sampling: Sampling, s
     last_B1 = arrays.at(state.tokens_BS, state.length_B - 1)[:, None]
     inputs_BT = jnp.concatenate([last_B1, state.draft_Bk], axis=1)
     seen, cache = decoder.extend(inputs_BT, state.cache, state.length_B - 1, plan.attended)
-    state = dataclasses.replace(state, cache=cache, forwards_B=state.forwards_B + ~state.done_B)
+    state = dataclasses.replace(state, cache=cache, forwards_B=state.forwards_B + (~state.done_B).astype(jnp.int32))
     return advance(plan, decoder, state, seen, sampling, stops_n)
 
 
@@ -169,7 +169,9 @@ def advance(
         # Drafts behind a stop token do not count.
         accepted_Bk = accepted_Bk & committed_BT[:, :-1] & live_B[:, None]
         state = dataclasses.replace(
-            state, drafted_Bk=state.drafted_Bk + drafted_Bk, accepted_Bk=state.accepted_Bk + accepted_Bk
+            state,
+            drafted_Bk=state.drafted_Bk + drafted_Bk.astype(jnp.int32),
+            accepted_Bk=state.accepted_Bk + accepted_Bk.astype(jnp.int32),
         )
 
     state = dataclasses.replace(

@@ -193,6 +193,6 @@ def _insert(batch: Rows, row: Rows, slot: Array) -> Rows:
     """`batch` with all of row `slot` replaced: NaN that a broken row left in the cache would show through masks."""
 
     def put(rows: Array, row: Array) -> Array:
-        return lax.dynamic_update_slice(rows, row, (slot, *[0] * (row.ndim - 1)))
+        return lax.dynamic_update_slice_in_dim(rows, row, slot, axis=0)
 
     return jax.tree.map(put, batch, row)

@@ -11,16 +11,27 @@ from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.decoding import ENDLESS
 from mtp_jax.decode.generate import begin
 from mtp_jax.language_model import LanguageModel
-from mtp_jax.validate import require
+from mtp_jax.validate import ConfigError, require
 
 FORWARDS = 16  # between two looks at the text
 
 
-def stop_bytes(stop: str | Sequence[str]) -> list[bytes]:
-    """Stop strings, one or several, as bytes. Raises `ConfigError` on an empty one."""
-    strings = [stop] if isinstance(stop, str) else list(stop)
+def stop_bytes(stop: str | Sequence[str] | None) -> list[bytes]:
+    """Stop strings, one, several or none, as bytes. Raises `ConfigError` on an empty one, and on what is no text."""
+    strings = [] if stop is None else [stop] if isinstance(stop, str | bytes) else list(stop)
+    for string in strings:
+        check_text("stop", string)
     require("" not in strings, f"stop is {stop!r}; an empty string stops everything. Leave it out.")
     return [string.encode("utf-8", "surrogateescape") for string in strings]
+
+
+def check_text(name: str, text: object) -> None:
+    """Raise `ConfigError` on what is no text that UTF-8 can write; a byte of a command line that is none stays."""
+    require(isinstance(text, str), f"{name} is {text!r}; it must be a string.")
+    try:
+        str(text).encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        raise ConfigError(f"{name} is {text!r}, which has half a surrogate pair: it is no text.") from None
 
 
 def find_stop(text: bytes, stops: Sequence[bytes]) -> int | None:
@@ -42,7 +53,7 @@ def continue_text(
     tokenizer: Tokenizer,
     texts: Sequence[str],
     config: DecodeConfig,
-    stop: str | Sequence[str] = (),
+    stop: str | Sequence[str] | None = (),
 ) -> list[str]:
     """Continue every text, up to and without the first of its stop strings.
 
@@ -59,6 +70,8 @@ def continue_text(
       ConfigError: a bad value; the message names it and what is allowed.
     """
     stops = stop_bytes(stop)
+    for text in texts:
+        check_text("A prompt", text)
     decoding = begin(model, [tokenizer.encode(text) for text in texts], config)
     while True:
         rows = [tokenizer.decode_bytes(row) for row in decoding.result().tokens]

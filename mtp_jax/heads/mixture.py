@@ -119,7 +119,7 @@ class MixtureHead(Head):
         log_w_BTR = self.circuit.start(latent)[1]
         columns_BTW, listed_BTW = self._columns(targets_BTW)
         terms = Terms(type(self.circuit), config.gamma, config.z_weight, self.known)
-        batch = x_BTD, latent, columns_BTW, weights_BTW * listed_BTW
+        batch = x_BTD, latent, columns_BTW, jnp.where(listed_BTW, weights_BTW, 0.0)
         if key is not None and config.loss_fraction < 1:
             batch = subsample(jax.random.fold_in(key, 1), config.loss_fraction, *batch)
         loss, nll_W = mixture_loss(self.form, terms, self.params(seen.unembed_VD), *batch)

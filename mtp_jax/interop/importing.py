@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from mtp_jax.arrays import random_key
 from mtp_jax.config import MeshConfig, TrainConfig
 from mtp_jax.data.config import DataConfig
 from mtp_jax.data.tokenizers import HFTokenizer
@@ -93,7 +94,7 @@ def _write(found: Pretrained, source: str, run: epath.Path, log: Callable[[str],
     config = TrainConfig(model, NO_HEAD, data, init_from=source, freeze="trunk").with_tokenizer(tokenizer.vocab_size)
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
     with jax.set_mesh(mesh):
-        build = functools.partial(build_model, config, jax.random.key(0))
+        build = functools.partial(build_model, config, random_key(0))
         target = on_mesh(jax.eval_shape(jax.jit(lambda: split(build())[1])), mesh)
         shapes = {name: shape for name, shape in found.shapes.items() if name not in found.ignored}
         params = read_params(target, model, shapes, found.read, found.kind, found.what)

@@ -27,6 +27,6 @@ def balance_loss(form: Literal["squared", "switch"], log_w_BTR: Array, weight_BT
     mean_R = jnp.sum(weight_BT[..., None] * jnp.exp(log_w_BTR), axis=(0, 1)) / jnp.maximum(share, 1e-30)
     if form == "squared":
         return share * jnp.sum(jnp.square(mean_R - 1.0 / rank))
-    first_BTR = jax.nn.one_hot(jnp.argmax(log_w_BTR, axis=-1), rank)
+    first_BTR = jax.nn.one_hot(jnp.argmax(log_w_BTR, axis=-1), rank, dtype=log_w_BTR.dtype)
     fraction_R = jnp.sum(weight_BT[..., None] * first_BTR, axis=(0, 1)) / jnp.maximum(share, 1e-30)
     return share * rank * jnp.sum(fraction_R * mean_R)

@@ -92,7 +92,7 @@ def _loss_forward(form: Form, terms: Terms, params: Any, x: Array, latent: Any, 
         (d_tables, value), (d_x, d_latent) = lax.scan(tile, zeros, device.tiles((x, latent, targets, weights)))
         untile = functools.partial(device.untile, like_BT=x)
         gradients = device.d_params(d_tables), untile(d_x), jax.tree.map(untile, d_latent)
-        return jax.tree.map(lambda a: like(a, jnp.zeros(())), value), gradients
+        return jax.tree.map(lambda a: like(a, jnp.zeros((), jnp.float32)), value), gradients
 
     return local(params, *arrays)
 
@@ -144,7 +144,7 @@ def conditionals(law: type[Circuit], latent: Any, logp_BTRW: Array) -> Array:
 def _objective(terms: Terms, logp_BTRW: Array, lse_BTRW: Array, latent: Any, weights_BTW: Array) -> Any:
     """(loss, nll by offset) of positions, from the scores of their factors."""
     nll_W = -jnp.sum(weights_BTW * conditionals(terms.law, latent, logp_BTRW), axis=(0, 1))
-    loss = jnp.sum(nll_W * terms.gamma ** jnp.arange(nll_W.shape[0]))
+    loss = jnp.sum(nll_W * terms.gamma ** jnp.arange(nll_W.shape[0], dtype=nll_W.dtype))
     if terms.z_weight:
         loss = loss + terms.z_weight * jnp.sum(weights_BTW * jnp.mean(jnp.square(lse_BTRW), axis=2))
     return loss, nll_W

@@ -21,7 +21,7 @@ def subsample(
     """
     batch, time, _ = weights_BTW.shape
     count = max(1, round(fraction * time))
-    order_BT = jnp.argsort(jax.random.uniform(key, (batch, time), out_sharding=RULES.tokens_BT), axis=1)
+    order_BT = jnp.argsort(jax.random.uniform(key, (batch, time), jnp.float32, out_sharding=RULES.tokens_BT), axis=1)
     chosen_Bn = jnp.sort(order_BT[:, :count], axis=1)
     take = jax.vmap(lambda row, chosen: row.at[chosen].get(unique_indices=True, indices_are_sorted=True))
     arrays = x_BTD, latent, targets_BTW, weights_BTW * (time / count)

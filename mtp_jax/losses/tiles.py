@@ -139,7 +139,7 @@ class Device:
         d_MV = (d_lse_M1 - d_logp_M1) * jnp.exp(logits_MV - lse_M1)
         d_target_M1 = jnp.where(here_M1, d_logp_M1, 0.0)
         if platform() == "cpu":  # where comparing every logit costs more than setting a few
-            rows = jnp.arange(index_M1.shape[0])
+            rows = jnp.arange(index_M1.shape[0], dtype=jnp.int32)
             return d_MV.at[rows, index_M1[:, 0]].add(d_target_M1[:, 0], unique_indices=True)
         # Elsewhere one kernel does all of this, and rounds: the gradient is never written in float32.
         columns_1V = lax.broadcasted_iota(index_M1.dtype, (1, d_MV.shape[1]), 1)

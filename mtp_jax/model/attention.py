@@ -27,7 +27,7 @@ def causal_mask(segments_BT: Array) -> Array:
 
 def cache_mask(positions_BT: Array, slots: int) -> Array:
     """`[B, 1, T, S]`: a query at position p sees the cache's positions 0..p."""
-    return jnp.arange(slots)[None, None, None, :] <= positions_BT[:, None, :, None]
+    return jnp.arange(slots, dtype=jnp.int32)[None, None, None, :] <= positions_BT[:, None, :, None]
 
 
 def attend(

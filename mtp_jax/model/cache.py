@@ -50,7 +50,7 @@ def _slices(cache_BKSH: Array, new_BTKH: Array, start_B: Array) -> Array:
     """Touches what is written and no more. On a TPU it would be a loop over rows (jax-ml/jax#21367)."""
 
     def row(cache_KSH: Array, new_KTH: Array, start: Array) -> Array:
-        return lax.dynamic_update_slice(cache_KSH, new_KTH.astype(cache_KSH.dtype), (0, start, 0))
+        return lax.dynamic_update_slice_in_dim(cache_KSH, new_KTH.astype(cache_KSH.dtype), start, axis=1)
 
     if new_BTKH.shape[1] == 1:
         # XLA would fuse one token's write both into attention and into the state, and copy the cache for that.
@@ -61,7 +61,7 @@ def _slices(cache_BKSH: Array, new_BTKH: Array, start_B: Array) -> Array:
 def _selects(cache_BKSH: Array, new_BTKH: Array, start_B: Array) -> Array:
     """One elementwise pass over the cache, in place, for all rows at once."""
     new_BTKH = new_BTKH.astype(cache_BKSH.dtype)
-    offset_BS = jnp.arange(cache_BKSH.shape[2])[None] - start_B[:, None]
+    offset_BS = jnp.arange(cache_BKSH.shape[2], dtype=jnp.int32)[None] - start_B[:, None]
     for t in range(new_BTKH.shape[1]):
         cache_BKSH = jnp.where((offset_BS == t)[:, None, :, None], new_BTKH[:, t, :, None], cache_BKSH)
     return cache_BKSH

@@ -64,7 +64,7 @@ class Trunk(nnx.Module):
             return (x_BTD, taps), None
 
         body = jax.checkpoint(layer, policy=REMAT_POLICIES[self.config.remat], prevent_cse=False)
-        numbers_L = jnp.arange(1, self.config.num_layers + 1)
+        numbers_L = jnp.arange(1, self.config.num_layers + 1, dtype=jnp.int32)
         taps = tuple(jnp.zeros_like(x_BTD) for _ in layers)
         (x_BTD, taps), _ = lax.scan(body, (x_BTD, taps), (numbers_L, self.blocks))
         return self.norm(x_BTD), taps

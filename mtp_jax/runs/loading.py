@@ -13,6 +13,7 @@ from etils import epath
 from flax import nnx
 from jax.sharding import Mesh
 
+from mtp_jax.arrays import random_key
 from mtp_jax.config import MeshConfig, TrainConfig
 from mtp_jax.data.tokenizers import Tokenizer
 from mtp_jax.data.tokenizers.conventions import Messages
@@ -46,13 +47,15 @@ class LoadedRun:
         with jax.set_mesh(self.mesh):
             return for_decoding(self.model)
 
-    def generate(self, prompts: str | list[str], *, stop: str | Sequence[str] = (), **options: Any) -> str | list[str]:
+    def generate(
+        self, prompts: str | list[str], *, stop: str | Sequence[str] | None = (), **options: Any
+    ) -> str | list[str]:
         """Continue text, up to the end of a document or the first of the strings `stop`, which is cut off.
 
         Options are those of `mtp_jax.generate`.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
-        config = DecodeConfig(**self._defaults(options))
+        config = DecodeConfig.of(options, stop_tokens=self.stop_tokens)
         with jax.set_mesh(self.mesh):
             out = continue_text(self.decoder, self.tokenizer, texts, config, stop)
         return out[0] if isinstance(prompts, str) else out
@@ -60,10 +63,11 @@ class LoadedRun:
     def generate_tokens(self, prompts: list[Any], **options: Any) -> Generation:
         """Continue token ids. Options are those of `mtp_jax.generate`."""
         with jax.set_mesh(self.mesh):
-            return generate(self.decoder, prompts, **self._defaults(options))
+            return generate(self.decoder, prompts, **{**options, "stop_tokens": self._stops(options)})
 
-    def _defaults(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {"stop_tokens": self.stop_tokens, **options}
+    def _stops(self, options: dict[str, Any]) -> Any:
+        given = options.get("stop_tokens")
+        return self.stop_tokens if given is None else given
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
@@ -127,7 +131,7 @@ def load(
             f"{tokenizer.to_json()}.",
         )
         config = config.with_tokenizer(tokenizer.vocab_size)
-        build = functools.partial(build_model, config, jax.random.key(0))
+        build = functools.partial(build_model, config, random_key(0))
         graph = nnx.graphdef(jax.eval_shape(build))
         target = jax.eval_shape(jax.jit(lambda: split(build())[1]))
         params = checkpoints.restore_params(on_mesh(target, mesh), meta["step"], weights)

@@ -56,8 +56,8 @@ def _held_out(model: LanguageModel, batch: dict[str, Array]) -> dict[str, Array]
     listed_BTW = nll_BTW != jnp.inf
     found = {
         "loss_BW": jnp.sum(jnp.where(listed_BTW, nll_BTW, 0.0), axis=1),
-        "count_BW": jnp.sum(listed_BTW, axis=1),
-        "windows_B": jnp.sum(jnp.ones_like(targets_BTW[..., 0]), axis=1),
+        "count_BW": jnp.sum(listed_BTW, axis=1, dtype=jnp.int32),
+        "windows_B": jnp.sum(jnp.ones_like(targets_BTW[..., 0]), axis=1, dtype=jnp.int32),
         "first_B": -jnp.sum(arrays.log_prob(model.target(seen)[0], targets_BTW[..., 0]), axis=1),
     }
     if not isinstance(model.head, MixtureHead):

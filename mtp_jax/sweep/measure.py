@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from etils import epath
 
+from mtp_jax.arrays import random_key
 from mtp_jax.bench.config import BenchConfig
 from mtp_jax.bench.decode import bench_runs
 from mtp_jax.bench.train import NEXT_TOKEN, measure_steps, next_token
@@ -157,7 +158,7 @@ def untrained(config: TrainConfig) -> LoadedRun:
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
     config = config.with_tokenizer(tokenizer.vocab_size)
     with jax.set_mesh(mesh):
-        model = jax.jit(functools.partial(build_model, config))(jax.random.key(config.seed))
+        model = jax.jit(functools.partial(build_model, config))(random_key(config.seed))
     return LoadedRun(model, tokenizer, config, mesh, 0, {})
 
 

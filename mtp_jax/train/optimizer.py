@@ -90,7 +90,7 @@ def skipping(inner: optax.GradientTransformation, above: float = 0.0) -> optax.G
 
     def init(params: Any) -> SkipState:
         zero = jnp.zeros((), jnp.int32)
-        return SkipState(inner.init(params), jnp.zeros(()), zero, zero)
+        return SkipState(inner.init(params), jnp.zeros((), jnp.float32), zero, zero)
 
     def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         norm = optax.tree.norm(updates)

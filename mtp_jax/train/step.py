@@ -15,6 +15,7 @@ from flax import nnx
 from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
+from mtp_jax.arrays import random_key
 from mtp_jax.config import TrainConfig
 from mtp_jax.state import TrainState, build_model, split
 from mtp_jax.train.freeze import merge, partition
@@ -42,8 +43,8 @@ class Trainer:
 def make_trainer(config: TrainConfig) -> Trainer:
     """Trace the model's structure and make the jitted functions of `config` for the mesh in scope."""
     build = functools.partial(build_model, config)
-    graph = nnx.graphdef(jax.eval_shape(lambda: build(jax.random.key(0))))
-    init_params = jax.jit(lambda: split(build(jax.random.key(config.seed)))[1])
+    graph = nnx.graphdef(jax.eval_shape(lambda: build(random_key(0))))
+    init_params = jax.jit(lambda: split(build(random_key(config.seed)))[1])
     shapes = jax.eval_shape(init_params)
     optimizer = make_optimizer(config.optimizer, config.steps, partition(config, shapes)[0])
 
@@ -70,7 +71,8 @@ def batch_loss(
     `key` is for what a head draws in training; without one the loss is exact.
     """
     model = nnx.merge(graph, params)
-    return model.loss(batch, batch["valid_BTW"] / jnp.maximum(count_W, 1)[None, None], key)
+    weights_BTW = batch["valid_BTW"].astype(jnp.float32) / jnp.maximum(count_W, 1)[None, None]
+    return model.loss(batch, weights_BTW, key)
 
 
 def train_step(
@@ -88,7 +90,7 @@ def train_step(
     loss_of = lambda trained, *rest: batch_loss(graph, merge(trained, frozen), *rest)  # noqa: E731
     gradient = jax.value_and_grad(loss_of, has_aux=True)
     parts = config.grad_accumulation
-    key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+    key = jax.random.fold_in(random_key(config.seed), state.step)
 
     if parts == 1:
         (loss, aux), grads = gradient(trained, batch, count_W, key)
@@ -109,14 +111,15 @@ def train_step(
         dealt = jax.tree.map(deal, batch)
         first = jax.tree.map(lambda a: a[0], dealt)
         zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, trained, first, count_W, key))
-        ((loss, aux), grads), _ = lax.scan(part, zeros, (jnp.arange(parts), dealt))
+        ((loss, aux), grads), _ = lax.scan(part, zeros, (jnp.arange(parts, dtype=jnp.int32), dealt))
 
     updates, opt_state = _update(optimizer, grads, state.opt_state, trained)
     trained: Any = optax.apply_updates(trained, updates)  # type: ignore[arg-type]
     params = merge(trained, frozen)
     # Steps that are skipped do not count for the schedule.
     made = state.opt_state.steps if config.optimizer.skip_limit else state.step
-    rate = make_schedule(config.optimizer, config.steps)(made)
+    with jax.numpy_dtype_promotion("standard"):  # Optax mixes types
+        rate = make_schedule(config.optimizer, config.steps)(made)
     metrics = {"loss": loss, **aux, "grad_norm": optax.tree.norm(grads), "learning_rate": rate}
     if config.optimizer.skip_limit:
         metrics["skipped"] = opt_state.skipped
@@ -142,4 +145,5 @@ def _update(optimizer: optax.GradientTransformation, grads: Any, opt_state: Any,
     """`optimizer.update`. Muon multiplies matrices with themselves, both sides sharded: the compiler places those."""
     specs = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, (params, opt_state))
     update: Any = jax.sharding.auto_axes(optimizer.update, out_sharding=specs)
-    return update(grads, opt_state, params)
+    with jax.numpy_dtype_promotion("standard"):  # Optax mixes types
+        return update(grads, opt_state, params)

@@ -80,7 +80,7 @@ def uniform(sampling: Sampling, start_B: Array, k: int) -> Array:
     """A uniform number in [0, 1) for each draft of the block that starts at `start_B`, `[B, k]`."""
 
     def one(key: Array, number: Array) -> Array:
-        return jax.random.uniform(jax.random.fold_in(key, number))
+        return jax.random.uniform(jax.random.fold_in(key, number), dtype=jnp.float32)
 
     # Numbers of each row's own: JAX cannot map a batch of one over what its rows share.
     number_Bk = jnp.zeros_like(start_B)[:, None] + jnp.arange(k, dtype=jnp.int32)[None]
