@@ -35,6 +35,11 @@ def require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+def unescape(text: str) -> str:
+    r"""`text` with newlines, tabs and returns where a command line says `\n`, `\t` and `\r`."""
+    return text.replace("\\n", "\n").replace("\\t", "\t").replace("\\r", "\r")
+
+
 def each(value: Any) -> Sequence[Any]:
     """The values of a field that may have one for each row."""
     return value if hasattr(value, "__len__") else (value,)

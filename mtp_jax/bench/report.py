@@ -17,7 +17,7 @@ from etils import epath
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.heads.registry import check_head
 from mtp_jax.plots import MARKERS, PALETTE, legend, markdown_table, panels
-from mtp_jax.runs.paths import full_path
+from mtp_jax.runs.paths import check_writable, full_path
 from mtp_jax.train.loggers import METRICS_FILE, read_metrics, series
 from mtp_jax.validate import from_dict, require
 
@@ -55,6 +55,9 @@ def check_reportable(run_dir: epath.PathLike) -> None:
     """Raise `ConfigError` if the run has no metrics to report."""
     path = full_path(run_dir) / METRICS_FILE
     require(path.exists(), f"A report shows the run's metrics, and there is no {path}. Leave --report out.")
+    for name in ("report.md", "report.json", "plots/speed.png"):
+        at = full_path(run_dir) / name
+        check_writable(at if at.parent.exists() else at.parent, "Leave --report out: the figures are printed too.")
 
 
 def write_report(run_dir: epath.PathLike, bench: dict[str, Any], config: dict[str, Any]) -> epath.Path:

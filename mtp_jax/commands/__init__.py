@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from mtp_jax.runs.loading import LoadedRun
 
 T = TypeVar("T")
+TEXTS = ("--prompt", "--stop", "--separator", "--data.separator", "--system")
+"""Options whose value is any text."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,16 @@ class RunOptions:
 
 def parse(cls: type[T], args: Sequence[str], name: str, default: T | None = None) -> T:
     """The options in `args` as a `cls`. Unknown options are answered with the nearest, and end the process."""
-    return tyro.cli(cls, prog=f"mtp-jax {name}", args=args, default=default)  # type: ignore[arg-type]
+    return tyro.cli(cls, prog=f"mtp-jax {name}", args=_joined(args), default=default)  # type: ignore[arg-type]
+
+
+def _joined(args: Sequence[str]) -> list[str]:
+    """The arguments with `--prompt TEXT` as one, and so on: a text may begin with a dash."""
+    found, rest = [], iter(args)
+    for arg in rest:
+        value = next(rest, None) if arg in TEXTS else None
+        found.append(arg if value is None else f"{arg}={value}")
+    return found
 
 
 def console() -> Console:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mtp_jax.commands import RunOptions, parse, use_compilation_cache
 from mtp_jax.decode.config import DecodeConfig
-from mtp_jax.validate import require
+from mtp_jax.validate import ConfigError, require, unescape
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -20,11 +22,15 @@ if TYPE_CHECKING:
 class Generate(RunOptions):
     """Continue text with a trained model. Accepted drafts are green; the target's own tokens are plain."""
 
-    prompt: str | None = None
+    prompt: str = ""
     """The text to continue."""
+    prompt_file: str = ""
+    """A file with the text to continue; - is the standard input."""
     held_out: int = 0
     """Continue this many held-out documents instead, from their first `prompt-tokens` tokens; what is printed is also
-    left in the run directory, as completions.html."""
+    left as a page."""
+    out: str = ""
+    """Where that page goes; completions.html in the run directory by default."""
     prompt_tokens: int = 96
     """Length of the held-out prompts."""
     max_new_tokens: int = 256
@@ -39,16 +45,16 @@ class Generate(RunOptions):
     """Drafts per forward, 0 to W-1; W-1 by default. auto: what is fastest for this model here, measured once and
     remembered. In float32 the text does not depend on it."""
     stop: tuple[str, ...] = ()
-    """Strings that end the text and are cut off."""
+    """Strings that end the text and are cut off; \\n is a newline."""
     color: Literal["auto", "always", "never"] = "auto"
 
 
 def main(args: list[str]) -> None:
     options = parse(Generate, args, "generate")
     require(
-        (options.prompt is None) == (options.held_out > 0),
-        f"--prompt is {options.prompt!r} and --held-out is {options.held_out}; give one of them, "
-        "such as --prompt 'def main():' or --held-out 3.",
+        [bool(options.prompt), bool(options.prompt_file), options.held_out > 0].count(True) == 1,
+        f"--prompt is {options.prompt!r}, --prompt-file {options.prompt_file!r} and --held-out {options.held_out}; "
+        "give one of them, such as --prompt 'def main():' or --held-out 3.",
     )
     use_compilation_cache()
     import jax
@@ -59,15 +65,18 @@ def main(args: list[str]) -> None:
     from mtp_jax.decode.text import stop_bytes
     from mtp_jax.decode.tune import tuned
     from mtp_jax.runs.layout import read_config, run_tokenizer
-    from mtp_jax.runs.paths import full_path
+    from mtp_jax.runs.paths import check_writable, full_path, given_path
 
-    stops = stop_bytes(options.stop)
+    page = given_path(options.out) if options.out else full_path(options.run) / "completions.html"
+    if options.held_out:
+        check_writable(page, "Give another place with --out.")
+    stops = stop_bytes([unescape(stop) for stop in options.stop])
     config = read_config(options.run)
     tokenizer = run_tokenizer(options.run, config)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k")
     decode = DecodeConfig(**{name: getattr(options, name) for name in names}, stop_tokens=(tokenizer.end_of_document,))
-    if options.prompt is not None:
-        prompts = [("", tokenizer.encode(options.prompt))]
+    if not options.held_out:
+        prompts = [("", tokenizer.encode(options.prompt or _read(options.prompt_file)))]
     else:
         require(options.prompt_tokens >= 1, f"--prompt-tokens is {options.prompt_tokens}; it must be at least 1.")
         store = prepare(config.data, tokenizer=tokenizer)
@@ -88,9 +97,17 @@ def main(args: list[str]) -> None:
             console.rule(f"{name}, continued at temperature {options.temperature:g}", characters="-")
         _complete(run, tokens, dataclasses.replace(decode, seed=options.seed + index), stops, console)
     if options.held_out:
-        page = full_path(options.run) / "completions.html"
         page.write_text(console.export_html())
         console.print(f"The same in colour: {page}", style="dim")
+
+
+def _read(file: str) -> str:
+    """The text of a file, or of the standard input."""
+    try:
+        data = sys.stdin.buffer.read() if file == "-" else Path(file).expanduser().read_bytes()
+    except OSError as error:
+        raise ConfigError(f"--prompt-file is {file!r}, which cannot be read ({error.strerror}).") from error
+    return data.decode("utf-8", "surrogateescape")
 
 
 def _complete(run: LoadedRun, prompt: Any, decode: DecodeConfig, stops: list[bytes], console: Console) -> None:

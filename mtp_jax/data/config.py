@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 from dataclasses import dataclass
 
-from mtp_jax.validate import at_least, require, typed
+from mtp_jax.data.endings import kind_of
+from mtp_jax.validate import at_least, fraction, require, typed
 
 
 @dataclass(frozen=True)
@@ -14,8 +16,9 @@ class SourceConfig:
     """Where documents come from.
 
     `source` names an entry of `mtp_jax.data.sources.SOURCES`, or is what is read: a file or a glob, which is `jsonl`,
-    `parquet` or `text` by its ending (`.gz` is decompressed). Training also reads what `mtp-jax data prepare` made: a
-    directory, or several as a mixture, as in `3:data/stories,1:data/code`, where 3 of 4 sequences are stories.
+    `parquet` or `text` by its ending; `.gz`, `.bz2`, `.xz` and `.zst` are decompressed. Training also reads what
+    `mtp-jax data prepare` made: a directory, or several as a mixture, as in `3:data/stories,1:data/code`, where 3 of 4
+    sequences are stories.
     """
 
     source: str = "stdlib"
@@ -34,6 +37,9 @@ class SourceConfig:
     """The share of the documents that is held out, by the hash of their content: copies of one lie on one side."""
     cache_dir: str | None = None
     """Where prepared data sets are kept (default: $MTP_JAX_CACHE, else ~/.cache/mtp_jax)."""
+    max_bad: float = dataclasses.field(default=0.001, kw_only=True)
+    """The share of the documents that may be unreadable: null, without the field, broken. They are left
+    out; one always may."""
 
     def __post_init__(self) -> None:
         typed(self)
@@ -50,6 +56,7 @@ class SourceConfig:
             0 < self.valid_fraction < 1,
             f"DataConfig.valid_fraction is {self.valid_fraction}; it must lie in (0, 1).",
         )
+        fraction(self, "max_bad")
         require(
             self.source not in ("text", "jsonl", "parquet", "store", "mixture") or bool(self.files),
             f"DataConfig.source is {self.source} and files is empty; give {_FILES.get(self.source, _GLOB)}.",
@@ -82,7 +89,6 @@ _FILES = {
     "store": "the directory that `mtp-jax data prepare` made, such as --data.source data/stories",
     "mixture": "weights and stores, such as --data.source 3:data/stories,1:data/code",
 }
-_ENDINGS = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".parquet": "parquet"}
 
 
 def _kind(source: str) -> str | None:
@@ -93,7 +99,7 @@ def _kind(source: str) -> str | None:
         return "store"
     if not re.search(r"[./*?\[]", source):
         return None
-    return next((kind for ending, kind in _ENDINGS.items() if source.endswith(ending)), "text")
+    return kind_of(source)
 
 
 @dataclass(frozen=True)

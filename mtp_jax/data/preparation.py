@@ -20,6 +20,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ import numpy as np
 from mtp_jax.data.config import DataConfig, SourceConfig
 from mtp_jax.data.mixture import Mixture
 from mtp_jax.data.sources import DataError, Part, Source, is_held_out, load_source
+from mtp_jax.data.sources.base import Unreadable
 from mtp_jax.data.store import MANIFEST, SPLITS, TOKENIZER_DIR, Store
 from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mtp_jax.validate import ConfigError, require
@@ -86,7 +88,7 @@ def prepare(
         identity = {"source": config.source, "fingerprint": source.fingerprint(), **made}
         cache = cache_dir(config)
         path = Path(out).expanduser().absolute() if out else cache / "tokens" / _name(config, identity)
-        task = _Task(path, identity, source, tokenizer, cache / "tfds")
+        task = _Task(path, identity, source, tokenizer, cache / "tfds", config.max_bad)
         if not task.there():
             task.make(log, processes, progress)
         store = Store.open(path)
@@ -129,6 +131,7 @@ class _Task:
     source: Source
     tokenizer: Tokenizer
     data_dir: Path
+    max_bad: float = 0.001
 
     @property
     def scratch(self) -> Path:
@@ -179,8 +182,10 @@ class _Task:
             shutil.rmtree(self.scratch / "parts", ignore_errors=True)
             (self.scratch / "parts").mkdir()
             file.write_text(made_of)
-        counts = collections.Counter()
+        counts, first = collections.Counter(), ""
         for done, found in enumerate(self._tokenise(parts, processes), 1):
+            why = found.pop("first_unreadable", "")
+            first = first or why
             counts.update(found)
             progress(done, len(parts), counts["bytes"])
         if self.source.fingerprint() != self.identity["fingerprint"]:
@@ -195,18 +200,25 @@ class _Task:
         for name, data in self.tokenizer.files().items():
             (store / TOKENIZER_DIR).mkdir(exist_ok=True)
             (store / TOKENIZER_DIR / name).write_bytes(data)
-        empty, replaced = counts["empty"], counts["replaced"]
+        empty, replaced, bad = counts["empty"], counts["replaced"], counts["unreadable"]
+        whole = bad + empty + sum(entry["documents"] for entry in splits.values())
+        if bad > max(1, self.max_bad * whole):
+            raise DataError(
+                f"{bad:,} of {whole:,} documents are unreadable ({first}), and DataConfig.max_bad is {self.max_bad:g}. "
+                "Mend them, or set --max-bad to the share that may be left out."
+            )
         manifest = {**self.identity, "dtype": self.dtype.str, "splits": splits}
-        manifest |= {"empty_documents": empty, "replaced_characters": replaced}
+        manifest |= {"empty_documents": empty, "replaced_characters": replaced, "unreadable_documents": bad}
         (store / MANIFEST).write_text(json.dumps(manifest, indent=2))
         store.rename(self.path)
         said = [" and ".join(f"{n['tokens']:,} tokens of {n['documents']:,} {s} documents" for s, n in splits.items())]
         said += [f"{empty:,} empty documents left out"] * bool(empty)
+        said += [f"{bad:,} unreadable ones too ({first})"] * bool(bad)
         said += [f"{replaced:,} U+FFFD in place of what is not UTF-8"] * bool(replaced)
         seconds = f"{time.monotonic() - begin:.1f} s"
         log(f"Prepared {self.identity['source']} in {seconds}: {'; '.join(said)}, in {self.path}")
 
-    def _tokenise(self, parts: list[Part], processes: int) -> Iterator[dict[str, int]]:
+    def _tokenise(self, parts: list[Part], processes: int) -> Iterator[dict[str, Any]]:
         """Tokenise every part that is not there yet; yields the counts of each as it is done."""
         todo = [index for index in range(len(parts)) if not self._part(index).exists()]
         for index in set(range(len(parts))).difference(todo):
@@ -224,12 +236,12 @@ class _Task:
                     "A process that tokenised has died, for lack of memory perhaps. Run it again."
                 ) from error
 
-    def tokenise(self, index: int, part: Part) -> dict[str, int]:
+    def tokenise(self, index: int, part: Part) -> dict[str, Any]:
         """Tokenise one part into its directory and return its counts."""
-        scratch = self._part(index).with_suffix(".tmp")
+        scratch = self._part(index).with_suffix(f".{os.getpid()}.tmp")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        counts: dict[str, int] = {"bytes": 0, "empty": 0, "replaced": 0}
+        counts: dict[str, Any] = {"bytes": 0, "empty": 0, "replaced": 0, "unreadable": 0}
         lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
         with contextlib.ExitStack() as stack:
             tokens_of, names_of = (
@@ -239,7 +251,10 @@ class _Task:
             for batch in batched(self.source.read(part, self.data_dir)):
                 full = [(name, text) for name, text in batch if text]
                 counts["bytes"] += sum(len(text) for _, text in full)
-                counts["empty"] += len(batch) - len(full)
+                bad = [text.why for _, text in batch if isinstance(text, Unreadable)]
+                counts["unreadable"] += len(bad)
+                counts |= {"first_unreadable": bad[0]} if bad and "first_unreadable" not in counts else {}
+                counts["empty"] += len(batch) - len(full) - len(bad)
                 counts["replaced"] += sum(self.tokenizer.replaced(text) for _, text in full)
                 encoded = self.tokenizer.encode_batch([text for _, text in full])
                 for (name, text), tokens in zip(full, encoded, strict=True):
@@ -280,9 +295,17 @@ class _Task:
         return self.scratch / "parts" / f"{index:06}"
 
 
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent, however that ended: it would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def _start_worker() -> None:
     """A process that tokenises: it leaves Ctrl-C to its parent, and is one of as many as there are to be threads."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="parent").start()
     os.environ["RAYON_NUM_THREADS"] = "1"
 
 

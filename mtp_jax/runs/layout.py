@@ -4,6 +4,7 @@ RUN/config.json, versions.json the resolved TrainConfig, and what it runs on; re
 RUN/tokenizer/                 the files of its tokenizer, if it has any
 RUN/checkpoints/STEP/          a checkpoint, as `mtp_jax.runs.checkpoints` describes it
 RUN/metrics.jsonl, tensorboard/
+RUN/.mtp_jax.lock              who trains there now, as `mtp_jax.runs.lock` describes it
 RUN/lost-N/                    a run directory of its own, that `--auto-resume` did not delete
 """
 
@@ -24,7 +25,7 @@ from mtp_jax.config import TrainConfig
 from mtp_jax.data.tokenizers import Tokenizer, kept_tokenizer
 from mtp_jax.distributed import warn
 from mtp_jax.runs.manifest import MANIFEST, unsealed_steps
-from mtp_jax.runs.paths import full_path, replace_file
+from mtp_jax.runs.paths import children, full_path, replace_file
 from mtp_jax.validate import ConfigError, from_dict, require, to_dict
 
 CONFIG_FILE, TOKENIZER_DIR, CHECKPOINTS_DIR = "config.json", "tokenizer", "checkpoints"
@@ -70,6 +71,8 @@ def write_run(config: TrainConfig, path: epath.Path, tokenizer: Tokenizer, overw
 
     It holds the files of its tokenizer, if there are any, so that it loads wherever it goes.
     """
+    json.dumps(to_dict(config))  # what cannot be written is known before anything is deleted
+    files = tokenizer.files()
     if overwrite and keep_old:
         steps, aside = unsealed_steps(path / CHECKPOINTS_DIR), set_aside(path)
         last = aside / CHECKPOINTS_DIR / str(steps[-1])
@@ -79,10 +82,10 @@ def write_run(config: TrainConfig, path: epath.Path, tokenizer: Tokenizer, overw
             f"`mtp_jax.runs.manifest.seal(etils.epath.Path({str(last)!r}))` makes the last one complete as it is, and "
             f"--run-dir {aside} --resume goes on from it. If nobody needs them, delete {aside}."
         )
-    elif overwrite:
+    elif overwrite and holds_run(path):
         clear_run(path)
     write_config(path, config)
-    for file, data in tokenizer.files().items():
+    for file, data in files.items():
         (path / TOKENIZER_DIR).mkdir(parents=True, exist_ok=True)
         replace_file(path / TOKENIZER_DIR / file, data)
 
@@ -115,6 +118,13 @@ def set_aside(run_dir: epath.PathLike) -> epath.Path:
             if old.name != CONFIG_FILE:
                 old.rename(aside / old.name)
     return aside
+
+
+def holds_run(run_dir: epath.PathLike) -> bool:
+    """Whether there is a run, whole or not: a config or checkpoints. Logs of a launcher, and what a kill left of a
+    first write, are none."""
+    path = epath.Path(run_dir)
+    return (path / CONFIG_FILE).exists() or bool(children(path / CHECKPOINTS_DIR))
 
 
 def is_run(run_dir: epath.PathLike) -> bool:

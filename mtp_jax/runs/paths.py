@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.util
+import os
+import tempfile
+from pathlib import Path
 
 import fsspec.config
 from etils import epath
@@ -52,6 +57,28 @@ def children(folder: epath.Path) -> list[epath.Path]:
         return [path for path in folder.iterdir() if not path.name.startswith(LOCK)]
     except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def plain_path(path: epath.Path) -> epath.Path:
+    """A path of the same place that no glob reads as a pattern: Orbax merges the files of a save by one.
+
+    It is a link in the directory of temporary files, the same for all processes of a machine.
+    """
+    if not is_local(path) or not set("[]*?") & set(str(path)):
+        return path
+    links = Path(tempfile.gettempdir(), f"mtp_jax-{os.getuid()}")
+    links.mkdir(mode=0o700, exist_ok=True)
+    link = links / hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    with contextlib.suppress(FileExistsError):
+        link.symlink_to(str(path))
+    return epath.Path(link)
+
+
+def check_writable(path: epath.Path, way_out: str) -> None:
+    """Raise `ConfigError`, before any work, where a file cannot be written: a run may be somebody else's."""
+    at = path if path.exists() else path.parent
+    ok = not is_local(path) or (not path.is_dir() and os.access(at, os.W_OK))
+    require(ok, f"{path} would be written and cannot be. {way_out}")
 
 
 def replace_file(path: epath.Path, data: str | bytes) -> None:

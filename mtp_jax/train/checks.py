@@ -13,8 +13,8 @@ from mtp_jax.data.store import Store
 from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mtp_jax.heads.registry import check_head
 from mtp_jax.mesh import make_mesh
-from mtp_jax.runs.layout import is_run, read_config
-from mtp_jax.runs.paths import children, full_path
+from mtp_jax.runs.layout import holds_run, is_run, read_config
+from mtp_jax.runs.paths import full_path
 from mtp_jax.validate import ConfigError, differences, require
 
 # Fields of model, head and data that a resumed run may change: they change no parameter's shape and no batch.
@@ -56,7 +56,7 @@ def check_run_dir(run_dir: epath.PathLike, *, resume: bool = False, overwrite: b
     path = full_path(run_dir)
     require(not (resume and overwrite), "Both --resume and --overwrite are given; choose one.")
     require(not path.exists() or path.is_dir(), f"The run directory {path} is a file; give another --run-dir.")
-    exists = bool(children(path))
+    exists = holds_run(path)
     require(exists or not resume, f"--resume was given and {path} has no run in it. Leave --resume out to start one.")
     require(
         not exists or resume or overwrite,

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from etils import epath
@@ -88,7 +89,13 @@ def test_a_second_start_of_any_kind_is_refused_and_the_first_goes_on(tmp_path, m
     assert not list(run.glob(f"{LOCK}*"))
 
 
-def test_of_many_starts_at_the_same_moment_one_goes_on(run_dir):
+def test_of_many_starts_at_the_same_moment_one_goes_on(run_dir, monkeypatch):
+    def read_slowly(self, read=lock._Lock._read):
+        found = read(self)
+        time.sleep(0.02)
+        return found
+
+    monkeypatch.setattr(lock._Lock, "_read", read_slowly)
     held, refused, together, ended = [], [], threading.Barrier(8), threading.Barrier(8)
 
     def start():

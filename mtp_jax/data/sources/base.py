@@ -14,6 +14,19 @@ class DataError(RuntimeError):
     """Documents that cannot be read. The message names the file or the data set and says what is wrong with it."""
 
 
+class Unreadable(bytes):
+    """What stands for a document that cannot be read: empty, and `why`. It is counted and left out."""
+
+    why: str
+
+    @classmethod
+    def because(cls, why: str) -> Unreadable:
+        """One for this reason."""
+        found = cls()
+        found.why = why
+        return found
+
+
 class Part(NamedTuple):
     """A piece of a source, in terms that its source understands. It can be pickled, and is a list in JSON."""
 

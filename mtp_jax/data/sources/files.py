@@ -2,30 +2,53 @@
 
 from __future__ import annotations
 
+import bz2
 import contextlib
 import glob
 import gzip
 import hashlib
+import io
 import itertools
+import lzma
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
+from mtp_jax.data.endings import split_ending
 from mtp_jax.data.sources import base
 from mtp_jax.data.sources.base import DataError, Part
 from mtp_jax.data.sources.split import boundary, pieces
 from mtp_jax.validate import require
 
 
+def _open_zst(path: Path) -> Any:
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise DataError(f"{path} needs pyarrow, which decompresses .zst: pip install 'mtp_jax[parquet]'.") from error
+    with pyarrow.input_stream(str(path), compression="zstd") as stream:
+        return io.BytesIO(stream.read())
+
+
+OPENERS: dict[str, Callable[[Path], Any]] = {
+    "": lambda path: path.open("rb"),
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zst,
+}
+MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+
+
 @dataclass(frozen=True)
 class Files:
     """The files `names` (relative, with `/`, sorted) below `root`: a source with one document per file.
 
-    A file whose name ends in `.gz` is decompressed. A part is a range of `names`, or a range of bytes of the file that
-    it names.
+    A file whose name ends in `.gz`, `.bz2`, `.xz` or `.zst` is decompressed. A part is a range of `names`, or a range
+    of bytes of the file that it names.
     """
 
     root: Path
@@ -69,8 +92,8 @@ class Files:
         require(any(sizes), f"The source has no documents: nothing is in {self}. Change DataConfig.files.")
         parts, begin = [], 0
         for i, (name, size) in enumerate(zip(self.names, sizes, strict=True)):
-            if separator and size > base.PART_BYTES and not name.endswith(".gz"):
-                parts += self._group(begin, i, sizes) + self._cut(name, size, separator)
+            if separator and size > base.PART_BYTES and not split_ending(name)[1]:
+                parts += self._group(begin, i, sizes) + self._cut(name, size, self.newlines(name, separator))
                 begin = i + 1
         return parts + self._group(begin, len(sizes), sizes)
 
@@ -89,17 +112,30 @@ class Files:
         whole = ((name, 0, -1) for name in self.names[part.begin : part.end])
         for name, begin, end in (part,) if part.name else whole:
             with self.opened(name) as file:
-                for offset, piece in pieces(file, separator, begin, end):
+                for offset, piece in pieces(file, self.newlines(name, separator), begin, end):
                     yield name, offset, piece
+
+    def newlines(self, name: str, separator: bytes) -> bytes:
+        """A separator as a file has it: with CRLF where its lines end so."""
+        if len(separator) < 2 or b"\n" not in separator or b"\r" in separator:
+            return separator
+        with self.opened(name) as file:
+            head = file.read(2**16)
+        return separator.replace(b"\n", b"\r\n") if b"\r\n" in head else separator
 
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[BinaryIO]:
         """The open file, decompressed. What goes wrong while it is read is a `DataError` that names it."""
         path = self.root / name
         try:
-            with gzip.open(path) if name.endswith(".gz") else path.open("rb") as file:
+            with OPENERS[split_ending(name)[1]](path) as file:
+                head = file.read(len(max(MAGIC, key=len)))
+                file.seek(0)
+                packed = next((ending for magic, ending in MAGIC.items() if head.startswith(magic)), None)
+                if packed:
+                    raise DataError(f"{path} holds what {packed} has compressed; let its name end in {packed}, once.")
                 yield cast(BinaryIO, file)
-        except (OSError, EOFError, zlib.error) as error:
+        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise DataError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
 
     def _stat(self, name: str) -> os.stat_result:

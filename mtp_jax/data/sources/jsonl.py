@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mtp_jax.data.config import SourceConfig
-from mtp_jax.data.sources.base import DataError, Part
+from mtp_jax.data.sources.base import DataError, Part, Unreadable
 from mtp_jax.data.sources.files import Files
 
 
@@ -28,20 +29,56 @@ class JsonLines:
         return {**self.files.fingerprint(), "field": self.field}
 
     def parts(self, data_dir: Path) -> list[Part]:
-        """Files, and ranges of lines of large ones."""
-        return self.files.parts(data_dir, b"\n")
+        """Files, and ranges of lines of large ones. Raises `DataError` on a large array."""
+        parts = self.files.parts(data_dir, b"\n")
+        for name in dict.fromkeys(part.name for part in parts if part.name):
+            if self._is_array(name):
+                raise DataError(f"{self.files.root / name} is one large array; write it as JSON lines (jq -c '.[]').")
+        return parts
 
     def read(self, part: Part, data_dir: Path) -> Iterator[tuple[str, bytes]]:
-        """The documents of a part. Raises `DataError` on a line that is no object with a string in that field."""
-        path = self.field.split(".")
-        for name, offset, line in self.files.pieces(part, b"\n"):
-            if not line.strip():
+        """The documents of a part. What is no object with a string in that field is `Unreadable`."""
+        if part.name:
+            yield from self._lines(part)
+            return
+        for name in self.files.names[part.begin : part.end]:
+            if not self._is_array(name):
+                yield from self._lines(Part(name))
                 continue
             try:
-                text = _string(json.loads(line.decode("utf-8", "surrogateescape")), path)
+                values = _loads(self.files.content(name))
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{self.files.root / name}, line at byte {offset}: {error}.") from error
-            yield f"{name}:{offset}", _bytes(text)
+                raise DataError(f"{self.files.root / name} is not JSON: {error}.") from error
+            for number, value in enumerate(values):
+                yield f"{name}:{number}", self._text(f"{name}, element {number}", value)
+
+    def _is_array(self, name: str) -> bool:
+        with self.files.opened(name) as file:
+            return file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()[:1] == b"["
+
+    def _lines(self, part: Part) -> Iterator[tuple[str, bytes]]:
+        for name, offset, line in self.files.pieces(part, b"\n"):
+            line = line.removeprefix(codecs.BOM_UTF8)
+            if not line.strip():
+                continue
+            where = f"{name}, line at byte {offset}"
+            try:
+                value = _loads(line)
+            except (ValueError, RecursionError) as error:
+                yield f"{name}:{offset}", Unreadable.because(f"{self.files.root / where}: {error}")
+                continue
+            yield f"{name}:{offset}", self._text(where, value)
+
+    def _text(self, where: str, value: Any) -> bytes:
+        try:
+            return _bytes(_string(value, self.field.split(".")))
+        except ValueError as error:
+            return Unreadable.because(f"{self.files.root / where}: {error}")
+
+
+def _loads(data: bytes) -> Any:
+    """A JSON value. A number of thousands of digits, which Python refuses, is none of ours: it may be infinite."""
+    return json.loads(data.decode("utf-8", "surrogateescape"), parse_int=float)
 
 
 def _bytes(text: str) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mtp_jax.data.config import SourceConfig
 from mtp_jax.data.sources import base
-from mtp_jax.data.sources.base import DataError, Part
+from mtp_jax.data.sources.base import DataError, Part, Unreadable
 from mtp_jax.data.sources.files import Files
 from mtp_jax.validate import ConfigError, require
 
@@ -65,7 +65,8 @@ class Parquet:
                 inner = self.field.split(".")[1:] if batch.schema.names[0] != self.field else []
                 texts = pc.struct_field(values, inner) if inner else values  # type: ignore
                 for value in texts.cast(pa.large_binary()).to_pylist():  # strings need not be UTF-8
-                    yield f"{part.name}:{row}", value or b""
+                    null = Unreadable.because(f"{self.files.root / part.name}, row {row}: it is null")
+                    yield f"{part.name}:{row}", null if value is None else value
                     row += 1
 
     def _column(self, name: str, file: Any) -> int:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mtp_jax.data.config import SourceConfig
-from mtp_jax.data.sources.base import Part
+from mtp_jax.data.sources.base import DataError, Part
 from mtp_jax.data.sources.files import Files
+from mtp_jax.validate import unescape
 
 
 class Text:
     r"""The files that `DataConfig.files` matches, in order of name; with a `separator` what lies between them.
 
     A document is a file, bytes as they are, and is called as it is below the part of the glob without wildcards. With
-    `DataConfig.separator`, in which `\n` and `\t` stand for a newline and a tab, a file is cut at each occurrence: a
-    document is what lies between, without newlines at its beginning and end, and is called `file@offset` by the byte
-    where it begins (behind the separator). Documents of newlines alone are left out.
+    `DataConfig.separator`, in which `\n` and `\t` stand for a newline (CRLF where the file's lines end so) and a tab, a
+    file is cut at each occurrence: a document is what lies between, without newlines at its beginning and end, and is
+    called `file@offset` by the byte where it begins (behind the separator). Documents of newlines alone are left out.
     """
 
     def __init__(self, config: SourceConfig):
         """Raises `ConfigError` if no file matches."""
         self.files = Files.matching(config.files)
-        separator = config.separator.replace("\\n", "\n").replace("\\t", "\t")
-        self.separator = separator.encode("utf-8", "surrogateescape")
+        self.separator = unescape(config.separator).encode("utf-8", "surrogateescape")
 
     def fingerprint(self) -> dict[str, Any]:
         """That of the files, and the separator if there is one."""
@@ -37,8 +38,16 @@ class Text:
     def read(self, part: Part, data_dir: Path) -> Iterator[tuple[str, bytes]]:
         """The documents of a part. Nothing is kept in `data_dir`."""
         if not self.separator:
-            yield from self.files.read(part, data_dir)
+            for name, text in self.files.read(part, data_dir):
+                yield name, _text(self.files.root / name, text)
             return
         for name, offset, piece in self.files.pieces(part, self.separator):
             if text := piece.strip(b"\r\n"):
-                yield f"{name}@{offset}", text
+                yield f"{name}@{offset}", _text(self.files.root / name, text)
+
+
+def _text(path: Path, data: bytes) -> bytes:
+    """Text without the mark of its byte order. Raises `DataError` on what is none."""
+    if b"\0" in data[:8192]:
+        raise DataError(f"{path} holds bytes that are 0: it is no text. Take it out of DataConfig.files.")
+    return data.removeprefix(codecs.BOM_UTF8)
