@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
@@ -10,7 +12,7 @@ NEVER = -1e30
 """The logit of a token that is ruled out; finite, so that differences stay numbers."""
 
 
-def random_key(seed: int | Array) -> Array:
+def random_key(seed: Any) -> Array:
     """The key of a seed: of threefry whatever JAX's default is, so that a seed means the same in every process."""
     return jax.random.key(seed, impl="threefry2x32")
 

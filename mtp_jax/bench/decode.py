@@ -39,7 +39,7 @@ def check(config: BenchConfig, run: TrainConfig) -> None:
     """Refuse what cannot be measured of such a run."""
     for name in config.verifiers:
         require(
-            not (config.auto and get_verifier(name).keeps_q),
+            not (get_verifier(name).keeps_q and config.auto),
             f"BenchConfig.auto is True and verifiers has {name}, whose tokens depend on k; leave one of them out.",
         )
     if config.compare == "hf":

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from etils import epath
 
 from mtp_jax.heads.config import HeadConfig
-from mtp_jax.heads.registry import check_head
 from mtp_jax.plots import MARKERS, PALETTE, legend, markdown_table, panels
 from mtp_jax.runs.paths import check_writable, full_path
 from mtp_jax.train.loggers import METRICS_FILE, read_metrics, series
@@ -227,6 +226,8 @@ def _summary(train: Sequence[Row], bench: dict[str, Any], config: dict[str, Any]
 
 
 def _described(head: dict[str, Any]) -> str:
+    from mtp_jax.heads.registry import check_head  # JAX comes with it
+
     config = from_dict(HeadConfig, head)
     return check_head(config).describe(config)
 

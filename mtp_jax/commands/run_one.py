@@ -95,7 +95,7 @@ def _check(named: NamedSweep, name: str, place: Place) -> None:
         saved = config  # there is none yet
     for field, here, there in differences(config, saved):
         require(
-            field == "data.cache_dir",
+            field in ("data.cache_dir", "model.num_tokens"),  # the run has the second from its tokenizer
             f"{place.run(name)} is a run with {field} {there!r}, and the sweep has {here!r}; delete it, or "
             "give another --dir.",
         )

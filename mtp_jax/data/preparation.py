@@ -20,7 +20,6 @@ import os
 import re
 import shutil
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from mtp_jax.data.sources import DataError, Part, Source, is_held_out, load_sour
 from mtp_jax.data.sources.base import Unreadable
 from mtp_jax.data.store import MANIFEST, SPLITS, TOKENIZER_DIR, Store
 from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
+from mtp_jax.processes import end_with_parent
 from mtp_jax.validate import ConfigError, require
 
 FORMAT = 3
@@ -295,17 +295,12 @@ class _Task:
         return self.scratch / "parts" / f"{index:06}"
 
 
-def _end_with(parent: int) -> None:
-    """End this process soon after its parent, however that ended: it would wait for work for ever."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
 def _start_worker() -> None:
-    """A process that tokenises: it leaves Ctrl-C to its parent, and is one of as many as there are to be threads."""
+    """A process that tokenises: it ends with its parent, leaves Ctrl-C to it, and is one of as many as there are to be
+    threads.
+    """
+    end_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True, name="parent").start()
     os.environ["RAYON_NUM_THREADS"] = "1"
 
 

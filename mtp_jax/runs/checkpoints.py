@@ -24,7 +24,7 @@ from mtp_jax.distributed import from_all, on_first, warn
 from mtp_jax.runs import manifest
 from mtp_jax.runs.layout import CHECKPOINTS_DIR
 from mtp_jax.runs.manifest import DamagedError
-from mtp_jax.runs.paths import full_path
+from mtp_jax.runs.paths import full_path, plain_path
 from mtp_jax.state import TrainState
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ class Checkpoints:
 
     def __init__(self, run_dir: epath.PathLike):
         self.run_dir = full_path(run_dir)
-        self._root = self.run_dir / CHECKPOINTS_DIR
+        self._root = plain_path(self.run_dir) / CHECKPOINTS_DIR
 
     def __enter__(self) -> Self:
         return self

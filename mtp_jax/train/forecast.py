@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from mtp_jax.config import TrainConfig
 from mtp_jax.data.tokenizers import load_tokenizer
 from mtp_jax.mesh import make_mesh, on_mesh
+from mtp_jax.processes import end_with_parent
 from mtp_jax.runs.layout import versions
 from mtp_jax.sharding import RULES
 from mtp_jax.state import TrainState
@@ -103,6 +104,7 @@ def abstract_step(config: TrainConfig, mesh: Mesh) -> tuple[Any, TrainState, Bat
 
 def _pretend(devices: int, cache: str | None) -> None:
     """Set JAX up in a process where it has not begun: so many CPU devices alone."""
+    end_with_parent()
     os.environ["XLA_FLAGS"] = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # the library then asks no cloud which machine this is
     jax.config.update("jax_platforms", "cpu")

@@ -333,7 +333,7 @@ def test_runs_that_are_measured_together_have_the_same_cells(monkeypatch, own, f
     monkeypatch.setattr(bench.Session, "trial", lambda *_: next(trials))
     config = BenchConfig(prompts=1, prompt_tokens=4, new_tokens=3, temperatures=(0.0,), ks=(0, 1), repetitions=1)
     runs = {
-        name: untrained(tiny.train_config(tiny.model_config(dtype=dtype)))
+        name: untrained(tiny.train_config(tiny.model_config(vocab_size=258, dtype=dtype)))
         for name, dtype in zip(("one", "other"), own, strict=True)
     }
     monkeypatch.setattr(bench, "chosen_prompts", lambda *_: [np.array([1, 2, 3, 4])])

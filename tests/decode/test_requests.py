@@ -32,7 +32,7 @@ from support.decoding import NEW
             {"verifier": "cuopled"},
             "verifier is 'cuopled'; did you mean 'coupled'?.*block, coupled, greedy, token",
         ),
-        ([[1]], {"k": "best"}, r"DecodeConfig.k is 'best'; give a number of drafts, one for each row, or 'auto'"),
+        ([[1]], {"k": "best"}, r"DecodeConfig.k is 'best'; it must be an integer or .* or 'auto'"),
         ([[1]], {"seed": -1}, "seed is -1"),
         ([[1]], {"seed": 2**32}, "seed is 4294967296"),
     ],
