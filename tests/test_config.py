@@ -145,6 +145,7 @@ REFUSED = {
     "field_of_stdlib": (lambda: DataConfig(field="code"), ["field is 'code'", "jsonl and parquet and tfds", "'text'"]),
     "dataset_of_stdlib": (lambda: DataConfig(dataset="mnist"), ["dataset is 'mnist'", "source is stdlib", "tfds"]),
     "split_of_stdlib": (lambda: DataConfig(split="test"), ["split is 'test'", "source is stdlib", "tfds"]),
+    "a stop that no vocabulary has": (lambda: decode([1], stop_tokens=[99]), ["stop_tokens has 99", "0..31"]),
     "tiny_temperature": (lambda: DecodeConfig(8, 1e-7), ["DecodeConfig.temperature is 1e-07", "at least 1e-06"]),
     "top_p_zero": (lambda: DecodeConfig(8, top_p=0.0), ["DecodeConfig.top_p is 0.0", "(0, 1]"]),
     "rows": (lambda: decode([1], [2], temperature=[0.5, 1, 2]), ["temperature has 3 values", "there are 2 prompts"]),
@@ -429,7 +430,9 @@ def test_every_field_survives_json():
             remat="dots",
         ),
         HeadConfig("other", 3, "independent", 1, "shared", 5, "ntp", 0.5, 0.9, 1e-3, "switch", 0.2, 0.1, 0.5, 6),
-        DataConfig("text", "*.txt", "<|end|>", "text", "", "train", 0.3, "/cache", "tok.json", "<|end|>", 17, 6, 5),
+        DataConfig(
+            "text", "*.txt", "<|end|>", "text", "", "train", 0.3, "/cache", "tok.json", "<|end|>", 17, 6, 5, max_bad=0.2
+        ),
         OptimizerConfig("muon", 2e-3, "wsd", 7, 0.3, 0.2, 0.05, 0.8, 0.99, 1e-7, 0.9, 0.5, 3, 2.0),
         MeshConfig(2, 3, -1),
         ProfileConfig("3:5"),

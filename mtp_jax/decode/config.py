@@ -6,13 +6,14 @@ import dataclasses
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, TypeVar
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar
 
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.model.config import ModelConfig
 from mtp_jax.validate import ConfigError, at_least, each, from_dict, require, typed
+
+if TYPE_CHECKING:
+    import numpy as np
 
 T = TypeVar("T")
 Rows: TypeAlias = T | Sequence[T]  # one value for all rows of a batch, or one for each
@@ -58,7 +59,7 @@ class DecodeConfig:
             # Hotter still, ids that are ruled out would have a probability.
             require(
                 temperature == 0 or 1e-6 <= temperature <= 1e6,
-                f"DecodeConfig.temperature is {temperature}; it must be 0 (greedy), or in 1e-06..1e06.",
+                f"DecodeConfig.temperature is {temperature}; it must be 0 (greedy), or at least 1e-06, at most 1e06.",
             )
         for top_p in each(self.top_p):
             require(0 < top_p <= 1, f"DecodeConfig.top_p is {top_p}; it must lie in (0, 1].")
@@ -128,6 +129,8 @@ def prompt_ids(prompts: Any) -> list[np.ndarray]:
 
     Raises `ConfigError` on text, on one flat sequence, and on what is no integer.
     """
+    import numpy as np  # configs need it nowhere else
+
     name, given, found = "prompts", prompts, []
     try:
         for i, prompt in enumerate([prompts] if isinstance(prompts, str | bytes) else prompts):

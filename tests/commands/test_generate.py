@@ -133,7 +133,7 @@ def test_generate_refuses_before_it_loads_or_prints(run, refused, monkeypatch):
         assert words in message and message.startswith("mtp-jax: error:")
     message = refused("generate", run.dir, "--prompt", "x" * 100, "--max-new-tokens", 29)
     assert "Prompt 0 has 100 tokens and max_new_tokens is 29, 129 together" in message
-    assert "Prompt 0 is empty" in refused("generate", run.dir, "--prompt", "")
+    assert "--prompt is ''" in refused("generate", run.dir, "--prompt", "")
     held_out = ("generate", run.dir, "--held-out", 2, "--max-new-tokens")
     assert "Prompt 0 has 100 tokens" in refused(*held_out, 29, "--prompt-tokens", 100)
     assert "--prompt-tokens is 0" in refused(*held_out, 29, "--prompt-tokens", 0)

@@ -41,7 +41,9 @@ OTHER = TrainConfig(
         attention="cudnn",
     ),
     HeadConfig("mixture", 2, "independent", 1, "lowrank", 4, "ntp", 0.5, 0.9, 1e-3, "switch", 0.1, 0.5, 0.5, 6),
-    DataConfig("tfds", "other/*.txt", "", "meta.text", "name", "test", 0.1, "elsewhere", "bytes", "", 24, 16, 5),
+    DataConfig(
+        "tfds", "other/*.txt", "", "meta.text", "name", "test", 0.1, "elsewhere", "bytes", "", 24, 16, 5, max_bad=0.2
+    ),
     OptimizerConfig("muon", 3e-3, "wsd", 3, 0.3, 0.2, 0.05, 0.8, 0.9, 1e-6, 0.9, 0.5, 3, 2.0),
     MeshConfig(2, 2, 2),
     ProfileConfig("3:5"),

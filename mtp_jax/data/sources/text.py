@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mtp_jax.data.config import SourceConfig
-from mtp_jax.data.sources.base import DataError, Part
+from mtp_jax.data.sources.base import Part
 from mtp_jax.data.sources.files import Files
 from mtp_jax.validate import unescape
 
@@ -39,15 +39,8 @@ class Text:
         """The documents of a part. Nothing is kept in `data_dir`."""
         if not self.separator:
             for name, text in self.files.read(part, data_dir):
-                yield name, _text(self.files.root / name, text)
+                yield name, text.removeprefix(codecs.BOM_UTF8)
             return
         for name, offset, piece in self.files.pieces(part, self.separator):
             if text := piece.strip(b"\r\n"):
-                yield f"{name}@{offset}", _text(self.files.root / name, text)
-
-
-def _text(path: Path, data: bytes) -> bytes:
-    """Text without the mark of its byte order. Raises `DataError` on what is none."""
-    if b"\0" in data[:8192]:
-        raise DataError(f"{path} holds bytes that are 0: it is no text. Take it out of DataConfig.files.")
-    return data.removeprefix(codecs.BOM_UTF8)
+                yield f"{name}@{offset}", text.removeprefix(codecs.BOM_UTF8)
