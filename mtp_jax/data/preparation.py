@@ -202,7 +202,7 @@ class _Task:
             (store / TOKENIZER_DIR / name).write_bytes(data)
         empty, replaced, bad = counts["empty"], counts["replaced"], counts["unreadable"]
         whole = bad + empty + sum(entry["documents"] for entry in splits.values())
-        if bad > max(1, self.max_bad * whole):
+        if bad > max(1, self.max_bad * whole) or bad == whole > 0:
             raise DataError(
                 f"{bad:,} of {whole:,} documents are unreadable ({first}), and DataConfig.max_bad is {self.max_bad:g}. "
                 "Mend them, or set --max-bad to the share that may be left out."

@@ -75,8 +75,8 @@ def test_a_directory_that_is_no_run_is_refused(command, tmp_path, refused):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ((), ["--prompt is None and --held-out is 0"]),
-        (("--prompt", "x", "--held-out", 2), ["--prompt is 'x' and --held-out is 2"]),
+        ((), ["--prompt is ''", "--held-out 0"]),
+        (("--prompt", "x", "--held-out", 2), ["--prompt is 'x'", "--held-out 2"]),
         (("--prompt", "x", "--k", 3), ["k is 3 and the head's window is 3", "0..2"]),
         (("--prompt", "x", "--max-new-tokens", 200), ["200", "201 together", "context_length is 128"]),
         (("--held-out", 100), ["100 prompts were asked for", "documents have more than 96 tokens"]),
@@ -102,7 +102,7 @@ def test_documents_that_cannot_be_read_are_named(experiment, tmp_path, refused):
     (tmp_path / "a.jsonl").write_text('{"txt": "a"}\n')
     options = ("--data.source", "jsonl", "--data.files", f"{tmp_path}/*.jsonl", "--run-dir", tmp_path / "run")
     message = refused("train", experiment, *options, status=1)
-    assert message.startswith(f"mtp-jax: error: {tmp_path}/a.jsonl, line at byte 0: there is no field 'text'")
+    assert f"1 of 1 documents are unreadable ({tmp_path}/a.jsonl, line at byte 0: there is no field 'text'" in message
 
 
 def test_a_run_that_failed_exits_with_status_1(experiment, refused, monkeypatch):

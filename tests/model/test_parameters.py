@@ -126,7 +126,7 @@ def test_the_compute_dtype_is_the_configs_and_parameters_stay_float32():
 def test_every_weight_starts_at_the_scale_of_its_inputs(monkeypatch):
     """With ones in place of the noise, a weight shows its standard deviation."""
     monkeypatch.setattr(
-        jax.random, "normal", lambda key, shape, out_sharding: jnp.ones(shape, out_sharding=out_sharding)
+        jax.random, "normal", lambda key, shape, dtype, out_sharding: jnp.ones(shape, dtype, out_sharding=out_sharding)
     )
     head = tiny.head_config(factors="lowrank", target="ntp", init_noise=0.25)
     model = build_model(tiny.train_config(tiny.model_config(num_layers=3, head_dim=6), head), jax.random.key(0))
@@ -162,13 +162,13 @@ def test_every_weight_starts_at_the_scale_of_its_inputs(monkeypatch):
 def test_no_two_weights_are_drawn_from_one_key(monkeypatch):
     """With one number of its key in place of the noise, every weight of every layer shows another one."""
 
-    def fill(key, shape, out_sharding):
-        return jnp.ones(shape, out_sharding=out_sharding) * jax.random.uniform(key)
+    def fill(key, shape, dtype, out_sharding):
+        return jnp.ones(shape, dtype, out_sharding=out_sharding) * jax.random.uniform(key)
 
     head = tiny.head_config(factors="lowrank", target="ntp")
     config = tiny.train_config(tiny.model_config(), head)
     drawn = []
-    for draw in (fill, lambda key, shape, out_sharding: jnp.ones(shape, out_sharding=out_sharding)):
+    for draw in (fill, lambda key, shape, dtype, out_sharding: jnp.ones(shape, dtype, out_sharding=out_sharding)):
         monkeypatch.setattr(jax.random, "normal", draw)
         params = names(split(build_model(config, jax.random.key(0)))[1])
         drawn.append({path: np.asarray(leaf) for path, leaf in params.items() if path[-6:] not in (".scale", "ate_DR")})

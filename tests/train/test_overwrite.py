@@ -41,7 +41,6 @@ def test_overwrite_starts_again(config, fake, trained, tmp_path):
 
 
 NO_RUNS = {
-    "a thesis": ({"chapter1.tex": b"years of work"}, "thesis is not a run directory: it has no config.json"),
     "weights of another program": (
         {"config.json": b'{"architectures": ["LlamaForCausalLM"], "d_model": 64}', "model.safetensors": b"\0\1"},
         "is not the config of a run",
@@ -69,6 +68,18 @@ def test_overwrite_deletes_nothing_but_runs(config, fake, tmp_path, name):
     with pytest.raises(ConfigError, match=r"thesis exists"):
         loop.train(config, path)
     assert contents(tmp_path) == before and trainer.events == []
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_begins_beside_what_is_no_run_and_leaves_it(config, fake, tmp_path, overwrite):
+    """A launcher's log, the plots of somebody else, and what a kill left of a first write."""
+    trainer, path = fake(), tmp_path / "thesis"
+    (path / "plots").mkdir(parents=True)
+    for file in ("train.log", "plots/mine.png", "config.json.partial"):
+        (path / file).write_text("years of work")
+    loop.train(config, path, overwrite=overwrite)
+    assert trainer.events and layout.holds_run(path)
+    assert all((path / file).read_text() == "years of work" for file in ("train.log", "plots/mine.png"))
 
 
 def test_a_run_of_an_older_version_is_refused_in_a_sentence_and_may_be_overwritten(config, fake, tmp_path):
