@@ -256,7 +256,7 @@ def test_the_loss_falls_on_a_batch_that_is_repeated(trainer, initial):
 def test_the_seed_of_the_config_is_that_of_the_parameters(monkeypatch):
     """Every weight is filled with one number of its key: that takes less time to compile."""
 
-    def fill(key, shape, out_sharding):
+    def fill(key, shape, dtype, out_sharding):
         return jnp.ones(shape, out_sharding=out_sharding) * jax.random.uniform(key)
 
     monkeypatch.setattr(jax.random, "normal", fill)
