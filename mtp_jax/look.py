@@ -19,7 +19,7 @@ from mtp_jax.data.tokenizers import Tokenizer
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.generate import stream
 from mtp_jax.decode.spans import Completion, Spans
-from mtp_jax.decode.text import stop_bytes
+from mtp_jax.decode.text import check_text, stop_bytes
 from mtp_jax.decode.tune import tuned
 from mtp_jax.heads.mixture import MixtureHead
 from mtp_jax.language_model import LanguageModel
@@ -129,8 +129,9 @@ def complete(run: LoadedRun, prompt: str, *, stop: str | Sequence[str] = (), **o
 
     Arguments as in `LoadedRun.generate`.
     """
-    tokens, stops = run.tokenizer.encode(prompt), stop_bytes(stop)
-    decode = DecodeConfig(**{"stop_tokens": (run.tokenizer.end_of_document,), **options})
+    check_text("prompt", prompt)
+    tokens, stops = run.encode(prompt), stop_bytes(stop)
+    decode = DecodeConfig.of(options, stop_tokens=run.stop_tokens)
     with jax.set_mesh(run.mesh):
         decode = tuned(run.decoder, [tokens], decode)
         spans = Spans(run.tokenizer, tokens, stream(run.decoder, tokens, decode), stops, decode.k)
@@ -229,7 +230,8 @@ def _glyphs() -> frozenset[int]:
 
 def _tokens(run: LoadedRun, text: str) -> np.ndarray:
     """`[1, T]`."""
-    tokens_T, most = run.tokenizer.encode(text), run.config.model.context_length
+    check_text("text", text)
+    tokens_T, most = run.encode(text), run.config.model.context_length
     require(
         1 <= len(tokens_T) <= most,
         f"The text has {len(tokens_T)} tokens; the model reads 1..{most} (context_length). Give another one.",

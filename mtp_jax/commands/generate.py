@@ -26,6 +26,10 @@ class Generate(RunOptions):
     """The text to continue."""
     prompt_file: str = ""
     """A file with the text to continue; - is the standard input."""
+    chat: bool = False
+    """The text is what a user says to a model that has a chat template: it is answered."""
+    system: str = ""
+    """With --chat: what the model is told before."""
     held_out: int = 0
     """Continue this many held-out documents instead, from their first `prompt-tokens` tokens; what is printed is also
     left as a page."""
@@ -56,6 +60,11 @@ def main(args: list[str]) -> None:
         f"--prompt is {options.prompt!r}, --prompt-file {options.prompt_file!r} and --held-out {options.held_out}; "
         "give one of them, such as --prompt 'def main():' or --held-out 3.",
     )
+    require(
+        not (options.chat and options.held_out) and (options.chat or not options.system),
+        f"--chat is {options.chat}, --system {options.system!r} and --held-out {options.held_out}; --system goes with "
+        "--chat, and --chat with --prompt or --prompt-file.",
+    )
     use_compilation_cache()
     import jax
     from rich.console import Console
@@ -74,9 +83,13 @@ def main(args: list[str]) -> None:
     config = read_config(options.run)
     tokenizer = run_tokenizer(options.run, config)
     names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k")
-    decode = DecodeConfig(**{name: getattr(options, name) for name in names}, stop_tokens=(tokenizer.end_of_document,))
+    decode = DecodeConfig(**{name: getattr(options, name) for name in names}, stop_tokens=tokenizer.stop_tokens)
     if not options.held_out:
-        prompts = [("", tokenizer.encode(options.prompt or _read(options.prompt_file)))]
+        text = options.prompt or _read(options.prompt_file)
+        if options.chat:
+            system = [{"role": "system", "content": options.system}] if options.system else []
+            text = tokenizer.conventions.render([*system, {"role": "user", "content": text}])
+        prompts = [("", tokenizer.encode_prompt(text, special=options.chat))]
     else:
         require(options.prompt_tokens >= 1, f"--prompt-tokens is {options.prompt_tokens}; it must be at least 1.")
         store = prepare(config.data, tokenizer=tokenizer)

@@ -88,14 +88,13 @@ def _what_is_there(run_dir: str) -> dict[str, bool]:
     """What `--auto-resume` means for a run directory.
 
     A run with a complete step goes on. One without, killed before or in its first save, starts again with its own
-    config. What it left is deleted, unless Orbax had finished a step of it: only its manifest is missing, which may
-    have been lost, so the old run is set aside.
+    config.
     """
     from mtp_jax.runs.layout import CHECKPOINTS_DIR, holds_run
-    from mtp_jax.runs.manifest import sealed_steps, unsealed_steps
+    from mtp_jax.runs.manifest import sealed_steps
     from mtp_jax.runs.paths import full_path
 
     path = full_path(run_dir)
     if not holds_run(path) or sealed_steps(path / CHECKPOINTS_DIR):
         return {"resume": holds_run(path), "overwrite": False}
-    return {"resume": False, "overwrite": True, "keep_old": bool(unsealed_steps(path / CHECKPOINTS_DIR))}
+    return {"resume": False, "overwrite": True, "unfinished": True}

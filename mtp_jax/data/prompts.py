@@ -37,7 +37,7 @@ def file_prompts(files: str, tokenizer: Tokenizer, count: int, length: int, seed
     """
     source = Files.matching(files)
     order = np.random.default_rng(seed).permutation(len(source.names))
-    texts = ((source.names[i], tokenizer.encode(source.content(source.names[i]))) for i in order)
+    texts = ((source.names[i], tokenizer.encode_prompt(source.content(source.names[i]))) for i in order)
     long = [(name, tokens[:length]) for name, tokens in texts if len(tokens) >= length]
     require(
         len(long) >= count,

@@ -133,10 +133,15 @@ def prompt_ids(prompts: Any) -> list[np.ndarray]:
 
     name, given, found = "prompts", prompts, []
     try:
-        for i, prompt in enumerate([prompts] if isinstance(prompts, str | bytes) else prompts):
+        for i, prompt in enumerate([prompts] if isinstance(prompts, str | bytes | Mapping) else prompts):
             name, given = f"Prompt {i}", prompt
             ids = np.asarray(prompt if hasattr(prompt, "__len__") else list(prompt))
-            if ids.ndim != 1 or ids.dtype.kind not in "iuf" or not np.array_equal(ids, np.trunc(ids)):
+            if (
+                isinstance(prompt, Mapping)
+                or ids.ndim != 1
+                or ids.dtype.kind not in "iuf"
+                or not np.array_equal(ids, np.trunc(ids))
+            ):
                 raise ValueError
             found.append(ids.astype(np.int64))
     except (TypeError, ValueError):

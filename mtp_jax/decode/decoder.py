@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -59,19 +60,19 @@ def for_decoding(model: LanguageModel) -> Decoder:
     require(not mesh.empty, NO_MESH)
     if isinstance(model, Decoder):
         return model
-    turn = mesh.size == 1 and platform() == "cpu"
+    return _laid_out(model, turn=mesh.size == 1 and platform() == "cpu")
 
+
+@functools.partial(jax.jit, static_argnames="turn")
+def _laid_out(model: LanguageModel, turn: bool) -> Decoder:
     def cast(path: tuple[Any, ...], weight: Array) -> Array:
         name = last_name(path)
         exact = (name in PARAMETERS and row(name).exact) or not jnp.issubdtype(weight.dtype, jnp.floating)
         # Gathered once, not at every step.
         return gather(weight if exact else weight.astype(model.config.dtype))
 
-    def convert(model: LanguageModel) -> Decoder:
-        decoder = jax.tree_util.tree_map_with_path(cast, Decoder(model))
-        return _turned(decoder) if turn else decoder
-
-    return jax.jit(convert)(model)
+    decoder = jax.tree_util.tree_map_with_path(cast, Decoder(model))
+    return _turned(decoder) if turn else decoder
 
 
 def _turned(decoder: Decoder) -> Decoder:

@@ -21,7 +21,7 @@ from mtp_jax.decode.loop import Limits, Plan, prefill, run
 from mtp_jax.decode.state import DecodeState
 from mtp_jax.decode.verify import get_verifier
 from mtp_jax.sharding import RULES
-from mtp_jax.validate import require
+from mtp_jax.validate import each, require
 
 Prompt = Sequence[int] | np.ndarray
 
@@ -91,7 +91,7 @@ class Decoding:
         Raises:
           ConfigError: a bad value; the message names it and what is allowed.
         """
-        config.check(decoder.config, decoder.head.config, prompts)
+        prompts = config.check(decoder.config, decoder.head.config, prompts)
         require(not isinstance(config.k, str), f"k is {config.k!r}; give a number, or call `tuned`, which chooses one.")
         get_verifier(config.rule)
         window, batch = decoder.head.config.window, len(prompts)
@@ -106,7 +106,9 @@ class Decoding:
         length_B = np.array([len(p) for p in prompts], np.int32)
         new_B = rows(config.max_new_tokens, np.int32)
         most_B = rows(window - 1 if config.k is None else config.k, np.int32)
-        top_k_B, top_p_B = rows(config.top_k, np.int32), rows(config.top_p, np.float32)
+        # More than there are keeps all.
+        top_k_B = rows([min(top_k, decoder.config.vocab_size) for top_k in each(config.top_k)], np.int32)
+        top_p_B = rows(config.top_p, np.float32)
         seeds = np.asarray(config.seeds, np.uint32)
         seeds_B = seeds if seeds.ndim else seeds + np.arange(batch, dtype=np.uint32)
         # Every forward writes k + 1 positions, the last of them up to k behind the limit.

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from mtp_jax.decode.config import DecodeConfig
+from mtp_jax.decode.config import DecodeConfig, prompt_ids
 from mtp_jax.decode.decoder import for_decoding
 from mtp_jax.decode.decoding import Decoding, Generation, Prompt
 from mtp_jax.decode.tune import tuned
@@ -33,7 +33,7 @@ def generate(model: LanguageModel, prompts: Sequence[Prompt], **options: Any) ->
 
 def begin(model: LanguageModel, prompts: Sequence[Prompt], config: DecodeConfig) -> Decoding:
     """A `Decoding` of the prompts that has not begun. Arguments and errors as in `generate`."""
-    decoder = for_decoding(model)
+    decoder, prompts = for_decoding(model), prompt_ids(prompts)
     return Decoding(decoder, prompts, tuned(decoder, prompts, config))
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -32,6 +34,19 @@ def check_text(name: str, text: object) -> None:
         str(text).encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
         raise ConfigError(f"{name} is {text!r}, which has half a surrogate pair: it is no text.") from None
+
+
+def prompt_texts(prompts: Any) -> list[str]:
+    """Several prompts as a list of strings. Raises `ConfigError` on anything else."""
+    several = isinstance(prompts, Iterable) and not isinstance(prompts, str | bytes | Mapping)
+    require(
+        several,
+        f"The prompt is {reprlib.repr(prompts)}; it must be a string, or prompts a list of strings.",
+    )
+    found: list[str] = list(prompts)
+    for i, prompt in enumerate(found):
+        check_text(f"Prompt {i}", prompt)
+    return found
 
 
 def find_stop(text: bytes, stops: Sequence[bytes]) -> int | None:
@@ -69,10 +84,8 @@ def continue_text(
     Raises:
       ConfigError: a bad value; the message names it and what is allowed.
     """
-    stops = stop_bytes(stop)
-    for text in texts:
-        check_text("A prompt", text)
-    decoding = begin(model, [tokenizer.encode(text) for text in texts], config)
+    stops, texts = stop_bytes(stop), prompt_texts(texts)
+    decoding = begin(model, [tokenizer.encode_prompt(text) for text in texts], config)
     while True:
         rows = [tokenizer.decode_bytes(row) for row in decoding.result().tokens]
         ends = [find_stop(row, stops) for row in rows]

@@ -66,15 +66,16 @@ def write_config(run_dir: epath.PathLike, config: TrainConfig) -> None:
         replace_file(path / file, json.dumps(values, indent=2) + "\n")
 
 
-def write_run(config: TrainConfig, path: epath.Path, tokenizer: Tokenizer, overwrite: bool, keep_old: bool) -> None:
-    """Begin or go on with a run directory: what `overwrite` gives up is deleted, or moved aside with `keep_old`.
+def write_run(config: TrainConfig, path: epath.Path, tokenizer: Tokenizer, overwrite: bool, unfinished: bool) -> None:
+    """Begin or go on with a run directory: what `overwrite` gives up is deleted, or moved aside if it was `unfinished`
+    and Orbax had finished a step of it: only its manifest is missing, which may have been lost.
 
     It holds the files of its tokenizer, if there are any, so that it loads wherever it goes.
     """
     json.dumps(to_dict(config))  # what cannot be written is known before anything is deleted
     files = tokenizer.files()
-    if overwrite and keep_old:
-        steps, aside = unsealed_steps(path / CHECKPOINTS_DIR), set_aside(path)
+    if overwrite and unfinished and (steps := unsealed_steps(path / CHECKPOINTS_DIR)):
+        aside = set_aside(path)
         last = aside / CHECKPOINTS_DIR / str(steps[-1])
         warn(
             f"Steps {steps} of {path} have no {MANIFEST}: it is lost, or the run was killed before it was written. "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.decoder import Decoder, for_decoding
 from mtp_jax.decode.decoding import Generation
 from mtp_jax.decode.generate import generate
-from mtp_jax.decode.text import continue_text
+from mtp_jax.decode.text import continue_text, prompt_texts
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.mesh import make_mesh, on_mesh
 from mtp_jax.runs.checkpoints import Checkpoints, Step
@@ -40,12 +41,20 @@ class LoadedRun:
     mesh: Mesh
     step: int
     meta: dict[str, Any]
+    _laid_out: list[Any] = dataclasses.field(default_factory=list, init=False, repr=False, compare=False)
 
-    @functools.cached_property
+    @property
     def decoder(self) -> Decoder:
-        """The model laid out for decoding."""
+        """The model laid out for decoding: anew where `model` was changed since."""
+        weights, structure = jax.tree.flatten(self.model)
+        for decoder, of, like in self._laid_out:
+            if like == structure and all(a is b for a, b in zip(of, weights, strict=True)):
+                return decoder
+        self._laid_out.clear()  # the memory of the old one is free for the new one
         with jax.set_mesh(self.mesh):
-            return for_decoding(self.model)
+            decoder = for_decoding(self.model)
+        self._laid_out[:] = [(decoder, weights, structure)]
+        return decoder
 
     def generate(
         self, prompts: str | list[str], *, stop: str | Sequence[str] | None = (), **options: Any
@@ -54,7 +63,7 @@ class LoadedRun:
 
         Options are those of `mtp_jax.generate`.
         """
-        texts = [prompts] if isinstance(prompts, str) else prompts
+        texts = [prompts] if isinstance(prompts, str) else prompt_texts(prompts)
         config = DecodeConfig.of(options, stop_tokens=self.stop_tokens)
         with jax.set_mesh(self.mesh):
             out = continue_text(self.decoder, self.tokenizer, texts, config, stop)
@@ -72,16 +81,12 @@ class LoadedRun:
     @property
     def stop_tokens(self) -> tuple[int, ...]:
         """The ids that end an answer: those of a pretrained model, or the end of a document."""
-        return self.tokenizer.conventions.stops or (self.tokenizer.end_of_document,)
+        return self.tokenizer.stop_tokens
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:
-        """The ids of a prompt, with what the model wants in front. `special`: special tokens in it stand for
-        themselves; without it text never becomes one."""
-        ids, bos = (
-            self.tokenizer.encode_special(text) if special else self.tokenizer.encode(text),
-            self.tokenizer.conventions.bos,
-        )
-        return ids if bos is None or ids[:1].tolist() == [bos] else np.concatenate([np.array([bos], np.int32), ids])
+        """The ids of a prompt, as `generate` makes them: with what the model wants in front. `special`: special tokens
+        in it stand for themselves; without it text never becomes one."""
+        return self.tokenizer.encode_prompt(text, special=special)
 
     def chat(self, messages: Messages, **options: Any) -> str:
         """The assistant's answer to a conversation: a list of {"role": ..., "content": ...}.

@@ -13,7 +13,8 @@ from mtp_jax.data.store import Store
 from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mtp_jax.heads.registry import check_head
 from mtp_jax.mesh import make_mesh
-from mtp_jax.runs.layout import holds_run, is_run, read_config
+from mtp_jax.runs.layout import CHECKPOINTS_DIR, holds_run, is_run, read_config
+from mtp_jax.runs.manifest import sealed_steps
 from mtp_jax.runs.paths import full_path
 from mtp_jax.validate import ConfigError, differences, require
 
@@ -46,12 +47,15 @@ def check_machine(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Me
     return mesh
 
 
-def check_run_dir(run_dir: epath.PathLike, *, resume: bool = False, overwrite: bool = False) -> epath.Path:
+def check_run_dir(
+    run_dir: epath.PathLike, *, resume: bool = False, overwrite: bool = False, unfinished: bool = False
+) -> epath.Path:
     """The path of a run directory that may be used, before anything expensive happens. Nothing is changed.
 
     Raises:
       ConfigError: it exists and is not empty, and neither `resume` nor `overwrite` says what to do; or both do; or
-        there is nothing to resume; or `overwrite` would delete something that is not a run directory.
+        there is nothing to resume; or `overwrite` would delete something that is not a run directory, or, with
+        `unfinished`, one that has a whole step.
     """
     path = full_path(run_dir)
     require(not (resume and overwrite), "Both --resume and --overwrite are given; choose one.")
@@ -62,6 +66,10 @@ def check_run_dir(run_dir: epath.PathLike, *, resume: bool = False, overwrite: b
         not exists or resume or overwrite,
         f"The run directory {path} exists. Give --resume to go on with it, --overwrite to delete it and start again, "
         "or another --run-dir.",
+    )
+    require(
+        not (unfinished and exists and sealed_steps(path / CHECKPOINTS_DIR)),
+        f"The run in {path} has saved a step since this one began to start. Give the same command again: it goes on.",
     )
     if exists and overwrite:
         try:
@@ -83,8 +91,8 @@ def check_same_run(config: TrainConfig, saved: TrainConfig, path: epath.Path) ->
         way = "one as the run does" if name in SWITCHES else "the run's own value"
         require(
             not fixed or (name in SWITCHES and bool(new) == bool(old)),
-            f"--resume: {name} is {new!r} and the run in {path} has {old!r}{why}. Give {way}, or start another run "
-            "with --run-dir.",
+            f"--resume: {name} is {new!r} and the run in {path} was trained with {old!r}{why}. Give {way}, or start "
+            "another run with --run-dir.",
         )
 
 

@@ -24,7 +24,7 @@ from mtp_jax.heads.registry import check_head
 from mtp_jax.heads.shortlist import most_frequent, put_listed
 from mtp_jax.mesh import on_mesh
 from mtp_jax.runs.checkpoints import Checkpoints
-from mtp_jax.runs.layout import read_config, run_tokenizer, write_run
+from mtp_jax.runs.layout import run_tokenizer, to_config, write_run
 from mtp_jax.runs.lock import one_writer
 from mtp_jax.runs.writer import CheckpointWriter
 from mtp_jax.state import TrainState
@@ -37,7 +37,7 @@ from mtp_jax.train.loggers import Loggers
 from mtp_jax.train.profile import Profile
 from mtp_jax.train.session import TrainSession, open_session, say
 from mtp_jax.train.step import Metrics, Trainer, make_trainer
-from mtp_jax.validate import require
+from mtp_jax.validate import differences, require
 
 
 class NonFiniteLossError(RuntimeError):
@@ -50,14 +50,15 @@ def train(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    keep_old: bool = False,
+    unfinished: bool = False,
     resume_step: int | None = None,
     distributed: Distributed | None = None,
 ) -> dict[str, float]:
     """Train a model and leave a run directory that `mtp_jax.load` reads. Returns the last evaluation's metrics.
 
     Everything that can be refused is refused before the step is compiled, and before an old run is deleted.
-    With `overwrite` a run that is there is deleted, or with `keep_old` too moved to RUN/lost-N.
+    With `overwrite` a run that is there is deleted; with `unfinished` too only one that never saved a whole step, and
+    what may be good of it is moved to RUN/lost-N.
     While another process trains in the directory, it is refused and nothing is touched.
     With `resume` it goes on from the latest checkpoint, or from `resume_step`: later ones are deleted at the next save.
     Several processes, connected by `mtp_jax.distributed.connect`, call it alike; `distributed` says how long they wait
@@ -72,11 +73,14 @@ def train(
         saved. Signals that are ignored stay so, and but for SIGTERM those that the caller has handlers for.
     """
     require(resume or resume_step is None, f"--from-step is {resume_step} and --resume is not given; give both.")
-    check = lambda: str(check_run_dir(run_dir, resume=resume, overwrite=overwrite))  # noqa: E731
+    there = dict(resume=resume, overwrite=overwrite, unfinished=unfinished)
+    check = lambda: str(check_run_dir(run_dir, **there))  # noqa: E731
     with open_session(distributed or Distributed()) as session, one_writer(on_first(check)) as path:
         on_first(check)  # again: what was there may have changed until nobody else could write
+        meta: dict[str, Any] = {}
         if resume:
-            check_same_run(config, read_config(path), path)
+            meta = Checkpoints(path).meta("latest" if resume_step is None else resume_step)
+            check_resumed(config, meta, path)
             tokenizer = run_tokenizer(path, config)
         else:
             tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
@@ -87,9 +91,9 @@ def train(
             with session.phase("preparing data", 0), session.signals.at_once():
                 store = prepare_data(config.data, print, tokenizer)
             held_out_batches = held_out(config, store, mesh, config.eval_batches)
-            if resume:
+            if meta:
                 with session.phase("restoring", 0):
-                    state, evaluated = restore(config, trainer, mesh, store, path, resume_step)
+                    state, evaluated = restore(trainer, mesh, store, path, meta)
             else:
                 with session.phase("initialising", 0):
                     state, evaluated = begin(config, trainer, mesh, store, tokenizer), True
@@ -105,7 +109,7 @@ def train(
                 say(f"compiled in {session.clock.lost['compiling']:.1f} s")
             # All that can fail before the first step has not failed: an old run is deleted only now, and whole.
             session.signals.hold()
-            on_first(lambda: write_run(config, path, tokenizer, overwrite, keep_old))
+            on_first(lambda: write_run(config, path, tokenizer, overwrite, unfinished))
             resumed_from = first if resume else None
             with (
                 CheckpointWriter(path, config.keep_checkpoints, resumed_from) as checkpoints,
@@ -243,18 +247,25 @@ def begin(
     return state
 
 
+def check_resumed(config: TrainConfig, meta: dict[str, Any], path: epath.Path) -> None:
+    """Say what has changed since a checkpoint was saved, by options or by hand in config.json, or refuse it."""
+    saved = to_config(meta["config"], f"The config of step {meta['step']} in {path}")
+    check_same_run(config, saved, path)
+    require(
+        meta["step"] <= config.steps,
+        f"--resume: the run in {path} is at step {meta['step']} and steps is {config.steps}; "
+        f"set --steps to {meta['step']} or more.",
+    )
+    for name, new, old in differences(config, saved):
+        say(f"--resume: {name} is {new!r}; step {meta['step']} was trained with {old!r}")
+
+
 def restore(
-    config: TrainConfig, trainer: Trainer, mesh: Mesh, store: Store | Mixture, path: epath.Path, wanted: int | None
+    trainer: Trainer, mesh: Mesh, store: Store | Mixture, path: epath.Path, meta: dict[str, Any]
 ) -> tuple[TrainState, bool]:
-    """The state of the latest checkpoint or of step `wanted`, and whether it was evaluated before it was saved."""
+    """The state of the checkpoint that has this `meta`, and whether it was evaluated before it was saved."""
     with Checkpoints(path) as checkpoints:
-        meta = checkpoints.meta("latest" if wanted is None else wanted)
         check_same_data(store, meta, path)
-        require(
-            meta["step"] <= config.steps,
-            f"--resume: the run in {path} is at step {meta['step']} and steps is {config.steps}; "
-            f"set --steps to {meta['step']} or more.",
-        )
         later = [step for step in checkpoints.steps() if step > meta["step"]]
         if later:
             say(f"Steps {later} come after step {meta['step']}: they are deleted when the next one is saved.")

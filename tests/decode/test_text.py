@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from mtp_jax.data.tokenizers import Tokenizer
 from mtp_jax.decode import text
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.decoding import Decoding
@@ -11,7 +12,7 @@ from mtp_jax.validate import ConfigError
 from support.decoding import VOCAB
 
 
-class Letters:
+class Letters(Tokenizer):
     """A tokenizer: id i is one letter, or, for every fourth, two."""
 
     name, vocab_size, end_of_document = "letters", VOCAB, 0

@@ -68,7 +68,9 @@ def take(run_dir):
 
 
 @pytest.mark.usefixtures("quick_compilation")
-@pytest.mark.parametrize("options", [{}, {"resume": True}, {"overwrite": True}, {"overwrite": True, "keep_old": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"resume": True}, {"overwrite": True}, {"overwrite": True, "unfinished": True}]
+)
 def test_a_second_start_of_any_kind_is_refused_and_the_first_goes_on(tmp_path, monkeypatch, options):
     run, link, seen = tmp_path / "run", tmp_path / "link", []
     link.symlink_to(run)

@@ -140,12 +140,12 @@ def test_what_a_kill_in_the_first_save_left_is_not_kept_unless_a_step_is_whole(t
     assert there() == {"resume": False, "overwrite": False}
     first = tmp_path / "run/checkpoints/5"
     (first / "params").mkdir(parents=True)
-    assert there() == {"resume": False, "overwrite": True, "keep_old": True}
+    assert there() == {"resume": False, "overwrite": True, "unfinished": True}
     first.rename(tmp_path / "run/checkpoints/5.orbax-checkpoint-tmp-0")
-    assert there() == {"resume": False, "overwrite": True, "keep_old": False}
+    assert there() == {"resume": False, "overwrite": True, "unfinished": True}
     shutil.rmtree(tmp_path / "run/checkpoints")
     (tmp_path / "run/config.json").write_text("{}")
-    assert there() == {"resume": False, "overwrite": True, "keep_old": False}
+    assert there() == {"resume": False, "overwrite": True, "unfinished": True}
     first.mkdir(parents=True)
     seal(epath.Path(first))
     assert there() == {"resume": True, "overwrite": False}

@@ -146,12 +146,20 @@ def test_an_old_run_that_is_kept_is_moved_and_none_before_it_is_replaced(config,
         for step in on_disk(tmp_path / "run"):
             (tmp_path / f"run/checkpoints/{step}/manifest.json").unlink()
         before = contents(tmp_path / "run")
-        loop.train(config, tmp_path / "run", overwrite=True, keep_old=True)
+        loop.train(config, tmp_path / "run", overwrite=True, unfinished=True)
         assert on_disk(tmp_path / "run") == [4, 8]
         for path, (data, _) in before.items():
             there = path if "lost-" in str(path) else tmp_path / f"run/lost-{n}" / path.relative_to(tmp_path / "run")
             assert there.read_bytes() == data
         assert f"Steps [4, 8] of {tmp_path}/run have no manifest.json" in capsys.readouterr().err
+
+
+def test_a_step_that_was_completed_meanwhile_is_never_given_up(config, fake, trained):
+    """`--auto-resume` had found an unfinished run, and who was training there has finished a step since."""
+    trainer, before = fake(), contents(trained)
+    with pytest.raises(ConfigError, match=r"has saved a step since this one began to start. Give the same command"):
+        loop.train(config, trained, overwrite=True, unfinished=True)
+    assert contents(trained) == before and trainer.events == []
 
 
 @pytest.mark.parametrize("moves", range(4))

@@ -25,13 +25,13 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 @pytest.mark.parametrize(
     "part, changes, words",
     [
-        ("model", {"d_model": 32}, "model.d_model is 32 and the run in {} has 16"),
-        ("model", {"rope_theta": 5e5}, "model.rope_theta is 500000.0 and the run in {} has 10000.0"),
-        ("head", {"rank": 5}, "head.rank is 5 and the run in {} has 2"),
-        ("head", {"factors": "shared"}, "head.factors is 'shared' and the run in {} has 'full'"),
-        ("data", {"batch_size": 16}, "data.batch_size is 16 and the run in {} has 8"),
-        ("data", {"seed": 1}, "data.seed is 1 and the run in {} has 0"),
-        ("optimizer", {"name": "muon"}, "optimizer.name is 'muon' and the run in {} has 'adamw'"),
+        ("model", {"d_model": 32}, "model.d_model is 32 and the run in {} was trained with 16"),
+        ("model", {"rope_theta": 5e5}, "model.rope_theta is 500000.0 and the run in {} was trained with 10000.0"),
+        ("head", {"rank": 5}, "head.rank is 5 and the run in {} was trained with 2"),
+        ("head", {"factors": "shared"}, "head.factors is 'shared' and the run in {} was trained with 'full'"),
+        ("data", {"batch_size": 16}, "data.batch_size is 16 and the run in {} was trained with 8"),
+        ("data", {"seed": 1}, "data.seed is 1 and the run in {} was trained with 0"),
+        ("optimizer", {"name": "muon"}, "optimizer.name is 'muon' and the run in {} was trained with 'adamw'"),
     ],
 )
 def test_another_run_is_not_resumed(config, fake, trained, part, changes, words):
@@ -39,6 +39,33 @@ def test_another_run_is_not_resumed(config, fake, trained, part, changes, words)
     with pytest.raises(ConfigError, match=re.escape(words.format(trained))):
         loop.train(change(config, part, **changes), trained, resume=True)
     assert contents(trained) == before and trainer.events == []
+
+
+def test_a_config_that_was_edited_by_hand_is_noticed(config, fake, tmp_path, capsys):
+    """As it resumes from its own config: what may change is said, and what may not is refused by its name."""
+    run_dir = tmp_path / "run"
+    fake()
+    loop.train(config, run_dir)
+    text, said = (run_dir / "config.json").read_text(), "step 8 was trained with"
+    for old, new, refused in (
+        ('"valid_fraction": 0.2', '"valid_fraction": 0.3', "data.valid_fraction is 0.3 and the run in"),
+        ('"rope_theta": 10000.0', '"rope_theta": 1e5', "model.rope_theta is 100000.0 and the run in"),
+        ('"ema_decay": 0.0', '"ema_decay": 0.9', "ema_decay is 0.9 and the run in"),
+    ):
+        assert text.count(old) == 1
+        (run_dir / "config.json").write_text(text.replace(old, new))
+        before = contents(run_dir)
+        with pytest.raises(ConfigError, match=re.escape(refused)):
+            loop.train(dataclasses.replace(read_config(run_dir), steps=10), run_dir, resume=True)
+        assert contents(run_dir) == before
+    (run_dir / "config.json").write_text(text.replace('"learning_rate": 0.01', '"learning_rate": 0.5'))
+    capsys.readouterr()
+    loop.train(dataclasses.replace(read_config(run_dir), steps=10), run_dir, resume=True)
+    out = capsys.readouterr().out
+    assert f"--resume: optimizer.learning_rate is 0.5; {said} 0.01\n" in out and f"steps is 10; {said} 8\n" in out
+    fake()
+    loop.train(dataclasses.replace(read_config(run_dir), steps=10), run_dir, resume=True)
+    assert "was trained with" not in capsys.readouterr().out
 
 
 def test_a_run_is_not_resumed_to_a_step_that_is_behind_it(config, fake, tmp_path):
@@ -142,11 +169,10 @@ def test_an_earlier_step_is_for_a_run_that_goes_on(config, fake, tmp_path):
 
 
 @pytest.mark.parametrize("before, after", [(0.0, 0.9), (0.9, 0.0)])
-def test_an_average_begins_with_the_run(config, fake, tmp_path, before, after):
-    fake()
-    write_config(tmp_path / "run", dataclasses.replace(config, ema_decay=before))
-    with pytest.raises(ConfigError, match=f"--resume: ema_decay is {after} and the run in .* has {before}; it keeps"):
-        loop.train(dataclasses.replace(config, ema_decay=after), tmp_path / "run", resume=True)
+def test_an_average_begins_with_the_run(config, before, after):
+    new, old = (dataclasses.replace(config, ema_decay=decay) for decay in (after, before))
+    with pytest.raises(ConfigError, match=f"ema_decay is {after} and the run in RUN was .* {before}; it keeps"):
+        checks.check_same_run(new, old, epath.Path("RUN"))
 
 
 def test_a_run_whose_last_save_fails_fails(config, fake, tmp_path, monkeypatch, capsys):

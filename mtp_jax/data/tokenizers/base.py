@@ -37,6 +37,20 @@ class Tokenizer(Protocol):
         """The ids of `text`, in which special tokens stand for themselves: what a chat template renders, say."""
         raise ConfigError(f"The tokenizer {self.name!r} has no special tokens in text.")
 
+    def encode_prompt(self, text: str | bytes, *, special: bool = False) -> np.ndarray:
+        """The ids of a prompt, behind the one that begins every text of a pretrained model, if one does.
+
+        `special`: special tokens in it stand for themselves; without it text never becomes one.
+        """
+        ids = self.encode_special(text) if special and isinstance(text, str) else self.encode(text)
+        bos = self.conventions.bos
+        return ids if bos is None or ids[:1].tolist() == [bos] else np.concatenate([np.array([bos], np.int32), ids])
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """The ids that end an answer: those of a pretrained model, or the end of a document."""
+        return self.conventions.stops or (self.end_of_document,)
+
     def encode_batch(self, texts: Sequence[bytes]) -> list[np.ndarray]:
         """`encode` of every text, in order. Many at once is what makes preparing data fast."""
         ...
