@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 
 from mtp_jax.output import open_standard_files, safe_output
 from mtp_jax.train.signals import INTERRUPTED, leave, listening
-from mtp_jax.validate import PREEMPTED, ConfigError, PreemptedError
+from mtp_jax.validate import PREEMPTED, REFUSED, ConfigError, PreemptedError
 
 # name: (module, what it does)
 COMMANDS = {
@@ -65,17 +67,21 @@ def _run(args: list[str]) -> None:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}."
-        _fail(f"there is no command {name!r}; {hint}", 2)
+        _fail(f"there is no command {name!r}; {hint}", REFUSED)
     command = importlib.import_module(COMMANDS[name][0])
     try:
         command.main(rest)
     except ConfigError as error:
-        _fail(str(error), 2)
+        _fail(str(error), REFUSED)
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except PreemptedError as error:
         _fail(str(error), PREEMPTED)
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS")
+        # That is where JAX looks for devices.
+        if platforms and traceback.extract_tb(error.__traceback__)[-1].name == "backends":
+            _fail(f"JAX_PLATFORMS is {platforms!r}, and JAX finds no such device here. Unset it, or give cpu.", REFUSED)
         if type(error).__module__.partition(".")[0] != "mtp_jax":
             raise
         _fail(str(error), 1)

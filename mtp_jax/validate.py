@@ -22,7 +22,11 @@ class ConfigError(ValueError):
     """A configuration that cannot run. The message names the field, the values and the way out."""
 
 
-PREEMPTED = 75  # exit status; no unhandled signal gives it
+class BusyError(ConfigError):
+    """Another process trains in the run directory. Nothing was touched."""
+
+
+REFUSED, PREEMPTED = 2, 75  # exit statuses: a mistake of the caller's, and what no unhandled signal gives
 
 
 class PreemptedError(RuntimeError):

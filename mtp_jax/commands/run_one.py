@@ -14,7 +14,9 @@ from mtp_jax.sweep.measure import costs, measure
 from mtp_jax.sweep.records import Place, machine
 from mtp_jax.train.loggers import read_metrics, series
 from mtp_jax.train.signals import STOPS, leave, listening
-from mtp_jax.validate import ConfigError, PreemptedError, differences, require
+from mtp_jax.validate import BusyError, ConfigError, PreemptedError, differences, require
+
+SAVING_SECONDS = 60.0  # how long a run is waited for that somebody else has: it may be told to end, and save
 
 
 def run_one(named: NamedSweep, name: str, place: Place) -> None:
@@ -24,6 +26,7 @@ def run_one(named: NamedSweep, name: str, place: Place) -> None:
 
     Raises:
       ConfigError: what it begins from is not finished, or its directory has a run with another config.
+      BusyError: another process trains it, which is no failure.
       PreemptedError: training was, which is no failure; a notice while it measures ends the process with 75.
     """
     with listening(leave, STOPS):
@@ -53,7 +56,7 @@ def _run_one(named: NamedSweep, name: str, place: Place) -> None:
             steps = named.sweep.variants[variant.reference].config.steps
             found |= measure(place.run(name), variant, steps, cost, named.sweep.measure, say)
             seconds["measuring"] = time.perf_counter() - begun
-    except PreemptedError:
+    except (PreemptedError, BusyError):
         raise
     except Exception as error:
         lines = str(error).strip().splitlines()
@@ -69,7 +72,16 @@ def _run_one(named: NamedSweep, name: str, place: Place) -> None:
 
 def _train(named: NamedSweep, name: str, place: Place) -> None:
     begin = named.config(name, place.directory).init_from
-    train.main([f"{named.key}/{name}", "--run-dir", str(place.run(name)), "--init-from", begin, "--auto-resume"])
+    args = [f"{named.key}/{name}", "--run-dir", str(place.run(name)), "--init-from", begin, "--auto-resume"]
+    until = time.monotonic() + SAVING_SECONDS
+    while True:
+        try:
+            train.main(args)
+            break
+        except BusyError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(1)
     require(
         jax.process_count() == 1,
         f"The run {name} has {jax.process_count()} processes; what is measured of a run of a sweep is measured by one, "

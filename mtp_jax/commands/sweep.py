@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mtp_jax.commands import console, parse, use_compilation_cache
 from mtp_jax.commands.experiment import load_sweep, split_file
+from mtp_jax.processes import end_with_input
 from mtp_jax.runs.paths import given_path
 from mtp_jax.sweep.config import NamedSweep
 from mtp_jax.sweep.records import Place, collect, write_json
@@ -58,6 +59,7 @@ def main(args: list[str]) -> None:
     named = load_sweep(file)
     place = Place(given_path(options.dir or named.directory))
     if options.only:
+        end_with_input()
         use_compilation_cache()
         from mtp_jax.commands.run_one import run_one
 

@@ -68,9 +68,18 @@ def gumbel(key_B: Array, positions_BT: Array, vocab_size: int) -> Array:
     """Noise `[B, T, V]` that is a function of each row's key and the absolute position of the token it chooses."""
 
     def one(key: Array, position: Array) -> Array:
-        return jax.random.gumbel(jax.random.fold_in(key, position), (vocab_size,), jnp.float32)
+        return gumbel_of(jax.random.bits(jax.random.fold_in(key, position), (vocab_size,), jnp.uint32))
 
     return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(key_B, positions_BT)
+
+
+def gumbel_of(bits: Array) -> Array:
+    """Gumbel noise in float32, the larger the smaller the uint32 `bits`, that is right for chances down to 2^-32.
+
+    That of `jax.random.gumbel` ends at 2^-23, and a large vocabulary has many tokens behind that.
+    """
+    u = ((bits >> 1).astype(jnp.int32).astype(jnp.float32) + 0.5) * 2.0**-31
+    return -jnp.log(-jnp.log1p(-jnp.minimum(u, 1 - 2.0**-24)))  # in float32 the largest u is 1
 
 
 def block_keys(sampling: Sampling, start_B: Array, purpose: int) -> Array:

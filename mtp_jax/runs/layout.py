@@ -85,10 +85,13 @@ def write_run(config: TrainConfig, path: epath.Path, tokenizer: Tokenizer, overw
         )
     elif overwrite and holds_run(path):
         clear_run(path)
-    write_config(path, config)
-    for file, data in files.items():
-        (path / TOKENIZER_DIR).mkdir(parents=True, exist_ok=True)
-        replace_file(path / TOKENIZER_DIR / file, data)
+    try:
+        write_config(path, config)
+        for file, data in files.items():
+            (path / TOKENIZER_DIR).mkdir(parents=True, exist_ok=True)
+            replace_file(path / TOKENIZER_DIR / file, data)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error}). Make room, or give another --run-dir.") from error
 
 
 def run_tokenizer(run_dir: epath.PathLike, config: TrainConfig) -> Tokenizer:

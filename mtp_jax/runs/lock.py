@@ -24,7 +24,7 @@ from etils import epath
 
 from mtp_jax.distributed import on_first
 from mtp_jax.runs.paths import LOCK, is_local, replace_file
-from mtp_jax.validate import ConfigError, require
+from mtp_jax.validate import BusyError, ConfigError
 
 BEAT_SECONDS = 15.0
 BEATS_WATCHED = 4  # who shows none of them is dead
@@ -35,7 +35,8 @@ def one_writer(run_dir: epath.PathLike) -> Iterator[epath.Path]:
     """A context in which nobody else trains in a run directory. All processes of a run enter it, and process 0 locks.
 
     Raises:
-      ConfigError: another process trains there, which the message names; or the directory cannot be written.
+      BusyError: another process trains there, which the message names.
+      ConfigError: the directory cannot be written.
     """
     lock = _Lock(epath.Path(run_dir))
     try:
@@ -109,11 +110,11 @@ class _Lock:
         return now if now != holder else None
 
     def _refuse(self, holder: dict[str, Any] | None) -> None:
-        require(
-            holder is None,
-            f"The run in {self.run_dir} is being trained by {_name(holder or {})}. Nothing was touched: wait until "
-            "that process ends or stop it, or give another --run-dir.",
-        )
+        if holder is not None:
+            raise BusyError(
+                f"The run in {self.run_dir} is being trained by {_name(holder)}. Nothing was touched: wait until that "
+                "process ends or stop it, or give another --run-dir."
+            )
 
     def _beat(self) -> None:
         """Show that this process lives; end it if the run was taken over while it did not, suspended for minutes."""

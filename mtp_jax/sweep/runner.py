@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -9,10 +10,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mtp_jax.processes import ENDS_WITH_INPUT
 from mtp_jax.sweep.config import NamedSweep
 from mtp_jax.sweep.records import Place
 from mtp_jax.train.signals import INTERRUPTED
-from mtp_jax.validate import PREEMPTED, PreemptedError
+from mtp_jax.validate import PREEMPTED, REFUSED, PreemptedError
 
 POLL_SECONDS = 1.0
 State = Literal["done", "failed", "running", "waiting"]
@@ -101,7 +103,12 @@ def _run_in_process(
     log = place.log(name)
     log.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "mtp_jax", "sweep", named.key, "--only", name, "--dir", str(place.directory)]
-    with log.open("ab") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
+    # It has a pipe whose other end is this process's: see `processes.end_with_input`.
+    pipe, env = subprocess.PIPE, {**os.environ, ENDS_WITH_INPUT: "1"}
+    with (
+        log.open("ab") as out,
+        subprocess.Popen(command, stdin=pipe, stdout=out, stderr=subprocess.STDOUT, env=env) as process,
+    ):
         while True:
             try:
                 return process.wait(POLL_SECONDS)
@@ -118,11 +125,12 @@ def _run_in_process(
 
 
 def _reason(named: NamedSweep, name: str, place: Place, status: int) -> str:
-    """The last line that a failed run has printed, also put in its record if it could not write one itself."""
+    """The last line that a failed run has printed, also put in its record if it was killed before it could."""
     record = place.read(named, name)
     if record and record["state"] == "failed":
         return record["error"]
     lines = place.log(name).read_text(errors="replace").strip().splitlines()
     error = f"status {status}: {lines[-1] if lines else 'it printed nothing'}"
-    place.fail(named, name, error)
+    if status != REFUSED:  # which is no result: somebody else trains it, say
+        place.fail(named, name, error)
     return error

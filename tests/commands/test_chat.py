@@ -4,9 +4,11 @@ import io
 
 import pytest
 
+import mtp_jax
 from mtp_jax import cli
 from mtp_jax.commands import chat
 from mtp_jax.data.tokenizers.conventions import Conventions
+from mtp_jax.decode.spans import visible
 from mtp_jax.interop.importing import import_run
 from support.pretrained import write
 
@@ -36,6 +38,15 @@ def test_each_message_is_answered_with_all_that_was_said_before(run, monkeypatch
     talk(monkeypatch, run, "Hi\n\nBye\n", "--system", "Be brief")
     assert seen[1:] == [["system", "user"], ["system", "user", "assistant", "user"]]
     assert capsys.readouterr().out.count("tokens/s") == 2
+
+
+def test_one_message_is_answered_as_by_the_model_in_a_notebook(run, capsys):
+    messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}]
+    want = mtp_jax.load(run).chat(messages, max_new_tokens=7)
+    options = ["--max-new-tokens", "7", "--temperature", "0"]
+    cli.main(["generate", str(run), "--chat", "--prompt", "Hi", "--system", "Be brief", *options])
+    answer = capsys.readouterr().out.rpartition("\n[")[0]
+    assert answer.endswith(visible(want)) and "[7 tokens" not in want
 
 
 def test_a_conversation_that_fills_the_context_says_so(run, monkeypatch, capsys):

@@ -1,6 +1,7 @@
 """The command line: help, the nearest right thing to what is mistyped, and the compilation cache."""
 
 import contextlib
+import os
 import subprocess
 import sys
 
@@ -64,6 +65,14 @@ def test_an_unknown_command_is_answered_with_the_nearest(refused):
     assert f"there is no command 'qqq'; there are {every}." in refused("qqq")
     assert "The benchmark is 'decoed'; did you mean 'decode'?" in refused("bench", "decoed", "run")
     assert "The benchmark is 'qqq'; it can be decode, loss, train." in refused("bench", "qqq")
+
+
+@pytest.mark.parametrize("platform", ["nosuch", "cuda"])
+def test_a_platform_that_is_not_there_is_named(platform):
+    env = {**os.environ, "JAX_PLATFORMS": platform}
+    done = subprocess.run([sys.executable, "-m", "mtp_jax", "doctor"], env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert f"JAX_PLATFORMS is '{platform}', and JAX finds no such device here." in done.stderr
 
 
 def test_an_unknown_option_is_answered_with_the_nearest(experiment, refused, nothing_expensive):

@@ -1,6 +1,8 @@
 """The target law against its definition, and the Gumbel noise that samples it."""
 
+import bisect
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.arrays import NEVER
-from mtp_jax.decode.law import Sampling, gumbel, process_logits
+from mtp_jax.decode.law import Sampling, gumbel, gumbel_of, process_logits
 from support import tiny
 from support.laws import FALSE_ALARM, POWER, goodness_of_fit, reference_law
 
@@ -131,6 +133,19 @@ def samples():
     keys = jax.vmap(jax.random.key)(np.arange(20_000, dtype=np.uint32))
     noise_BTV = gumbel(keys, np.broadcast_to(np.arange(3) + 7, (20_000, 3)), len(p))
     return np.argmax(np.asarray(noise_BTV) + np.log(p), axis=-1), p
+
+
+def test_noise_is_gumbels_law_into_its_tail():
+    """How many of the 2^31 kinds of bits give more than g: as many as the law says, to half of one."""
+
+    def noise(n):
+        return float(gumbel_of(jnp.uint32(n << 1)))
+
+    for g in (-2.5, 0.0, 3.0, 12.0, 15.0, 16.5, 18.0, 20.0, 21.5):
+        more = bisect.bisect_left(range(2**31), True, key=lambda n: noise(n) <= g)
+        expected = 2**31 * -math.expm1(-math.exp(-g))
+        assert abs(more - expected) <= 0.51 + 1e-6 * expected, g
+    assert math.isfinite(noise(2**31 - 1)) and gumbel_of(jnp.uint32(2**32 - 1)).dtype == jnp.float32
 
 
 def test_gumbel_max_follows_the_softmax_at_neighbouring_positions(samples):

@@ -145,8 +145,9 @@ def chooser(laws: Sequence[Law], seed: int = 0) -> Callable[[int, int, np.ndarra
     @functools.cache
     def noise(b):
         key = jax.random.key(seed + b)
-        draw = jax.vmap(lambda position: jax.random.gumbel(jax.random.fold_in(key, position), (VOCAB,)))
-        return np.asarray(draw(np.arange(33)))
+        draw = jax.vmap(lambda position: jax.random.bits(jax.random.fold_in(key, position), (VOCAB,)))
+        u = ((np.asarray(draw(np.arange(33))) >> 1) + 0.5) / 2**31
+        return -np.log(-np.log1p(-u))
 
     def choose(b, position, logp_V):
         with np.errstate(divide="ignore"):

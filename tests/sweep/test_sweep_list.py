@@ -7,11 +7,12 @@ import sys
 import pytest
 
 from mtp_jax.cli import main
-from mtp_jax.commands import train
+from mtp_jax.commands import run_one, train
 from mtp_jax.commands.experiment import load_sweep
 from mtp_jax.runs.paths import given_path
+from mtp_jax.sweep import runner
 from mtp_jax.sweep.records import Place
-from mtp_jax.validate import PreemptedError
+from mtp_jax.validate import BusyError, PreemptedError
 
 EXPERIMENT = '''"""Which rank?"""
 from dataclasses import replace
@@ -113,6 +114,30 @@ def test_a_run_that_is_preempted_has_not_failed(file, tmp_path, capsys, monkeypa
     with pytest.raises(SystemExit) as stopped:
         main(["sweep", str(file), "--only", "0", "--dir", str(tmp_path)])
     assert stopped.value.code == 75 and not Place(given_path(tmp_path)).record("trunk").exists()
+
+
+def test_a_run_that_somebody_else_trains_is_waited_for_and_has_not_failed(file, tmp_path, capsys, monkeypatch):
+    asked = []
+
+    def busy(args):
+        asked.append(args)
+        raise BusyError("The run is being trained by process 7.")
+
+    monkeypatch.setattr(train, "main", busy)
+    monkeypatch.setattr(run_one, "SAVING_SECONDS", 1.5)
+    with pytest.raises(SystemExit) as stopped:
+        main(["sweep", str(file), "--only", "0", "--dir", str(tmp_path)])
+    assert stopped.value.code == 2 and "is being trained by process 7." in capsys.readouterr().err
+    assert len(asked) > 1 and not Place(given_path(tmp_path)).record("trunk").exists()
+
+
+@pytest.mark.parametrize("status", [2, 1, -9])
+def test_what_is_refused_leaves_no_record_and_what_is_killed_does(file, tmp_path, status):
+    named, place = load_sweep(str(file)), Place(given_path(tmp_path))
+    place.log("trunk").parent.mkdir(parents=True)
+    place.log("trunk").write_text("mtp-jax: error: The run is being trained by process 7.\n")
+    assert "being trained by process 7" in runner._reason(named, "trunk", place, status)
+    assert place.record("trunk").exists() == (status != 2)
 
 
 def test_a_run_that_is_stopped_while_it_is_measured_is_started_again(file, tmp_path):
