@@ -23,6 +23,7 @@ from mtp_jax.data.config import DataConfig
 from mtp_jax.data.sources import DataError, Part, base, documents, load_source, split
 from mtp_jax.data.sources.base import Unreadable
 from mtp_jax.data.sources.files import Files
+from mtp_jax.data.sources.text import Text
 from mtp_jax.validate import ConfigError
 from support import REPOSITORY
 
@@ -87,6 +88,31 @@ def test_pieces_are_those_of_bytes_split(tmp_path_factory, content, separator, c
     if parts[0].name:
         assert [part.begin for part in parts[1:]] == [part.end for part in parts[:-1]]
         assert (parts[0].begin, parts[-1].end) == (0, file.stat().st_size)
+
+
+@settings(max_examples=300)
+@given(
+    content=st.lists(st.sampled_from([b"a", b"--", b"\n", b"\r\n", b"\r", b"\n\n", b"\r\n\r\n"]), max_size=40).map(
+        b"".join
+    ),
+    separator=st.sampled_from([b"\n\n", b"\r\n\r\n", b"\n", b"--\n", b"\n--\n", b"a\na", b"\n\n\n"]),
+    chunk=st.integers(1, 9),
+    part_bytes=st.integers(1, 12),
+)
+def test_a_newline_of_a_separator_is_crlf_or_lf_each_for_itself(
+    tmp_path_factory, content, separator, chunk, part_bytes
+):
+    file = write(tmp_path_factory.getbasetemp() / "ends" / "file.txt", content or b"x")
+    plain = file.read_bytes().replace(b"\r\n", b"\n").split(separator.replace(b"\r\n", b"\n"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(base, "PART_BYTES", part_bytes)
+        patch.setattr(split, "CHUNK", chunk)
+        source = Text(DataConfig("text", str(file), separator=separator.decode()))
+        found = [(name, text) for part in source.parts(Path()) for name, text in source.read(part, Path())]
+    assert [text.replace(b"\r\n", b"\n") for _, text in found] == [t for p in plain if (t := p.strip(b"\r\n"))]
+    for name, text in found:
+        begin = int(name.rpartition("@")[2])
+        assert file.read_bytes()[begin:].lstrip(b"\r\n").startswith(text)
 
 
 def test_large_files_are_cut_where_separators_end(tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ class Files:
         parts, begin = [], 0
         for i, (name, size) in enumerate(zip(self.names, sizes, strict=True)):
             if separator and size > base.PART_BYTES and not split_ending(name)[1]:
-                parts += self._group(begin, i, sizes) + self._cut(name, size, self.newlines(name, separator))
+                parts += self._group(begin, i, sizes) + self._cut(name, size, separator)
                 begin = i + 1
         return parts + self._group(begin, len(sizes), sizes)
 
@@ -112,16 +112,8 @@ class Files:
         whole = ((name, 0, -1) for name in self.names[part.begin : part.end])
         for name, begin, end in (part,) if part.name else whole:
             with self.opened(name) as file:
-                for offset, piece in pieces(file, self.newlines(name, separator), begin, end):
+                for offset, piece in pieces(file, separator, begin, end):
                     yield name, offset, piece
-
-    def newlines(self, name: str, separator: bytes) -> bytes:
-        """A separator as a file has it: with CRLF where its lines end so."""
-        if len(separator) < 2 or b"\n" not in separator or b"\r" in separator:
-            return separator
-        with self.opened(name) as file:
-            head = file.read(2**16)
-        return separator.replace(b"\n", b"\r\n") if b"\r\n" in head else separator
 
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[BinaryIO]:

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Iterator
 from typing import BinaryIO
 
 CHUNK = 2**20  # bytes per read
+
+
+@functools.cache
+def pattern(separator: bytes) -> tuple[re.Pattern[bytes], int]:
+    r"""What `separator` is in a file, each `\n` of it CRLF or LF, and the most bytes that it has.
+
+    A `\r` before the first of its bytes is left to the piece before.
+    """
+    separator = separator.replace(b"\r\n", b"\n")
+    first, rest = re.escape(separator[:1]), separator[1:].split(b"\n")
+    return re.compile(first + rb"\r?\n".join(map(re.escape, rest))), len(separator) + len(rest) - 1
 
 
 def pieces(file: BinaryIO, separator: bytes, begin: int = 0, end: int = -1) -> Iterator[tuple[int, bytes]]:
@@ -15,17 +28,18 @@ def pieces(file: BinaryIO, separator: bytes, begin: int = 0, end: int = -1) -> I
     """
     if begin:
         file.seek(begin)
+    found, width = pattern(separator)
     pending, offset, unread, searched = bytearray(), begin, end - begin, 0
     while unread and (chunk := file.read(CHUNK if end < 0 else min(CHUNK, unread))):
         unread -= len(chunk)
         pending += chunk
         done = 0
-        while (at := pending.find(separator, max(done, searched))) >= 0:
-            yield offset + done, bytes(pending[done:at])
-            done = at + len(separator)
-        del pending[:done]
+        while match := found.search(pending, max(done, searched)):
+            yield offset + done, bytes(pending[done : match.start()])
+            done = match.end()
+        del match, pending[:done]  # a match holds on to what it was found in
         offset += done
-        searched = max(0, len(pending) - len(separator) + 1)  # a separator may go on in the next chunk
+        searched = max(0, len(pending) - width + 1)  # a separator may go on in the next chunk
     if end >= 0 and unread:
         raise EOFError(f"it ends {unread} bytes early: it has changed since it was listed")
     yield offset, bytes(pending)
@@ -37,19 +51,20 @@ def boundary(file: BinaryIO, separator: bytes, least: int) -> int | None:
     It is one at which `pieces` cuts the whole file. Occurrences may overlap (of a blank line among several, say), and
     which of them count depends on all that overlap before: only one that overlaps none before is sure to count.
     """
-    width = len(separator)
+    found, width = pattern(separator)
     offset = max(0, least - width + 1)
     search = least - offset
     file.seek(offset)
-    pending = bytearray()
+    pending = b""
     while chunk := file.read(CHUNK):
         pending += chunk
-        while (at := pending.find(separator, search)) >= 0:
-            if pending.find(separator, max(0, at - width + 1), at + width - 1) < 0:
-                return offset + at + width
+        while match := found.search(pending, search):
+            at = match.start()
+            before = (found.match(pending, i) for i in range(max(0, at - width + 1), at))
+            if all(other is None or other.end() <= at for other in before):
+                return offset + match.end()
             search = at + 1
         search = max(search, len(pending) - width + 1)
         done = max(0, len(pending) - 2 * width)
-        del pending[:done]
-        offset, search = offset + done, search - done
+        pending, offset, search = pending[done:], offset + done, search - done
     return None

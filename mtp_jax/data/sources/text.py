@@ -17,7 +17,7 @@ class Text:
     r"""The files that `DataConfig.files` matches, in order of name; with a `separator` what lies between them.
 
     A document is a file, bytes as they are, and is called as it is below the part of the glob without wildcards. With
-    `DataConfig.separator`, in which `\n` and `\t` stand for a newline (CRLF where the file's lines end so) and a tab, a
+    `DataConfig.separator`, in which `\n` and `\t` stand for a newline (CRLF or LF) and a tab, a
     file is cut at each occurrence: a document is what lies between, without newlines at its beginning and end, and is
     called `file@offset` by the byte where it begins (behind the separator). Documents of newlines alone are left out.
     """
