@@ -76,7 +76,7 @@ def model_config(values: Mapping[str, Any], what: str) -> ModelConfig:
         num_layers=values["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim"),
+        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
         context_length=context,
         rope_theta=rope.get("rope_theta") or values.get("rope_theta", 10_000.0),
         rope_scaling=_scaling(rope, refuse),

@@ -17,7 +17,7 @@ from mtp_jax.state import build_model, split
 from mtp_jax.validate import ConfigError
 from support import REPOSITORY, tiny
 from support.llama import reference
-from support.pretrained import FAMILIES, TEMPLATE, V, write
+from support.pretrained import FAMILIES, TEMPLATE, V, law, write
 
 pytest.importorskip("safetensors", reason="weights are read by safetensors: pip install 'mtp_jax[hf]'")
 from safetensors.numpy import load_file, save_file
@@ -31,11 +31,6 @@ def source(tmp_path):
     return functools.partial(write, tmp_path / "source")
 
 
-def law(run, tokens_BT=TOKENS_BT):
-    with jax.set_mesh(run.mesh):
-        return np.asarray(jax.jit(lambda model, t: model.target(model.see(t))[0])(run.model, tokens_BT))[..., :V]
-
-
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_family_computes_what_its_files_say(source, tmp_path, name):
     directory, config, weights = source(**FAMILIES[name])
@@ -43,12 +38,15 @@ def test_every_family_computes_what_its_files_say(source, tmp_path, name):
     scaling = config["rope_scaling"] and {"rope_type": "linear", **config["rope_scaling"]}
     logits_BTV = reference({**config, "rope_scaling": scaling}, weights, TOKENS_BT)
     logp_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
-    np.testing.assert_allclose(law(run), logp_BTV, atol=2e-5)
+    np.testing.assert_allclose(law(run, TOKENS_BT), logp_BTV, atol=2e-5)
     assert run.config.model.num_tokens == V and run.config.model.vocab_size == 320
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["tied", "qwen2", "qwen3"])
+KEPT = [(name, "float32") for name in FAMILIES]
+KEPT += [(name, dtype) for name in ("tied", "qwen2", "qwen3") for dtype in ("bfloat16", "float16")]
+
+
+@pytest.mark.parametrize(("name", "dtype"), KEPT)
 def test_an_import_of_the_export_is_the_identity(source, tmp_path, name, dtype):
     directory, _, weights = source(getattr(ml_dtypes, dtype, None) or np.dtype(dtype), **FAMILIES[name])
     first = mtp_jax.load(import_run(str(directory), tmp_path / "first"))

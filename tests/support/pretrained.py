@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+
+from mtp_jax.runs.loading import LoadedRun
 
 D, F, V, N, K, H, L = 16, 24, 259, 4, 2, 6, 2
 CONFIG = dict(
@@ -46,15 +49,16 @@ def weights_of(config: dict[str, Any], dtype: Any = "float32", seed: int = 0) ->
     return {name: (("norm" in name) + 0.4 * rng.standard_normal(shape)).astype(dtype) for name, shape in named.items()}
 
 
-def write_tokenizer(directory: Path) -> None:
-    """Bytes, two tokens that end something and one that begins a text."""
+def write_tokenizer(directory: Path, *, begins: bool = True) -> None:
+    """Bytes, two tokens that end something and one that begins a text, if `begins`."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tok = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     tok.pre_tokenizer, tok.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tok.add_special_tokens([AddedToken(text, special=True) for text in ("<|endoftext|>", "<|end|>", "<s>")])
-    tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 258)])
+    if begins:
+        tok.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 258)])
     tok.save(str(directory / "tokenizer.json"))
 
 
@@ -79,3 +83,9 @@ def write(
     (directory / "tokenizer_config.json").write_text(json.dumps(values))
     write_tokenizer(directory)
     return directory, config, weights
+
+
+def law(run: LoadedRun, tokens_BT: np.ndarray) -> np.ndarray:
+    """Log-probabilities `[B, T, V]` of the next token after each, over the ids that stand for something."""
+    with jax.set_mesh(run.mesh):
+        return np.asarray(jax.jit(lambda model, t: model.target(model.see(t))[0])(run.model, tokens_BT))[..., :V]

@@ -1,0 +1,135 @@
+"""Parity with `transformers`: models that it writes compute here what they compute there, and come back."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import mtp_jax
+from mtp_jax.interop import exporting
+from mtp_jax.interop.exporting import export_run
+from mtp_jax.interop.importing import import_run
+from mtp_jax.runs.loading import LoadedRun
+from mtp_jax.state import split
+from support.pretrained import V, law, write_tokenizer
+
+torch = pytest.importorskip("torch", reason="the other side is transformers on torch")
+transformers = pytest.importorskip("transformers", reason="the other side is transformers on torch")
+pytest.importorskip("safetensors", reason="weights are read by safetensors: pip install 'mtp_jax[hf]'")
+
+# Faster code would take longer to compile.
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+TOKENS_BT = np.random.default_rng(0).integers(0, 256, (2, 40)).astype(np.int32)
+NEW = 24
+CONFIG = dict(
+    vocab_size=V, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=128, rms_norm_eps=1e-5, tie_word_embeddings=False,
+    bos_token_id=None, eos_token_id=None, pad_token_id=None,
+)  # fmt: skip
+LLAMA3 = dict(rope_type="llama3", rope_theta=5e5, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0)
+CASES = {
+    "llama2": ("Llama", dict(num_key_value_heads=4)),
+    "llama3": ("Llama", dict(rope_parameters={**LLAMA3, "original_max_position_embeddings": 64})),
+    "linear": ("Llama", dict(rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0))),
+    "smollm2": ("Llama", dict(tie_word_embeddings=True, rope_parameters=dict(rope_type="default", rope_theta=1e5))),
+    "one key head": ("Llama", dict(num_key_value_heads=1)),
+    "mistral": ("Mistral", dict(head_dim=12, sliding_window=None)),
+    "qwen2": ("Qwen2", dict(rms_norm_eps=1e-6)),
+    "qwen2 tied": ("Qwen2", dict(tie_word_embeddings=True)),
+    "qwen3": ("Qwen3", dict(head_dim=12, rms_norm_eps=1e-6)),
+    "qwen3 tied": ("Qwen3", dict(head_dim=12, tie_word_embeddings=True)),
+    "bfloat16": ("Qwen2", dict(dtype="bfloat16")),
+    "float16": ("Llama", dict(dtype="float16")),
+    "several files": ("Qwen3", dict(head_dim=12, shards="20KB")),
+    "more rows than tokens": ("Qwen2", dict(vocab_size=300, tie_word_embeddings=True)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A model there, in float32, and here."""
+
+    theirs: Any
+    run: LoadedRun
+    source: Path
+    run_dir: Path
+
+
+def random_model(kind, *, dtype="float32", **changes):
+    """Weights that make heads attend and laws differ; vectors that are neither 0 nor 1."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(**{**CONFIG, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(("norm" in name) + 0.15 * torch.randn_like(weight))
+    return model.to(getattr(torch, dtype))
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    kind, changes = CASES[request.param]
+    changes = dict(changes)
+    shards = changes.pop("shards", "5GB")
+    model = random_model(kind, **changes)
+    model.save_pretrained(folder / "source", max_shard_size=shards)
+    assert (len(list((folder / "source").glob("*.safetensors"))) > 2) == (shards != "5GB")
+    write_tokenizer(folder / "source", begins=False)
+    run = import_run(str(folder / "source"), folder / "run")
+    # Read anew: `model.float()` would keep frequencies that were rounded with the weights.
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "source", dtype=torch.float32).eval()
+    return Case(theirs, mtp_jax.load(run), folder / "source", folder / "run")
+
+
+def logp(model, tokens_BT=TOKENS_BT):
+    """Their law over the ids that stand for something."""
+    with torch.inference_mode():
+        return model(torch.tensor(tokens_BT.astype(np.int64))).logits[..., :V].log_softmax(-1).numpy()
+
+
+def greedy(model):
+    rows = [id for id in range(V, model.config.vocab_size)]
+    prompts = torch.tensor(TOKENS_BT[:, :8].astype(np.int64))
+    options = dict(max_new_tokens=NEW, do_sample=False, suppress_tokens=rows or None)
+    with torch.inference_mode():
+        out = model.generate(prompts, attention_mask=torch.ones_like(prompts), **options)
+    return out[:, 8:].numpy()
+
+
+def test_laws_are_theirs(case):
+    assert case.run.config.model.vocab_size == 320 and case.run.config.model.num_tokens == V
+    np.testing.assert_allclose(law(case.run, TOKENS_BT), logp(case.theirs), atol=1e-5, rtol=0)
+
+
+def test_greedy_text_is_theirs(case):
+    found = case.run.generate_tokens(list(TOKENS_BT[:, :8]), max_new_tokens=NEW, stop_tokens=(), temperature=0.0)
+    np.testing.assert_array_equal(np.stack(found.tokens), greedy(case.theirs))
+
+
+def test_the_export_is_theirs_again(case, tmp_path, monkeypatch):
+    several = len(list(case.source.glob("*.safetensors"))) > 1
+    if several:
+        monkeypatch.setattr(exporting, "SHARD_BYTES", 20_000)
+    out = export_run(case.run, case.run_dir, tmp_path / "out")
+    assert (len(list(out.glob("*.safetensors"))) > 2) == several
+    again = transformers.AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).eval()
+    np.testing.assert_allclose(logp(again), logp(case.theirs), atol=1e-6, rtol=0)
+    weights = dict(case.theirs.named_parameters())
+    for name, weight in again.named_parameters():
+        assert torch.equal(weight, weights[name][: len(weight)]), name
+    kept = json.loads((case.source / "config.json").read_text())["dtype"]
+    assert json.loads((out / "config.json").read_text())["dtype"] == kept == case.run.config.model.param_dtype
+    second = mtp_jax.load(import_run(str(out), tmp_path / "run"))
+    assert second.config.model == case.run.config.model
+    np.testing.assert_array_equal(law(second, TOKENS_BT), law(case.run, TOKENS_BT))
+    if case.theirs.config.vocab_size == V:  # rows of no token are not exported
+        jax.tree.map(np.testing.assert_array_equal, split(second.model)[1], split(case.run.model)[1])
+    text = "Once upon a\n\ttime 🙂"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert tokenizer(text)["input_ids"] == case.run.encode(text).tolist()
