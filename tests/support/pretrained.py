@@ -32,17 +32,17 @@ FAMILIES = {
 
 def weights_of(config: dict[str, Any], dtype: Any = "float32", seed: int = 0) -> dict[str, np.ndarray]:
     """Random weights by the names at Hugging Face."""
-    rng, kv = np.random.default_rng(seed), config["num_key_value_heads"]
+    rng, kv, width = np.random.default_rng(seed), config["num_key_value_heads"], config["head_dim"]
     shapes = {
-        "self_attn.q_proj.weight": (N * H, D), "self_attn.k_proj.weight": (kv * H, D),
-        "self_attn.v_proj.weight": (kv * H, D), "self_attn.o_proj.weight": (D, N * H),
+        "self_attn.q_proj.weight": (N * width, D), "self_attn.k_proj.weight": (kv * width, D),
+        "self_attn.v_proj.weight": (kv * width, D), "self_attn.o_proj.weight": (D, N * width),
         "mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F),
         "input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,),
     }  # fmt: skip
     if config["model_type"] == "qwen2":
-        shapes |= {f"self_attn.{n}_proj.bias": (heads * H,) for n, heads in (("q", N), ("k", kv), ("v", kv))}
+        shapes |= {f"self_attn.{n}_proj.bias": (heads * width,) for n, heads in (("q", N), ("k", kv), ("v", kv))}
     if config["model_type"] == "qwen3":
-        shapes |= {f"self_attn.{n}_norm.weight": (H,) for n in "qk"}
+        shapes |= {f"self_attn.{n}_norm.weight": (width,) for n in "qk"}
     named = {f"model.layers.{i}.{name}": shape for i in range(L) for name, shape in shapes.items()}
     named |= {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
     named |= {} if config["tie_word_embeddings"] else {"lm_head.weight": (V, D)}
@@ -69,14 +69,15 @@ TEMPLATE = (
 
 
 def write(
-    directory: Path, dtype: Any = "float32", **changes: Any
+    directory: Path, dtype: Any = "float32", embedding: float = 1.0, **changes: Any
 ) -> tuple[Path, dict[str, Any], dict[str, np.ndarray]]:
-    """Write one, and return it with its config and weights."""
+    """Write one, and return it with its config and weights. `embedding` scales what tokens embed as."""
     from safetensors.numpy import save_file
 
     config = {**CONFIG, **changes}
     directory.mkdir()
     weights = weights_of(config, dtype)
+    weights["model.embed_tokens.weight"] *= np.asarray(embedding, dtype)
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config))
     values = {"bos_token": "<s>", "eos_token": {"content": "<|end|>"}, "chat_template": TEMPLATE}
