@@ -13,7 +13,7 @@ from mtp_jax.data.tokenizers import HFTokenizer
 from mtp_jax.data.tokenizers.conventions import Conventions
 from mtp_jax.interop.hf import linear_scaling
 from mtp_jax.interop.pretrained import Pretrained
-from mtp_jax.interop.weights import WEIGHTS
+from mtp_jax.interop.weights import WEIGHTS, common_dtype
 from mtp_jax.model.config import ModelConfig, RopeScaling
 from mtp_jax.model.rotary import frequencies
 from mtp_jax.validate import ConfigError, require
@@ -22,7 +22,7 @@ FAMILIES = {"llama": (False, False), "qwen2": (True, False), "qwen3": (False, Tr
 INTERLEAVED = ("llama",)  # rotary pairs of q and k lie side by side
 KEPT = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # whatever is quantised becomes float32
 FREQUENCIES = "rope_freqs.weight"
-CONTROL, UNKNOWN, USER = 3, 2, 4  # types of tokens
+NORMAL, UNKNOWN, CONTROL, USER, UNUSED = 1, 2, 3, 4, 5  # types of tokens
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {"llama-bpe": WORDS % r"\p{N}{1,3}", "qwen2": WORDS % r"\p{N}"}
 
@@ -72,19 +72,34 @@ def open_gguf(path: Path) -> Pretrained:
         array = whole(name)
         return array[rows, columns] if array.ndim == 2 else array[rows]
 
-    kinds = {tensor.tensor_type.name for name, tensor in tensors.items() if len(shapes[name]) == 2}
-    dtype = KEPT.get(kinds.pop(), "float32") if len(kinds) == 1 else "float32"
+    matrices = {
+        KEPT.get(tensors[name].tensor_type.name, "float32") for name, shape in shapes.items() if len(shape) == 2
+    }
+    dtype = common_dtype(matrices, (whole(name) for name in shapes if name.endswith(".bias")))
     tokenizer = _tokenizer(meta, path)
     return Pretrained(
         str(path), "gguf", model, tokenizer, shapes, dtype, read, [FREQUENCIES] * (FREQUENCIES in tensors)
     )
 
 
+def _value(meta: dict[str, Any], name: str, path: Path, default: Any = None) -> Any:
+    value = meta.get(name, default)
+    require(value is not None, f"{path} has no {name}. Get the file again, or another one of the model.")
+    return value
+
+
 def _config(meta: dict[str, Any], kind: str, shapes: dict[str, tuple[int, ...]], path: Path) -> ModelConfig:
     def get(name: str, default: Any = None) -> Any:
-        value = meta.get(f"{kind}.{name}", default)
-        require(value is not None, f"{path} has no {kind}.{name}. Get the file again, or another one of the model.")
-        return value
+        return _value(meta, f"{kind}.{name}", path, default)
+
+    heads, width = get("attention.head_count"), get("embedding_length")
+    head_dim = get("attention.key_length", width // heads)
+    turned = get("rope.dimension_count", head_dim)
+    require(
+        turned == head_dim,
+        f"{path}: {kind}.rope.dimension_count is {turned} and heads are {head_dim} wide; what can be imported turns "
+        "all pairs of a head.",
+    )
 
     def exact(value: float) -> float:
         return float(str(np.float32(value)))  # as it was written before it became float32
@@ -100,7 +115,6 @@ def _config(meta: dict[str, Any], kind: str, shapes: dict[str, tuple[int, ...]],
         f"{path}: {kind}.rope.scaling.type is {kind_of_scaling!r}; what can be imported has none or linear, or Llama's "
         f"own in the tensor {FREQUENCIES}.",
     )
-    heads, width = get("attention.head_count"), get("embedding_length")
     qkv_bias, qk_norm = FAMILIES[kind]
     return ModelConfig(
         vocab_size=shapes["token_embd.weight"][0],
@@ -109,7 +123,7 @@ def _config(meta: dict[str, Any], kind: str, shapes: dict[str, tuple[int, ...]],
         num_layers=get("block_count"),
         num_heads=heads,
         num_kv_heads=get("attention.head_count_kv", heads),
-        head_dim=get("attention.key_length", width // heads),
+        head_dim=head_dim,
         context_length=get("context_length"),
         rope_theta=exact(get("rope.freq_base", 10_000.0)),
         rope_scaling=scaling,
@@ -138,7 +152,9 @@ def _tokenizer(meta: dict[str, Any], path: Path) -> HFTokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
-    tokens, types = list(meta["tokenizer.ggml.tokens"]), list(meta["tokenizer.ggml.token_type"])
+    tokens, types = (list(_value(meta, f"tokenizer.ggml.{name}", path)) for name in ("tokens", "token_type"))
+    used = max((i for i, of in enumerate(types) if of != UNUSED), default=0) + 1
+    tokens, types = tokens[:used], types[:used]  # without the table's padding, which no tokenizer has
     vocab = {token: i for i, token in enumerate(tokens)}
     tok: Any
     if kind == "gpt2":
@@ -161,7 +177,8 @@ def _tokenizer(meta: dict[str, Any], path: Path) -> HFTokenizer:
             f"{path}: tokenizer.ggml.model is {kind!r}; what can be imported has gpt2 or llama (SentencePiece).",
         )
         unknown = next((tokens[i] for i, of in enumerate(types) if of == UNKNOWN), None)
-        merges = _merges(vocab, meta["tokenizer.ggml.scores"])
+        scores = _value(meta, "tokenizer.ggml.scores", path)
+        merges = _merges({token: i for token, i in vocab.items() if types[i] in (NORMAL, USER)}, scores)
         tok = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
         prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
         spaces = [normalizers.Prepend("\u2581")] * bool(prefix) + [normalizers.Replace(" ", "\u2581")]
@@ -172,15 +189,19 @@ def _tokenizer(meta: dict[str, Any], path: Path) -> HFTokenizer:
         [
             AddedToken(t, special=True, normalized=False)
             for t, of in zip(tokens, types, strict=True)
-            if of in (2, CONTROL)
+            if of in (UNKNOWN, CONTROL)
         ]
     )
     tok.add_tokens([AddedToken(t, normalized=False) for t, of in zip(tokens, types, strict=True) if of == USER])
     ids: dict[str, Any] = {
         name: meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding")
     }
-    end = ids["eos"]
-    require(end is not None, f"{path} has no tokenizer.ggml.eos_token_id. Get the file again.")
+    end = _value(meta, "tokenizer.ggml.eos_token_id", path)
+    for name, i in ids.items():
+        require(
+            i is None or i < len(tokens),
+            f"{path}: tokenizer.ggml.{name}_token_id is {i} and there are {len(tokens)} tokens. Get the file again.",
+        )
     found = HFTokenizer(tok.to_str().encode(), tokens[end])
     # llama.cpp: SentencePiece models begin texts with BOS if nothing is said.
     begins = meta.get("tokenizer.ggml.add_bos_token", kind == "llama")
@@ -195,7 +216,7 @@ def _tokenizer(meta: dict[str, Any], path: Path) -> HFTokenizer:
 
 
 def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:
-    """The merges of a SentencePiece BPE: every way to put a piece together, the likeliest pieces first."""
+    """The merges of a SentencePiece BPE: every way to put one of `vocab` together, the likeliest pieces first."""
     found = []
     for piece, index in vocab.items():
         pairs = [(piece[:i], piece[i:]) for i in range(1, len(piece))]

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from mtp_jax.interop.weights import Read
+from mtp_jax.interop.weights import Read, common_dtype
 from mtp_jax.model.config import ModelConfig, RopeScaling
 from mtp_jax.validate import ConfigError, require
 
@@ -203,4 +203,6 @@ def open_tensors(directory: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], 
 
         shapes = {name: tuple(piece.get_shape()) for name, piece in slices.items()}
         matrices = {DTYPES[dtypes[name]] for name, shape in shapes.items() if len(shape) == 2}
-        yield shapes, matrices.pop() if len(matrices) == 1 else "float32", read  # which holds all of them
+        every = slice(None)
+        biases = (read(name, every, every) for name in shapes if name.endswith(".bias"))
+        yield shapes, common_dtype(matrices, biases), read

@@ -97,7 +97,7 @@ def _write(found: Pretrained, source: str, run: epath.Path, log: Callable[[str],
         build = functools.partial(build_model, config, random_key(0))
         target = on_mesh(jax.eval_shape(jax.jit(lambda: split(build())[1])), mesh)
         shapes = {name: shape for name, shape in found.shapes.items() if name not in found.ignored}
-        params = read_params(target, model, shapes, found.read, found.kind, found.what)
+        params = read_params(target, found.model, shapes, found.read, found.kind, found.what)
         log(f"Read {len(shapes)} tensors in {found.dtype}.")
         partial = run.parent / f".{run.name}.partial"
         if partial.exists():

@@ -7,11 +7,12 @@ their own. Rotary embeddings turn the pairs (i, i + H/2) here and at Hugging Fac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
@@ -91,8 +92,8 @@ def read_params(
     """The parameters of a model without its head, each device's part read for itself.
 
     Args:
-      target: shapes, dtypes and shardings of the parameters, by name.
-      config: the model's.
+      target: shapes, dtypes and shardings of the parameters, by name; tables may have more rows, which are 0.
+      config: the model's, with as many rows as its files have.
       shapes: of all tensors that there are, by their names.
       read: a part of one of them.
       kind: whose names they are: `hf` or `gguf`.
@@ -106,6 +107,8 @@ def read_params(
     wanted: dict[str, tuple[int, ...]] = {}
     for path, weight in rows.items():
         shape = theirs(flat[path].shape, path)
+        if path[-1].endswith("_VD"):
+            shape = (config.vocab_size, shape[1])
         for name in tensors(weight, config, kind):
             wanted[name] = shape
     missing, more = sorted(wanted.keys() - shapes.keys()), sorted(shapes.keys() - wanted.keys())
@@ -113,9 +116,8 @@ def read_params(
     require(not more, f"{what} has the tensor {_some(more)}, which this model has no place for.")
     for name, shape in wanted.items():
         found = tuple(shapes[name])
-        padded = len(found) == 2 and found[0] < shape[0] and name in vocabulary(config, kind)
         require(
-            found == shape or (padded and found[1] == shape[1]),
+            found == shape,
             f"{what}: {name} is {list(found)}, and the config makes it {list(shape)}.",
         )
 
@@ -136,9 +138,14 @@ def tensors(weight: Weight, config: ModelConfig, kind: str) -> list[str]:
     return [name.format(i) for i in range(config.num_layers)] if "{}" in name else [name]
 
 
-def vocabulary(config: ModelConfig, kind: str) -> set[str]:
-    """The names of the tables that have a row for each token."""
-    return {getattr(weight, kind) for weight in WEIGHTS if weight.path in ("embed_VD", "unembed_VD")}
+def common_dtype(matrices: set[str], biases: Iterable[np.ndarray]) -> str:
+    """The dtype that holds all parameters: the matrices', if it is one and the biases fit. Norms are float32."""
+    if len(matrices) != 1:
+        return "float32"
+    (dtype,) = matrices
+    with np.errstate(over="ignore"):
+        same = all(np.array_equal(bias.astype(jnp.dtype(dtype)).astype(bias.dtype), bias) for bias in biases)
+    return dtype if same else "float32"
 
 
 def theirs(shape: Sequence[int], path: Path) -> tuple[int, ...]:

@@ -1,5 +1,6 @@
 """Import of pretrained models: what comes in computes what its files say, and anything else is refused by name."""
 
+import dataclasses
 import functools
 import json
 
@@ -63,6 +64,27 @@ def test_an_import_of_the_export_is_the_identity(source, tmp_path, name, dtype):
     assert first.config.model == second.config.model and first.config.head == second.config.head
 
 
+def test_nothing_is_rounded_where_dtypes_are_mixed(tmp_path):
+    """Parameters have the dtype of the matrices, unless a bias is finer; norms are float32."""
+    _, config, weights = write(tmp_path / "plain", **FAMILIES["qwen2"])
+    half = {name: weight.astype(ml_dtypes.bfloat16) for name, weight in weights.items() if weight.ndim == 2}
+    norms = {name: weight for name, weight in weights.items() if "norm" in name}
+    biases = {name: weight for name, weight in weights.items() if name.endswith(".bias")}
+    rounded = {name: bias.astype(ml_dtypes.bfloat16).astype("float32") for name, bias in biases.items()}
+    finer = half | {"lm_head.weight": weights["lm_head.weight"]}
+    cases = {"bfloat16": half | norms | rounded, "biases": half | norms | biases, "matrices": finer | norms | rounded}
+    for name, mixed in cases.items():
+        directory, *_ = write(tmp_path / name, **config)
+        save_file(mixed, directory / "model.safetensors")
+        run = mtp_jax.load(import_run(str(directory), tmp_path / f"{name}.run"))
+        assert run.config.model.param_dtype == ("bfloat16" if name == "bfloat16" else "float32")
+        exact = {name: weight.astype("float32") for name, weight in mixed.items()}
+        directory, *_ = write(tmp_path / f"{name}.exact", weights=exact, **config)
+        whole = mtp_jax.load(import_run(str(directory), tmp_path / f"{name}.whole"))
+        ours, theirs = split(run.model)[1], split(whole.model)[1]
+        jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype("float32"), b), ours, theirs)
+
+
 def test_several_files_are_read_by_their_index(source, tmp_path):
     directory, _, weights = source()
     whole = mtp_jax.load(import_run(str(directory), tmp_path / "whole"))
@@ -92,7 +114,8 @@ def test_each_device_reads_its_own_part(source, tmp_path, shape):
     with tiny.mesh(*shape) as mesh:
         target = jax.eval_shape(jax.jit(lambda: split(build_model(config, jax.random.key(0)))[1]))
         shapes = {name: weight.shape for name, weight in weights.items()}
-        found = read_params(on_mesh(target, mesh), config.model, shapes, read, "hf", "here")
+        model = dataclasses.replace(config.model, vocab_size=V)
+        found = read_params(on_mesh(target, mesh), model, shapes, read, "hf", "here")
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(split(run.model)[1]))
     split_ones = [share for name, share in parts if name.endswith("q_proj.weight")]
     assert max(split_ones) <= (1 / 4 if shape[2] == 2 else 1 / 8)
@@ -115,6 +138,10 @@ REFUSED = {
     ),
     "fewer layers": (dict(num_hidden_layers=1), "has the tensor 'model.layers.1.input_layernorm.weight', .* 8? ?more"),
     "a bias that is not there": (dict(model_type="qwen2"), "has no tensor 'model.layers.0.self_attn.k_proj.bias'"),
+    "a larger vocabulary": (
+        dict(vocab_size=300),
+        r"embed_tokens.weight is \[259, 16\], and the config makes it \[300, 16\]",
+    ),
     "a smaller vocabulary": (dict(vocab_size=200), "the tokenizer has 259 tokens and vocab_size is 200"),
 }
 

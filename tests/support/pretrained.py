@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from mtp_jax.runs.loading import LoadedRun
@@ -30,23 +32,27 @@ FAMILIES = {
 }
 
 
-def weights_of(config: dict[str, Any], dtype: Any = "float32", seed: int = 0) -> dict[str, np.ndarray]:
+def weights_of(config: Mapping[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
     """Random weights by the names at Hugging Face."""
-    rng, kv, width = np.random.default_rng(seed), config["num_key_value_heads"], config["head_dim"]
+    rng = np.random.default_rng(seed)
+    d, f, v, width = (config[name] for name in ("hidden_size", "intermediate_size", "vocab_size", "head_dim"))
+    q, kv = config["num_attention_heads"] * width, config["num_key_value_heads"] * width
     shapes = {
-        "self_attn.q_proj.weight": (N * width, D), "self_attn.k_proj.weight": (kv * width, D),
-        "self_attn.v_proj.weight": (kv * width, D), "self_attn.o_proj.weight": (D, N * width),
-        "mlp.gate_proj.weight": (F, D), "mlp.up_proj.weight": (F, D), "mlp.down_proj.weight": (D, F),
-        "input_layernorm.weight": (D,), "post_attention_layernorm.weight": (D,),
+        "self_attn.q_proj.weight": (q, d), "self_attn.k_proj.weight": (kv, d), "self_attn.v_proj.weight": (kv, d),
+        "self_attn.o_proj.weight": (d, q),
+        "mlp.gate_proj.weight": (f, d), "mlp.up_proj.weight": (f, d), "mlp.down_proj.weight": (d, f),
+        "input_layernorm.weight": (d,), "post_attention_layernorm.weight": (d,),
     }  # fmt: skip
     if config["model_type"] == "qwen2":
-        shapes |= {f"self_attn.{n}_proj.bias": (heads * width,) for n, heads in (("q", N), ("k", kv), ("v", kv))}
+        shapes |= {f"self_attn.{n}_proj.bias": (size,) for n, size in (("q", q), ("k", kv), ("v", kv))}
     if config["model_type"] == "qwen3":
         shapes |= {f"self_attn.{n}_norm.weight": (width,) for n in "qk"}
-    named = {f"model.layers.{i}.{name}": shape for i in range(L) for name, shape in shapes.items()}
-    named |= {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
-    named |= {} if config["tie_word_embeddings"] else {"lm_head.weight": (V, D)}
-    return {name: (("norm" in name) + 0.4 * rng.standard_normal(shape)).astype(dtype) for name, shape in named.items()}
+    named = {f"model.layers.{i}.{n}": shape for i in range(config["num_hidden_layers"]) for n, shape in shapes.items()}
+    named |= {"model.embed_tokens.weight": (v, d), "model.norm.weight": (d,)}
+    named |= {} if config["tie_word_embeddings"] else {"lm_head.weight": (v, d)}
+    return {
+        name: (("norm" in name) + 0.4 * rng.standard_normal(shape)).astype("float32") for name, shape in named.items()
+    }
 
 
 def write_tokenizer(directory: Path, *, begins: bool = True) -> None:
@@ -69,14 +75,22 @@ TEMPLATE = (
 
 
 def write(
-    directory: Path, dtype: Any = "float32", embedding: float = 1.0, **changes: Any
+    directory: Path,
+    dtype: Any = "float32",
+    *,
+    embedding: float = 1.0,
+    weights: Mapping[str, np.ndarray] | None = None,
+    **changes: Any,
 ) -> tuple[Path, dict[str, Any], dict[str, np.ndarray]]:
-    """Write one, and return it with its config and weights. `embedding` scales what tokens embed as."""
+    """Write one, of these weights or of random ones, and return it with its config and weights. `embedding` scales what
+    tokens embed as.
+    """
     from safetensors.numpy import save_file
 
     config = {**CONFIG, **changes}
     directory.mkdir()
-    weights = weights_of(config, dtype)
+    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype) if isinstance(dtype, str) else dtype)
+    weights = {name: array.astype(dtype) for name, array in (weights or weights_of(config)).items()}
     weights["model.embed_tokens.weight"] *= np.asarray(embedding, dtype)
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config))
