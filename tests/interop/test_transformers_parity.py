@@ -10,12 +10,16 @@ import numpy as np
 import pytest
 
 import mtp_jax
+from mtp_jax.commands.tokenizer import train_bpe
 from mtp_jax.interop import exporting
 from mtp_jax.interop.exporting import export_run
 from mtp_jax.interop.importing import import_run
 from mtp_jax.runs.loading import LoadedRun
 from mtp_jax.state import split
-from support.pretrained import V, law, write_tokenizer
+from support.bpe import NASTY, TEXTS
+from support.gguf_files import CONTROL, NORMAL, Vocabulary, write_gguf
+from support.pretrained import CONFIG as SMALL
+from support.pretrained import FAMILIES, V, law, weights_of, write_tokenizer
 
 torch = pytest.importorskip("torch", reason="the other side is transformers on torch")
 transformers = pytest.importorskip("transformers", reason="the other side is transformers on torch")
@@ -133,3 +137,36 @@ def test_the_export_is_theirs_again(case, tmp_path, monkeypatch):
     text = "Once upon a\n\ttime 🙂"
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert tokenizer(text)["input_ids"] == case.run.encode(text).tolist()
+
+
+@pytest.mark.parametrize("quantised", [None, "Q8_0"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_a_gguf_file_is_what_they_read(tmp_path, kind, quantised):
+    gguf = pytest.importorskip("gguf", reason="GGUF files are read by gguf: pip install 'mtp_jax[gguf]'")
+    pytest.importorskip("accelerate", reason="transformers reads GGUF files with accelerate")
+    width = 128 if kind == "qwen3" else 8  # theirs takes Qwen3's own for granted
+    config = {**SMALL, **FAMILIES[kind], "hidden_size": 32, "intermediate_size": 64, "head_dim": width}
+    small = {name: ("norm" in name) + 0.4 * (w - ("norm" in name)) for name, w in weights_of(config).items()}
+    of = quantised and gguf.GGMLQuantizationType[quantised]
+    more = {f"{kind}.vocab_size": V}
+    file = write_gguf(tmp_path / "model.gguf", small, config=config, kind=kind, quantised=of, more=more)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file=file.name, dtype=torch.float32)
+    run = mtp_jax.load(import_run(str(file), tmp_path / "run"))
+    np.testing.assert_allclose(law(run, TOKENS_BT), logp(theirs.eval()), atol=1e-5, rtol=0)
+
+
+def test_qwens_tokenizer_is_theirs(tmp_path):
+    pytest.importorskip("gguf", reason="GGUF files are read by gguf: pip install 'mtp_jax[gguf]'")
+    model = json.loads(train_bpe(iter(TEXTS), 480))["model"]
+    ends = ["<|im_start|>", "<|im_end|>"]
+    tokens = [*sorted(model["vocab"], key=model["vocab"].get), *ends]
+    vocab, merges = {token: i for i, token in enumerate(tokens)}, [tuple(merge) for merge in model["merges"]]
+    types = [CONTROL if token in ("<|endoftext|>", *ends) else NORMAL for token in tokens]
+    joined, ids = [" ".join(merge) for merge in merges], dict(eos_token_id=vocab["<|im_end|>"])
+    found = Vocabulary(tokens, types, joined, pre="qwen2", ids=ids)
+    config = {**SMALL, **FAMILIES["qwen2"], "vocab_size": len(tokens)}
+    file = write_gguf(tmp_path / "a.gguf", weights_of(config), config=config, kind="qwen2", vocabulary=found)
+    ours = mtp_jax.load(import_run(str(file), tmp_path / "run")).tokenizer
+    theirs = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges, extra_special_tokens=ends)
+    for text in NASTY:
+        assert ours.encode_special(text).tolist() == theirs(text)["input_ids"], text
