@@ -15,13 +15,19 @@ from mtp_jax.model.config import ModelConfig, RopeScaling
 from mtp_jax.validate import ConfigError, require
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja")
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, "generation_config.json", "chat_template.jinja")
 DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 FAMILIES = {  # model_type: (its class, whether q, k and v have a bias, whether q and k have norms)
     "llama": ("LlamaForCausalLM", False, False),
     "mistral": ("MistralForCausalLM", False, False),
     "qwen2": ("Qwen2ForCausalLM", True, False),
     "qwen3": ("Qwen3ForCausalLM", False, True),
+}
+SCALINGS = {  # rope_type: what it asks for
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
 # Fields that change what a model computes, with the values of models that are as ours.
 PLAIN: dict[str, tuple[Any, ...]] = {
@@ -48,15 +54,23 @@ def model_config(values: Mapping[str, Any], what: str) -> ModelConfig:
     def refuse(field: str, value: Any, allowed: str) -> ConfigError:
         return ConfigError(f"{what}: {field} is {value!r}; what can be imported has {allowed}.")
 
+    def count(field: str) -> int:
+        found = values.get(field)
+        require(found is not None, f"{what} has no {field}. Get the model's files again.")
+        if type(found) is not int or found < 1:
+            raise refuse(field, found, "an integer of at least 1")
+        return found
+
     kind = values.get("model_type")
     if kind not in FAMILIES:
         raise refuse("model_type", kind, f"one of {', '.join(FAMILIES)}")
     _, qkv_bias, qk_norm = FAMILIES[kind]
+    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
     for field, allowed in PLAIN.items():
-        value = values.get(field)
+        value = rope.get(field, values.get(field))
         if value is not None and value not in allowed:
             raise refuse(field, value, " or ".join(map(repr, allowed)) or "none")
-    window, context = values.get("sliding_window"), values["max_position_embeddings"]
+    window, context = values.get("sliding_window"), count("max_position_embeddings")
     # Qwen's configs name a window that they do not use.
     if (
         window is not None
@@ -67,19 +81,18 @@ def model_config(values: Mapping[str, Any], what: str) -> ModelConfig:
     for layer in values.get("layer_types") or ():
         if layer != "full_attention":
             raise refuse("layer_types", layer, "full_attention alone")
-    heads = values["num_attention_heads"]
-    rope = {**(values.get("rope_scaling") or {}), **(values.get("rope_parameters") or {})}
+    heads, width = count("num_attention_heads"), count("hidden_size")
     return ModelConfig(
-        vocab_size=values["vocab_size"],
-        d_model=values["hidden_size"],
-        d_ff=values["intermediate_size"],
-        num_layers=values["num_hidden_layers"],
+        vocab_size=count("vocab_size"),
+        d_model=width,
+        d_ff=count("intermediate_size"),
+        num_layers=count("num_hidden_layers"),
         num_heads=heads,
         num_kv_heads=values.get("num_key_value_heads") or heads,
-        head_dim=values.get("head_dim") or values["hidden_size"] // heads,
+        head_dim=values.get("head_dim") or width // heads,
         context_length=context,
         rope_theta=rope.get("rope_theta") or values.get("rope_theta", 10_000.0),
-        rope_scaling=_scaling(rope, refuse),
+        rope_scaling=_scaling(rope, refuse, what),
         qkv_bias=qkv_bias,
         qk_norm=qk_norm,
         tie_embeddings=values.get("tie_word_embeddings", False),
@@ -88,16 +101,16 @@ def model_config(values: Mapping[str, Any], what: str) -> ModelConfig:
     )
 
 
-def _scaling(rope: Mapping[str, Any], refuse: Any) -> RopeScaling:
+def _scaling(rope: Mapping[str, Any], refuse: Any, what: str) -> RopeScaling:
     kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind == "default":
-        return RopeScaling()
-    if kind == "linear":
-        return linear_scaling(rope["factor"])
-    if kind != "llama3":
+    if kind not in SCALINGS:
         raise refuse("rope_scaling.rope_type", kind, "default, linear or llama3")
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    return RopeScaling(*(rope[name] for name in names))
+    missing = [name for name in SCALINGS[kind] if name not in rope]
+    require(
+        not missing, f"{what}: rope_scaling is {kind} and has no {', '.join(missing)}. Get the model's files again."
+    )
+    values = [rope[name] for name in SCALINGS[kind]]
+    return linear_scaling(*values) if kind == "linear" else RopeScaling(*values)
 
 
 def linear_scaling(factor: float) -> RopeScaling:
@@ -187,7 +200,10 @@ def open_tensors(directory: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], 
                 raise ConfigError(f"{directory / file} is damaged or cut short ({error}). Get it again.") from error
             opened |= dict.fromkeys(handle.keys(), handle)
         gone = sorted(listed.keys() - opened.keys())
-        require(not gone, f"{index} lists {gone[:1]}, which is not in its file. Get the model's files again.")
+        require(
+            not gone,
+            f"{index} lists {', '.join(map(repr, gone[:1]))}, which is not in its file. Get the model's files again.",
+        )
         slices = {name: handle.get_slice(name) for name, handle in opened.items()}
         dtypes = {name: piece.get_dtype() for name, piece in slices.items()}
         for name, dtype in dtypes.items():

@@ -70,7 +70,7 @@ def import_run(
 @contextlib.contextmanager
 def _open_hf(directory: Path) -> Iterator[Pretrained]:
     model = hf.model_config(hf.read_json(directory / hf.CONFIG), str(directory / hf.CONFIG))
-    tokenizer = HFTokenizer.load(str(directory), _end(directory))
+    tokenizer = _tokenizer(directory)
     tokenizer.conventions = read_conventions(directory, tokenizer.special, tokenizer.begins())
     with hf.open_tensors(directory) as (shapes, dtype, read):
         ignored = [name for name in shapes if name.endswith(IGNORED)]
@@ -114,11 +114,21 @@ def _write(found: Pretrained, source: str, run: epath.Path, log: Callable[[str],
     partial.replace(run)
 
 
-def _end(directory: Path) -> str:
-    """What ends a document, if the files say so: a token by that name."""
-    path = directory / "tokenizer_config.json"
+def _tokenizer(directory: Path) -> HFTokenizer:
+    """The directory's, whose documents end as its files say, if they do."""
+    require(
+        (directory / hf.TOKENIZER).is_file(),
+        f"{directory} has no {hf.TOKENIZER}, the only kind of tokenizer that is read. transformers writes it: "
+        "AutoTokenizer.from_pretrained(DIRECTORY).save_pretrained(DIRECTORY).",
+    )
+    path = directory / hf.TOKENIZER_CONFIG
     end = hf.read_json(path).get("eos_token") if path.exists() else None
-    return end["content"] if isinstance(end, dict) else end or ""
+    try:
+        return HFTokenizer.load(str(directory), end["content"] if isinstance(end, dict) else end or "")
+    except ConfigError as error:
+        if "DataConfig.end_of_document" not in str(error):
+            raise
+        raise ConfigError(f"{error} An import takes eos_token in {path} for it.") from error
 
 
 def _directory(source: str, revision: str) -> Path:

@@ -172,7 +172,7 @@ BROKEN = {
         "has no b.safetensors",
     ),
     "a config that is no JSON": (lambda d: (d / "config.json").write_text("{"), "config.json cannot be read as JSON"),
-    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "tokenizer.json cannot be read"),
+    "no tokenizer": (lambda d: (d / "tokenizer.json").unlink(), "has no tokenizer.json"),
 }
 
 
