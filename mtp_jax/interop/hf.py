@@ -70,8 +70,9 @@ def model_config(values: Mapping[str, Any], what: str) -> ModelConfig:
         value = rope.get(field, values.get(field))
         if value is not None and value not in allowed:
             raise refuse(field, value, " or ".join(map(repr, allowed)) or "none")
-    window, context = values.get("sliding_window"), count("max_position_embeddings")
-    # Qwen's configs name a window that they do not use.
+    # A Mistral has one if nothing is said, and Qwen's configs name one that they do not use.
+    window = values.get("sliding_window", 4096 if kind == "mistral" else None)
+    context = count("max_position_embeddings")
     if (
         window is not None
         and window < context

@@ -152,6 +152,10 @@ REFUSED = {
         config(model_type="mistral", sliding_window=32),
         ["sliding_window is 32", "max_position_embeddings (64)"],
     ),
+    "Mistral's own window": (
+        config(model_type="mistral", sliding_window=None, max_position_embeddings=8192),
+        ["sliding_window is 4096", "max_position_embeddings (8192)"],
+    ),
     "a window of Qwen": (
         config(model_type="qwen2", use_sliding_window=True, sliding_window=32),
         ["use_sliding_window is True", "has False"],

@@ -220,6 +220,8 @@ def test_conventions_come_with_the_model(source, tmp_path):
         (TEMPLATE, ["hello"], "Message 0 is 'hello'; it must be a dictionary"),
         ("a\n{% for %}", [], "The chat template is wrong in line 2"),
         ("{{ ''.__class__.__mro__ }}", [], "does not render"),
+        ("{{ 1 // 0 }}", [], "does not render these messages: integer division"),
+        ("a\n\n{{ x | nothing }}", [], "wrong in line 3: No filter named 'nothing'"),
     ],
 )
 def test_a_conversation_that_cannot_be_written_is_refused(template, messages, words):

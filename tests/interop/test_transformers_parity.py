@@ -11,6 +11,7 @@ import pytest
 
 import mtp_jax
 from mtp_jax.commands.tokenizer import train_bpe
+from mtp_jax.data.tokenizers.conventions import read_conventions
 from mtp_jax.interop import exporting
 from mtp_jax.interop.exporting import export_run
 from mtp_jax.interop.importing import import_run
@@ -170,3 +171,43 @@ def test_qwens_tokenizer_is_theirs(tmp_path):
     theirs = transformers.Qwen2Tokenizer(vocab=vocab, merges=merges, extra_special_tokens=ends)
     for text in NASTY:
         assert ours.encode_special(text).tolist() == theirs(text)["input_ids"], text
+
+
+SAID = [
+    {"role": "system", "content": "Be <brief>."},
+    {"role": "user", "content": "Hé & 'hi'\n"},
+    {"role": "assistant", "content": " Yes. "},
+    {"role": "user", "content": "Why?"},
+]
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou help.<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TEMPLATES = {
+    "ChatML": CHATML,
+    "Llama 3": "{{- bos_token }}\n{%- set date = strftime_now('%d %b %Y') if strftime_now is defined else '' %}\n"
+    "{%- for message in messages %}\n    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + "
+    "message['content'] | trim + '<|eot_id|>' }}\n{%- endfor %}{{ date }}",
+    "Mistral": "{%- set ns = namespace(index=0) %}{%- for message in messages %}{%- if message.role == 'system' %}"
+    "{%- continue %}{%- endif %}{%- if message.role not in ['user', 'assistant'] %}{{- raise_exception('no') }}"
+    "{%- endif %}{{- ns.index }}[{{ message.content | tojson }}]{%- set ns.index = ns.index + 1 %}{%- endfor %}",
+    "for training": "{% for message in messages %}\n  {% if message.role == 'assistant' %}\n{% generation %}"
+    "{{ message.content }}{{ eos_token }}{% endgeneration %}\n{% else %}\n{{ message.content }}\n{% endif %}\n"
+    "{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_conversations_are_written_as_theirs(tmp_path, name):
+    pytest.importorskip("jinja2", reason="chat templates are Jinja: pip install 'mtp_jax[hf]'")
+    write_tokenizer(tmp_path)
+    special = {"bos_token": "<s>", "eos_token": "<|end|>"}
+    values = {"tokenizer_class": "PreTrainedTokenizerFast", **special, "chat_template": TEMPLATES[name]}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(values))
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), read_conventions(tmp_path, {}, ())
+    for messages in (SAID, SAID[1:2]):
+        for answer in (True, False):
+            written = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
+            assert ours.render(messages, answer=answer) == written

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,7 @@ class Conventions:
             )
         try:
             import jinja2
+            from jinja2.ext import Extension
             from jinja2.sandbox import ImmutableSandboxedEnvironment
         except ModuleNotFoundError as error:
             raise ConfigError("A chat template needs jinja2: pip install 'mtp_jax[hf]'.") from error
@@ -62,17 +64,26 @@ class Conventions:
         def raise_exception(message: str) -> None:
             raise jinja2.TemplateError(message)
 
+        class Generation(Extension):
+            """`{% generation %}`: what the model says, in templates that were written for training."""
+
+            tags = {"generation"}  # noqa: RUF012
+
+            def parse(self, parser: Any) -> Any:
+                next(parser.stream)
+                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
         )
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.globals["raise_exception"] = raise_exception
+        environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
         try:
             template = environment.from_string(self.template)
             return template.render(messages=list(messages), add_generation_prompt=answer, **self.special)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"The chat template is wrong in line {error.lineno}: {error}.") from error
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # whatever a template of others stumbles over
             raise ConfigError(f"The chat template does not render these messages: {error}.") from error
 
 
