@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +17,7 @@ from flax.traverse_util import flatten_dict
 from mtp_jax.data.tokenizers.conventions import FILE as CONVENTIONS
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.interop import hf
-from mtp_jax.interop.weights import names, tensors, to_theirs
+from mtp_jax.interop.weights import names, tensors, theirs, to_theirs
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.model.config import ModelConfig
 from mtp_jax.model.transformer import Trunk
@@ -54,30 +56,16 @@ def state_dict(model: LanguageModel) -> Iterator[tuple[str, np.ndarray]]:
 
     Raises `ConfigError` as `check_exportable`.
     """
-    config, head = model.config, model.head.config
-    check_exportable(config, head)
-    assert isinstance(model.trunk, Trunk), "export the model as it was loaded, not as decoding lays it out"
-    params, dtype = split(model)[1], jnp.dtype(config.param_dtype)
-    flat: dict[tuple[str, ...], Any] = flatten_dict(params)  # type: ignore[assignment]
-    for path, weight in names(params, config, "hf").items():
-        if path == ("unembed_VD",) and head.target != "ntp" and not config.tie_embeddings:
-            continue
-        parts = tensors(weight, config, "hf")
-        for layer, name in enumerate(parts):
-            array = np.asarray(flat[path][layer] if "blocks" in path else flat[path])
-            array = array[: config.known] if path[-1].endswith("_VD") else array
-            yield name, to_theirs(array.astype(dtype), path)
-    if head.target != "ntp":
-        yield "lm_head.weight", _table(model)[: config.known].astype(dtype)
+    return ((one.name, one.fetch()) for one in _tensors(model))
 
 
 def export_run(run: LoadedRun, run_dir: epath.PathLike, out: epath.PathLike) -> epath.Path:
     """Write a model into a new directory, and return its path: config, safetensors, tokenizer, a model card.
 
+    One weight of one layer is in memory at a time, beside the model.
+
     Raises `ConfigError` as `check_exportable`, and where `out` has something in it.
     """
-    from safetensors.numpy import save_file
-
     directory = full_path(out)
     require(not children(directory), f"{directory} exists and is not empty; give another --out, or delete it.")
     config = exported_config(run.config.model, run.config.head)
@@ -101,13 +89,13 @@ def export_run(run: LoadedRun, run_dir: epath.PathLike, out: epath.PathLike) -> 
     for file, content in run.tokenizer.files().items():
         if file not in (*files, CONVENTIONS):
             (partial / file).write_bytes(content)
-    index: dict[str, str] = {}
     with jax.set_mesh(run.mesh):
-        shards = list(_shards(run.model))
-        for number, weights in enumerate(shards, 1):
+        dtype = jnp.dtype(run.config.model.param_dtype)
+        shards, index = _shards(_tensors(run.model), dtype.itemsize), {}
+        for number, shard in enumerate(shards, 1):
             file = hf.WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            save_file(dict(_chosen(run.model, weights)), partial / file, metadata={"format": "pt"})
-            index |= dict.fromkeys(weights, file)
+            hf.write_tensors(partial / file, dtype.name, shard)
+            index |= {one.name: file for one in shard}
     if len(shards) > 1:
         (partial / hf.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2) + "\n")
     head = run.config.head
@@ -125,19 +113,44 @@ def export_run(run: LoadedRun, run_dir: epath.PathLike, out: epath.PathLike) -> 
     return partial.replace(directory)
 
 
-def _shards(model: LanguageModel) -> Iterator[list[str]]:
-    """Names of weights that go into one file."""
-    names, size = [], 0
-    for name, array in state_dict(model):
-        if names and size + array.nbytes > SHARD_BYTES:
-            yield names
-            names, size = [], 0
-        names, size = [*names, name], size + array.nbytes
-    yield names
+def _tensors(model: LanguageModel) -> list[hf.Tensor]:
+    """All that is exported, none of it fetched yet."""
+    config, head = model.config, model.head.config
+    check_exportable(config, head)
+    assert isinstance(model.trunk, Trunk), "export the model as it was loaded, not as decoding lays it out"
+    params, dtype = split(model)[1], jnp.dtype(config.param_dtype)
+    flat: dict[tuple[str, ...], Any] = flatten_dict(params)  # type: ignore[assignment]
+
+    def fetch(path: tuple[str, ...], at: int | slice) -> np.ndarray:
+        # What is cut on its device goes with it: of a whole array JAX would keep the copy.
+        return to_theirs(np.asarray(flat[path][at]).astype(dtype, copy=False), path)
+
+    found = []
+    for path, weight in names(params, config, "hf").items():
+        if path == ("unembed_VD",) and head.target != "ntp" and not config.tie_embeddings:
+            continue
+        shape, parts = theirs(flat[path].shape, path), tensors(weight, config, "hf")
+        shape = (config.known, *shape[1:]) if path[-1].endswith("_VD") else shape
+        for layer, name in enumerate(parts):
+            at = layer if "blocks" in path else slice(shape[0])
+            found.append(hf.Tensor(name, shape, functools.partial(fetch, path, at)))
+    if head.target != "ntp":
+        shape = (config.known, config.d_model)
+        found.append(hf.Tensor("lm_head.weight", shape, lambda: _table(model)[: config.known].astype(dtype)))
+    return found
 
 
-def _chosen(model: LanguageModel, wanted: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    return ((name, array) for name, array in state_dict(model) if name in wanted)
+def _shards(weights: list[hf.Tensor], itemsize: int) -> list[list[hf.Tensor]]:
+    """Weights that go into one file, in their order."""
+    shards, size = [[]], 0
+    for one in weights:
+        nbytes = math.prod(one.shape) * itemsize
+        if shards[-1] and size + nbytes > SHARD_BYTES:
+            shards.append([])
+            size = 0
+        shards[-1].append(one)
+        size += nbytes
+    return shards
 
 
 def _table(model: LanguageModel) -> np.ndarray:

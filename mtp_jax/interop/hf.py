@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from mtp_jax.interop.weights import Read, common_dtype
 from mtp_jax.model.config import ModelConfig, RopeScaling
@@ -223,3 +226,30 @@ def open_tensors(directory: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], 
         every = slice(None)
         biases = (read(name, every, every) for name in shapes if name.endswith(".bias"))
         yield shapes, common_dtype(matrices, biases), read
+
+
+class Tensor(NamedTuple):
+    """A tensor that is to be written, and what makes it."""
+
+    name: str
+    shape: tuple[int, ...]
+    fetch: Callable[[], np.ndarray]
+
+
+def write_tensors(file: epath.Path, dtype: str, tensors: Sequence[Tensor]) -> None:
+    """Write a safetensors file. Tensors of `dtype` are made and written one after another: the package wants all."""
+    kind, size = next(name for name, ours in DTYPES.items() if ours == dtype), jnp.dtype(dtype).itemsize
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape, _ in tensors:
+        begin, end = end, end + math.prod(shape) * size
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name, shape, fetch in tensors:
+            array = fetch()
+            assert (array.shape, array.dtype.name) == (shape, dtype), name
+            out.write(np.ascontiguousarray(array).view(np.uint8))
+            del array  # before the next one is made

@@ -8,6 +8,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -92,7 +93,7 @@ def _write(found: Pretrained, source: str, run: epath.Path, log: Callable[[str],
     end = str(tokenizer.to_json()["end_of_document"])
     data = DataConfig(tokenizer=f"hf:{found.what}", end_of_document=end, seq_len=min(1024, model.context_length))
     config = TrainConfig(model, NO_HEAD, data, init_from=source, freeze="trunk").with_tokenizer(tokenizer.vocab_size)
-    mesh = make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
+    mesh = make_mesh(MeshConfig(1, 1, 1), _host())
     with jax.set_mesh(mesh):
         build = functools.partial(build_model, config, random_key(0))
         target = on_mesh(jax.eval_shape(jax.jit(lambda: split(build())[1])), mesh)
@@ -107,11 +108,19 @@ def _write(found: Pretrained, source: str, run: epath.Path, log: Callable[[str],
             (partial / TOKENIZER_DIR).mkdir(exist_ok=True)
             replace_file(partial / TOKENIZER_DIR / name, content)
         state = TrainState(jnp.zeros((), jnp.int32), params, {})
-        with CheckpointWriter(partial, 1) as checkpoints:
+        with CheckpointWriter(partial, 1, on_host=True) as checkpoints:
             checkpoints.save(state, config, {}, "")
     if run.exists():
         run.rmdir()
     partial.replace(run)
+
+
+def _host() -> list[Any]:
+    """The device that parameters go through: this machine's own memory, which a checkpoint is written from as it is."""
+    try:
+        return jax.local_devices(backend="cpu")[:1]
+    except RuntimeError:  # JAX_PLATFORMS names an accelerator alone
+        return jax.local_devices()[:1]
 
 
 def _tokenizer(directory: Path) -> HFTokenizer:

@@ -6,6 +6,7 @@ their own. Rotary embeddings turn the pairs (i, i + H/2) here and at Hugging Fac
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from mtp_jax.validate import require
 Path = tuple[str, ...]
 Read = Callable[[str, slice, slice], np.ndarray]
 """A part of a tensor by name: its rows and its columns; of a vector, its entries and anything."""
+
+ALIGNED = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -127,7 +130,9 @@ def read_params(
         def part(index: Any) -> np.ndarray:
             return _part(path, like, index, parts, shapes, read)
 
-        return jax.make_array_from_callback(like.shape, like.sharding, part)
+        array = jax.make_array_from_callback(like.shape, like.sharding, part).block_until_ready()
+        gc.collect()  # JAX keeps what it has copied from until it is called again: two parameters would be held
+        return array
 
     return unflatten_dict({path: place(path, weight) for path, weight in rows.items()})
 
@@ -177,7 +182,7 @@ def _part(
     bounds = [range(size)[piece] for size, piece in zip(own, at, strict=True)]
     lengths = [len(bound) for bound in bounds]
     found = row(path[-1])
-    out = np.zeros((len(layers), *lengths), like.dtype)
+    out = _zeros((len(layers), *lengths), like.dtype)
     for place, layer in enumerate(layers):
         if found.matrix:
             inputs = len(found.inputs)
@@ -190,6 +195,14 @@ def _part(
         else:
             out[place] = read(parts[layer], _flat(bounds, own), slice(None)).reshape(lengths)
     return out if stacked else out[0]
+
+
+def _zeros(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Zeros that lie as JAX wants them: a CPU then keeps them, and makes no copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    room = np.zeros(size + ALIGNED, np.uint8)
+    start = -room.ctypes.data % ALIGNED
+    return room[start : start + size].view(dtype).reshape(shape)
 
 
 def _flat(bounds: Sequence[range], sizes: Sequence[int]) -> slice:

@@ -30,6 +30,7 @@ from mtp_jax.state import TrainState
 T = TypeVar("T")
 Step = int | Literal["latest", "best"]
 META_FILE = "meta/metadata"  # as Orbax names it
+BLOCK_BYTES = 2**26  # an array is written in blocks of so many: a device that keeps a part of it reads little more
 
 
 class CheckpointError(RuntimeError):
@@ -93,18 +94,18 @@ class Checkpoints:
         step = self._step(step)
         shard = (jax.process_index(), jax.process_count())
         self._undamaged(step, lambda: manifest.check(self._dir(step), trees, shard))
-        args = {}
+        args, largest = {}, 0
         for name, tree in trees.items():
             target = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-            self._check_arrays(step, name, target)
+            largest = max(largest, self._check_arrays(step, name, target))
             args[name] = ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target))
-        largest = max((math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(trees)), default=0)
         with ocp.Checkpointer(array_handler(largest)) as reader:
             found = reader.restore(self._dir(step), args=ocp.args.Composite(**args))
         return step, {name: found[name] for name in trees}
 
-    def _check_arrays(self, step: int, name: str, target: Any) -> None:
-        """Refuse arrays of another shape or dtype: Orbax would cast them, and say nothing."""
+    def _check_arrays(self, step: int, name: str, target: Any) -> int:
+        """Refuse arrays of another shape or dtype: Orbax would cast them, and say nothing. Returns the most bytes that
+        are read for one device's part of one."""
         path = self._dir(step) / name
         if not path.exists():
             raise CheckpointError(
@@ -120,6 +121,7 @@ class Checkpoints:
                     f"Step {step} of {self.run_dir} has {there} as {name}/{key}, and {here} is to be restored. The "
                     "config is not that of the run, or the checkpoint is of another version of this program."
                 )
+        return max((_read_bytes(wanted[key], stored[key].storage.chunk_shape) for key in wanted), default=0)
 
     def _step(self, step: Step) -> int:
         steps = self.steps()
@@ -188,11 +190,22 @@ class Checkpoints:
         return self._root / str(step)
 
 
-def array_handler(largest: int = 0) -> ocp.CompositeCheckpointHandler:
-    """For arrays of at most `largest` bytes, of which some at a time are read: not the whole state once more."""
+def array_handler(largest: int, *, on_host: bool = False) -> ocp.CompositeCheckpointHandler:
+    """For arrays of which a device has `largest` bytes at most: about so many are copied at once, not the whole state.
+
+    `on_host`: those that are saved lie on a CPU.
+    """
+    # Where there is a GPU, Orbax copies to memory that it reads faster, and a CPU's arrays too.
+    pinned = False if on_host else None
+    at_once: Any = (max(largest, BLOCK_BYTES) + 1) / 10**9  # it wants more than the largest
     # Floats hardly get smaller, and compressing them takes six times the processor time that saving them does.
     arrays: dict[str, Any] = {
-        name: ocp.PyTreeCheckpointHandler(use_compression=False, restore_concurrent_gb=1 + 2 * largest // 10**9)
+        name: ocp.PyTreeCheckpointHandler(
+            use_compression=False,
+            save_concurrent_gb=at_once,
+            restore_concurrent_gb=at_once,
+            enable_pinned_host_transfer=pinned,
+        )
         for name in ("params", "opt_state", "ema")
     }
     return ocp.CompositeCheckpointHandler(**arrays, meta=ocp.JsonCheckpointHandler())
@@ -207,6 +220,15 @@ def best_of(losses: dict[int, float], steps: list[int]) -> int | None:
     """The step of the lowest finite loss, the newest of equals; None if there is none."""
     known = [step for step in steps if math.isfinite(losses.get(step, math.inf))]
     return min(known, key=lambda step: (losses[step], -step), default=None)
+
+
+def _read_bytes(array: Any, block: tuple[int, ...]) -> int:
+    """What is read for a device's part of an array that is stored in such blocks."""
+    part = array.sharding.shard_shape(array.shape)
+    whole = (-(-n // b) * b for n, b in zip(array.shape, block, strict=True))
+    # A part that does not begin where a block does has one more of them.
+    some = (-(-n // b) * b + b * (n % b > 0) for n, b in zip(part, block, strict=True))
+    return math.prod(map(min, whole, some)) * array.dtype.itemsize
 
 
 def _described(array: Any) -> str:

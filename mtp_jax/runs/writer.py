@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -14,7 +15,7 @@ from etils import epath
 from mtp_jax.config import TrainConfig
 from mtp_jax.distributed import Meetings, from_all, warn
 from mtp_jax.runs import manifest
-from mtp_jax.runs.checkpoints import CheckpointError, Checkpoints, Step, array_handler, best_of, loss_of
+from mtp_jax.runs.checkpoints import BLOCK_BYTES, CheckpointError, Checkpoints, Step, array_handler, best_of, loss_of
 from mtp_jax.runs.layout import run_tokenizer, versions
 from mtp_jax.runs.manifest import DamagedError
 from mtp_jax.runs.paths import children, is_local
@@ -35,9 +36,10 @@ class CheckpointWriter(Checkpoints):
       keep: how many of the newest steps are kept, beside the one of the lowest held-out loss.
       resumed_from: the step that the run goes on from. Later ones belong to a past that is given up: they are deleted
         when the next step is saved.
+      on_host: the state lies in this machine's memory, and is written from there: nothing is copied first.
     """
 
-    def __init__(self, run_dir: epath.PathLike, keep: int, resumed_from: int | None = None):
+    def __init__(self, run_dir: epath.PathLike, keep: int, resumed_from: int | None = None, *, on_host: bool = False):
         super().__init__(run_dir)
         self._keep, self._resumed_from = keep, resumed_from
         self._tokenizer: dict[str, Any] = {}
@@ -45,8 +47,8 @@ class CheckpointWriter(Checkpoints):
         self._saving: tuple[int, Future[None]] | None = None
         self._failed = ""
         self._meetings = Meetings()
-        options = ocp.AsyncOptions(SAVE_SECONDS, lambda *, key, timeout_ms: self._meetings.meet(timeout_ms / 1000))
-        self._checkpointer = ocp.AsyncCheckpointer(array_handler(), async_options=options)
+        self._on_host = on_host
+        self._checkpointer: ocp.AsyncCheckpointer | None = None
         self._thread = ThreadPoolExecutor(1, "seal")
         if jax.process_index() == 0:
             self._root.mkdir(parents=True, exist_ok=True)
@@ -90,7 +92,7 @@ class CheckpointWriter(Checkpoints):
         }
         arrays = {"params": state.params, "opt_state": state.opt_state}
         arrays |= {} if state.ema is None else {"ema": state.ema}
-        items = {name: ocp.args.PyTreeSave(tree) for name, tree in arrays.items() if jax.tree.leaves(tree)}
+        items = {name: _saved(tree) for name, tree in arrays.items() if jax.tree.leaves(tree)}
         begun: Future[None] = Future()
         if given_up and (problem := self._on_first(lambda: self._give_up(given_up))):
             raise CheckpointError(f"Steps {given_up} of {self.run_dir} were given up and cannot be deleted: {problem}.")
@@ -100,7 +102,8 @@ class CheckpointWriter(Checkpoints):
             if problem:
                 raise OSError(problem)
             self._meetings = Meetings()
-            self._checkpointer.save(self._dir(step), args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
+            saver = self._checkpointer = self._checkpointer or self._make(arrays)
+            saver.save(self._dir(step), args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
         except OSError as error:
             if jax.process_count() > 1 and not problem:
                 raise CheckpointError(
@@ -113,6 +116,12 @@ class CheckpointWriter(Checkpoints):
             begun = self._thread.submit(self._seal, step, loss_of(meta))
         self._saving = step, begun
         return step
+
+    def _make(self, arrays: Any) -> ocp.AsyncCheckpointer:
+        """What saves arrays of this size."""
+        options = ocp.AsyncOptions(SAVE_SECONDS, lambda *, key, timeout_ms: self._meetings.meet(timeout_ms / 1000))
+        largest = max(a.dtype.itemsize * math.prod(a.sharding.shard_shape(a.shape)) for a in jax.tree.leaves(arrays))
+        return ocp.AsyncCheckpointer(array_handler(largest, on_host=self._on_host), async_options=options)
 
     def _give_up(self, steps: list[int]) -> None:
         """Delete later steps than the one that the run went on from, the newest first."""
@@ -145,7 +154,8 @@ class CheckpointWriter(Checkpoints):
         """Finish and release."""
         self._finish()
         self._thread.shutdown()
-        self._checkpointer.close()
+        if self._checkpointer:
+            self._checkpointer.close()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Close. Raises `CheckpointError` if the last save failed: what the run came to is not saved."""
@@ -155,6 +165,7 @@ class CheckpointWriter(Checkpoints):
 
     def _seal(self, step: int, loss: float) -> None:
         """In the background: wait for the arrays of all processes, seal the step, delete those that it replaces."""
+        assert self._checkpointer
         try:
             self._checkpointer.wait_until_finished()
         except Exception as error:  # whatever Orbax raises: the others must hear of it
@@ -196,6 +207,10 @@ class CheckpointWriter(Checkpoints):
     def _step(self, step: Step) -> int:
         self._finish()  # what is being saved is there to be read
         return super()._step(step)
+
+
+def _saved(tree: Any) -> ocp.args.PyTreeSave:
+    return ocp.args.PyTreeSave(tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=BLOCK_BYTES), tree))
 
 
 def _reason(error: BaseException) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import mtp_jax
+from mtp_jax.interop import exporting
 from mtp_jax.interop.exporting import export_run
 from mtp_jax.interop.importing import import_run
 from mtp_jax.interop.weights import read_params
@@ -97,6 +98,23 @@ def test_several_files_are_read_by_their_index(source, tmp_path):
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
     found = mtp_jax.load(import_run(str(directory), tmp_path / "run"))
     jax.tree.map(np.testing.assert_array_equal, split(whole.model)[1], split(found.model)[1])
+
+
+def test_an_export_of_several_files_comes_back(source, tmp_path, monkeypatch):
+    directory, _, weights = source(ml_dtypes.bfloat16)
+    run = mtp_jax.load(import_run(str(directory), tmp_path / "run"))
+    monkeypatch.setattr(exporting, "SHARD_BYTES", 4000)
+    export_run(run, tmp_path / "run", tmp_path / "out")
+    files = sorted(tmp_path.glob("out/*.safetensors"))
+    found = [load_file(file) for file in files]
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(*(part[name] for part in found if name in part), weight)
+    # A file has what fits, or one tensor that is larger.
+    sizes = [[weight.nbytes for weight in part.values()] for part in found]
+    assert len(files) > 3 and all(len(part) == 1 or sum(part) <= 4000 for part in sizes)
+    assert files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    again = mtp_jax.load(import_run(str(tmp_path / "out"), tmp_path / "again"))
+    jax.tree.map(np.testing.assert_array_equal, split(run.model)[1], split(again.model)[1])
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 2), (1, 8, 1)])
