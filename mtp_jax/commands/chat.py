@@ -95,13 +95,16 @@ def _answer(run: LoadedRun, options: Chat, messages: list[dict[str, str]], turn:
         **{name: getattr(options, name) for name in names},
     )
 
-    begun = 0.0
+    begun = timed = 0.0
 
     def forwards() -> Iterator[tuple[Any, int]]:
-        nonlocal begun
-        for new in stream(run.decoder, prompt, decode):
-            begun = begun or time.perf_counter()  # reading the prompt, and compiling, are not in the speed
-            yield new
+        nonlocal begun, timed
+        for number, (tokens, accepted) in enumerate(stream(run.decoder, prompt, decode)):
+            if number < 2:  # reading the prompt, and compiling, are not in the speed
+                begun = time.perf_counter()
+            else:
+                timed += len(tokens)
+            yield tokens, accepted
             if stopped.is_set():
                 return
 
@@ -114,5 +117,5 @@ def _answer(run: LoadedRun, options: Chat, messages: list[dict[str, str]], turn:
                 print_span(console, span)
                 text += span.text
         seconds = time.perf_counter() - begun
-    console.print(f"\n{spans.summary} {(spans.emitted - 1) / seconds:,.1f} tokens/s", style="dim", markup=False)
+    console.print(f"\n{spans.summary} {timed / seconds:,.1f} tokens/s", style="dim", markup=False)
     return text
