@@ -65,6 +65,6 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(run, monkeypatch, caps
         return answers[-1]
 
     monkeypatch.setattr(chat, "_answer", answer)
-    talk(monkeypatch, run, "Hi\nBye\n", "--seed", "3")
+    talk(monkeypatch, run, "Hi\nBye\n", "--seed", "4")
     out = capsys.readouterr().out
     assert "[1 tokens" in out.splitlines()[1] and "[5 tokens" in out
