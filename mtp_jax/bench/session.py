@@ -89,16 +89,14 @@ class Session:
         """
         decode = DecodeConfig(1, cell.temperature, k=0, seed=self.config.seed + index, verifier=cell.verifier)
         d = Decoding(self.models[cell.dtype], [np.concatenate([self.prompts[index], shared])], decode)
-        scores_V = np.asarray(_scores(d.plan.verifier, d.plan.slots, d.decoder, d.prompt_BP, d.length_B, d.sampling))[0]
+        scores_V = np.asarray(_scores(d.plan.verifier, d.decoder, d.prompt_BP, d.length_B, d.sampling))[0]
         return abs(float(scores_V[own] - scores_V[other]))
 
 
-@functools.partial(jax.jit, static_argnames=("verifier", "slots"))
-def _scores(
-    verifier: str, slots: int, decoder: Decoder, prompt_BP: Array, length_B: Array, sampling: Sampling
-) -> Array:
+@functools.partial(jax.jit, static_argnames="verifier")
+def _scores(verifier: str, decoder: Decoder, prompt_BP: Array, length_B: Array, sampling: Sampling) -> Array:
     """What the token after each prompt is the argmax of, `[B, V]`."""
-    last, _ = read(decoder, prompt_BP, length_B, slots)
+    last, _ = read(decoder, prompt_BP, length_B)
     rule = get_verifier(verifier)
     logits_B1V = rule.law(decoder.target(decoder.seen(*last))[0], sampling, filtered=False)
     noise_B1V = rule.noise(sampling, length_B, 1, logits_B1V.shape[-1])

@@ -24,6 +24,9 @@ from mtp_jax.sharding import RULES
 # What the trunk saw of each prompt's last token: `Seen` without the functions in it.
 Last = tuple[Array, Array, tuple[Array, ...]]
 
+SCORES, LEAST = 2**28, 16
+"""Bytes of attention's scores for which prompts are read at once, on a device; and tokens that always are."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -51,31 +54,63 @@ def prefill(
 ) -> DecodeState:
     """Read the prompts (padded on the right to P, `length_B` tokens each), commit one token and draft k."""
     drafts = plan.k > 0 and decoder.head.has_cache
-    last, caches = read(decoder, prompt_BP, length_B, plan.slots, drafts)
+    last, caches = read(decoder, prompt_BP, length_B, drafts)
     return begin(plan, decoder, last, caches, prompt_BP, length_B, limits, sampling, stops_n)
 
 
-@functools.partial(jax.jit, static_argnames=("slots", "drafts"))
-def read(
-    decoder: Decoder, prompt_BP: Array, length_B: Array, slots: int, drafts: bool = False
-) -> tuple[Last, tuple[Cache, Any]]:
-    """What the trunk saw of each prompt's last token, and caches of `slots` positions that hold the prompts.
+@functools.partial(jax.jit, static_argnames="drafts")
+def read(decoder: Decoder, prompt_BP: Array, length_B: Array, drafts: bool = False) -> tuple[Last, tuple[Cache, Any]]:
+    """What the trunk saw of each prompt's last token, and caches of P positions that hold the prompts.
 
     Padding is never seen: what it leaves in the caches lies behind `length_B` and is overwritten before it is read.
     The head's cache is filled if `drafts`; the entry of the last token, whose next one is not known, is garbage.
+    Prompts whose scores would not fit into `SCORES` are read in parts, as many as the longest needs.
     """
     batch, width = prompt_BP.shape
-    cache, start_B = init_cache(decoder.config, batch, slots), jnp.zeros_like(length_B)
-    seen, cache = decoder.extend(prompt_BP, cache, start_B, width)
-    head_cache: Any = ()
-    if drafts:
-        next_BP = jnp.pad(prompt_BP[:, 1:], ((0, 0), (0, 1)))
-        head_cache, _ = decoder.head.extend(decoder.head.init_cache(batch, slots), seen, next_BP, start_B, None)
-    last = seen.at(length_B - 1)
-    return (last.x_BTD, last.tokens_BT, last.taps), (cache, head_cache)
+    next_BP = jnp.pad(prompt_BP[:, 1:], ((0, 0), (0, 1)))
+    empty = init_cache(decoder.config, batch, width), decoder.head.init_cache(batch, width) if drafts else ()
+
+    def extend(start: Array, part: int, caches: tuple[Cache, Any]) -> tuple[Seen, tuple[Cache, Any]]:
+        """Read the `part` tokens of each row from `start` on."""
+        tokens_BT, next_BT = (lax.dynamic_slice_in_dim(a, start, part, axis=1) for a in (prompt_BP, next_BP))
+        start_B = jnp.zeros_like(length_B) + start
+        seen, cache = decoder.extend(tokens_BT, caches[0], start_B)
+        head_cache = decoder.head.extend(caches[1], seen, next_BT, start_B, None)[0] if drafts else ()
+        return seen, (cache, head_cache)
+
+    def states(seen: Seen, index_B: Array) -> tuple[Array, tuple[Array, ...]]:
+        at = seen.at(index_B)
+        return at.x_BTD, at.taps
+
+    def iterate(carry: tuple[Array, Any, tuple[Cache, Any]]) -> tuple[Array, Any, tuple[Cache, Any]]:
+        start, last, caches = carry
+        seen, caches = extend(start, part, caches)
+        index_B = length_B - 1 - start
+        here_B11 = ((index_B >= 0) & (index_B < part))[:, None, None]
+        found = states(seen, jnp.clip(index_B, 0, part - 1))
+        return start + part, jax.tree.map(lambda new, old: jnp.where(here_B11, new, old), found, last), caches
+
+    part, start = _part(decoder, batch, width), jnp.zeros((), jnp.int32)
+    if part == width:
+        seen, caches = extend(start, width, empty)
+        x_BTD, taps = states(seen, length_B - 1)
+    else:
+        like = jax.eval_shape(lambda: states(extend(start, part, empty)[0], length_B))
+        last = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype, out_sharding=a.sharding.spec), like)
+        live = lambda carry: carry[0] < jnp.max(length_B)  # noqa: E731
+        _, (x_BTD, taps), caches = lax.while_loop(live, iterate, (start, last, empty))
+    return (x_BTD, arrays.at(prompt_BP, length_B - 1)[:, None], taps), caches
 
 
-@functools.partial(jax.jit, static_argnames="plan", donate_argnames="caches")
+def _part(decoder: Decoder, batch: int, width: int) -> int:
+    """How many of `width` tokens are read at once, so that a layer's scores take no more than `SCORES` on a device."""
+    part, devices = width, jax.sharding.get_abstract_mesh().size
+    while part > LEAST and part % 2 == 0 and 4 * batch * decoder.config.num_heads * part * width > SCORES * devices:
+        part //= 2
+    return part
+
+
+@functools.partial(jax.jit, static_argnames="plan")
 def begin(
     plan: Plan,
     decoder: Decoder,
@@ -87,8 +122,16 @@ def begin(
     sampling: Sampling,
     stops_n: Array,
 ) -> DecodeState:
-    """The state after prompts were read: one token committed, k drafted. Small, so each plan compiles it fast."""
+    """The state after prompts were read: one token committed, k drafted. Small, so each plan compiles it fast.
+
+    The caches become as long as the plan's: `read`, which takes longer to compile, is the same for all of them.
+    """
     batch, width = prompt_BP.shape
+    whole = (
+        init_cache(decoder.config, batch, plan.slots),
+        decoder.head.init_cache(batch, plan.slots) if plan.k and decoder.head.has_cache else (),
+    )
+    caches = jax.tree.map(lambda new, read: lax.dynamic_update_slice(new, read, (0,) * new.ndim), whole, caches)
     tokens_BS = jnp.pad(prompt_BP, ((0, 0), (0, plan.slots - width)))
     counts_Bk = jnp.zeros((batch, plan.k), jnp.int32, out_sharding=RULES.tokens_BT)
     state = DecodeState(

@@ -120,7 +120,7 @@ def test_only_what_the_verifier_needs_is_kept(model):
 
 @pytest.mark.parametrize("verifier", ["greedy", "coupled", "token", "block"])
 def test_decoding_traces_on_a_sharded_mesh(verifier):
-    """Where a wrong sharding is an error: the vocabulary, which top-k sorts and the noise spans, is split."""
+    """Where a wrong sharding is an error: the vocabulary, which top-k searches and the noise spans, is split."""
     with tiny.mesh(data=2, tensor=2) as mesh:
         model = build(mesh).ready
         laws = None if verifier == "greedy" else LAWS

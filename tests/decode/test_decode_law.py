@@ -61,7 +61,7 @@ def stepwise(verifier: str, draft: str, law=PLAIN[0], **options):
     """Decode by `loop.begin` and `loop.step` as they are now, unjitted: a patch is felt and nothing compiles anew."""
     model = table_model(TABLES["target"], TABLES[draft])
     d = table_decoding(model, FEWER_ROWS, NEW, verifier, law, **options)
-    last, caches = loop.read(model, d.prompt_BP, d.length_B, d.plan.slots)
+    last, caches = loop.read(model, d.prompt_BP, d.length_B)
     begin = loop.begin.__wrapped__
     d.state = begin(d.plan, model, last, caches, d.prompt_BP, d.length_B, d.limits, d.sampling, d.stops_n)
     while not d.done:

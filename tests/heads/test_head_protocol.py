@@ -21,6 +21,7 @@ from support.tally import TallyHead, laws, register
 
 W, K, NEW, SIZE = tiny.WINDOW, tiny.WINDOW - 1, 14, 12
 PROMPTS = [[5, 1, 9], [4, 3, 6, 7, 8, 2, 10, 11], [3], [7, 11] * 7]
+LONG = [[(5 * i + i * i // 7) % SIZE for i in range(n)] for n in (33, 16, 25)]
 HEADS = {
     "cpd": dict(rank=3, factors="full"),
     "independent": dict(circuit="independent", rank=1, factors="lora"),
@@ -72,6 +73,25 @@ def test_every_draft_is_drawn_from_the_heads_likelihood_of_the_text(name, monkey
     assert 0 < accepted < out.drafted.sum(), "some drafts are accepted and some rolled back"
 
 
+@pytest.fixture
+def parts(monkeypatch):
+    """Prompts are read 16 tokens at a time."""
+    monkeypatch.setattr(loop, "SCORES", 1)
+    loop.read.clear_cache()
+    yield
+    loop.read.clear_cache()
+
+
+@pytest.mark.parametrize("name", ["cpd", "tally"])
+def test_behind_prompts_that_are_read_in_parts_too(name, monkeypatch, parts):
+    """Rows end just behind a part, at its end and in its middle; a part's last entry knows the token of the next."""
+    register(monkeypatch)
+    with tiny.mesh():
+        check_loop(*make(HEADS[name]), [*LONG, [3]])
+        if name == "tally":
+            check_slots(*make(HEADS[name]), [*LONG, [3]])
+
+
 def test_through_slots_too(monkeypatch):
     """Requests come and go; a slot that is filled again has the cache of its own request."""
     register(monkeypatch)
@@ -79,9 +99,9 @@ def test_through_slots_too(monkeypatch):
         check_slots(*make(HEADS["tally"]))
 
 
-def check_slots(model, decoder):
-    made = Slots(decoder, size=2, max_prompt=16, max_new=16, temperature=1.0, verifier="token", k=K)
-    for prompt, new in zip(PROMPTS * 2, (9, 3, 14, 5, 6, 12, 4, 8), strict=True):
+def check_slots(model, decoder, prompts=PROMPTS):
+    made = Slots(decoder, size=2, max_prompt=max(map(len, prompts)), max_new=16, temperature=1.0, verifier="token", k=K)
+    for prompt, new in zip(prompts * 2, (9, 3, 14, 5, 6, 12, 4, 8), strict=True):
         made.submit(prompt, max_new_tokens=new)
     compared = 0
     while made.busy:
@@ -141,6 +161,20 @@ def test_a_cache_that_is_off_is_caught(fault, monkeypatch):
             np.testing.assert_array_equal(a, b)
         with pytest.raises(AssertionError, match="Not equal to tolerance"):
             check_loop(model, wrong)
+
+
+class Forgetful(TallyHead):
+    """The last entry of what is read of a prompt does not know the token behind it."""
+
+    def extend(self, cache, seen, next_BT, start_B, memo):
+        return super().extend(cache, seen, next_BT.at[:, -1].set(0) if next_BT.shape[1] > W else next_BT, start_B, memo)
+
+
+@pytest.mark.parametrize("fault", [Late, Forgetful])
+def test_it_is_caught_behind_parts_of_a_prompt_too(fault, monkeypatch, parts):
+    register(monkeypatch, fault)
+    with tiny.mesh(), pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check_loop(*make(HEADS["tally"]), [*LONG, [3]])
 
 
 @pytest.mark.parametrize("fault", [Late, Stale])
