@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh
 
 from mtp_jax.heads.base import Seen
@@ -17,7 +17,7 @@ from mtp_jax.model.cache import Cache
 from mtp_jax.model.output_major import OutputMajor
 from mtp_jax.model.transformer import Trunk, UnrolledTrunk
 from mtp_jax.parameters import PARAMETERS, last_name, row
-from mtp_jax.sharding import gather, platform
+from mtp_jax.sharding import RULES, gather, platform
 from mtp_jax.validate import require
 
 NO_MESH = "No mesh in scope; decode under `with jax.set_mesh(mtp_jax.make_mesh()):`."
@@ -33,6 +33,14 @@ class Decoder(LanguageModel):
         self.embed_VD, self.unembed_VD = model.embed_VD, model.unembed_VD
         self.trunk = UnrolledTrunk(model.trunk)
         self.head.unstack(None if self.unembed_VD is None else self.unembed_VD[...])
+
+    def embed(self, tokens_BT: Array) -> Array:
+        """Token embeddings `[B, T, D]` in the compute dtype."""
+        table_VD = self.unembed_VD if self.embed_VD is None else self.embed_VD
+        # A CPU gathers rows of bfloat16 in float32. Next to the tokens, which change, that is of these rows; alone it
+        # would be of the whole table, in front of the loop.
+        whole_VD, tokens_BT = lax.optimization_barrier((table_VD[...], tokens_BT))
+        return whole_VD.at[tokens_BT].get(out_sharding=RULES.x_BTD).astype(self.config.dtype)
 
     def extend(self, tokens_BT: Array, cache: Cache, start_B: Array, attended: int | None = None) -> tuple[Seen, Cache]:
         """Run T more tokens of each row at its positions `start_B ..`, through the trunk's cache.

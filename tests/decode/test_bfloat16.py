@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from mtp_jax.decode import loop
+from mtp_jax.decode.decoder import for_decoding
 from support import tiny
-from support.decoding import NEW, PROMPTS, VOCAB, WINDOW, ask, drive, faulty_loop, finish, full_log_probs
+from support.decoding import NEW, PROMPTS, VOCAB, WINDOW, ask, drive, faulty_loop, finish, full_log_probs, prefilled
 
 
 @pytest.mark.parametrize("k", range(WINDOW))
@@ -58,3 +59,16 @@ def test_a_bfloat16_loop_that_is_compiled_to_draft_garbage_gives_the_same_output
         out = faulty_loop()(decoding)
     np.testing.assert_array_equal(out.tokens, expected.tokens)
     assert out.forwards.sum() > expected.forwards.sum()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_to_embed_a_token_no_table_is_converted(tied):
+    """A copy of the table in float32, made each time the loop is entered, would be what a stream waits for."""
+    size = 20_000
+    model = tiny.model_config(vocab_size=size, dtype="bfloat16", tie_embeddings=tied)
+    with tiny.mesh():
+        head = tiny.head_config(factors="lowrank", target="ntp")
+        decoder = for_decoding(tiny.make_model(tiny.train_config(model, head)))
+        d = ask(decoder, [[1, 2]], k=0)
+        compiled = loop.run.lower(d.plan, decoder, prefilled(d), d.sampling, d.stops_n, np.int32(1)).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 4 * size * model.d_model
