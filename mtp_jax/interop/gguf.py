@@ -49,6 +49,12 @@ def open_gguf(path: Path) -> Pretrained:
         kind in FAMILIES,
         f"{path}: general.architecture is {kind!r}; what can be imported has one of {', '.join(FAMILIES)}.",
     )
+    parts = meta.get("split.count", 1)
+    require(
+        parts <= 1,
+        f"{path}: split.count is {parts}; what can be imported is one file: llama-gguf-split --merge makes it of its "
+        "parts.",
+    )
     # NumPy's order of axes is that of Hugging Face.
     shapes = {name: tuple(int(n) for n in tensor.shape[::-1]) for name, tensor in tensors.items()}
     model = _config(meta, kind, shapes, path)
@@ -149,7 +155,7 @@ def _scaled(model: ModelConfig, factors: np.ndarray, path: Path) -> ModelConfig:
 
 def _tokenizer(meta: dict[str, Any], path: Path) -> HFTokenizer:
     """The tokenizer that the file describes, as one of Hugging Face, with its conventions."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
     tokens, types = (list(_value(meta, f"tokenizer.ggml.{name}", path)) for name in ("tokens", "token_type"))
@@ -197,20 +203,25 @@ def _tokenizer(meta: dict[str, Any], path: Path) -> HFTokenizer:
         name: meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "eot", "padding")
     }
     end = _value(meta, "tokenizer.ggml.eos_token_id", path)
-    for name, i in ids.items():
+    for name in ("bos", "eos"):
         require(
-            i is None or i < len(tokens),
-            f"{path}: tokenizer.ggml.{name}_token_id is {i} and there are {len(tokens)} tokens. Get the file again.",
+            ids[name] is None or ids[name] < len(tokens),
+            f"{path}: tokenizer.ggml.{name}_token_id is {ids[name]} and there are {len(tokens)} tokens. Get the file "
+            "again.",
         )
-    found = HFTokenizer(tok.to_str().encode(), tokens[end])
+    ids = {name: i for name, i in ids.items() if i is not None and i < len(tokens)}  # converters write -1 for none
     # llama.cpp: SentencePiece models begin texts with BOS if nothing is said.
-    begins = meta.get("tokenizer.ggml.add_bos_token", kind == "llama")
+    bos = ids.get("bos") if meta.get("tokenizer.ggml.add_bos_token", kind == "llama") else None
+    if bos is not None:  # for others who read an export
+        text = tokens[bos]
+        tok.post_processor = processors.TemplateProcessing(f"{text} $A", f"{text} $A $B", [(text, bos)])
+    found = HFTokenizer(tok.to_str().encode(), tokens[end])
     names = {"bos": "bos_token", "eos": "eos_token", "padding": "pad_token"}
     found.conventions = Conventions(
-        ids["bos"] if begins else None,
-        tuple(dict.fromkeys(i for i in (ids["eos"], ids["eot"]) if i is not None)),
+        bos,
+        tuple(dict.fromkeys(ids[name] for name in ("eos", "eot") if name in ids)),
         meta.get("tokenizer.chat_template", ""),
-        {text: tokens[ids[name]] for name, text in names.items() if ids[name] is not None},
+        {text: tokens[ids[name]] for name, text in names.items() if name in ids},
     )
     return found
 

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 import mtp_jax
 from mtp_jax.interop import gguf as reading
+from mtp_jax.interop.exporting import export_run
 from mtp_jax.interop.importing import import_run
 from mtp_jax.model.config import ModelConfig, RopeScaling
 from mtp_jax.model.rotary import frequencies
@@ -55,6 +57,18 @@ def test_the_template_comes_along(tmp_path):
     run = imported(write_gguf(tmp_path / "model.gguf", weights), tmp_path / "run")
     text = run.tokenizer.conventions.render([{"role": "user", "content": "x"}])
     assert run.encode(text, special=True).tolist() == [258, *run.tokenizer.encode("x"), 257]
+
+
+def test_others_who_read_an_export_begin_with_bos_too(tmp_path):
+    _, _, weights = write(tmp_path / "source")
+    more = {"tokenizer.ggml.padding_token_id": 2**32 - 1}  # none, as some converters write it
+    run = imported(write_gguf(tmp_path / "model.gguf", weights, more=more), tmp_path / "run")
+    out = export_run(run, tmp_path / "run", tmp_path / "out")
+    assert Tokenizer.from_file(str(out / "tokenizer.json")).encode("ab").ids == run.encode("ab").tolist()
+    again = imported(out, tmp_path / "again")
+    same(run, again)
+    ours, theirs = run.tokenizer.conventions, again.tokenizer.conventions
+    assert ours == theirs and ours.bos == 258
 
 
 def test_pairs_that_are_left_side_by_side_are_seen(tmp_path, monkeypatch):
@@ -136,6 +150,7 @@ REFUSED = {
         dict(tensors={"blk.0.extra.weight": np.zeros(4, np.float32)}),
         "has the tensor 'blk.0.extra.weight'",
     ),
+    "a part of a file": (dict(more={"split.count": 3}), r"split.count is 3; .* one file: llama-gguf-split --merge"),
     "another width": (
         dict(more={"llama.embedding_length": 32}),
         r"token_embd.weight is \[259, 16\], and the config makes it \[259, 32\]",

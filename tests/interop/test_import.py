@@ -17,9 +17,9 @@ from mtp_jax.interop.weights import read_params
 from mtp_jax.mesh import on_mesh
 from mtp_jax.state import build_model, split
 from mtp_jax.validate import ConfigError
-from support import REPOSITORY, tiny
+from support import tiny
 from support.llama import reference
-from support.pretrained import FAMILIES, TEMPLATE, V, law, write
+from support.pretrained import FAMILIES, TEMPLATE, V, law, stories, write
 
 pytest.importorskip("safetensors", reason="weights are read by safetensors: pip install 'mtp_jax[hf]'")
 from safetensors.numpy import load_file, save_file
@@ -251,8 +251,19 @@ def test_a_conversation_that_cannot_be_written_is_refused(template, messages, wo
 
 
 def test_a_trained_llama_of_others_tells_a_story(tmp_path):
-    story = REPOSITORY.parent / "shared/data/stories260K"
-    if not story.is_dir():
-        pytest.skip("the model is not here")
-    run = mtp_jax.load(import_run(str(story), tmp_path / "run"))
-    assert "little girl named Lily" in run.generate("Once upon a time", max_new_tokens=32)
+    directory = stories()
+    run = mtp_jax.load(import_run(str(directory), tmp_path / "run"))
+    text = run.generate("Once upon a time", max_new_tokens=96)
+    assert "little girl named Lily" in text
+    config, weights = json.loads((directory / "config.json").read_text()), load_file(directory / "model.safetensors")
+    tokens_BT = run.encode("Once upon a time" + text)[None]
+    logits_BTV = reference({**config, **config["rope_parameters"], "rope_scaling": None}, weights, tokens_BT)
+    logp_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
+    np.testing.assert_allclose(law(run, tokens_BT), logp_BTV[..., :V], atol=1e-4)
+    out = export_run(run, tmp_path / "run", tmp_path / "out")
+    found = load_file(out / "model.safetensors")
+    assert found.keys() == weights.keys()
+    for name, weight in weights.items():
+        np.testing.assert_array_equal(found[name], weight)
+    same = split(mtp_jax.load(import_run(str(out), tmp_path / "again")).model)[1]
+    jax.tree.map(np.testing.assert_array_equal, same, split(run.model)[1])

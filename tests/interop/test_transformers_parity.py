@@ -20,7 +20,7 @@ from mtp_jax.state import split
 from support.bpe import NASTY, TEXTS
 from support.gguf_files import CONTROL, NORMAL, Vocabulary, write_gguf
 from support.pretrained import CONFIG as SMALL
-from support.pretrained import FAMILIES, V, law, weights_of, write_tokenizer
+from support.pretrained import FAMILIES, V, law, stories, weights_of, write_tokenizer
 
 torch = pytest.importorskip("torch", reason="the other side is transformers on torch")
 transformers = pytest.importorskip("transformers", reason="the other side is transformers on torch")
@@ -138,6 +138,21 @@ def test_the_export_is_theirs_again(case, tmp_path, monkeypatch):
     text = "Once upon a\n\ttime 🙂"
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert tokenizer(text)["input_ids"] == case.run.encode(text).tolist()
+
+
+def test_a_trained_llama_tells_their_stories(tmp_path):
+    directory = stories()
+    run = mtp_jax.load(import_run(str(directory), tmp_path / "run"))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    for text in ("Once upon a time", "Lily and Tom", "The dog", "One day, a little"):
+        ids = run.encode(text)
+        assert ids.tolist() == tokenizer(text)["input_ids"]
+        with torch.inference_mode():
+            out = theirs.generate(torch.tensor(ids[None].astype(np.int64)), do_sample=False, max_new_tokens=64)
+        found = run.generate_tokens([ids], max_new_tokens=64, temperature=0.0).tokens[0]
+        assert found.tolist() == out[0, len(ids) :].tolist()
+        assert run.tokenizer.decode(found) == tokenizer.decode(found, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize("quantised", [None, "Q8_0"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
+import pytest
 
 from mtp_jax.runs.loading import LoadedRun
+from support import REPOSITORY
 
 D, F, V, N, K, H, L = 16, 24, 259, 4, 2, 6, 2
 CONFIG = dict(
@@ -104,3 +107,19 @@ def law(run: LoadedRun, tokens_BT: np.ndarray) -> np.ndarray:
     """Log-probabilities `[B, T, V]` of the next token after each, over the ids that stand for something."""
     with jax.set_mesh(run.mesh):
         return np.asarray(jax.jit(lambda model, t: model.target(model.see(t))[0])(run.model, tokens_BT))[..., :V]
+
+
+def published(variable: str, default: str = "") -> Path:
+    """The directory of a model of others: what the environment variable says, or `default` beside the repository. A
+    test that asks for one is skipped where it is not.
+    """
+    named = os.environ.get(variable)
+    path = Path(named) if named else REPOSITORY.parent / default
+    if not (named or default) or not path.is_dir():
+        pytest.skip(f"the model is not here; ${variable} names its directory")
+    return path
+
+
+def stories() -> Path:
+    """A Llama of 260,000 parameters that was trained on stories."""
+    return published("MTP_JAX_TEST_STORIES", "shared/data/stories260K")
