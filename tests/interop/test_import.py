@@ -65,6 +65,32 @@ def test_an_import_of_the_export_is_the_identity(source, tmp_path, name, dtype):
     assert first.config.model == second.config.model and first.config.head == second.config.head
 
 
+def test_an_export_in_several_files_is_read_by_its_index(source, tmp_path, monkeypatch):
+    directory, _, weights = source(**FAMILIES["qwen2"])
+    first = mtp_jax.load(import_run(str(directory), tmp_path / "first"))
+    monkeypatch.setattr(exporting, "SHARD_BYTES", 8_000)
+    out = export_run(first, tmp_path / "first", tmp_path / "out")
+    listed = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    assert listed.keys() == weights.keys() and sorted(set(listed.values())) == files and len(files) > 3
+    assert files[0] == f"model-00001-of-{len(files):05}.safetensors"
+    second = mtp_jax.load(import_run(str(out), tmp_path / "second"))
+    jax.tree.map(np.testing.assert_array_equal, split(first.model)[1], split(second.model)[1])
+
+
+def test_rows_that_no_token_has_are_not_exported(source, tmp_path):
+    directory, _, weights = source(vocab_size=300, tie_word_embeddings=True)
+    first = mtp_jax.load(import_run(str(directory), tmp_path / "first"))
+    out = export_run(first, tmp_path / "first", tmp_path / "out")
+    found = load_file(out / "model.safetensors")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(found, weights["model.embed_tokens.weight"][:V])
+    second = mtp_jax.load(import_run(str(out), tmp_path / "second"))
+    np.testing.assert_array_equal(law(second, TOKENS_BT), law(first, TOKENS_BT))
+    again = export_run(second, tmp_path / "second", tmp_path / "again")
+    for file in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"):
+        assert (again / file).read_bytes() == (out / file).read_bytes()
+
+
 def test_nothing_is_rounded_where_dtypes_are_mixed(tmp_path):
     """Parameters have the dtype of the matrices, unless a bias is finer; norms are float32."""
     _, config, weights = write(tmp_path / "plain", **FAMILIES["qwen2"])
