@@ -26,6 +26,7 @@ torch = pytest.importorskip("torch", reason="the other side is transformers on t
 transformers = pytest.importorskip("transformers", reason="the other side is transformers on torch")
 pytest.importorskip("safetensors", reason="weights are read by safetensors: pip install 'mtp_jax[hf]'")
 
+torch.set_num_threads(1)  # so little is computed that threads only wait for each other
 # Faster code would take longer to compile.
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
