@@ -22,7 +22,7 @@ from mtp_jax.model.config import ModelConfig
 from mtp_jax.model.transformer import Trunk, UnrolledTrunk
 from mtp_jax.parameters import init_weight
 from mtp_jax.sharding import RULES, gather
-from mtp_jax.validate import require
+from mtp_jax.validate import ConfigError, require
 
 
 class LanguageModel(nnx.Module):
@@ -69,7 +69,8 @@ class LanguageModel(nnx.Module):
         given_BT = jnp.zeros_like(tokens_BT) if segments_BT is None else jnp.asarray(segments_BT)
         chex.assert_equal_shape([tokens_BT, given_BT])
         own_BT = jax.reshard(given_BT, RULES.tokens_BT)
-        assert isinstance(self.trunk, Trunk)
+        if not isinstance(self.trunk, Trunk):
+            raise ConfigError("This model is laid out for decoding. Load the run without decoding_only=True.")
         x_BTD, taps = self.trunk(self.embed(tokens_BT), own_BT, self.head.taps)
         return self.seen(x_BTD, tokens_BT, taps, own_BT)
 

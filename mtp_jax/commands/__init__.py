@@ -32,11 +32,11 @@ class RunOptions:
     weights: Literal["params", "ema"] = "params"
     """The parameters, or their average over the last steps, where the run kept it (ema_decay)."""
 
-    def load(self) -> LoadedRun:
+    def load(self, *, decoding_only: bool = False) -> LoadedRun:
         """The run with these weights. Raises what `mtp_jax.load` does."""
         from mtp_jax.runs.loading import load
 
-        return load(self.run, self.step, weights=self.weights)
+        return load(self.run, self.step, weights=self.weights, decoding_only=decoding_only)
 
 
 def parse(cls: type[T], args: Sequence[str], name: str, default: T | None = None) -> T:

@@ -42,7 +42,7 @@ def main(args: list[str]) -> None:
     use_compilation_cache()
     from mtp_jax.train.signals import STOPS, leave, listening
 
-    run = options.load()
+    run = options.load(decoding_only=True)
     run.tokenizer.conventions.render([{"role": "user", "content": "Hello"}])  # a model without a template is refused
     answering, stopped = threading.Event(), threading.Event()
 

@@ -102,7 +102,7 @@ def main(args: list[str]) -> None:
     console = Console(
         force_terminal=forced, **colors, highlight=False, emoji=False, soft_wrap=True, record=options.held_out > 0
     )
-    run = options.load()
+    run = options.load(decoding_only=True)
     with jax.set_mesh(run.mesh):
         decode = tuned(run.decoder, [prompts[0][1]], decode)
     for index, (name, tokens) in enumerate(prompts):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from mtp_jax.parameters import PARAMETERS, last_name, row
 from mtp_jax.sharding import RULES, gather, platform
 from mtp_jax.validate import require
 
+T = TypeVar("T")
 NO_MESH = "No mesh in scope; decode under `with jax.set_mesh(mtp_jax.make_mesh()):`."
 
 
@@ -28,10 +30,10 @@ class Decoder(LanguageModel):
 
     def __init__(self, model: LanguageModel):
         """Take over the parts of `model`, layers in a list; the head is unstacked in place."""
-        assert isinstance(model.trunk, Trunk)
         self.config, self.head = model.config, model.head
         self.embed_VD, self.unembed_VD = model.embed_VD, model.unembed_VD
-        self.trunk = UnrolledTrunk(model.trunk)
+        # It may come later.
+        self.trunk = UnrolledTrunk(model.trunk) if isinstance(model.trunk, Trunk) else model.trunk
         self.head.unstack(None if self.unembed_VD is None else self.unembed_VD[...])
 
     def embed(self, tokens_BT: Array) -> Array:
@@ -59,33 +61,82 @@ class Decoder(LanguageModel):
         return self.seen(x_BTD, tokens_BT, taps), cache
 
 
-def for_decoding(model: LanguageModel) -> Decoder:
+def for_decoding(model: LanguageModel, *, keep: bool = True) -> Decoder:
     """The model as decoding wants it: layers unstacked, matrices in the compute dtype and whole along `fsdp`.
 
-    For one CPU they are also turned (`OutputMajor`). What is laid out already stays as it is. `model` is not changed.
+    For one CPU they are also turned (`OutputMajor`). What is laid out already stays as it is.
+
+    Args:
+      model: the model, its mesh in scope. It is not changed, unless it is not kept.
+      keep: whether the model is still wanted. If not, it is taken apart, and of its trunk there is never more than one
+        stacked weight twice, if nobody else holds parts of it.
     """
     mesh = jax.sharding.get_abstract_mesh()
     require(not mesh.empty, NO_MESH)
     if isinstance(model, Decoder):
         return model
-    return _laid_out(model, turn=mesh.size == 1 and platform() == "cpu")
+    turn = mesh.size == 1 and platform() == "cpu"
+    if keep:
+        return _laid_out(model, turn)
+    trunk = _unrolled(model, _caster(model.config.dtype), turn)
+    decoder = _laid_out(model, turn)
+    decoder.trunk = nnx.data(trunk)
+    return decoder
 
 
 @functools.partial(jax.jit, static_argnames="turn")
 def _laid_out(model: LanguageModel, turn: bool) -> Decoder:
-    def cast(path: tuple[Any, ...], weight: Array) -> Array:
-        name = last_name(path)
-        exact = (name in PARAMETERS and row(name).exact) or not jnp.issubdtype(weight.dtype, jnp.floating)
-        # Gathered once, not at every step.
-        return gather(weight if exact else weight.astype(model.config.dtype))
-
-    decoder = jax.tree_util.tree_map_with_path(cast, Decoder(model))
+    decoder = jax.tree_util.tree_map_with_path(_caster(model.config.dtype), Decoder(model))
     return _turned(decoder) if turn else decoder
 
 
-def _turned(decoder: Decoder) -> Decoder:
-    """The same decoder with its matrices turned."""
-    for _, module in list(nnx.iter_graph(decoder)):
+def _caster(dtype: str) -> Callable[[tuple[Any, ...], Array], Array]:
+    """A function of a parameter's path and itself: as decoding reads it. Gathered once, not at every step."""
+    return lambda path, weight: gather(weight.astype(dtype) if _is_cast(path, weight) else weight)
+
+
+def dtypes_for_decoding(target: Any, dtype: str) -> Any:
+    """Shapes of parameters that are loaded for decoding alone.
+
+    The trunk's are in the compute dtype, to which `for_decoding` casts them; those that a head makes something of are
+    as they were saved.
+    """
+
+    def cast(path: tuple[Any, ...], weight: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        found = path[0].key in ("trunk", "embed_VD") and _is_cast(path, weight)
+        return weight.update(dtype=jnp.dtype(dtype)) if found else weight
+
+    return jax.tree_util.tree_map_with_path(cast, target)
+
+
+def _is_cast(path: tuple[Any, ...], weight: Any) -> bool:
+    """Whether decoding reads a parameter in the compute dtype."""
+    name = last_name(path)
+    return jnp.issubdtype(weight.dtype, jnp.floating) and not (name in PARAMETERS and row(name).exact)
+
+
+def _unrolled(model: LanguageModel, cast: Callable[..., Array], turn: bool) -> UnrolledTrunk:
+    """Take the trunk out of a model, its layers in a list. Each stacked weight goes before the next one is copied."""
+    assert isinstance(model.trunk, Trunk)
+    trunk, layers = model.trunk, []
+    found, tree = jax.tree_util.tree_flatten_with_path(trunk.blocks)
+    model.trunk = trunk.blocks = None  # type: ignore[assignment]
+    while found:
+        path, stacked = found.pop()
+        layers.append(jax.block_until_ready(jax.jit(lambda w, path=path: [cast(path, one) for one in w])(stacked)))
+        del stacked
+    blocks = [tree.unflatten(weights) for weights in zip(*reversed(layers), strict=True)]
+    del layers
+    for i, block in enumerate(blocks):
+        blocks[i] = None  # the one reference to what is about to be turned
+        blocks[i] = jax.block_until_ready(jax.jit(_turned)(block)) if turn else block
+        del block
+    return UnrolledTrunk(trunk, blocks)
+
+
+def _turned(part: T) -> T:
+    """The same decoder, or layer of one, with its matrices turned."""
+    for _, module in list(nnx.iter_graph(part)):
         if not isinstance(module, nnx.Module):
             continue
         for name in [name for name in vars(module).keys() & PARAMETERS.keys() if row(name).matrix]:
@@ -94,7 +145,7 @@ def _turned(decoder: Decoder) -> Decoder:
                 setattr(module, name, nnx.List([OutputMajor(offset[...], inputs) for offset in weight]))
             elif isinstance(weight, nnx.Param):
                 setattr(module, name, OutputMajor(weight[...], inputs))
-    return decoder
+    return part
 
 
 def mesh_in_scope() -> AbstractMesh | Mesh:

@@ -117,7 +117,7 @@ def _tensors(model: LanguageModel) -> list[hf.Tensor]:
     """All that is exported, none of it fetched yet."""
     config, head = model.config, model.head.config
     check_exportable(config, head)
-    assert isinstance(model.trunk, Trunk), "export the model as it was loaded, not as decoding lays it out"
+    require(isinstance(model.trunk, Trunk), "The model is laid out for decoding. Load it without decoding_only=True.")
     params, dtype = split(model)[1], jnp.dtype(config.param_dtype)
     flat: dict[tuple[str, ...], Any] = flatten_dict(params)  # type: ignore[assignment]
 

@@ -73,10 +73,11 @@ class Trunk(nnx.Module):
 class UnrolledTrunk(nnx.Module):
     """The same layers in a list: a scan over stacked weights copies what it takes at every step of decoding."""
 
-    def __init__(self, trunk: Trunk):
+    def __init__(self, trunk: Trunk, blocks: list[Block] | None = None):
+        """The layers of `trunk`, or `blocks` in their place."""
         self.config = trunk.config
         layers = range(trunk.config.num_layers)
-        self.blocks = nnx.List([jax.tree.map(lambda w, i=i: w[i], trunk.blocks) for i in layers])
+        self.blocks = nnx.List(blocks or [jax.tree.map(lambda w, i=i: w[i], trunk.blocks) for i in layers])
         self.norm = trunk.norm
 
     def extend(

@@ -19,7 +19,7 @@ from mtp_jax.config import MeshConfig, TrainConfig
 from mtp_jax.data.tokenizers import Tokenizer
 from mtp_jax.data.tokenizers.conventions import Messages
 from mtp_jax.decode.config import DecodeConfig
-from mtp_jax.decode.decoder import Decoder, for_decoding
+from mtp_jax.decode.decoder import Decoder, dtypes_for_decoding, for_decoding
 from mtp_jax.decode.decoding import Generation
 from mtp_jax.decode.generate import generate
 from mtp_jax.decode.text import continue_text, prompt_texts
@@ -106,6 +106,8 @@ def load(
     step: Step = "latest",
     mesh: MeshConfig | Mesh | None = None,
     weights: Literal["params", "ema"] = "params",
+    *,
+    decoding_only: bool = False,
 ) -> LoadedRun:
     """Reload a run wherever it was trained: no config, mesh or knowledge of its origin is needed.
 
@@ -114,6 +116,8 @@ def load(
       step: which checkpoint: a step that is kept, "latest", or "best", which has the lowest held-out loss.
       mesh: where to put it: a mesh, or a config over all devices; one device by default.
       weights: the parameters, or "ema", their average over the last steps, where the run kept it.
+      decoding_only: the run will only generate. Its model is then laid out for that, in the compute dtype, and there is
+        no other copy: less memory, and nothing to train, evaluate or export.
 
     Raises:
       ConfigError: it is not a run directory, or the mesh does not fit.
@@ -139,5 +143,10 @@ def load(
         build = functools.partial(build_model, config, random_key(0))
         graph = nnx.graphdef(jax.eval_shape(build))
         target = jax.eval_shape(jax.jit(lambda: split(build())[1]))
-        params = checkpoints.restore_params(on_mesh(target, mesh), meta["step"], weights)
-    return LoadedRun(nnx.merge(graph, params), tokenizer, config, mesh, meta["step"], meta)
+        if decoding_only:
+            target = dtypes_for_decoding(target, config.model.dtype)
+        model = nnx.merge(
+            graph, checkpoints.restore_params(on_mesh(target, mesh), meta["step"], weights, cast=decoding_only)
+        )
+        model = for_decoding(model, keep=False) if decoding_only else model
+    return LoadedRun(model, tokenizer, config, mesh, meta["step"], meta)
