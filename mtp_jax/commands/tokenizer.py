@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,9 @@ from mtp_jax.validate import ConfigError, require
 END = "<|endoftext|>"
 SMALLEST = 257  # all bytes, and the end of a document
 SAMPLE_BYTES = 2**20
+LONGEST = 256  # characters of a word
+# GPT-2's words are of letters, of digits, of white space, or of what is left.
+LONG = re.compile(rf"([^\W_]{{{LONGEST}}}(?=[^\W_])|\s{{{LONGEST}}}(?=\s)|(?:[^\w\s]|_){{{LONGEST}}}(?=[^\w\s]|_))")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,24 +53,29 @@ def _train(args: list[str]) -> None:
 
     from etils import epath
 
+    from mtp_jax.data.held_out import divided, is_one_sided
     from mtp_jax.data.preparation import cache_dir
-    from mtp_jax.data.sources import documents, is_held_out, load_source
+    from mtp_jax.data.sources import documents, load_source
     from mtp_jax.data.tokenizers import HFTokenizer, utf8
     from mtp_jax.runs.paths import replace_file
 
-    source, count, size, sample, sampled = load_source(options), 0, 0, [], 0
+    source, cache, fraction = load_source(options), cache_dir(options) / "tfds", options.valid_fraction
+    count, size, sample, sampled, cut = 0, 0, [], 0, 0
+    inside = is_one_sided((text for _, text in documents(source, cache)), fraction)
 
     def training_documents() -> Iterator[str]:
-        nonlocal count, size, sampled
-        for _, text in documents(source, cache_dir(options) / "tfds"):
-            if is_held_out(text, options.valid_fraction):
-                if text and sampled < SAMPLE_BYTES:
+        nonlocal count, size, sampled, cut
+        for document in documents(source, cache):
+            for split, _, text in divided(*document, fraction, inside) if document[1] else ():
+                if split == "train":
+                    count += 1
+                    size += len(text)
+                    words = list(bounded(utf8(text)[0]))
+                    cut += len(words) - 1
+                    yield from words
+                elif sampled < SAMPLE_BYTES:
                     sample.append(text)
                     sampled += len(text)
-            elif text:
-                count += 1
-                size += len(text)
-                yield utf8(text)[0]
 
     data = train_bpe(training_documents(), options.vocab_size)
     require(
@@ -86,6 +95,25 @@ def _train(args: list[str]) -> None:
         f"Trained on {count:,} documents of {size:,} bytes: {tokenizer.vocab_size:,} tokens{fewer}, {rate} "
         f"{len(sample):,} held-out documents, in {out}"
     )
+    if cut:
+        print(
+            f"Words of more than {LONGEST} characters, as text without white space has them, were learned in pieces "
+            f"of {LONGEST}: {cut:,} cuts."
+        )
+
+
+def bounded(text: str) -> Iterator[str]:
+    """A text in pieces none of which has a word of more than `LONGEST` characters: as a rule in one.
+
+    Without white space a word may have megabytes, and the time of a merge grows with the square of its length.
+    """
+    begin, block = 0, LONGEST // 2
+    # A long word fills a block. To look for white space in blocks is a hundred times as fast as the pattern.
+    if any(len(text[i : i + block].split(None, 1)) < 2 for i in range(0, len(text), block)):
+        for word in LONG.finditer(text):
+            yield text[begin : word.end()]
+            begin = word.end()
+    yield text[begin:]
 
 
 def train_bpe(texts: Iterator[str], vocab_size: int) -> bytes:

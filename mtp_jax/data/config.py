@@ -34,7 +34,8 @@ class SourceConfig:
     split: str = "train"
     """The split of the TFDS data set, such as train[:1000]."""
     valid_fraction: float = 0.05
-    """The share of the documents that is held out, by the hash of their content: copies of one lie on one side."""
+    """The share of the documents that is held out, by the hash of their content: copies of one lie on one side. Where
+    the hash holds out none or all, as of one large file, the end of each is held out, so much of its bytes."""
     cache_dir: str | None = None
     """Where prepared data sets are kept (default: $MTP_JAX_CACHE, else ~/.cache/mtp_jax)."""
     max_bad: float = dataclasses.field(default=0.001, kw_only=True)

@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import concurrent.futures.process
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -30,8 +31,9 @@ import filelock
 import numpy as np
 
 from mtp_jax.data.config import DataConfig, SourceConfig
+from mtp_jax.data.held_out import divided, is_one_sided
 from mtp_jax.data.mixture import Mixture
-from mtp_jax.data.sources import DataError, Part, Source, is_held_out, load_source
+from mtp_jax.data.sources import DataError, Part, Source, load_source
 from mtp_jax.data.sources.base import Unreadable
 from mtp_jax.data.store import MANIFEST, SPLITS, TOKENIZER_DIR, Store
 from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -132,6 +134,7 @@ class _Task:
     tokenizer: Tokenizer
     data_dir: Path
     max_bad: float = 0.001
+    inside: bool = False  # the split falls inside of the documents
 
     @property
     def scratch(self) -> Path:
@@ -177,13 +180,9 @@ class _Task:
     def _make(self, log: Callable[[str], None], processes: int, progress: Progress) -> None:
         begin = time.monotonic()
         parts = self.source.parts(self.data_dir)
-        file, made_of = self.scratch / "identity.json", json.dumps({**self.identity, "parts": parts}, sort_keys=True)
-        if not file.exists() or file.read_text() != made_of:  # parts of what the source was before, say
-            shutil.rmtree(self.scratch / "parts", ignore_errors=True)
-            (self.scratch / "parts").mkdir()
-            file.write_text(made_of)
+        inside = self._begun(parts)
         counts, first = collections.Counter(), ""
-        for done, found in enumerate(self._tokenise(parts, processes), 1):
+        for done, found in enumerate(dataclasses.replace(self, inside=inside)._tokenise(parts, processes), 1):
             why = found.pop("first_unreadable", "")
             first = first or why
             counts.update(found)
@@ -212,11 +211,28 @@ class _Task:
         (store / MANIFEST).write_text(json.dumps(manifest, indent=2))
         store.rename(self.path)
         said = [" and ".join(f"{n['tokens']:,} tokens of {n['documents']:,} {s} documents" for s, n in splits.items())]
+        if inside and all(entry["documents"] for entry in splits.values()):
+            share = f"the last {self.identity['valid_fraction']:.3g} of its bytes"
+            said += [f"held out is the end of each document ({share}), for the documents are too few to hold out some"]
         said += [f"{empty:,} empty documents left out"] * bool(empty)
         said += [f"{bad:,} unreadable ones too ({first})"] * bool(bad)
         said += [f"{replaced:,} U+FFFD in place of what is not UTF-8"] * bool(replaced)
         seconds = f"{time.monotonic() - begin:.1f} s"
         log(f"Prepared {self.identity['source']} in {seconds}: {'; '.join(said)}, in {self.path}")
+
+    def _begun(self, parts: list[Part]) -> bool:
+        """Whether the split falls inside of the documents. Of what was begun only parts of the same source stay."""
+        file, made_of = self.scratch / "identity.json", json.dumps({**self.identity, "parts": parts}, sort_keys=True)
+        known = {f"{made_of}\n{json.dumps(inside)}": inside for inside in (False, True)}
+        begun = known.get(file.read_text()) if file.exists() else None
+        if begun is not None:
+            return begun
+        shutil.rmtree(self.scratch / "parts", ignore_errors=True)
+        (self.scratch / "parts").mkdir()
+        texts = (text for part in parts for _, text in self.source.read(part, self.data_dir))
+        inside = is_one_sided(texts, self.identity["valid_fraction"])
+        file.write_text(f"{made_of}\n{json.dumps(inside)}")
+        return inside
 
     def _tokenise(self, parts: list[Part], processes: int) -> Iterator[dict[str, Any]]:
         """Tokenise every part that is not there yet; yields the counts of each as it is done."""
@@ -256,9 +272,10 @@ class _Task:
                 counts |= {"first_unreadable": bad[0]} if bad and "first_unreadable" not in counts else {}
                 counts["empty"] += len(batch) - len(full) - len(bad)
                 counts["replaced"] += sum(self.tokenizer.replaced(text) for _, text in full)
-                encoded = self.tokenizer.encode_batch([text for _, text in full])
-                for (name, text), tokens in zip(full, encoded, strict=True):
-                    split = "valid" if is_held_out(text, self.identity["valid_fraction"]) else "train"
+                fraction = self.identity["valid_fraction"]
+                pieces = [piece for document in full for piece in divided(*document, fraction, self.inside)]
+                encoded = self.tokenizer.encode_batch([text for *_, text in pieces])
+                for (split, name, _), tokens in zip(pieces, encoded, strict=True):
                     tokens_of[split].write(np.append(tokens, self.tokenizer.end_of_document).astype(self.dtype).data)
                     names_of[split].write(json.dumps(name).encode() + b"\n")
                     lengths[split].append(len(tokens) + 1)

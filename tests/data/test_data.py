@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 
 from mtp_jax.data.batches import Sequences, held_out_batches
 from mtp_jax.data.config import DataConfig
+from mtp_jax.data.held_out import is_held_out
 from mtp_jax.data.preparation import prepare
 from mtp_jax.data.sources import documents as documents_of
-from mtp_jax.data.sources import is_held_out, load_source
+from mtp_jax.data.sources import load_source
 from mtp_jax.data.store import Documents
 from mtp_jax.data.tokenizers import ByteTokenizer, load_tokenizer
 from mtp_jax.validate import ConfigError

@@ -111,16 +111,16 @@ def test_what_a_killed_process_leaves_is_continued(corpus, expected, tmp_path, m
 
 def failing(monkeypatch, error, after):
     """Writing a document fails from the one on that comes after so many."""
-    is_held_out, count = preparation.is_held_out, [0]
+    divided, count = preparation.divided, [0]
 
     def fail(*args):
         count[0] += 1
         if count[0] > after:
             raise error
-        return is_held_out(*args)
+        return divided(*args)
 
-    monkeypatch.setattr(preparation, "is_held_out", fail)
-    return lambda: monkeypatch.setattr(preparation, "is_held_out", is_held_out)
+    monkeypatch.setattr(preparation, "divided", fail)
+    return lambda: monkeypatch.setattr(preparation, "divided", divided)
 
 
 def test_a_full_disk_keeps_what_is_finished(corpus, expected, monkeypatch):

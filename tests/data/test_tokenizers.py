@@ -2,13 +2,11 @@
 
 import dataclasses
 import io
-import itertools
 import json
 import re
 import shutil
 import sys
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -20,7 +18,6 @@ from mtp_jax.commands.tokenizer import train_bpe
 from mtp_jax.config import OptimizerConfig
 from mtp_jax.data.config import DataConfig
 from mtp_jax.data.preparation import prepare
-from mtp_jax.data.sources import is_held_out
 from mtp_jax.data.tokenizers import HFTokenizer, SentencePieceTokenizer, load_tokenizer, utf8
 from mtp_jax.data.tokenizers.hf import byte_alphabet
 from mtp_jax.runs.layout import clear_run, run_tokenizer
@@ -389,74 +386,3 @@ def test_a_vocabulary_that_does_not_fit_the_model_is_refused(config, tmp_path):
     with pytest.raises(ConfigError, match=r"vocab_size is 300 and the tokenizer 'hf:.*' has 320 tokens; set .* 320 or"):
         loop.train(small, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-# The command
-
-HELD_OUT, TRAINING = 17, 43
-
-
-@pytest.fixture
-def corpus(tmp_path):
-    (tmp_path / "corpus").mkdir()
-    # Words that only held-out documents have must not become tokens.
-    for word, held_out, count in (("heldoutword", True, HELD_OUT), ("trainingword", False, TRAINING)):
-        texts = (f"{word} {END} {i}\n" * 20 for i in itertools.count())
-        fitting = (text for text in texts if is_held_out(text.encode(), 0.3) == held_out)
-        for i, text in enumerate(itertools.islice(fitting, count)):
-            (tmp_path / "corpus" / f"{word}{i}.txt").write_text(text)
-    (tmp_path / "corpus" / "empty.txt").write_text("")
-    return ["--source", f"{tmp_path}/corpus/*.txt", "--valid-fraction", "0.3"]
-
-
-def command(*args):
-    cli.main(["tokenizer", "train", *map(str, args)])
-
-
-def test_a_tokenizer_is_made_of_the_training_documents(corpus, tmp_path, capsys):
-    first, second = tmp_path / "first.json", tmp_path / "second.json"
-    command(*corpus, "--vocab-size", 300, "--out", first)
-    (line,) = capsys.readouterr().out.splitlines()
-    size = sum(file.stat().st_size for file in tmp_path.glob("corpus/trainingword*.txt"))
-    assert re.fullmatch(
-        rf"Trained on {TRAINING} documents of {size:,} bytes: 300 tokens, \d\.\d\d bytes per token on {HELD_OUT} "
-        rf"held-out documents, in {first}",
-        line,
-    )
-    command(*corpus, "--vocab-size", 300, "--out", second)
-    assert first.read_bytes() == second.read_bytes()
-    tokenizer = load_tokenizer(f"hf:{first}")
-    assert tokenizer.vocab_size == 300 and tokenizer.to_json()["end_of_document"] == END
-    tokens = [tokenizer.decode_bytes([i]) for i in range(300)]
-    assert b"trainingword" in tokens and not any(b"held" in token for token in tokens)
-    assert {bytes([i]) for i in range(256)} < set(tokens)
-
-    command(*corpus, "--vocab-size", 10_000, "--out", tmp_path / "all.json")
-    assert "of 10,000: the documents hold no more" in capsys.readouterr().out
-
-
-def test_what_cannot_be_made_is_refused(corpus, tmp_path, capsys):
-    (tmp_path / "there.json").write_text("mine")
-    for options, message in (
-        (["--vocab-size", 256, "--out", tmp_path / "new.json"], "--vocab-size is 256; it must be at least 257"),
-        (["--vocab-size", 300, "--out", tmp_path / "there.json"], "exists; delete it"),
-        (["--vocab-size", 300, "--out", tmp_path / "no/new.json"], "is no directory; make it first"),
-        (["--vocab-size", 300, "--out", tmp_path / "new.json", "--valid-fraction", 1 - 1e-9], "has no documents"),
-        (["--vocab-size", 300, "--out", tmp_path / "new.json", "--source", "texts"], "did you mean 'text'"),
-    ):
-        with pytest.raises(SystemExit):
-            command(*corpus, *options)
-        assert message in capsys.readouterr().err
-    assert not (tmp_path / "new.json").exists() and (tmp_path / "there.json").read_text() == "mine"
-    with pytest.raises(SystemExit):
-        cli.main(["tokenizer", "trane"])
-    assert "did you mean 'train'" in capsys.readouterr().err
-    cli.main(["tokenizer"])
-    assert "usage: mtp-jax tokenizer train" in capsys.readouterr().out
-
-
-def test_the_command_needs_no_jax_compilation(corpus, tmp_path):
-    with jax.log_compiles(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "jit", lambda *args, **options: pytest.fail("compiled"))
-        command(*corpus, "--vocab-size", 257, "--out", tmp_path / "bytes.json")
-    assert load_tokenizer(f"hf:{tmp_path}/bytes.json").vocab_size == 257

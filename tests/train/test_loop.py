@@ -15,7 +15,7 @@ import pytest
 
 from mtp_jax.config import ProfileConfig
 from mtp_jax.data.batches import batches, held_out_batches
-from mtp_jax.data.sources import is_held_out
+from mtp_jax.data.held_out import is_held_out
 from mtp_jax.data.tokenizers import ByteTokenizer
 from mtp_jax.runs.checkpoints import Checkpoints
 from mtp_jax.runs.layout import read_config, versions

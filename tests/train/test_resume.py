@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from mtp_jax.data.sources import is_held_out
+from mtp_jax.data.held_out import is_held_out
 from mtp_jax.runs import manifest
 from mtp_jax.runs.checkpoints import CheckpointError
 from mtp_jax.runs.layout import read_config, write_config

@@ -8,7 +8,6 @@ lines and Parquet are read where they lie, in ranges; a TFDS copy of them would 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 
 from mtp_jax.data.config import SourceConfig
@@ -20,7 +19,7 @@ from mtp_jax.data.sources.text import Text
 from mtp_jax.data.sources.tfds import TfdsDataset
 from mtp_jax.registry import lookup
 
-__all__ = ["PART_BYTES", "SOURCES", "DataError", "Part", "Source", "documents", "is_held_out", "load_source"]
+__all__ = ["PART_BYTES", "SOURCES", "DataError", "Part", "Source", "documents", "load_source"]
 
 SOURCES: dict[str, Callable[[SourceConfig], Source]] = {
     "jsonl": JsonLines,
@@ -35,12 +34,3 @@ SOURCES: dict[str, Callable[[SourceConfig], Source]] = {
 def load_source(config: SourceConfig) -> Source:
     """The source that `config` names. Raises `ConfigError` on an unknown name or a source that has no documents."""
     return lookup(SOURCES, config.source, "DataConfig.source")(config)
-
-
-def is_held_out(document: bytes, valid_fraction: float) -> bool:
-    """Whether a document is held out: the hash of its content, as a number in [0, 1), lies below `valid_fraction`.
-
-    It depends on nothing else, so copies of a document lie on one side, one stays there when others come and go, and a
-    larger fraction holds out all that a smaller one does.
-    """
-    return int.from_bytes(hashlib.sha256(document).digest()[:8], "big") < valid_fraction * 2**64
