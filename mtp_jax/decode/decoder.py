@@ -39,6 +39,7 @@ class Decoder(LanguageModel):
     def embed(self, tokens_BT: Array) -> Array:
         """Token embeddings `[B, T, D]` in the compute dtype."""
         table_VD = self.unembed_VD if self.embed_VD is None else self.embed_VD
+        assert table_VD is not None
         # A CPU gathers rows of bfloat16 in float32. Next to the tokens, which change, that is of these rows; alone it
         # would be of the whole table, in front of the loop.
         whole_VD, tokens_BT = lax.optimization_barrier((table_VD[...], tokens_BT))
