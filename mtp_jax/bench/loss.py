@@ -71,7 +71,7 @@ def bench_loss(config: LossBenchConfig, progress: Callable[[str], None] = lambda
     errors = _errors(config, mesh)
     return {
         "config": vars(config),
-        "tile_positions": tile_positions(config.tokens, 4 * _logits(config)),
+        "tile_positions": tile_positions(config.tokens, 4 * _logits(config), config.rank * config.window),
         "seconds": {name: summary(found) for name, found in seconds.items()},
         "time_ratio_to_matmuls": ratio(seconds, "ours", "matmuls"),
         "time_ratio_to_naive": ratio(seconds, "ours", "naive") if fits else None,

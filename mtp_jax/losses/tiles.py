@@ -19,8 +19,12 @@ from jax import Array, lax
 from mtp_jax import arrays
 from mtp_jax.sharding import gather_local, platform, reduce_local, shares, varies, vary
 
-# Most bytes of float32 logits that are alive together on one device: as few as keep the products at full speed.
-TILE_BYTES = {"cpu": 20 * 2**20, "gpu": 2**29, "tpu": 2**28}
+# Bytes of float32 logits that are alive together on one device: as few as keep the products at full speed, and what may
+# be spent on having TILE_ROWS of them.
+TILE_BYTES = {"cpu": (20 * 2**20, 20 * 2**20), "gpu": (2**29, 2**32), "tpu": (2**28, 2**31)}
+# A tile adds to the gradient of the table, in float32: V D 8 bytes of traffic beside 6 V D FLOPs for each row. With so
+# many rows that takes a tenth of the time of the products, on devices of 200 to 300 FLOPs a byte.
+TILE_ROWS = 4096
 
 
 class Form(Protocol):
@@ -40,10 +44,11 @@ class Form(Protocol):
         ...
 
 
-def tile_positions(positions: int, logits_bytes: int) -> int:
-    """Positions in a tile, of `positions` on a device whose logits are `logits_bytes` each."""
-    most = max(1, TILE_BYTES.get(platform(), 2**28) // logits_bytes)
-    return -(-positions // -(-positions // most))
+def tile_positions(positions: int, logits_bytes: int, rows: int) -> int:
+    """Positions in a tile, of `positions` on a device. Each has `rows` rows of logits, `logits_bytes` in all."""
+    enough, most = (max(1, size // logits_bytes) for size in TILE_BYTES.get(platform(), TILE_BYTES["tpu"]))
+    wanted = max(enough, -(-TILE_ROWS // rows))
+    return -(-positions // max(-(-positions // most), positions // wanted))
 
 
 class Device:
@@ -61,8 +66,9 @@ class Device:
         one = jax.eval_shape(lambda tables, x: form.logits(tables, vary(x)), self.tables, x_BTD[:1, :1])
         # How many offsets each array of logits has.
         self.offsets = [logits.shape[3] for logits in jax.tree.leaves(one)]
-        most = sum(logits.size * logits.dtype.itemsize for logits in jax.tree.leaves(one))
-        self.width = tile_positions(x_BTD.shape[0] * x_BTD.shape[1], most)
+        size = sum(logits.size * logits.dtype.itemsize for logits in jax.tree.leaves(one))
+        rows = sum(logits.size // logits.shape[-1] for logits in jax.tree.leaves(one))
+        self.width = tile_positions(x_BTD.shape[0] * x_BTD.shape[1], size, rows)
 
     def tiles(self, trees: Any) -> Any:
         """Each `[B, T, ...]` as `[tiles, 1, positions, ...]`, padded at the end with zeros (of weight zero)."""

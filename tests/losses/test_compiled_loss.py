@@ -1,6 +1,5 @@
 """What the loss compiles to: its memory, and what devices exchange."""
 
-import functools
 import math
 import re
 
@@ -10,14 +9,9 @@ import numpy as np
 import pytest
 
 from mtp_jax.config import OptimizerConfig
-from mtp_jax.heads.circuits import CPD
-from mtp_jax.heads.factors import FACTORS
-from mtp_jax.losses.mixture import Terms, mixture_loss
-from mtp_jax.parameters import PARAMETERS
-from mtp_jax.sharding import RULES
 from mtp_jax.train.step import make_trainer
 from support import tiny
-from support.mixture_losses import SHAPES, W, set_tile_bytes
+from support.mixture_losses import W, set_tile_bytes, traced
 
 pytestmark = pytest.mark.usefixtures("mesh", "float64")
 
@@ -26,20 +20,7 @@ def lower_large(shape, factors="shared", dtype=jnp.float32, batch=8, time=128, v
     """The compiled loss and gradient of a problem that is never run, R = 8, W = 4, D = 256."""
     sizes = {"D": 256, "R": 8, "W": 4, "V": vocab, "E": 64}
     with tiny.mesh(*shape) as mesh, jax.enable_x64(False):
-
-        def abstract(dtype, spec, *shape):
-            return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
-
-        params = {
-            name: abstract(jnp.float32, PARAMETERS[name].spec, *(sizes[letter] for letter in name.split("_")[1]))
-            for name in SHAPES[factors]
-        }
-        arrays = [
-            abstract(kind, RULES.x_BTD, batch, time, size)
-            for size, kind in ((256, dtype), (8, jnp.float32), (4, jnp.int32), (4, jnp.float32))
-        ]
-        loss = functools.partial(mixture_loss, FACTORS[factors], Terms(CPD))
-        return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)).lower(params, *arrays).compile()
+        return traced(mesh, sizes, factors, dtype, batch, time).lower().compile()
 
 
 def loop_and_rest(text):

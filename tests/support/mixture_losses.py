@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,11 @@ import numpy as np
 import pytest
 
 from mtp_jax.heads.circuits import CPD
+from mtp_jax.heads.factors import FACTORS
 from mtp_jax.losses import tiles as tiles_module
-from mtp_jax.losses.mixture import Terms
+from mtp_jax.losses.mixture import Terms, mixture_loss
 from mtp_jax.parameters import PARAMETERS
+from mtp_jax.sharding import RULES
 from support import tiny
 
 Params = dict[str, jax.Array]
@@ -159,7 +162,7 @@ def assert_close(got: Any, want: Any, tolerance: float) -> None:
 
 def set_tile_bytes(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """The size of a tile on a CPU."""
-    monkeypatch.setattr(tiles_module, "TILE_BYTES", {"cpu": size})
+    monkeypatch.setitem(tiles_module.TILE_BYTES, "cpu", (size, size))
 
 
 def set_tiles(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
@@ -167,3 +170,19 @@ def set_tiles(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     count, size = TILES[name]
     set_tile_bytes(monkeypatch, size)
     assert count * -(-B * T // count) >= B * T and -(-B * T // max(1, size // POSITION)) == count
+
+
+def traced(mesh: Any, sizes: dict[str, int], factors: str, dtype: Any, batch: int, time: int) -> Any:
+    """The loss and its gradient, of a problem that is never run."""
+
+    def abstract(dtype, spec, *shape):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(mesh, spec))
+
+    params = {
+        name: abstract(jnp.float32, PARAMETERS[name].spec, *(sizes[letter] for letter in name.split("_")[1]))
+        for name in SHAPES[factors]
+    }
+    kinds = ((sizes["D"], dtype), (sizes["R"], jnp.float32), (sizes["W"], jnp.int32), (sizes["W"], jnp.float32))
+    arrays = [abstract(kind, RULES.x_BTD, batch, time, size) for size, kind in kinds]
+    loss = functools.partial(mixture_loss, FACTORS[factors], Terms(CPD))
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)).trace(params, *arrays)
