@@ -6,7 +6,6 @@ import os
 import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -111,7 +110,7 @@ def _show(args: list[str]) -> None:
     from mtp_jax.data.batches import batches
     from mtp_jax.data.store import Store
 
-    store = Store.open(Path(options.store).expanduser())
+    store = Store.open(options.store)
     documents, tokenizer = getattr(store, options.split), store.tokenizer()
     documents.require_some()
     terminal = console()

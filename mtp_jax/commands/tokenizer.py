@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -43,7 +44,7 @@ def main(args: list[str]) -> None:
 
 def _train(args: list[str]) -> None:
     options = parse(TokenizerOptions, args, "tokenizer train")
-    out = Path(options.out).expanduser()
+    out = Path(os.path.expanduser(options.out))
     require(
         options.vocab_size >= SMALLEST,
         f"--vocab-size is {options.vocab_size}; it must be at least {SMALLEST}: 256 bytes and {END}.",

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import re
 from dataclasses import dataclass
 
-from mtp_jax.data.endings import kind_of
+from mtp_jax.data.paths import resolve
 from mtp_jax.validate import at_least, fraction, require, typed
 
 
@@ -16,9 +14,9 @@ class SourceConfig:
     """Where documents come from.
 
     `source` names an entry of `mtp_jax.data.sources.SOURCES`, or is what is read: a file or a glob, which is `jsonl`,
-    `parquet` or `text` by its ending; `.gz`, `.bz2`, `.xz` and `.zst` are decompressed. Training also reads what
-    `mtp-jax data prepare` made: a directory, or several as a mixture, as in `3:data/stories,1:data/code`, where 3 of 4
-    sequences are stories.
+    `parquet` or `text` by its ending, or as `jsonl:PATH` says; `.gz`, `.bz2`, `.xz` and `.zst` are decompressed. Training
+    also reads what `mtp-jax data prepare` made: a directory, or several as a mixture, as in
+    `3:data/stories,1:data/code`, where 3 of 4 sequences are stories.
     """
 
     source: str = "stdlib"
@@ -44,23 +42,23 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         typed(self)
-        kind = _kind(self.source)
-        if kind:
+        found = None if self.files and self.source in _FILES else resolve(self.source)
+        if found:
             require(
-                self.files in ("", self.source),
+                self.files in ("", found[1]),
                 f"DataConfig.source is {self.source!r}, which says what is read, and files is {self.files!r}; "
                 "leave one of them out.",
             )
-            object.__setattr__(self, "files", self.source)
-            object.__setattr__(self, "source", kind)
+            object.__setattr__(self, "source", found[0])
+            object.__setattr__(self, "files", found[1])
         require(
             0 < self.valid_fraction < 1,
             f"DataConfig.valid_fraction is {self.valid_fraction}; it must lie in (0, 1).",
         )
         fraction(self, "max_bad")
         require(
-            self.source not in ("text", "jsonl", "parquet", "store", "mixture") or bool(self.files),
-            f"DataConfig.source is {self.source} and files is empty; give {_FILES.get(self.source, _GLOB)}.",
+            self.source not in _FILES or bool(self.files),
+            f"DataConfig.source is {self.source} and files is empty; give {_FILES.get(self.source)}.",
         )
         require(
             self.source != "tfds" or bool(self.dataset),
@@ -87,20 +85,10 @@ class SourceConfig:
 
 _GLOB = "a glob, such as --data.source 'stories/*.txt'"
 _FILES = {
+    **dict.fromkeys(("text", "jsonl", "parquet"), _GLOB),
     "store": "the directory that `mtp-jax data prepare` made, such as --data.source data/stories",
     "mixture": "weights and stores, such as --data.source 3:data/stories,1:data/code",
 }
-
-
-def _kind(source: str) -> str | None:
-    """What kind of source a file, a glob, a directory or a mixture is; None if `source` is a name."""
-    if re.match(r"[\d.]+:", source):
-        return "mixture"
-    if os.path.exists(os.path.join(os.path.expanduser(source), "manifest.json")):
-        return "store"
-    if not re.search(r"[./*?\[]", source):
-        return None
-    return kind_of(source)
 
 
 @dataclass(frozen=True)

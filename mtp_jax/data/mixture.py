@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -82,14 +84,16 @@ class Mixture:
             store.
         """
         stores, weights = [], []
-        for item in files.split(","):
+        for item in re.split(r",\s*(?=[-+]?[\d.]+(?:e[-+]?\d+)?:)", files):  # a path may have commas
             weight, _, path = item.strip().partition(":")
             try:
                 value = float(weight)
             except ValueError:
                 value = 0.0
             require(
-                0 < value < float("inf") and bool(path),
+                0 < value < float("inf")
+                and bool(path)
+                and (os.path.exists(os.path.expanduser(path)) or "," not in path),
                 f"DataConfig.files is {files!r} and {item.strip()!r} is not WEIGHT:DIRECTORY with a weight above 0; "
                 "write such as 3:data/stories,1:data/code.",
             )

@@ -89,7 +89,7 @@ def prepare(
         source = load_source(config)
         identity = {"source": config.source, "fingerprint": source.fingerprint(), **made}
         cache = cache_dir(config)
-        path = Path(out).expanduser().absolute() if out else cache / "tokens" / _name(config, identity)
+        path = Path(os.path.expanduser(out)).absolute() if out else cache / "tokens" / _name(config, identity)
         task = _Task(path, identity, source, tokenizer, cache / "tfds", config.max_bad)
         if not task.there():
             task.make(log, processes, progress)

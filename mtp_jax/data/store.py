@@ -108,7 +108,7 @@ class Store:
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Store:
         """Open the store in `path`; no token is read. Raises `ConfigError` if a file is missing or damaged."""
-        path = Path(path).expanduser()
+        path = Path(os.path.expanduser(path))
         try:
             manifest = json.loads((path / MANIFEST).read_text())
             train, valid = (_open_split(path, manifest, split) for split in SPLITS)

@@ -33,7 +33,7 @@ def corpus(tmp_path):
     for i in range(40):
         file = tmp_path / "corpus" / f"part{i % 3}" / f"{i}.txt"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(b"" if i == 7 else bytes(range(i, 256, 3)) * (i + 1))
+        file.write_bytes(b"" if i == 7 else bytes(range(32 + i, 256, 3)) * (i + 1))
     return DataConfig(
         source="text", files=f"{tmp_path}/corpus/**/*.txt", valid_fraction=0.2, cache_dir=str(tmp_path / "cache")
     )

@@ -30,7 +30,7 @@ def corpus(tmp_path, monkeypatch):
     """A config of 60 documents in three files, read in many parts."""
     monkeypatch.setattr(base, "PART_BYTES", 200)
     for i in range(3):
-        texts = (bytes(range(j, 256, 5)).replace(b"<", b"") * (j % 4) + b"x" for j in range(20))
+        texts = (bytes(range(32 + j, 256, 5)).replace(b"<", b"") * (j % 4) + b"x" for j in range(20))
         (tmp_path / f"{i}.txt").write_bytes(SEPARATOR.join(texts))
     cache = str(tmp_path / "cache")
     return DataConfig("text", f"{tmp_path}/*.txt", valid_fraction=0.2, separator=SEPARATOR.decode(), cache_dir=cache)

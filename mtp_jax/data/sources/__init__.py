@@ -8,6 +8,7 @@ lines and Parquet are read where they lie, in ranges; a TFDS copy of them would 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from mtp_jax.data.config import SourceConfig
@@ -18,6 +19,7 @@ from mtp_jax.data.sources.python import Packages, Stdlib
 from mtp_jax.data.sources.text import Text
 from mtp_jax.data.sources.tfds import TfdsDataset
 from mtp_jax.registry import lookup
+from mtp_jax.validate import ConfigError
 
 __all__ = ["PART_BYTES", "SOURCES", "DataError", "Part", "Source", "documents", "load_source"]
 
@@ -33,4 +35,10 @@ SOURCES: dict[str, Callable[[SourceConfig], Source]] = {
 
 def load_source(config: SourceConfig) -> Source:
     """The source that `config` names. Raises `ConfigError` on an unknown name or a source that has no documents."""
+    if config.source not in SOURCES and os.path.exists(config.source):
+        files = os.path.join(config.source, "*") if os.path.isdir(config.source) else f"./{config.source}"
+        raise ConfigError(
+            f"DataConfig.source is {config.source!r}, which is no source's name but is there; give {files!r}, "
+            "for a path is one with a slash, a dot or a wildcard in it."
+        )
     return lookup(SOURCES, config.source, "DataConfig.source")(config)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import bz2
+import codecs
 import contextlib
-import glob
 import gzip
 import hashlib
-import io
 import itertools
 import lzma
 import os
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-from mtp_jax.data.endings import split_ending
+from mtp_jax.data.paths import matching, split_ending
 from mtp_jax.data.sources import base
 from mtp_jax.data.sources.base import DataError, Part
 from mtp_jax.data.sources.split import boundary, pieces
@@ -29,8 +29,7 @@ def _open_zst(path: Path) -> Any:
         import pyarrow
     except ImportError as error:
         raise DataError(f"{path} needs pyarrow, which decompresses .zst: pip install 'mtp_jax[parquet]'.") from error
-    with pyarrow.input_stream(str(path), compression="zstd") as stream:
-        return io.BytesIO(stream.read())
+    return pyarrow.input_stream(str(path), compression="zstd")
 
 
 OPENERS: dict[str, Callable[[Path], Any]] = {
@@ -41,6 +40,8 @@ OPENERS: dict[str, Callable[[Path], Any]] = {
     ".zst": _open_zst,
 }
 MAGIC = {b"\x1f\x8b": ".gz", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz", b"\x28\xb5\x2f\xfd": ".zst"}
+HEAD = 2**13  # bytes that tell whether a file is text
+CONTROLS = re.compile(rb"[\0-\x07\x0e-\x1a\x1c-\x1f]")  # which no text has, in any encoding, but now and then
 
 
 @dataclass(frozen=True)
@@ -56,13 +57,9 @@ class Files:
 
     @classmethod
     def matching(cls, pattern: str) -> Files:
-        """What a glob matches (`**` crosses directories), below its part without wildcards: a corpus that moves as a
-        whole keeps its names. Raises `ConfigError` if no file matches."""
-        parts = Path(pattern).expanduser().parts
-        wild = next((i for i, part in enumerate(parts) if any(c in part for c in "*?[")), len(parts) - 1)
-        root = Path(*parts[:wild])
-        matches = glob.glob(str(Path(*parts[wild:])), root_dir=root, recursive=True)
-        names = sorted({Path(match).as_posix() for match in matches if (root / match).is_file()})
+        """What a path or a glob matches, below its part without wildcards: a corpus that moves as a whole keeps its
+        names. Raises `ConfigError` if no file matches."""
+        root, names = matching(pattern)
         require(
             bool(names),
             f"DataConfig.files is {pattern!r} and no file matches it in {Path.cwd()}. Give the path of a file or "
@@ -115,17 +112,23 @@ class Files:
                 for offset, piece in pieces(file, separator, begin, end):
                     yield name, offset, piece
 
+    def check(self) -> None:
+        """Raise `DataError` on a file that is no text, or cannot be opened."""
+        for name in self.names:
+            with self.opened(name):
+                pass
+
     @contextlib.contextmanager
     def opened(self, name: str) -> Iterator[BinaryIO]:
-        """The open file, decompressed. What goes wrong while it is read is a `DataError` that names it."""
-        path = self.root / name
+        """The open file, decompressed. What goes wrong while it is read, and what is no text, is a `DataError` that
+        names it."""
+        path, opener = self.root / name, OPENERS[split_ending(name)[1]]
         try:
-            with OPENERS[split_ending(name)[1]](path) as file:
-                head = file.read(len(max(MAGIC, key=len)))
-                file.seek(0)
-                packed = next((ending for magic, ending in MAGIC.items() if head.startswith(magic)), None)
-                if packed:
-                    raise DataError(f"{path} holds what {packed} has compressed; let its name end in {packed}, once.")
+            with opener(path) as file:
+                why = _no_text(file.read(HEAD))
+            if why:
+                raise DataError(f"{path} {why}")
+            with opener(path) as file:
                 yield cast(BinaryIO, file)
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             raise DataError(f"Cannot read {path}: {getattr(error, 'strerror', None) or error}.") from error
@@ -147,3 +150,20 @@ class Files:
         if cuts[-1] < size:
             cuts.append(size)
         return [Part(name, *cut) for cut in itertools.pairwise(cuts)]
+
+
+def _no_text(head: bytes) -> str | None:
+    """What a file is that begins so, if it is no text in any encoding but UTF-16."""
+    for magic, ending in MAGIC.items():
+        if head.startswith(magic):
+            return f"holds what {ending} has compressed; let its name end in {ending}, once."
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "is UTF-16; make it UTF-8 (iconv -f UTF-16 -t UTF-8)."
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)  # a character may go on behind it
+        controls = 0
+    except UnicodeDecodeError:
+        controls = len(CONTROLS.findall(head))
+    if b"\0" in head or controls > len(head) / 50:
+        return f"is no text: its first {len(head):,} bytes have NUL or many other control characters. Leave it out."
+    return None

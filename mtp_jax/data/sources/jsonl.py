@@ -29,7 +29,8 @@ class JsonLines:
         return {**self.files.fingerprint(), "field": self.field}
 
     def parts(self, data_dir: Path) -> list[Part]:
-        """Files, and ranges of lines of large ones. Raises `DataError` on a large array."""
+        """Files, and ranges of lines of large ones. Raises `DataError` on a large array, and on what is no text."""
+        self.files.check()
         parts = self.files.parts(data_dir, b"\n")
         for name in dict.fromkeys(part.name for part in parts if part.name):
             if self._is_array(name):

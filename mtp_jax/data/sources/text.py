@@ -32,7 +32,8 @@ class Text:
         return self.files.fingerprint() | ({"separator": repr(self.separator)} if self.separator else {})
 
     def parts(self, data_dir: Path) -> list[Part]:
-        """Files, or with a separator also ranges of bytes of large ones."""
+        """Files, or with a separator also ranges of bytes of large ones. Raises `DataError` on what is no text."""
+        self.files.check()
         return self.files.parts(data_dir, self.separator)
 
     def read(self, part: Part, data_dir: Path) -> Iterator[tuple[str, bytes]]:
