@@ -1,9 +1,10 @@
-"""`mtp-jax doctor [EXPERIMENT.py]`: versions, devices, and what a run would need, here or on another machine."""
+"""`mtp-jax doctor [EXPERIMENT.py | RUN]`: versions, devices, and what a run would need, here or on another machine."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
@@ -18,9 +19,12 @@ GIB, MIB = 2**30, 2**20
 
 @dataclass(frozen=True)
 class Doctor:
-    """Compile the training step of an experiment without allocating anything, and say what it needs on each device.
+    """Compile the training step of an experiment, or of a run, and say what it and decoding need on each device.
 
-    Every field of the config can be set here. Prints a table, and as the last line one JSON object.
+    Nothing of the model is allocated, and no weights are read.
+
+    Every field of the config can be set here, such as the head of an imported model. Prints a table, and as the last
+    line one JSON object.
     """
 
     config: Annotated[TrainConfig, tyro.conf.arg(name="")]
@@ -35,7 +39,8 @@ class Doctor:
 def main(args: list[str]) -> None:
     if args in (["-h"], ["--help"]):
         print(
-            "usage: mtp-jax doctor [EXPERIMENT.py [options]]\n\nmtp-jax doctor EXPERIMENT.py --help lists the options."
+            "usage: mtp-jax doctor [EXPERIMENT.py | RUN [options]]\n\n"
+            "mtp-jax doctor EXPERIMENT.py --help lists the options."
         )
         return
     if not args:
@@ -43,7 +48,7 @@ def main(args: list[str]) -> None:
         _machine()
         return
     file, rest = split_file(args, "doctor")
-    options = parse(Doctor, rest, f"doctor {file}", Doctor(load_experiment(file)))
+    options = parse(Doctor, rest, f"doctor {file}", Doctor(_config(file)))
     use_compilation_cache()
 
     from mtp_jax.train.costs import ACCELERATORS
@@ -55,6 +60,15 @@ def main(args: list[str]) -> None:
     found = forecast(options.config, options.devices, options.topology, memory)
     _print(found, options.accelerator or found["device"])
     print(json.dumps(found))
+
+
+def _config(given: str) -> TrainConfig:
+    """That of an experiment file, or of a run directory."""
+    if "://" in given or Path(given).expanduser().is_dir():
+        from mtp_jax.runs.layout import read_config
+
+        return read_config(given)
+    return load_experiment(given)
 
 
 def _machine() -> None:
@@ -113,6 +127,7 @@ def lines(found: dict[str, Any], device: str) -> list[tuple[str, str]]:
             f"step {size['temporaries'] / MIB:.1f} MiB, together {size['peak'] / MIB:.1f} MiB",
         ),
         ("", f"batch {size['batch'] / MIB:.1f} MiB; {size['kept'] / MIB:.1f} MiB of the state are updated in place"),
+        *_decoding(found),
     ]
     for name, one in found["collectives"].items():
         rows.append((name, f"{one['count']:,} a step, {one['sent_bytes'] / MIB:,.1f} MiB sent by a device"))
@@ -127,3 +142,12 @@ def lines(found: dict[str, Any], device: str) -> list[tuple[str, str]]:
         rows.append((verdict, f"{device} ({size['peak'] / GIB:.1f} of {found['memory'] / GIB:.0f} GiB)"))
         rows += [("" if i else "what helps", line) for i, line in enumerate(found["advice"])]
     return rows + [("note", note) for note in found["notes"]]
+
+
+def _decoding(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What decoding holds on a device, and how many rows there is room for."""
+    weights, row, context = (found["decoding"][name] for name in ("weights", "row", "context"))
+    text = f"weights {weights / MIB:,.1f} MiB, and {row / MIB:,.1f} MiB of keys and values for each row of {context:,}"
+    if found["memory"] is None:
+        return [("decoding", text)]
+    return [("decoding", text), ("", f"room for {max(0, (found['memory'] - weights) // row):,} such rows on a device")]

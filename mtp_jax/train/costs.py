@@ -97,7 +97,7 @@ def costs(config: TrainConfig, params: Any) -> Costs:
     trunk, head = training_flops(config)
     return Costs(
         trunk_params=count(params["trunk"]),
-        head_params=count(params["head"]),
+        head_params=count(params.get("head", {})),
         embedding_params=count({name: params[name] for name in ("embed_VD", "unembed_VD") if name in params}),
         trunk_flops=trunk,
         head_flops=head,

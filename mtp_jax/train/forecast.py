@@ -20,23 +20,32 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from mtp_jax.arrays import random_key
 from mtp_jax.config import TrainConfig
 from mtp_jax.data.tokenizers import load_tokenizer
+from mtp_jax.decode.decoder import for_decoding
 from mtp_jax.mesh import make_mesh, on_mesh
+from mtp_jax.model.cache import init_cache
 from mtp_jax.processes import end_with_parent
 from mtp_jax.runs.layout import versions
 from mtp_jax.sharding import RULES
-from mtp_jax.state import TrainState
+from mtp_jax.state import TrainState, build_model
 from mtp_jax.train.advice import advice
 from mtp_jax.train.collectives import count_collectives
 from mtp_jax.train.costs import accelerator, costs, tree_bytes
+from mtp_jax.train.freeze import partition
 from mtp_jax.train.step import Batch, make_trainer
 from mtp_jax.validate import ConfigError, require
 
 CPU_NOTE = (
     "These are the temporaries and collectives of XLA for CPUs. It holds and sends bfloat16 as float32, sums gradients "
-    "whole where others scatter them, and takes small tiles of logits. Parameters, optimizer and batch are the same on "
-    "all machines; --topology asks a TPU's own compiler."
+    "whole where others scatter them, and takes small tiles of logits: 20 MiB, where a GPU takes up to 4 GiB and a TPU "
+    "2. Parameters, optimizer and batch are the same on all machines; --topology asks a TPU's own compiler."
+)
+
+NOTHING_NOTE = (
+    "Nothing would be trained: the trunk is frozen and there is no head. Give one, such as --head.kind mixture "
+    "--head.circuit cpd --head.window 4 --head.rank 8."
 )
 
 
@@ -102,6 +111,25 @@ def abstract_step(config: TrainConfig, mesh: Mesh) -> tuple[Any, TrainState, Bat
     return trainer.step, on_mesh(jax.eval_shape(trainer.init), mesh), batch
 
 
+def decoding_bytes(config: TrainConfig, mesh: Mesh) -> dict[str, int]:
+    """Bytes that decoding needs on each device, the mesh in scope: the `weights` in the compute dtype, and the cache of
+    a `row` as long as the `context`. The rows of a batch lie over `data` and `fsdp`.
+    """
+    slots = config.model.context_length
+    each = mesh.shape["data"] * mesh.shape["fsdp"]
+
+    def made() -> Any:
+        model = build_model(config, random_key(0))
+        return for_decoding(model), (init_cache(config.model, each, slots), model.head.init_cache(each, slots))
+
+    def kept(leaf: Any) -> Any:
+        # A CPU has it in float32, and stands for other machines here.
+        return leaf.update(dtype=jnp.dtype(config.model.dtype)) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+
+    weights, cache = on_mesh(jax.eval_shape(jax.jit(made)), mesh)
+    return {"weights": tree_bytes(weights), "row": tree_bytes(jax.tree.map(kept, cache)), "context": slots}
+
+
 def _pretend(devices: int, cache: str | None) -> None:
     """Set JAX up in a process where it has not begun: so many CPU devices alone."""
     end_with_parent()
@@ -139,6 +167,7 @@ def _forecast(config: TrainConfig, devices: list[Any], memory: int | None) -> di
     kind = accelerator(devices[0].device_kind)
     memory = memory or (kind and kind.memory)
     with jax.set_mesh(mesh):
+        decoding = decoding_bytes(config, mesh)
         step, state, batch = abstract_step(config, mesh)
         found = {"parameters": tree_bytes(state.params), "optimizer": tree_bytes(state.opt_state)}
         begun = time.perf_counter()
@@ -147,6 +176,8 @@ def _forecast(config: TrainConfig, devices: list[Any], memory: int | None) -> di
         except jax.errors.JaxRuntimeError as error:
             raise _refused(error, config, shape, found, memory) from error
         seconds = time.perf_counter() - begun
+        if not jax.tree.leaves(partition(config, state.params)[0]):
+            notes.append(NOTHING_NOTE)
     used = compiled.memory_analysis()
     found |= {
         "batch": tree_bytes(batch),
@@ -163,6 +194,7 @@ def _forecast(config: TrainConfig, devices: list[Any], memory: int | None) -> di
         "mesh": dict(mesh.shape),
         "parameters": {"trunk": cost.trunk_params, "head": cost.head_params, "embedding": cost.embedding_params},
         "bytes": found,
+        "decoding": decoding,
         "memory": memory,
         "fits": fits,
         "advice": advice(config, shape, found, memory) if fits is False else [],

@@ -30,6 +30,7 @@ from mtp_jax.train.forecast import ForecastError, abstract_step, forecast
 from mtp_jax.train.step import make_trainer
 from mtp_jax.validate import ConfigError
 from support import tiny
+from support.states import held
 
 # What is compared here is what the partitioner does; faster code would take twice as long to compile.
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -164,12 +165,6 @@ def test_what_a_tpu_spreads_over_fusions_counts_once():
 
 
 # What is foreseen and what is there
-
-
-def held(tree):
-    """Bytes that the first device holds of real arrays."""
-    first = jax.devices()[0]
-    return sum(s.data.nbytes for a in jax.tree.leaves(tree) for s in a.addressable_shards if s.device == first)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
