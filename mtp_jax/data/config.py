@@ -14,8 +14,8 @@ class SourceConfig:
     """Where documents come from.
 
     `source` names an entry of `mtp_jax.data.sources.SOURCES`, or is what is read: a file or a glob, which is `jsonl`,
-    `parquet` or `text` by its ending, or as `jsonl:PATH` says; `.gz`, `.bz2`, `.xz` and `.zst` are decompressed.
-    Training also reads what `mtp-jax data prepare` made: a directory, or several as a mixture, as in
+    `parquet` or `text` by its ending, or as in `jsonl:PATH`; `.gz`, `.bz2`, `.xz` and `.zst` are decompressed. Training
+    also reads what `mtp-jax data prepare` made: a directory, or several as a mixture, as in
     `3:data/stories,1:data/code`, where 3 of 4 sequences are stories.
     """
 

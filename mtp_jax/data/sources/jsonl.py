@@ -16,8 +16,9 @@ from mtp_jax.data.sources.files import Files
 class JsonLines:
     """The string in field `DataConfig.field` of each line; `meta.text` is the field `text` of the object in `meta`.
 
-    Files whose name ends in `.gz` are decompressed. A document is called `file:offset` by the byte where its line
-    begins (after decompression). Blank lines are skipped. A lone surrogate is kept, in three bytes that are not UTF-8.
+    A document is called `file:offset` by the byte where its line begins (after decompression), or, where a file is one
+    array of objects, by its number. Blank lines are skipped. A lone surrogate is kept, in three bytes that are not
+    UTF-8.
     """
 
     def __init__(self, config: SourceConfig):
@@ -47,7 +48,7 @@ class JsonLines:
                 yield from self._lines(Part(name))
                 continue
             try:
-                values = _loads(self.files.content(name))
+                values = _loads(self.files.content(name).removeprefix(codecs.BOM_UTF8))
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{self.files.root / name} is not JSON: {error}.") from error
             for number, value in enumerate(values):
