@@ -50,7 +50,7 @@ def test_pieces_are_those_of_bytes_split(tmp_path_factory, content, separator, c
     content=st.lists(st.sampled_from([b"a", b"--", b"\n", b"\r\n", b"\r", b"\n\n", b"\r\n\r\n"]), max_size=40).map(
         b"".join
     ),
-    separator=st.sampled_from([b"\n\n", b"\r\n\r\n", b"\n", b"--\n", b"\n--\n", b"a\na", b"\n\n\n"]),
+    separator=st.sampled_from([b"\n\n", b"\n", b"--\n", b"\n--\n", b"a\na", b"\n\n\n"]),
     chunk=st.integers(1, 9),
     part_bytes=st.integers(1, 12),
 )
@@ -58,7 +58,7 @@ def test_a_newline_of_a_separator_is_crlf_or_lf_each_for_itself(
     tmp_path_factory, content, separator, chunk, part_bytes
 ):
     file = write(tmp_path_factory.getbasetemp() / "ends" / "file.txt", content or b"x")
-    plain = file.read_bytes().replace(b"\r\n", b"\n").split(separator.replace(b"\r\n", b"\n"))
+    plain = file.read_bytes().replace(b"\r\n", b"\n").split(separator)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base, "PART_BYTES", part_bytes)
         patch.setattr(split, "CHUNK", chunk)

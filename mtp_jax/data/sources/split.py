@@ -12,13 +12,12 @@ CHUNK = 2**20  # bytes per read
 
 @functools.cache
 def pattern(separator: bytes) -> tuple[re.Pattern[bytes], int]:
-    r"""What `separator` is in a file, each `\n` of it CRLF or LF, and the most bytes that it has.
+    r"""What `separator` is in a file, each `\n` of it CRLF or LF unless it says `\r\n`, and the most bytes that it has.
 
     A `\r` before the first of its bytes is left to the piece before.
     """
-    separator = separator.replace(b"\r\n", b"\n")
-    first, rest = re.escape(separator[:1]), separator[1:].split(b"\n")
-    return re.compile(first + rb"\r?\n".join(map(re.escape, rest))), len(separator) + len(rest) - 1
+    lines = re.split(rb"(?<!^)(?<!\r)\n", separator)
+    return re.compile(rb"\r?\n".join(map(re.escape, lines))), len(separator) + len(lines) - 1
 
 
 def pieces(file: BinaryIO, separator: bytes, begin: int = 0, end: int = -1) -> Iterator[tuple[int, bytes]]:
