@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TEXTS = ("--prompt", "--stop", "--separator", "--data.separator", "--system")
 """Options whose value is any text."""
+PLACES = ("--run-dir", "--out", "--dir")
+"""Options whose value is a path, which may begin with one dash."""
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,19 @@ class RunOptions:
 
 def parse(cls: type[T], args: Sequence[str], name: str, default: T | None = None) -> T:
     """The options in `args` as a `cls`. Unknown options are answered with the nearest, and end the process."""
-    return tyro.cli(cls, prog=f"mtp-jax {name}", args=_joined(args), default=default)  # type: ignore[arg-type]
+    return tyro.cli(cls, prog=f"mtp-jax {name}", args=joined(args), default=default)  # type: ignore[arg-type]
 
 
-def _joined(args: Sequence[str]) -> list[str]:
-    """The arguments with `--prompt TEXT` as one, and so on: a text may begin with a dash."""
-    found, rest = [], iter(args)
-    for arg in rest:
-        value = next(rest, None) if arg in TEXTS else None
-        found.append(arg if value is None else f"{arg}={value}")
+def joined(args: Sequence[str]) -> list[str]:
+    """The arguments with `--prompt TEXT` as one, and so on: a text or the name of a run may begin with a dash."""
+    found: list[str] = []
+    for arg in args:
+        last = found[-1] if found else ""
+        named = len(arg) > 1 and arg[0] == "-" and arg[1] != "-" and arg != "-h"
+        if last in TEXTS or (last in PLACES and named):
+            found[-1] = f"{last}={arg}"
+        else:
+            found.append(f"./{arg}" if named and os.path.lexists(arg) else arg)
     return found
 
 
@@ -63,13 +69,14 @@ def console() -> Console:
 
 def print_table(title: str, header: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
     """A table in the terminal: names on the left, numbers on the right of their columns."""
+    from rich.markup import escape  # a name may have brackets
     from rich.table import Table
 
-    table = Table(title=title, box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(title=escape(title), box=None, padding=(0, 2, 0, 0), pad_edge=False)
     for index, name in enumerate(header):
-        table.add_column(name, justify="right" if index else "left", no_wrap=True)
+        table.add_column(escape(name), justify="right" if index else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     console().print(table)
 
 

@@ -68,9 +68,11 @@ def main(args: list[str]) -> None:
     use_compilation_cache()
     import jax
     from rich.console import Console
+    from rich.markup import escape
 
     from mtp_jax.data.preparation import prepare
     from mtp_jax.data.prompts import held_out_prompts
+    from mtp_jax.decode.spans import visible
     from mtp_jax.decode.text import stop_bytes
     from mtp_jax.decode.tune import tuned
     from mtp_jax.runs.layout import read_config, run_tokenizer
@@ -107,11 +109,12 @@ def main(args: list[str]) -> None:
         decode = tuned(run.decoder, [prompts[0][1]], decode)
     for index, (name, tokens) in enumerate(prompts):
         if name:
-            console.rule(f"{name}, continued at temperature {options.temperature:g}", characters="-")
+            title = f"{name}, continued at temperature {options.temperature:g}"
+            console.rule(escape(title), characters="-")
         _complete(run, tokens, dataclasses.replace(decode, seed=options.seed + index), stops, console)
     if options.held_out:
         page.write_text(console.export_html())
-        console.print(f"The same in colour: {page}", style="dim")
+        console.print(f"The same in colour: {visible(str(page))}", style="dim", markup=False)
 
 
 def _read(file: str) -> str:

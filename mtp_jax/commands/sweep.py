@@ -72,7 +72,7 @@ def main(args: list[str]) -> None:
             print(number, kind, name, state, sep="\t")
         return
     progress = _progress(named, place)
-    console().print(f"{named.key}: {named.title}", highlight=False)
+    console().print(f"{named.key}: {named.title}", highlight=False, markup=False)
     if options.list:
         console().print(_table(named, progress))
         return
@@ -157,6 +157,7 @@ def _run(named: NamedSweep, place: Place, progress: SweepProgress) -> None:
 def _table(named: NamedSweep, progress: SweepProgress) -> Table:
     import time
 
+    from rich.markup import escape
     from rich.table import Table
 
     left = progress.seconds_left(time.monotonic())
@@ -167,7 +168,8 @@ def _table(named: NamedSweep, progress: SweepProgress) -> Table:
     colours = {"done": "green", "failed": "red", "running": "bold", "waiting": "dim"}
     for number, row in enumerate(progress.rows.values()):
         state = f"[{colours[row.state]}]{row.state}[/]"
-        table.add_row(str(number), row.name, state, "" if row.seconds is None else _duration(row.seconds), row.error)
+        took = "" if row.seconds is None else _duration(row.seconds)
+        table.add_row(str(number), escape(row.name), state, took, escape(row.error))
     return table
 
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from mtp_jax.commands import parse, use_compilation_cache
+from mtp_jax.commands import joined, parse, use_compilation_cache
 from mtp_jax.commands.experiment import default_run_dir, load_experiment, split_file
 from mtp_jax.config import TrainConfig
 from mtp_jax.distributed import Distributed, connect, on_first
@@ -52,7 +52,12 @@ def main(args: list[str]) -> None:
     default = Where(run_dir=default_run_dir(file), distributed=Distributed.from_environment())
     # The options need to fit the run alone, so where that is must be known before they are read.
     where, _ = tyro.cli(
-        Where, prog=f"mtp-jax train {file}", args=rest, default=default, return_unknown_args=True, add_help=False
+        Where,
+        prog=f"mtp-jax train {file}",
+        args=joined(rest),
+        default=default,
+        return_unknown_args=True,
+        add_help=False,
     )
     require(
         not where.auto_resume or not (where.resume or where.overwrite or where.from_step is not None),
@@ -69,7 +74,7 @@ def main(args: list[str]) -> None:
         from mtp_jax.runs.layout import read_config
         from mtp_jax.train.checks import check_run_dir
 
-        config = read_config(check_run_dir(where.run_dir, resume=True, overwrite=where.overwrite))
+        config = read_config(check_run_dir(where.run_dir, **there))
     options = parse(TrainOptions, rest, f"train {file}", TrainOptions(**vars(default), config=config))
     from mtp_jax.train.loop import train
     from mtp_jax.train.session import say

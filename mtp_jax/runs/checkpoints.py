@@ -22,14 +22,13 @@ from etils import epath
 
 from mtp_jax.distributed import from_all, on_first, warn
 from mtp_jax.runs import manifest
-from mtp_jax.runs.layout import CHECKPOINTS_DIR
+from mtp_jax.runs.layout import CHECKPOINTS_DIR, META_FILE
 from mtp_jax.runs.manifest import DamagedError
 from mtp_jax.runs.paths import full_path, plain_path
 from mtp_jax.state import TrainState
 
 T = TypeVar("T")
 Step = int | Literal["latest", "best"]
-META_FILE = "meta/metadata"  # as Orbax names it
 BLOCK_BYTES = 2**26  # an array is written in blocks of so many: a device that keeps a part of it reads little more
 
 
@@ -45,7 +44,7 @@ class Checkpoints:
 
     def __init__(self, run_dir: epath.PathLike):
         self.run_dir = full_path(run_dir)
-        self._root = plain_path(self.run_dir) / CHECKPOINTS_DIR
+        self._root = self.run_dir / CHECKPOINTS_DIR
 
     def __enter__(self) -> Self:
         return self
@@ -108,19 +107,18 @@ class Checkpoints:
             largest = max(largest, self._check_arrays(step, name, target, cast))
             args[name] = ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target))
         with ocp.Checkpointer(array_handler(largest)) as reader:
-            found = reader.restore(self._dir(step), args=ocp.args.Composite(**args))
+            found = reader.restore(self._plain_dir(step), args=ocp.args.Composite(**args))
         return step, {name: found[name] for name in trees}
 
     def _check_arrays(self, step: int, name: str, target: Any, cast: bool) -> int:
         """Refuse arrays of another shape or dtype, which Orbax would cast and say nothing. Returns the most bytes that
         are read for one device's part of one."""
-        path = self._dir(step) / name
-        if not path.exists():
+        if not (self._dir(step) / name).exists():
             raise CheckpointError(
                 f"{self.run_dir} has no {name} in step {step}"
                 + (": the run kept no averaged weights (ema_decay is 0). Load its params." if name == "ema" else ".")
             )
-        metadata = ocp.PyTreeCheckpointHandler().metadata(path).tree
+        metadata = ocp.PyTreeCheckpointHandler().metadata(self._plain_dir(step) / name).tree
         stored, wanted = (ocp.tree.to_flat_dict(tree, sep="/") for tree in (metadata, target))
         for key in sorted({*stored, *wanted}):
             here, there = (_described(tree.get(key)) for tree in (wanted, stored))
@@ -136,8 +134,8 @@ class Checkpoints:
         if not steps:
             raise CheckpointError(
                 f"{self.run_dir} holds no complete checkpoint: the run ended before its first save, or never was. "
-                "Start it with `mtp-jax train EXPERIMENT.py --run-dir DIR`, and --overwrite if it is there."
-                + self._unsealed()
+                "Start it with `mtp-jax train EXPERIMENT.py --run-dir DIR --auto-resume`."
+                + manifest.how_to_seal(self._root)
             )
         if step == "best":
             step = self.best_step() or max(steps)
@@ -150,18 +148,10 @@ class Checkpoints:
                     f"lost. The last good step is {step}."
                 )
         if step not in steps:
-            raise CheckpointError(f"{self.run_dir} has no step {step}; it has {steps}.{self._unsealed()}")
+            raise CheckpointError(
+                f"{self.run_dir} has no step {step}; it has {steps}.{manifest.how_to_seal(self._root)}"
+            )
         return step
-
-    def _unsealed(self) -> str:
-        found = manifest.unsealed_steps(self._root)
-        if not found:
-            return ""
-        return (
-            f" Steps {found} have no {manifest.MANIFEST}: they were not finished, or were saved by a version without. "
-            f"`mtp_jax.runs.manifest.seal(etils.epath.Path({str(self._dir(found[-1]))!r}))` makes the last one "
-            "complete as it is."
-        )
 
     def _undamaged(self, step: int, verify: Callable[[], T]) -> T:
         """What `verify` returns. Raises `CheckpointError` with the way out if it finds damage, on any process."""
@@ -196,6 +186,10 @@ class Checkpoints:
 
     def _dir(self, step: int) -> epath.Path:
         return self._root / str(step)
+
+    def _plain_dir(self, step: int) -> epath.Path:
+        """The same for Orbax. It is asked for each time, for directories of temporary files are emptied."""
+        return plain_path(self.run_dir) / CHECKPOINTS_DIR / str(step)
 
 
 def array_handler(largest: int, *, on_host: bool = False) -> ocp.CompositeCheckpointHandler:

@@ -24,14 +24,17 @@ from mtp_jax import __version__
 from mtp_jax.config import TrainConfig
 from mtp_jax.data.tokenizers import Tokenizer, kept_tokenizer
 from mtp_jax.distributed import warn
-from mtp_jax.runs.manifest import MANIFEST, unsealed_steps
-from mtp_jax.runs.paths import children, full_path, replace_file
+from mtp_jax.runs.manifest import MANIFEST, is_sealed, sealed_steps, unseal, unsealed_steps
+from mtp_jax.runs.paths import children, full_path, is_link, make_folder, replace_file
 from mtp_jax.validate import ConfigError, from_dict, require, to_dict
 
 CONFIG_FILE, TOKENIZER_DIR, CHECKPOINTS_DIR = "config.json", "tokenizer", "checkpoints"
-# What training, `generate --held-out` and `bench --report` leave in a run directory.
-WRITTEN = (CONFIG_FILE, "versions.json", TOKENIZER_DIR, CHECKPOINTS_DIR, "metrics.jsonl", "tensorboard", "*.partial")
-WRITTEN += ("profile", "completions.html", "report.md", "report.json", "plots")
+META_FILE = "meta/metadata"  # of a checkpoint, as Orbax names it
+# What training, `generate --held-out` and `bench --report` leave in a run directory, in the order of its deletion: what
+# a kill leaves of that is a run until all else is gone.
+WRITTEN = ("completions.html", "report.md", "report.json", "plots", "profile", "tensorboard", "metrics.jsonl")
+WRITTEN += (CHECKPOINTS_DIR, TOKENIZER_DIR, CONFIG_FILE, "versions.json")
+WRITTEN += tuple(f"{name}.partial" for name in ("metrics.jsonl", CONFIG_FILE, "versions.json"))
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -61,7 +64,7 @@ def _commit() -> str | None:
 def write_config(run_dir: epath.PathLike, config: TrainConfig) -> None:
     """Write `config.json` and `versions.json` of a run that starts or goes on."""
     path = epath.Path(run_dir)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     for file, values in ((CONFIG_FILE, to_dict(config)), ("versions.json", versions())):
         replace_file(path / file, json.dumps(values, indent=2) + "\n")
 
@@ -101,10 +104,18 @@ def run_tokenizer(run_dir: epath.PathLike, config: TrainConfig) -> Tokenizer:
 
 
 def clear_run(run_dir: epath.PathLike) -> None:
-    """Delete what a run writes, and nothing else that may lie in its directory."""
+    """Delete what a run writes, and nothing else that may lie in its directory.
+
+    A link to a folder stays, and what is behind it but checkpoints: others may have theirs there.
+    """
     for name in WRITTEN:
-        for path in epath.Path(run_dir).glob(name):
-            path.rmtree() if path.is_dir() else path.unlink()
+        path = epath.Path(run_dir) / name
+        for step in filter(is_sealed, children(path) if name == CHECKPOINTS_DIR else []):
+            unseal(step)  # a kill damages none that is left
+        if not is_link(path):
+            path.rmtree() if path.is_dir() else path.unlink(missing_ok=True)
+        elif path.is_file():
+            path.unlink()
 
 
 def set_aside(run_dir: epath.PathLike) -> epath.Path:
@@ -118,9 +129,8 @@ def set_aside(run_dir: epath.PathLike) -> epath.Path:
     aside.mkdir()
     (path / CONFIG_FILE).copy(aside / CONFIG_FILE)
     for name in sorted(WRITTEN, key=lambda name: name == CHECKPOINTS_DIR):
-        for old in path.glob(name):
-            if old.name != CONFIG_FILE:
-                old.rename(aside / old.name)
+        if name != CONFIG_FILE and (path / name).exists():
+            (path / name).rename(aside / name)
     return aside
 
 
@@ -131,31 +141,46 @@ def holds_run(run_dir: epath.PathLike) -> bool:
     return (path / CONFIG_FILE).exists() or bool(children(path / CHECKPOINTS_DIR))
 
 
-def is_run(run_dir: epath.PathLike) -> bool:
-    """Whether a directory is a run, be it of a version that this one does not read."""
+def why_no_run(run_dir: epath.PathLike) -> str:
+    """Why a directory that holds something is no run, of this version or another; nothing if it is one."""
+    file, values, problem = _config_values(run_dir)
+    # Other programs have such configs too.
+    if problem or file.name != CONFIG_FILE or (file.parent / "versions.json").exists():
+        return problem
     try:
-        _config_values(run_dir)
-    except ConfigError:
-        return False
-    return (full_path(run_dir) / "versions.json").exists()  # other programs have such configs too
+        to_config(values, str(file))
+    except ConfigError as error:
+        return f"{file} does not fit this version of mtp_jax, and no versions.json names another ({error.__cause__})."
+    return ""
 
 
 def read_config(run_dir: epath.PathLike) -> TrainConfig:
-    """The config of a run directory. Raises `ConfigError` if there is none, or one of another version."""
-    return to_config(_config_values(run_dir), str(full_path(run_dir) / CONFIG_FILE))
+    """The config of a run directory. Raises `ConfigError` if there is none, or one of another version.
+
+    Checkpoints that were copied alone have their own.
+    """
+    file, values, problem = _config_values(run_dir)
+    require(not problem, f"{problem} Give what --run-dir was.")
+    return to_config(values, str(file))
 
 
-def _config_values(run_dir: epath.PathLike) -> dict[str, Any]:
-    path = full_path(run_dir) / CONFIG_FILE
-    require(path.exists(), f"{run_dir} is not a run directory: it has no {CONFIG_FILE}. Give what --run-dir was.")
+def _config_values(run_dir: epath.PathLike) -> tuple[epath.Path, Any, str]:
+    """(the file that has the config of a run, its values, what is wrong with it)."""
+    path = full_path(run_dir)
+    file, values, steps = path / CONFIG_FILE, None, sealed_steps(path / CHECKPOINTS_DIR)
+    if not file.exists():
+        if not steps:
+            return file, None, f"{run_dir} is not a run directory: it has no {CONFIG_FILE}."
+        file = path / CHECKPOINTS_DIR / str(steps[-1]) / META_FILE
     try:
-        values = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not JSON ({error}). Give what --run-dir was.") from error
+        values = json.loads(file.read_bytes())
+        values = values if file.name == CONFIG_FILE else values["config"]
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        return file, None, f"{file} cannot be read, or is not JSON ({error})."
     # Other programs have a config.json too.
-    ours = isinstance(values, dict) and {"model", "head", "data"} <= set(values)
-    require(ours, f"{path} is not the config of a run: it has no model, head and data. Give what --run-dir was.")
-    return values
+    if not isinstance(values, dict) or not {"model", "head", "data"} <= set(values):
+        return file, None, f"{file} is not the config of a run: it has no model, head and data."
+    return file, values, ""
 
 
 def to_config(values: Any, what: str) -> TrainConfig:

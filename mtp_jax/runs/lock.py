@@ -23,7 +23,7 @@ import filelock
 from etils import epath
 
 from mtp_jax.distributed import on_first
-from mtp_jax.runs.paths import LOCK, is_local, replace_file
+from mtp_jax.runs.paths import LOCK, is_local, make_folder, replace_file
 from mtp_jax.validate import BusyError, ConfigError
 
 BEAT_SECONDS = 15.0
@@ -61,9 +61,7 @@ class _Lock:
             with contextlib.ExitStack() as stack:
                 ordered = False
                 if is_local(self.run_dir):
-                    folders = (self.run_dir, *self.run_dir.parents)
-                    self._made = [folder for folder in folders if not folder.exists()]
-                    self.run_dir.mkdir(parents=True, exist_ok=True)
+                    self._made = make_folder(self.run_dir)
                     guard = self.run_dir / f"{LOCK}.guard"
                     with contextlib.suppress(OSError, NotImplementedError):  # some disks have no such locks
                         stack.enter_context(filelock.FileLock(guard))

@@ -147,3 +147,15 @@ def unsealed_steps(root: epath.Path) -> list[int]:
 
     unsealed = [path for path in children(root) if path.name.isdigit() and not is_sealed(path)]
     return sorted(int(path.name) for path in unsealed if is_checkpoint_finalized(path))
+
+
+def how_to_seal(root: epath.Path) -> str:
+    """What may be done about the unsealed steps below `root`, as a sentence; nothing if there are none."""
+    found = unsealed_steps(root)
+    if not found:
+        return ""
+    return (
+        f" Steps {found} have no {MANIFEST}: they were not finished, or were saved by a version without. "
+        f"`mtp_jax.runs.manifest.seal(etils.epath.Path({str(root / str(found[-1]))!r}))` makes the last one complete "
+        "as it is."
+    )

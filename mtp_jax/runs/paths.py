@@ -60,18 +60,37 @@ def children(folder: epath.Path) -> list[epath.Path]:
 
 
 def plain_path(path: epath.Path) -> epath.Path:
-    """A path of the same place that no glob reads as a pattern: Orbax merges the files of a save by one.
+    """A path of the same place for Orbax: it merges files of a save by a glob, and its storage wants UTF-8 and takes
+    a backslash for a slash.
 
-    It is a link in the directory of temporary files, the same for all processes of a machine.
+    Where a path has any of that, it is a link in the directory of temporary files, the same for all
+    processes of a machine.
     """
-    if not is_local(path) or not set("[]*?") & set(str(path)):
+    text = str(path)
+    if not is_local(path) or not any(c in "[]*?\\" or "\ud800" <= c <= "\udfff" for c in text):
         return path
     links = Path(tempfile.gettempdir(), f"mtp_jax-{os.getuid()}")
     links.mkdir(mode=0o700, exist_ok=True)
-    link = links / hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:16]
+    link = links / hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
     with contextlib.suppress(FileExistsError):
-        link.symlink_to(str(path))
+        link.symlink_to(text)
     return epath.Path(link)
+
+
+def make_folder(path: epath.Path) -> list[epath.Path]:
+    """Make a folder and those above it, behind a link too, and return those that were made, the deepest first."""
+    if not is_local(path):
+        path.mkdir(parents=True, exist_ok=True)
+        return []
+    path = epath.Path(os.path.realpath(path))
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def is_link(path: epath.Path) -> bool:
+    """Whether a path is a link, whose place is somebody's own."""
+    return is_local(path) and os.path.islink(path)
 
 
 def check_writable(path: epath.Path, way_out: str) -> None:

@@ -18,7 +18,7 @@ from mtp_jax.runs import manifest
 from mtp_jax.runs.checkpoints import BLOCK_BYTES, CheckpointError, Checkpoints, Step, array_handler, best_of, loss_of
 from mtp_jax.runs.layout import run_tokenizer, versions
 from mtp_jax.runs.manifest import DamagedError
-from mtp_jax.runs.paths import children, is_local
+from mtp_jax.runs.paths import children, is_local, make_folder
 from mtp_jax.state import TrainState
 from mtp_jax.validate import to_dict
 
@@ -51,7 +51,7 @@ class CheckpointWriter(Checkpoints):
         self._checkpointer: ocp.AsyncCheckpointer | None = None
         self._thread = ThreadPoolExecutor(1, "seal")
         if jax.process_index() == 0:
-            self._root.mkdir(parents=True, exist_ok=True)
+            make_folder(self._root)
             self._clean()
         for step in self.steps():
             with contextlib.suppress(DamagedError):
@@ -103,7 +103,7 @@ class CheckpointWriter(Checkpoints):
                 raise OSError(problem)
             self._meetings = Meetings()
             saver = self._checkpointer = self._checkpointer or self._make(arrays)
-            saver.save(self._dir(step), args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
+            saver.save(self._plain_dir(step), args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
         except OSError as error:
             if jax.process_count() > 1 and not problem:
                 raise CheckpointError(

@@ -13,10 +13,10 @@ from mtp_jax.data.store import Store
 from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mtp_jax.heads.registry import check_head
 from mtp_jax.mesh import make_mesh
-from mtp_jax.runs.layout import CHECKPOINTS_DIR, holds_run, is_run, read_config
-from mtp_jax.runs.manifest import sealed_steps
+from mtp_jax.runs.layout import CHECKPOINTS_DIR, holds_run, why_no_run
+from mtp_jax.runs.manifest import how_to_seal, sealed_steps
 from mtp_jax.runs.paths import full_path
-from mtp_jax.validate import ConfigError, differences, require
+from mtp_jax.validate import differences, require
 
 # Fields of model, head and data that a resumed run may change: they change no parameter's shape and no batch.
 _OF_HEAD = ("ntp_weight", "gamma", "z_weight", "balance", "balance_weight", "init_noise", "loss_fraction")
@@ -53,33 +53,36 @@ def check_run_dir(
     """The path of a run directory that may be used, before anything expensive happens. Nothing is changed.
 
     Raises:
-      ConfigError: it exists and is not empty, and neither `resume` nor `overwrite` says what to do; or both do; or
-        there is nothing to resume; or `overwrite` would delete something that is not a run directory, or, with
-        `unfinished`, one that has a whole step.
+      ConfigError: there is a run, and neither `resume` nor `overwrite` says what to do; or both do; or there is nothing
+        to resume; or what is there is no run; or, with `unfinished`, it has a whole step.
     """
     path = full_path(run_dir)
     require(not (resume and overwrite), "Both --resume and --overwrite are given; choose one.")
     require(not path.exists() or path.is_dir(), f"The run directory {path} is a file; give another --run-dir.")
-    exists = holds_run(path)
-    require(exists or not resume, f"--resume was given and {path} has no run in it. Leave --resume out to start one.")
+    if not holds_run(path):
+        require(not resume, f"--resume was given and {path} has no run in it. Leave --resume out to start one.")
+        return path
+    steps = sealed_steps(path / CHECKPOINTS_DIR)
+    problem = why_no_run(path)
     require(
-        not exists or resume or overwrite,
+        not problem,
+        f"The run directory {path} exists and is left alone, for it is not a run of mtp_jax: {problem} Give another "
+        f"--run-dir.{how_to_seal(path / CHECKPOINTS_DIR)}",
+    )
+    require(
+        not (unfinished and steps),
+        f"The run in {path} has saved a step since this one began to start. Give the same command again: it goes on.",
+    )
+    require(
+        bool(steps) or resume or overwrite,
+        f"The run directory {path} exists, and no step in it is complete. Give --auto-resume to start its run again, "
+        f"--overwrite to delete it, or another --run-dir.{how_to_seal(path / CHECKPOINTS_DIR)}",
+    )
+    require(
+        resume or overwrite,
         f"The run directory {path} exists. Give --resume to go on with it, --overwrite to delete it and start again, "
         "or another --run-dir.",
     )
-    require(
-        not (unfinished and exists and sealed_steps(path / CHECKPOINTS_DIR)),
-        f"The run in {path} has saved a step since this one began to start. Give the same command again: it goes on.",
-    )
-    if exists and overwrite:
-        try:
-            read_config(path)
-        except ConfigError as error:
-            # A run of an older version is one.
-            if not is_run(path):
-                raise ConfigError(
-                    f"--overwrite leaves {path} alone, for it is not a run of mtp_jax: {error}"
-                ) from error
     return path
 
 

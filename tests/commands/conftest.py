@@ -64,7 +64,7 @@ def nothing_expensive(monkeypatch):
     def fail(*args, **options):
         pytest.fail("this was to be refused before")
 
-    for name in ("prepare_data", "make_trainer", "write_run", "Checkpoints"):
+    for name in ("prepare_data", "make_trainer", "write_run", "restore"):
         monkeypatch.setattr(loop, name, fail)
 
 

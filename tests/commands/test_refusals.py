@@ -52,7 +52,7 @@ def test_an_old_run_outlives_a_new_one_that_is_refused(experiment, copy, refused
     assert "The valid split has no documents" in refused(*overwrite, copy, "--data.valid-fraction", 1e-9)
     assert "no file matches it" in refused(*overwrite, copy, "--data.files", "nothing/*.txt")
     assert "d_model is 18" in refused(*overwrite, copy, "--model.d-model", 18)
-    assert f"--overwrite leaves {hugging_face} alone, for it is not a run" in refused(*overwrite, hugging_face)
+    assert f"{hugging_face} exists and is left alone, for it is not a run" in refused(*overwrite, hugging_face)
     assert contents(tmp_path) == before
 
 
@@ -61,7 +61,7 @@ def test_an_existing_run_is_refused(experiment, run, refused, nothing_expensive)
     message = refused("train", experiment, "--run-dir", run.dir)
     assert f"The run directory {run.dir} exists. Give --resume" in message and "--overwrite" in message
     message = refused("train", experiment, "--run-dir", run.dir, "--data.seed", 7, "--model.d-model", 32, "--resume")
-    assert f"model.d_model is 32 and the run in {run.dir} has 16" in message
+    assert f"model.d_model is 32 and the run in {run.dir} was trained with 16" in message
     assert before == {path: path.stat().st_mtime_ns for path in run.dir.rglob("*")}
 
 

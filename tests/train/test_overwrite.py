@@ -63,10 +63,10 @@ def test_overwrite_deletes_nothing_but_runs(config, fake, tmp_path, name):
     for file, text in files.items():
         (path / file).write_bytes(text)
     before = contents(tmp_path)
-    with pytest.raises(ConfigError, match=rf"--overwrite leaves .*/thesis alone, .*{words}"):
-        loop.train(config, path, overwrite=True)
-    with pytest.raises(ConfigError, match=r"thesis exists"):
-        loop.train(config, path)
+    said = rf"thesis exists and is left alone, for it is not a run .*{words}.* Give another --run-dir\.$"
+    for options in ({}, {"overwrite": True}, {"overwrite": True, "unfinished": True}, {"resume": True}):
+        with pytest.raises(ConfigError, match=said):
+            loop.train(config, path, **options)
     assert contents(tmp_path) == before and trainer.events == []
 
 
