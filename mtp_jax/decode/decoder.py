@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -60,6 +60,47 @@ class Decoder(LanguageModel):
         assert isinstance(self.trunk, UnrolledTrunk)
         x_BTD, taps, cache = self.trunk.extend(self.embed(tokens_BT), cache, start_B, attended, self.head.taps)
         return self.seen(x_BTD, tokens_BT, taps), cache
+
+
+@jax.tree_util.register_pytree_node_class
+class Packed:
+    """A decoder as a compiled function takes it many times: a list of arrays.
+
+    Flax goes through its modules each time they are given to one: 0.6 ms for 16 layers.
+    """
+
+    def __init__(self, arrays: Sequence[Array], structure: _Structure):
+        self.arrays, self.structure = arrays, structure
+
+    @classmethod
+    def of(cls, decoder: Decoder) -> Packed:
+        """The arrays of `decoder` as they are now."""
+        arrays, structure = jax.tree.flatten(decoder)
+        return cls(arrays, _structure(structure))
+
+    def tree_flatten(self) -> tuple[Sequence[Array], _Structure]:
+        """For `jax.tree`."""
+        return self.arrays, self.structure
+
+    @classmethod
+    def tree_unflatten(cls, structure: _Structure, arrays: Sequence[Array]) -> Packed:
+        """For `jax.tree`."""
+        return cls(arrays, structure)
+
+
+class _Structure:
+    """A structure that is the same if it is the same object: there is one for all that are equal."""
+
+    def __init__(self, of: Any):
+        self.of = of
+
+
+_structure = functools.cache(_Structure)
+
+
+def unpacked(decoder: Decoder | Packed) -> Decoder:
+    """The decoder itself."""
+    return jax.tree.unflatten(decoder.structure.of, decoder.arrays) if isinstance(decoder, Packed) else decoder
 
 
 def for_decoding(model: LanguageModel, *, keep: bool = True) -> Decoder:

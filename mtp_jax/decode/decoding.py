@@ -15,7 +15,7 @@ from jax import Array
 
 from mtp_jax.arrays import random_key
 from mtp_jax.decode.config import DecodeConfig
-from mtp_jax.decode.decoder import Decoder, mesh_in_scope
+from mtp_jax.decode.decoder import Decoder, Packed, mesh_in_scope
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.loop import Limits, Plan, prefill, run
 from mtp_jax.decode.state import DecodeState
@@ -115,7 +115,7 @@ class Decoding:
         slots = width + bucket(int(new_B.max())) + window
         filtered = bool((top_k_B > 0).any() or (top_p_B < 1).any())
         keys_B = jax.vmap(random_key)(seeds_B)
-        self.decoder = decoder
+        self.decoder, self._packed = decoder, Packed.of(decoder)
         self.plan = Plan(int(most_B.max()), config.rule, slots, filtered)
         self.prompt_BP, self.length_B = put_rows(prompt_BP), put_rows(length_B)
         self.limits = Limits(put_rows(length_B + new_B), put_rows(most_B))
@@ -126,7 +126,7 @@ class Decoding:
     def state(self) -> DecodeState:
         """Where every row is: at first behind the one token that prefill commits."""
         arrays = self.prompt_BP, self.length_B, self.limits, self.sampling, self.stops_n
-        return prefill(self.plan, self.decoder, *arrays)
+        return prefill(self.plan, self._packed, *arrays)
 
     def prefill(self) -> None:
         """Read the prompts and commit one token of each, be it for the first time or again."""
@@ -172,12 +172,22 @@ class Decoding:
     def enter(self, max_forwards: int, attended: int | None = None) -> None:
         """Enter the loop once. It ends too when a row grows out of the `attended` slots (None: all)."""
         plan = dataclasses.replace(self.plan, attended=attended)
-        self.state = run(plan, self.decoder, self.state, self.sampling, self.stops_n, np.int32(max_forwards))
+        self.state = run(plan, self._packed, self.state, self.sampling, self.stops_n, np.int32(max_forwards))
 
     def end(self, rows_B: np.ndarray) -> None:
         """End these rows here, whatever they lack."""
         done_B = put_rows(np.asarray(self.state.done_B) | rows_B)
         self.state = dataclasses.replace(self.state, done_B=done_B)
+
+    def parts(self, seen: int) -> list[tuple[np.ndarray, int]]:
+        """The first row behind `seen` new tokens, by forward: (tokens, how many of them are accepted drafts)."""
+        new = slice(int(self.length_B[0]) + seen, int(self.state.length_B[0]))
+        tokens, flags = np.array(self.state.tokens_BS)[0, new], self.state.accepted_BS
+        drafts = np.zeros(len(tokens), bool) if flags is None else np.asarray(flags)[0, new]
+        # The last token of a forward is the target's own, or the row has ended.
+        ends = np.flatnonzero(~drafts[:-1]) + 1
+        parts = zip(np.split(tokens, ends), np.split(drafts, ends), strict=True)
+        return [(part, int(accepted.sum())) for part, accepted in parts]
 
     def result(self) -> Generation:
         """The new tokens so far, and the counts."""

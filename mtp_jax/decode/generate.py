@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from mtp_jax.decode.decoder import for_decoding
 from mtp_jax.decode.decoding import Decoding, Generation, Prompt
 from mtp_jax.decode.tune import tuned
 from mtp_jax.language_model import LanguageModel
+
+MOMENT = 0.05
+"""Seconds of decoding that a stream gives at once: nobody sees them pass."""
 
 
 def generate(model: LanguageModel, prompts: Sequence[Prompt], **options: Any) -> Generation:
@@ -38,17 +42,22 @@ def begin(model: LanguageModel, prompts: Sequence[Prompt], config: DecodeConfig)
 
 
 def stream(model: LanguageModel, prompt: Prompt, config: DecodeConfig) -> Iterator[tuple[np.ndarray, int]]:
-    """Continue one prompt and yield, after each forward, (the new tokens, how many of them were accepted drafts).
+    """Continue one prompt and yield, for each forward, (the new tokens, how many of them were accepted drafts).
 
-    The last token of a forward is the target's own unless the row ended before it. Errors as in `generate`.
+    The last token of a forward is the target's own unless the row ended before it. Forwards that take less than
+    `MOMENT` together are decoded in one go: to enter the loop takes as long as a forward of a small model. Errors as in
+    `generate`.
     """
     decoding = begin(model, [prompt], config)
-    seen = accepted = 0
+    seen, forwards = 0, 1
     while True:
-        now = decoding.result()
-        new, total = now.tokens[0][seen:], int(now.accepted.sum())
-        yield new, min(len(new), total - accepted)
-        seen, accepted = seen + len(new), total
+        for tokens, accepted in decoding.parts(seen):
+            seen += len(tokens)
+            yield tokens, accepted
         if decoding.done:
             return
-        decoding.advance(1)
+        begun = time.perf_counter()
+        decoding.advance(forwards)
+        decoding.wait()
+        seconds = time.perf_counter() - begun
+        forwards = 2 * forwards if 2 * seconds < MOMENT else max(1, forwards // 2) if seconds > MOMENT else forwards

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mtp_jax import arrays
-from mtp_jax.decode.decoder import Decoder
+from mtp_jax.decode.decoder import Decoder, Packed, unpacked
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.state import DecodeState
 from mtp_jax.decode.verify import get_verifier
@@ -50,23 +50,31 @@ class Limits(NamedTuple):
 
 
 def prefill(
-    plan: Plan, decoder: Decoder, prompt_BP: Array, length_B: Array, limits: Limits, sampling: Sampling, stops_n: Array
+    plan: Plan,
+    decoder: Decoder | Packed,
+    prompt_BP: Array,
+    length_B: Array,
+    limits: Limits,
+    sampling: Sampling,
+    stops_n: Array,
 ) -> DecodeState:
     """Read the prompts (padded on the right to P, `length_B` tokens each), commit one token and draft k."""
-    drafts = plan.k > 0 and decoder.head.has_cache
+    drafts = plan.k > 0 and unpacked(decoder).head.has_cache
     last, caches = read(decoder, prompt_BP, length_B, drafts)
     return begin(plan, decoder, last, caches, prompt_BP, length_B, limits, sampling, stops_n)
 
 
 @functools.partial(jax.jit, static_argnames="drafts")
-def read(decoder: Decoder, prompt_BP: Array, length_B: Array, drafts: bool = False) -> tuple[Last, tuple[Cache, Any]]:
+def read(
+    decoder: Decoder | Packed, prompt_BP: Array, length_B: Array, drafts: bool = False
+) -> tuple[Last, tuple[Cache, Any]]:
     """What the trunk saw of each prompt's last token, and caches of P positions that hold the prompts.
 
     Padding is never seen: what it leaves in the caches lies behind `length_B` and is overwritten before it is read.
     The head's cache is filled if `drafts`; the entry of the last token, whose next one is not known, is garbage.
     Prompts whose scores would not fit into `SCORES` are read in parts, as many as the longest needs.
     """
-    batch, width = prompt_BP.shape
+    decoder, (batch, width) = unpacked(decoder), prompt_BP.shape
     next_BP = jnp.pad(prompt_BP[:, 1:], ((0, 0), (0, 1)))
     empty = init_cache(decoder.config, batch, width), decoder.head.init_cache(batch, width) if drafts else ()
 
@@ -113,7 +121,7 @@ def _part(decoder: Decoder, batch: int, width: int) -> int:
 @functools.partial(jax.jit, static_argnames="plan")
 def begin(
     plan: Plan,
-    decoder: Decoder,
+    decoder: Decoder | Packed,
     last: Last,
     caches: tuple[Cache, Any],
     prompt_BP: Array,
@@ -126,7 +134,7 @@ def begin(
 
     The caches become as long as the plan's: `read`, which takes longer to compile, is the same for all of them.
     """
-    batch, width = prompt_BP.shape
+    decoder, (batch, width) = unpacked(decoder), prompt_BP.shape
     whole = (
         init_cache(decoder.config, batch, plan.slots),
         decoder.head.init_cache(batch, plan.slots) if plan.k and decoder.head.has_cache else (),
@@ -137,6 +145,7 @@ def begin(
     state = DecodeState(
         tokens_BS=tokens_BS,
         logp_BS=jnp.zeros_like(tokens_BS, jnp.float32),
+        accepted_BS=jnp.zeros_like(tokens_BS, bool) if plan.k else None,
         finite_B=length_B > 0,
         length_B=length_B,
         limit_B=limits.length_B,
@@ -157,10 +166,11 @@ def begin(
 
 @functools.partial(jax.jit, static_argnames="plan", donate_argnames="state")
 def run(
-    plan: Plan, decoder: Decoder, state: DecodeState, sampling: Sampling, stops_n: Array, max_forwards: Array
+    plan: Plan, decoder: Decoder | Packed, state: DecodeState, sampling: Sampling, stops_n: Array, max_forwards: Array
 ) -> DecodeState:
     """Decode until every row is done, or for `max_forwards` forwards: a small budget streams, re-entering this
     executable. It returns early too when a row has grown out of what attention reads."""
+    decoder = unpacked(decoder)
 
     def live(carry: tuple[Array, DecodeState]) -> Array:
         forwards, state = carry
@@ -207,6 +217,9 @@ def advance(
     committed_BT, live_B = offsets_1T < count_B[:, None], ~state.done_B
     start_B, length_B = state.length_B - 1, state.length_B + jnp.where(live_B, count_B, 0)
 
+    if state.accepted_BS is not None:
+        accepted_BS = _put(state.accepted_BS, offsets_1T < accepted_B[:, None], state.length_B)
+        state = dataclasses.replace(state, accepted_BS=accepted_BS)
     if state.draft_Bk.shape[1]:
         drafted_Bk = (offsets_1k < state.draft_len_B[:, None]) & live_B[:, None]
         # Drafts behind a stop token do not count.

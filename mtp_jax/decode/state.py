@@ -19,7 +19,8 @@ class DecodeState:
     """The state of a ragged batch. Position i of a row is its i-th token, prompt included.
 
     `tokens_BS`: tokens; those at `length_B` and after are not committed. `logp_BS`: the target's log-probability of
-    each token that was decoded. `finite_B`: whether all of those are numbers.
+    each token that was decoded. `accepted_BS`: whether it is an accepted draft; None where nothing is drafted.
+    `finite_B`: whether all log-probabilities are numbers.
     `limit_B`: the length at which a row ends. `done_B`: rows that have ended; they are frozen.
     `draft_Bk`: drafts for the positions from `length_B`. `draft_len_B`: how many of them the row uses; the others are
     not looked at. `most_B`: the most that it may ever use.
@@ -32,6 +33,7 @@ class DecodeState:
 
     tokens_BS: Array
     logp_BS: Array
+    accepted_BS: Array | None
     finite_B: Array
     length_B: Array
     limit_B: Array
@@ -53,4 +55,6 @@ class DecodeState:
         cut |= {name: jnp.minimum(getattr(self, name), k) for name in ("draft_len_B", "most_B")}
         cut["noise_BTV"] = None if self.noise_BTV is None else self.noise_BTV[:, : k + 1]
         cut["logq_BkV"] = self.logq_BkV[:, :k] if k and self.logq_BkV is not None else None
-        return jax.tree.map(jnp.copy, dataclasses.replace(self, **cut, head_cache=self.head_cache if k else ()))
+        if not k:
+            cut |= {"accepted_BS": None, "head_cache": ()}
+        return jax.tree.map(jnp.copy, dataclasses.replace(self, **cut))

@@ -11,7 +11,7 @@ import pytest
 from mtp_jax.decode import decoding as module
 from mtp_jax.decode import loop
 from mtp_jax.decode.config import DecodeConfig
-from mtp_jax.decode.decoder import Decoder
+from mtp_jax.decode.decoder import Decoder, Packed, unpacked
 from mtp_jax.decode.decoding import ENDLESS, Decoding, bucket
 from mtp_jax.decode.generate import generate
 from mtp_jax.heads.mixture import MixtureHead
@@ -33,6 +33,19 @@ def test_another_request_in_the_same_buckets_does_not_compile_again(model):
     decode([[1] * 5] * 4, temperature=0.3, top_k=3, top_p=1.0)
     assert [f._cache_size() for f in (loop.run, loop.read, loop.begin)] == compiled
     assert {bucket(n) for n in range(1, 17)} == {16} and bucket(17) == 32
+
+
+def test_a_decoder_is_packed_once_and_its_structure_compared_by_identity(model, narrow):
+    """What is compiled for one decoder is found again for another of the same shapes, without looking into either."""
+    first, second = Decoding(model, PROMPTS, DecodeConfig(NEW)), Decoding(model, PROMPTS, DecodeConfig(NEW))
+    again = jax.tree.map(lambda a: a + 0, model)
+    structures = [Packed.of(decoder).structure for decoder in (model, model, again, narrow)]
+    assert structures[0] is structures[1] is structures[2] is not structures[3]
+    jax.tree.map(np.testing.assert_array_equal, unpacked(Packed.of(again)), model)
+    finish(first)
+    compiled = loop.run._cache_size()
+    finish(second), finish(Decoding(again, PROMPTS, DecodeConfig(NEW)))
+    assert loop.run._cache_size() == compiled
 
 
 def test_twenty_calls_of_different_lengths_compile_once(model):

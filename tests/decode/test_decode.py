@@ -123,13 +123,23 @@ def test_chunks_do_not_change_a_thing(model, laws, chunk):
     np.testing.assert_array_equal(out.accepted, expected.accepted)
 
 
-def test_stream_yields_what_generate_gives(model, greedy):
+@pytest.mark.parametrize("moment", [0.0, 1e9], ids=["one by one", "several in one go"])
+def test_stream_yields_what_generate_gives(model, greedy, monkeypatch, moment):
+    """A forward at a time, whether the loop is entered for each or not."""
+    monkeypatch.setattr("mtp_jax.decode.generate.MOMENT", moment)
     stop = int(np.setdiff1d(greedy[1:3], greedy[0])[0])  # one that comes, but not in row 0
     whole = dict(max_new_tokens=NEW, stop_tokens=[stop])
     for prompt, expected in zip(PROMPTS, greedy, strict=True):
         expected = cut(expected, stop)
         steps = list(stream(model, prompt, DecodeConfig(**whole)))
         np.testing.assert_array_equal(np.concatenate([new for new, _ in steps]), expected)
+        decoding = ask(model, [prompt], stop=stop)
+        for new, accepted in steps[1:]:
+            before = decoding.result()
+            decoding.advance(1)
+            after = decoding.result()
+            np.testing.assert_array_equal(new, after.tokens[0][len(before.tokens[0]) :])
+            assert accepted == after.accepted.sum() - before.accepted.sum()
         own = [len(new) - accepted for new, accepted in steps]  # tokens that are the target's own
         assert len(steps[0][0]) == 1 and set(own[:-1]) <= {1} and own[-1] in (0, 1)
         out = generate(model, [prompt], **whole)
