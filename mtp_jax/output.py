@@ -23,8 +23,15 @@ class Output:
         self._ends = ends
 
     def write(self, text: str) -> int:
-        """Write, or drop it."""
-        self._try(self.stream.write, text)
+        """Write, or drop it. Characters that the stream does not have are escaped."""
+
+        def write() -> None:
+            try:
+                self.stream.write(text)
+            except UnicodeEncodeError as error:
+                self.stream.write(text.encode(error.encoding, "backslashreplace").decode(error.encoding))
+
+        self._try(write)
         return len(text)
 
     def flush(self) -> None:

@@ -53,6 +53,13 @@ def test_the_status_is_that_of_the_command_whoever_reads(command, kind):
         assert command("eval", refused) == command("data", refused) == 2
 
 
+def test_what_a_terminal_does_not_have_is_escaped_and_nothing_else_is_lost(command, tmp_path, monkeypatch):
+    with (tmp_path / "log").open("w", encoding="ascii") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert command("eval", lambda args: print("größe 模 \udce9 end")) == 0
+    assert (tmp_path / "log").read_text() == "gr\\xf6\\xdfe \\u6a21 \\udce9 end\n"
+
+
 @pytest.mark.parametrize("name, status", [("eval", 1), ("bench", 1), ("train", 0), ("data", 0)])
 def test_results_that_a_full_disk_has_not_taken_are_not_done(command, name, status):
     with gone("full_disk"):

@@ -16,7 +16,7 @@ from etils import epath
 
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.plots import MARKERS, PALETTE, legend, markdown_table, panels
-from mtp_jax.runs.paths import check_writable, full_path
+from mtp_jax.runs.paths import check_writable, full_path, write_page
 from mtp_jax.train.loggers import METRICS_FILE, read_metrics, series
 from mtp_jax.validate import from_dict, require
 
@@ -79,7 +79,7 @@ def write_report(run_dir: epath.PathLike, bench: dict[str, Any], config: dict[st
     text = _markdown(run_dir.name or "Report", train, evals, bench, config)
     if (run_dir / "completions.html").exists():
         text += "\n[Completions of held-out documents](completions.html), accepted drafts in colour.\n"
-    report.write_text(text)
+    write_page(report, text)
     return report
 
 

@@ -76,7 +76,7 @@ def main(args: list[str]) -> None:
     from mtp_jax.decode.text import stop_bytes
     from mtp_jax.decode.tune import tuned
     from mtp_jax.runs.layout import read_config, run_tokenizer
-    from mtp_jax.runs.paths import check_writable, full_path, given_path
+    from mtp_jax.runs.paths import check_writable, full_path, given_path, write_page
 
     page = given_path(options.out) if options.out else full_path(options.run) / "completions.html"
     if options.held_out:
@@ -113,7 +113,7 @@ def main(args: list[str]) -> None:
             console.rule(escape(title), characters="-")
         _complete(run, tokens, dataclasses.replace(decode, seed=options.seed + index), stops, console)
     if options.held_out:
-        page.write_text(console.export_html())
+        write_page(page, console.export_html())
         console.print(f"The same in colour: {visible(str(page))}", style="dim", markup=False)
 
 

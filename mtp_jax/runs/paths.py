@@ -100,6 +100,11 @@ def check_writable(path: epath.Path, way_out: str) -> None:
     require(ok, f"{path} would be written and cannot be. {way_out}")
 
 
+def write_page(path: epath.Path, text: str) -> None:
+    """Write a text in which names may have bytes that are no UTF-8."""
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
 def replace_file(path: epath.Path, data: str | bytes) -> None:
     """Write a file in one go, so that a kill right here leaves the old one; object stores do nothing else."""
     aside = path.with_name(f"{path.name}.partial") if is_local(path) else path
