@@ -30,7 +30,7 @@ def chosen_prompts(run: LoadedRun, config: BenchConfig) -> list[Any]:
     if config.files:
         named = file_prompts(config.files, run.tokenizer, config.prompts, config.prompt_tokens, config.seed)
     else:
-        store = prepare(run.config.data, tokenizer=run.tokenizer)
+        store = prepare(run.config.data, tokenizer=run.tokenizer, reading=True)
         named = held_out_prompts(store, config.prompts, config.prompt_tokens, config.seed)
     return [tokens for _, tokens in named]
 

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = dict[str, Any]
+FIGURES = ("loss", "acceptance", "speed")
 
 
 def _identical(row: Row) -> str:
@@ -50,34 +51,35 @@ COLUMNS: dict[str, Callable[[Row], str]] = {
 }
 
 
-def check_reportable(run_dir: epath.PathLike) -> None:
-    """Raise `ConfigError` if the run has no metrics to report."""
+def check_reportable(run_dir: epath.PathLike, out: epath.PathLike = "") -> None:
+    """Raise `ConfigError` if the run has no metrics to report, or a file of the report cannot be written."""
     path = full_path(run_dir) / METRICS_FILE
     require(path.exists(), f"A report shows the run's metrics, and there is no {path}. Leave --report out.")
-    for name in ("report.md", "report.json", "plots/speed.png"):
-        at = full_path(run_dir) / name
-        check_writable(at if at.parent.exists() else at.parent, "Leave --report out: the figures are printed too.")
+    for name in ("report.md", "report.json", *(f"plots/{name}.png" for name in FIGURES)):
+        check_writable(full_path(out or run_dir) / name, "Give another directory with --out.")
 
 
-def write_report(run_dir: epath.PathLike, bench: dict[str, Any], config: dict[str, Any]) -> epath.Path:
-    """Write `report.md`, `report.json` and `plots/*.png` into `run_dir` and return the path of `report.md`.
+def write_report(
+    run_dir: epath.PathLike, bench: dict[str, Any], config: dict[str, Any], out: epath.PathLike = ""
+) -> epath.Path:
+    """Write `report.md`, `report.json` and `plots/*.png` into `out`, by default `run_dir`; returns that of `report.md`.
 
     `config` is the run's `TrainConfig` as a dictionary. Raises `FileNotFoundError` if `run_dir` has no metrics.jsonl.
     """
-    run_dir = full_path(run_dir)
+    run_dir, out = full_path(run_dir), full_path(out or run_dir)
     records = read_metrics(run_dir)
     train, evals = ([record for record in records if record["kind"] == kind] for kind in ("train", "eval"))
     rows = [row for row in bench["rows"] if not row.get("auto")]
-    figures = {"loss": plot_loss(train, evals), "acceptance": plot_acceptance(rows), "speed": plot_speed(rows)}
-    (run_dir / "plots").mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
+    figures = (plot_loss(train, evals), plot_acceptance(rows), plot_speed(rows))
+    (out / "plots").mkdir(parents=True, exist_ok=True)
+    for name, figure in zip(FIGURES, figures, strict=True):
         png = io.BytesIO()
         figure.savefig(png, format="png", dpi=150)
-        (run_dir / "plots" / f"{name}.png").write_bytes(png.getvalue())
-    (run_dir / "report.json").write_text(json.dumps(bench, indent=2) + "\n")
-    report = run_dir / "report.md"
+        (out / "plots" / f"{name}.png").write_bytes(png.getvalue())
+    (out / "report.json").write_text(json.dumps(bench, indent=2) + "\n")
+    report = out / "report.md"
     text = _markdown(run_dir.name or "Report", train, evals, bench, config)
-    if (run_dir / "completions.html").exists():
+    if (out / "completions.html").exists():
         text += "\n[Completions of held-out documents](completions.html), accepted drafts in colour.\n"
     write_page(report, text)
     return report

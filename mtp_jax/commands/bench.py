@@ -26,6 +26,8 @@ class Decode(RunOptions):
     config: Annotated[BenchConfig, tyro.conf.arg(name="")] = field(default_factory=BenchConfig)
     report: bool = False
     """Also write report.md, report.json and plots/ into the run directory."""
+    out: str = ""
+    """The directory of the report, made if need be, where it shall not go into the run directory."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,9 @@ def _decode(args: list[str]) -> None:
     from mtp_jax.runs.layout import read_config
     from mtp_jax.validate import to_dict
 
-    if options.report:
-        check_reportable(options.run)
+    report = options.report or bool(options.out)
+    if report:
+        check_reportable(options.run, options.out)
     check(options.config, read_config(options.run))
     run = options.load()
     bench = _with_status(lambda status: bench_decode(run, options.config, status))
@@ -65,8 +68,8 @@ def _decode(args: list[str]) -> None:
     if bench["hf"]:
         print(hf_line(bench))
     try:
-        if options.report:
-            print(f"Wrote {write_report(options.run, bench, to_dict(run.config))}")
+        if report:
+            print(f"Wrote {write_report(options.run, bench, to_dict(run.config), options.out)}")
     finally:  # what was measured is printed, whatever becomes of the report
         print(json.dumps(bench))
 

@@ -23,7 +23,9 @@ def main(args: list[str]) -> None:
     use_compilation_cache()
     from mtp_jax.interop.exporting import check_exportable, export_run
     from mtp_jax.runs.layout import read_config
+    from mtp_jax.runs.paths import check_writable, full_path
 
     config = read_config(options.run)
     check_exportable(config.model, config.head)
+    check_writable(full_path(options.out).parent, "Give another --out.", folder=True)
     print(f"Wrote {export_run(options.load(), options.run, options.out)}")

@@ -94,7 +94,7 @@ def main(args: list[str]) -> None:
         prompts = [("", tokenizer.encode_prompt(text, special=options.chat))]
     else:
         require(options.prompt_tokens >= 1, f"--prompt-tokens is {options.prompt_tokens}; it must be at least 1.")
-        store = prepare(config.data, tokenizer=tokenizer)
+        store = prepare(config.data, tokenizer=tokenizer, reading=True)
         prompts = held_out_prompts(store, options.held_out, options.prompt_tokens, options.seed)
     decode.check(config.model, config.head, [tokens for _, tokens in prompts])
 
@@ -113,6 +113,7 @@ def main(args: list[str]) -> None:
             console.rule(escape(title), characters="-")
         _complete(run, tokens, dataclasses.replace(decode, seed=options.seed + index), stops, console)
     if options.held_out:
+        page.parent.mkdir(parents=True, exist_ok=True)
         write_page(page, console.export_html())
         console.print(f"The same in colour: {visible(str(page))}", style="dim", markup=False)
 

@@ -26,6 +26,10 @@ class Report:
 
 def main(args: list[str]) -> None:
     options = parse(Report, args, "report")
+    from etils import epath
+
+    from mtp_jax.runs.paths import check_writable
     from mtp_jax.sweep.report import write_report
 
+    check_writable(epath.Path(options.out), "Give another --out.", folder=True)
     print(f"Wrote {write_report(options.results, options.out, options.looks)}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from mtp_jax.commands import console, parse, use_compilation_cache
 from mtp_jax.commands.experiment import load_sweep, split_file
 from mtp_jax.processes import end_with_input
-from mtp_jax.runs.paths import given_path
+from mtp_jax.runs.paths import check_writable, given_path
 from mtp_jax.sweep.config import NamedSweep
 from mtp_jax.sweep.records import Place, collect, write_json
 from mtp_jax.train.signals import STOPS, leave, listening
@@ -58,6 +58,8 @@ def main(args: list[str]) -> None:
     require(len(chosen) < 2, f"--{' and --'.join(chosen)} are given; choose one.")
     named = load_sweep(file)
     place = Place(given_path(options.dir or named.directory))
+    if not (options.list or options.collect):
+        check_writable(place.directory, "Give another --dir.", folder=True)
     if options.only:
         end_with_input()
         use_compilation_cache()
@@ -76,9 +78,10 @@ def main(args: list[str]) -> None:
     if options.list:
         console().print(_table(named, progress))
         return
+    out = given_path(options.out or Path(named.file).parent / "results" / f"{named.name}-{named.size}.json")
+    check_writable(out, "Give another --out.")
     if not options.collect:
         _run(named, place, progress)
-    out = given_path(options.out or Path(named.file).parent / "results" / f"{named.name}-{named.size}.json")
     write_json(out, collect(named, place))
     print(f"Wrote {out}")
     failed = [row for row in progress.rows.values() if row.state == "failed"]

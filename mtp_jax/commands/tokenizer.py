@@ -58,8 +58,9 @@ def _train(args: list[str]) -> None:
     from mtp_jax.data.preparation import cache_dir
     from mtp_jax.data.sources import documents, load_source
     from mtp_jax.data.tokenizers import HFTokenizer, utf8
-    from mtp_jax.runs.paths import replace_file
+    from mtp_jax.runs.paths import check_writable, replace_file
 
+    check_writable(epath.Path(out), "Give another --out.")
     source, cache, fraction = load_source(options), cache_dir(options) / "tfds", options.valid_fraction
     count, size, sample, sampled, cut = 0, 0, [], 0, 0
     inside = is_one_sided((text for _, text in documents(source, cache)), fraction)

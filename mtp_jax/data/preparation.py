@@ -57,6 +57,7 @@ def prepare(
     out: str | os.PathLike[str] | None = None,
     processes: int = 1,
     progress: Progress = lambda done, total, size: None,
+    reading: bool = False,
 ) -> Store | Mixture:
     """Open the token store that `config` describes, made first if there is none; only then `log` gets one line.
 
@@ -72,6 +73,8 @@ def prepare(
         on, so that a changed source, tokenizer or split gets another directory and never old tokens.
       processes: how many tokenise.
       progress: called after each part.
+      reading: whether `config` is that of a run which is read: its cache may be somebody else's, or of another machine.
+        Then one's own is taken for what is not there.
 
     Raises:
       ConfigError: an unknown source or tokenizer, a split without documents, a directory that cannot be written or that
@@ -88,8 +91,10 @@ def prepare(
     else:
         source = load_source(config)
         identity = {"source": config.source, "fingerprint": source.fingerprint(), **made}
-        cache = cache_dir(config)
-        path = Path(os.path.expanduser(out)).absolute() if out else cache / "tokens" / _name(config, identity)
+        own = dataclasses.replace(config, cache_dir=None) if reading else config
+        caches, name = (cache_dir(config), cache_dir(own)), Path("tokens", _name(config, identity))
+        cache = next((cache for cache in caches if (cache / name).exists() or _is_writable(cache)), caches[0])
+        path = Path(os.path.expanduser(out)).absolute() if out else cache / name
         task = _Task(path, identity, source, tokenizer, cache / "tfds", config.max_bad)
         if not task.there():
             task.make(log, processes, progress)
@@ -103,6 +108,12 @@ def prepare(
 def cache_dir(config: SourceConfig) -> Path:
     """Where the prepared data sets of `config` are kept."""
     return Path(config.cache_dir or os.environ.get("MTP_JAX_CACHE") or "~/.cache/mtp_jax").expanduser().absolute()
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether a folder can be written, or made."""
+    there = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+    return there.is_dir() and os.access(there, os.W_OK)
 
 
 def _name(config: DataConfig, identity: dict[str, Any]) -> str:

@@ -26,7 +26,7 @@ from mtp_jax.interop.pretrained import Pretrained
 from mtp_jax.interop.weights import read_params
 from mtp_jax.mesh import make_mesh, on_mesh
 from mtp_jax.runs.layout import TOKENIZER_DIR, write_config
-from mtp_jax.runs.paths import children, full_path, replace_file
+from mtp_jax.runs.paths import check_writable, children, full_path, replace_file
 from mtp_jax.runs.writer import CheckpointWriter
 from mtp_jax.state import TrainState, build_model, split
 from mtp_jax.validate import ConfigError, require
@@ -59,6 +59,7 @@ def import_run(
     """
     run = full_path(out)
     require(not children(run), f"{run} exists and is not empty; give another --out, or delete it.")
+    check_writable(run.parent, "Give another --out.", folder=True)
     with contextlib.ExitStack() as stack:
         if source.endswith(".gguf"):
             found = open_gguf(Path(source).expanduser().absolute())

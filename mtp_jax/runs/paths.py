@@ -93,11 +93,18 @@ def is_link(path: epath.Path) -> bool:
     return is_local(path) and os.path.islink(path)
 
 
-def check_writable(path: epath.Path, way_out: str) -> None:
-    """Raise `ConfigError`, before any work, where a file cannot be written: a run may be somebody else's."""
-    at = path if path.exists() else path.parent
-    ok = not is_local(path) or (not path.is_dir() and os.access(at, os.W_OK))
-    require(ok, f"{path} would be written and cannot be. {way_out}")
+def check_writable(path: epath.Path, way_out: str, *, folder: bool = False) -> None:
+    """Raise `ConfigError`, before any work, where a file or a folder cannot be written: a run may be somebody else's.
+
+    Folders above it that are not there are to be made.
+    """
+    if not is_local(path):
+        return
+    at = path
+    while not at.exists() and at != at.parent:
+        at = at.parent
+    fits = at.is_dir() if folder or at != path else not at.is_dir()
+    require(fits and os.access(at, os.W_OK), f"{path} would be written and cannot be. {way_out}")
 
 
 def write_page(path: epath.Path, text: str) -> None:

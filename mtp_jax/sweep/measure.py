@@ -62,7 +62,7 @@ def measure(
     measured = {}
     for step in sorted(set(readings.values()), reverse=True):
         run = load(run_dir, step, weights="ema" if variant.config.ema_decay else "params")
-        store = prepare(run.config.data, tokenizer=run.tokenizer)
+        store = prepare(run.config.data, tokenizer=run.tokenizer, reading=True)
         progress(f"step {step}: held-out loss")
         found = held_out_losses(run, store, config.held_out_sequences)
         found["decoding"] = []

@@ -57,7 +57,7 @@ def evaluate_run(run: LoadedRun, limit: int | None = None) -> dict[str, float]:
     """The held-out metrics of a loaded run, over its first `limit` batches or all."""
     graph, params = split(run.model)
     with jax.set_mesh(run.mesh):
-        batches = held_out(run.config, prepare(run.config.data, tokenizer=run.tokenizer), run.mesh, limit)
+        batches = held_out(run.config, prepare(run.config.data, tokenizer=run.tokenizer, reading=True), run.mesh, limit)
         return evaluate(jax.jit(functools.partial(batch_loss, graph)), params, batches)
 
 
