@@ -11,7 +11,7 @@ import pytest
 import mtp_jax
 from mtp_jax import cli, look
 from mtp_jax.bench import decode as bench_decode
-from mtp_jax.commands import tokenizer
+from mtp_jax.commands import run_one, sweep, tokenizer
 from mtp_jax.interop import importing
 from mtp_jax.interop.importing import import_run
 from mtp_jax.runs import loading
@@ -97,6 +97,7 @@ def before_any_work(monkeypatch):
     for module, name in (
         *((loading, "load"), (bench_decode, "bench_decode"), (loop, "prepare_data"), (tokenizer, "train_bpe")),
         *((importing, "_open_hf"), (importing, "open_gguf"), (sweep_report, "write_report")),
+        *((sweep, "_run"), (run_one, "run_one")),
     ):
         monkeypatch.setattr(module, name, fail)
 
