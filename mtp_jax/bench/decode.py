@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from mtp_jax.bench import hf
 from mtp_jax.bench.cells import Cell, fastest, grid, plain, row
 from mtp_jax.bench.config import BenchConfig
-from mtp_jax.bench.session import Session, decoders
+from mtp_jax.bench.session import DTYPES, Decoders, Session
 from mtp_jax.config import TrainConfig
 from mtp_jax.data.preparation import prepare
 from mtp_jax.data.prompts import file_prompts, held_out_prompts
@@ -71,6 +72,7 @@ def bench_runs(
 ) -> dict[str, dict[str, Any]]:
     """`bench_decode` of several runs in one process, prompt by prompt in turn: their speeds compare with each other.
 
+    In a repetition the dtypes come one after the other, for of each run one decoder is in memory at a time.
     Of `config.ks` each has those that it can draft; the dtypes are the same for all.
     """
     for run in runs.values():
@@ -85,12 +87,16 @@ def bench_runs(
     for repetition in range(config.repetitions):
         for bench in benches.values():
             bench.begin()
-        for batch in config.batch_sizes:
+        for dtype, batch in itertools.product(DTYPES, config.batch_sizes):
+            if not any(
+                cell.dtype == dtype and cell.batch == batch for bench in benches.values() for cell in bench.cells
+            ):
+                continue
             for first in range(0, config.prompts, batch):
                 for bench in benches.values():
-                    bench.decode(batch, first)
+                    bench.decode(dtype, batch, first)
                 progress(
-                    f"prompt {first + batch} of {config.prompts}{_batch(batch)}, "
+                    f"prompt {first + batch} of {config.prompts} in {dtype}{_batch(batch)}, "
                     f"repetition {repetition + 1} of {config.repetitions}"
                 )
     return {name: bench.result(progress) for name, bench in benches.items()}
@@ -107,7 +113,7 @@ class _Bench:
         self.trials: dict[tuple[int, int], dict[str, float]] = {}
         self.rng = np.random.default_rng(0)
         with jax.set_mesh(run.mesh):
-            self.session = Session(decoders(run), self.prompts, config)
+            self.session = Session(Decoders(run), self.prompts, config)
 
     def tries(self, batch: int, progress: Callable[[str], None]) -> bool:
         """Whether the other dtype is faster, for plain decoding or with the most drafts."""
@@ -140,12 +146,12 @@ class _Bench:
             cell.seconds.append(0.0)
             cell.generations.append([])
 
-    def decode(self, batch: int, first: int) -> None:
-        """Continue a batch of prompts, from number `first`, in every cell of that batch size.
+    def decode(self, dtype: str, batch: int, first: int) -> None:
+        """Continue a batch of prompts, from number `first`, in every cell of that dtype and batch size.
 
         Each time in an order of its own, always the same ones: no cell always begins in the caches that another leaves.
         """
-        cells = [cell for cell in self.cells if cell.batch == batch]
+        cells = [cell for cell in self.cells if cell.dtype == dtype and cell.batch == batch]
         with jax.set_mesh(self.run.mesh):
             for index in self.rng.permutation(len(cells)):
                 cell = cells[index]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,17 +28,35 @@ DTYPES = "float32", "bfloat16"
 TRIAL_ROUNDS, TRIAL_FORWARDS = 5, 64
 
 
-def decoders(run: LoadedRun) -> dict[str, Decoder]:
-    """The model laid out for decoding, by dtype: the config's and the other one."""
-    dtype = run.config.model.dtype
-    (other,) = set(DTYPES) - {dtype}
-    return {dtype: run.decoder, other: for_decoding(in_dtype(run.model, other))}  # type: ignore[arg-type]
+class Decoders(Mapping[str, Decoder]):
+    """A run's model laid out for decoding, by dtype: the config's and the other one, the mesh in scope.
+
+    The one that was asked for last is in memory, and no other: laying it out again takes less than it is measured for.
+    """
+
+    def __init__(self, run: LoadedRun):
+        self._run, self._held = run, dict[str, Decoder]()
+
+    def __getitem__(self, dtype: str) -> Decoder:
+        if dtype not in self._held:
+            self._held.clear()
+            own = dtype == self._run.config.model.dtype
+            model = self._run.model if own else in_dtype(self._run.model, dtype)  # type: ignore[arg-type]
+            self._held[dtype] = for_decoding(model)
+        return self._held[dtype]
+
+    def __iter__(self) -> Iterator[str]:
+        own = self._run.config.model.dtype
+        return iter((own, *(dtype for dtype in DTYPES if dtype != own)))
+
+    def __len__(self) -> int:
+        return len(DTYPES)
 
 
 class Session:
     """Decoders by dtype and the prompts that they continue, the mesh in scope."""
 
-    def __init__(self, models: dict[str, Decoder], prompts: list[Any], config: BenchConfig):
+    def __init__(self, models: Mapping[str, Decoder], prompts: list[Any], config: BenchConfig):
         self.models, self.prompts, self.config = models, prompts, config
         self.compile_seconds = 0.0
 
@@ -72,14 +91,17 @@ class Session:
         return decoding.result(), t1 - t0, t2 - t1
 
     def trial(self, cell: Cell) -> dict[str, float]:
-        """Forwards per second of a cell in each dtype, in a few short runs: a slower one gets no more."""
+        """Forwards per second of a cell in each dtype, one after the other, in a few short runs: a slower one gets no
+        more."""
         cells = {dtype: dataclasses.replace(cell, dtype=dtype) for dtype in self.models}
         # So few that they are needed even if all drafts are accepted.
         forwards = max(1, min(TRIAL_FORWARDS, (self.config.new_tokens - 1) // (cell.k + 1)))
-        for cell in cells.values():
+        rates = {}
+        for dtype, cell in cells.items():
             self.compile(cell)
-        rounds = [[self.decode(cell, 0, forwards)[-1] for cell in cells.values()] for _ in range(TRIAL_ROUNDS)]
-        return dict(zip(cells, (forwards / np.median(rounds, axis=0)).tolist(), strict=True))
+            seconds = [self.decode(cell, 0, forwards)[-1] for _ in range(TRIAL_ROUNDS)]
+            rates[dtype] = float(forwards / np.median(seconds))
+        return rates
 
     def gap(self, cell: Cell, index: int, shared: np.ndarray, own: int, other: int) -> float:
         """By how much prompt `index`, continued by the tokens `shared`, prefers one of two tokens to the other.

@@ -4,6 +4,8 @@ The decoder is a fake whose every part takes a known time on a clock that only t
 """
 
 import dataclasses
+import gc
+import weakref
 from types import SimpleNamespace
 
 import jax
@@ -59,9 +61,9 @@ def test_more_prompts_than_there_are_are_refused(store):
 
 def test_files_give_prompts(tmp_path):
     for i, length in enumerate([9, 12, 7, 8]):
-        (tmp_path / f"{i}.txt").write_bytes(bytes([i] * length))
+        (tmp_path / f"{i}.txt").write_bytes(bytes([97 + i] * length))
     found = file_prompts(str(tmp_path / "*.txt"), ByteTokenizer(), 3, 8, seed=2)
-    assert {name: tokens.tolist() for name, tokens in found} == {f"{i}.txt": [i] * 8 for i in (0, 1, 3)}
+    assert {name: tokens.tolist() for name, tokens in found} == {f"{i}.txt": [97 + i] * 8 for i in (0, 1, 3)}
     with pytest.raises(ConfigError, match=r"4 prompts were asked for and 3 files of .*txt' have 8 tokens or more"):
         file_prompts(str(tmp_path / "*.txt"), ByteTokenizer(), 4, 8)
     with pytest.raises(ConfigError, match=r"no file matches it"):
@@ -160,8 +162,8 @@ def measure(store, monkeypatch):
         monkeypatch.setattr(session, "Decoding", fake.asked)
         monkeypatch.setattr(session, "time", fake)
         monkeypatch.setattr(session, "best_k", lambda model, prompts, config: chosen.append(config) or 1)
-        monkeypatch.setattr(bench, "prepare", lambda config, tokenizer: store)
-        monkeypatch.setattr(bench, "decoders", lambda run: {"float32": "float32", "bfloat16": "bfloat16"})
+        monkeypatch.setattr(bench, "prepare", lambda config, tokenizer, reading: store)
+        monkeypatch.setattr(bench, "Decoders", lambda run: {"float32": "float32", "bfloat16": "bfloat16"})
         monkeypatch.setattr(bench.Session, "gap", lambda self, cell, index, shared, own, other: own / other)
         run_config = tiny.train_config(head=tiny.head_config(window=3))
         with tiny.mesh() as mesh:
@@ -185,7 +187,7 @@ def test_all_cells_of_a_prompt_follow_one_another(measured):
     tried, lines = measured.lines[:2], measured.lines[2:]
     assert tried == [f"tried k = {k} in float32 and bfloat16" for k in (0, 2)]
     assert lines[:6] == [f"compiled T = {temperature:g}, k = {k}" for temperature, k in CELLS]
-    assert lines[6] == "prompt 1 of 3, repetition 1 of 3" and len(lines) == 6 + 9
+    assert lines[6] == "prompt 1 of 3 in float32, repetition 1 of 3" and len(lines) == 6 + 9
 
 
 def test_every_cell_is_asked_for_the_same(measured, store):
@@ -365,9 +367,13 @@ def test_the_gap_is_that_of_what_plain_decoding_chooses_by():
 def test_the_other_dtype_is_the_same_model():
     with tiny.mesh():
         model = tiny.make_model(tiny.train_config())
-        run = SimpleNamespace(config=tiny.train_config(), model=model, decoder=for_decoding(model))
-        made = session.decoders(run)
-        assert list(made) == ["float32", "bfloat16"] and made["float32"] is run.decoder
+        run = SimpleNamespace(config=tiny.train_config(), model=model)
+        made = session.Decoders(run)
+        assert list(made) == ["float32", "bfloat16"] and made["float32"] is made["float32"]
+        first = weakref.ref(made["float32"])
+        assert made["float32"].config.dtype == "float32" and made["bfloat16"] is made["bfloat16"]
+        gc.collect()
+        assert first() is None, "one decoder is in memory"
         assert model.config.dtype == "float32" and made["bfloat16"].config.dtype == "bfloat16"
         assert made["bfloat16"].trunk.blocks[0].attention.wq_DNH.w_NK.dtype == "bfloat16"
         a, b = (generate(m, [[1, 2, 3]], max_new_tokens=8, k=0).logprobs[0] for m in made.values())
