@@ -65,6 +65,7 @@ def test_the_step_of_an_experiment_can_be_traced(file):
     assert metrics["loss_offset"].shape == (config.head.window,) and metrics["loss"].shape == ()
 
 
+@pytest.mark.slow
 def test_the_iteration_cost_script_measures_every_width_in_both_dtypes():
     measure = runpy.run_path(str(REPOSITORY / "experiments" / "iteration_cost.py"))["measure"]
     with tiny.mesh():

@@ -98,6 +98,7 @@ def test_code_cells_are_linted_and_formatted():
         assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_reloaded_and_looked_at(run_dir, tmp_path):
     notebook = executed("reload_checkpoint", tmp_path / "out.ipynb", RUN=run_dir)
     check(notebook, "reload_checkpoint")

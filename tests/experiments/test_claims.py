@@ -173,6 +173,7 @@ def test_too_little_to_tell_is_undecided(verdicts):
     assert noisy("lowers the joint loss") == noisy("raises acceptance") == "undecided"
 
 
+@pytest.mark.slow
 def test_no_effect_is_rarely_confirmed(load):
     # 200 draws of four ranks and three seeds without any effect. Each claim may be confirmed in at most 2.5% of them, 5
     # on average: more than 11 have probability 0.005. Without the correction for four ranks it would be about 18.

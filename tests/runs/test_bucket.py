@@ -134,6 +134,7 @@ def test_every_object_of_a_step_is_in_its_manifest(here, trained):
         assert any(name.startswith("params/d/") or "/d/" in name for name in files), "arrays"
 
 
+@pytest.mark.slow
 def test_damage_in_a_bucket_is_refused_with_the_way_out(here, trained):
     name = max(here.names("checkpoints/60/params/"), key=lambda name: len(here.bucket.objects[name][0]))
     data, generation = here.bucket.objects[name]
@@ -158,6 +159,7 @@ def test_a_run_in_a_bucket_is_not_overwritten_unasked_and_nothing_else_is_ever_d
     assert here.bucket.objects["runs/mine/notes.txt"][0] == here.bucket.objects["runs/other/config.json"][0] == b"keep"
 
 
+@pytest.mark.slow
 def test_steps_in_a_bucket_that_lost_their_manifests_are_set_aside(here, trained, root):
     objects = here.bucket.objects
     ours = [name for name in here.names() if not name.endswith("manifest.json")]
