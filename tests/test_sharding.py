@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import re
 
@@ -289,8 +290,16 @@ def decode(verifier, shape):
         return np.stack(done.tokens), done.accepted, done.forwards
 
 
-@pytest.mark.parametrize("verifier", ["greedy", "coupled", "token", "block"])
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 2, 4)])
+VERIFIERS, MESHES = ("greedy", "coupled", "token", "block"), ((8, 1, 1), (2, 2, 2), (1, 2, 4))
+# Every verifier and every mesh, and the mesh with all axes with every verifier; the slow ones are the other pairs.
+QUICK = {("greedy", MESHES[0]), ("coupled", MESHES[2]), *((verifier, MESHES[1]) for verifier in VERIFIERS)}
+PAIRS = [
+    pytest.param(*pair, marks=() if pair in QUICK else pytest.mark.slow)
+    for pair in itertools.product(VERIFIERS, MESHES)
+]
+
+
+@pytest.mark.parametrize(("verifier", "shape"), PAIRS)
 def test_decoding_is_that_of_one_device_token_for_token(verifier, shape):
     tokens, accepted, forwards = decode(verifier, shape)
     for array, expected in zip((tokens, accepted, forwards), decode(verifier, (1, 1, 1)), strict=True):
