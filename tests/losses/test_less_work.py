@@ -123,6 +123,7 @@ def test_a_step_draws_anew_and_an_evaluation_does_not():
     assert exact == float(trainer.evaluate(state.params, batch, count_W)[0])
 
 
+@pytest.mark.slow
 def test_drawn_positions_have_one_gradient_on_any_mesh():
     """Devices that share a batch draw alike, with the vocabulary in parts too."""
     found = []

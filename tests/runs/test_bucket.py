@@ -102,6 +102,7 @@ def test_what_others_write_is_seen_at_once_and_sealed(here):
     assert status == 0, said
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_killed_goes_on_and_loads_as_one_on_a_disk(here, trained):
     """Bit for bit: the parameters, every loss on the way, and what is generated."""
     status, said = here.run("-c", LOAD, RUN, trained)
@@ -110,6 +111,7 @@ def test_a_run_in_a_bucket_is_killed_goes_on_and_loads_as_one_on_a_disk(here, tr
     assert [path.name for path in here.folder.iterdir()] == ["log"], "nothing of it lies on the disk"
 
 
+@pytest.mark.slow
 def test_what_lies_in_the_bucket_is_what_lies_on_a_disk(here, trained):
     def kinds(names):
         return {name.split("/")[0] for name in names}
@@ -122,6 +124,7 @@ def test_what_lies_in_the_bucket_is_what_lies_on_a_disk(here, trained):
     assert any(name.startswith("tensorboard/events") for name in names)
 
 
+@pytest.mark.slow
 def test_every_object_of_a_step_is_in_its_manifest(here, trained):
     """Those of TensorStore too, which writes past gcsfs."""
     for step in here.sealed():
@@ -146,6 +149,7 @@ def test_damage_in_a_bucket_is_refused_with_the_way_out(here, trained):
     assert status == 1 and f"gs://bucket/{name} has other bytes" in said and "The last good step is 50." in said, said
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_not_overwritten_unasked_and_nothing_else_is_ever_deleted(here, trained, root):
     here.bucket.put("runs/mine/notes.txt", b"keep", {})
     here.bucket.put("runs/other/config.json", b"keep", {})

@@ -57,7 +57,7 @@ def survive(file, run_dir, kills, steps, options):
         assert one.wait() == [0], one.said()
 
 
-@pytest.mark.parametrize("kills, steps", [(2, 400), pytest.param(30, 8000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills, steps", [(1, 200), pytest.param(30, 8000, marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_ends_as_one_that_was_not(root, kills, steps):
     file = experiment(root, f"killed{kills}", grad_accumulation=2)
     options = ["--steps", str(steps), "--eval-every", "40", "--checkpoint-every", "20", "--log-every", "10"]
@@ -115,6 +115,7 @@ def contents(run_dir):
     return {path.relative_to(run_dir): path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_steps_that_lost_their_manifests_are_set_aside_and_the_run_starts_again(root):
     """All that their run left is there, as a run directory of its own."""
     file, run_dir = experiment(root, "unsealed"), root / "unsealed"
