@@ -72,7 +72,8 @@ def bench_runs(
 ) -> dict[str, dict[str, Any]]:
     """`bench_decode` of several runs in one process, prompt by prompt in turn: their speeds compare with each other.
 
-    In a repetition the dtypes come one after the other, for of each run one decoder is in memory at a time.
+    In a repetition the dtypes come one after the other, for of each run one decoder is in memory at a time. The last of
+    one is the first of the next, so that a machine whose speed drifts favours now one and now the other.
     Of `config.ks` each has those that it can draft; the dtypes are the same for all.
     """
     for run in runs.values():
@@ -87,7 +88,7 @@ def bench_runs(
     for repetition in range(config.repetitions):
         for bench in benches.values():
             bench.begin()
-        for dtype, batch in itertools.product(DTYPES, config.batch_sizes):
+        for dtype, batch in itertools.product(DTYPES[:: -1 if repetition % 2 else 1], config.batch_sizes):
             if not any(
                 cell.dtype == dtype and cell.batch == batch for bench in benches.values() for cell in bench.cells
             ):
@@ -164,11 +165,16 @@ class _Bench:
         """What `bench_decode` returns."""
         run, config, cells = self.run, self.config, self.cells
         with jax.set_mesh(run.mesh):
-            rows = [row(cell, plain(cells, cell), fastest(cells, cell), self.session.gap) for cell in cells]
+            rows: dict[int, dict[str, Any]] = {}
+            for index, cell in sorted(
+                enumerate(cells), key=lambda numbered: numbered[1].dtype
+            ):  # a gap wants a decoder
+                rows[index] = row(cell, plain(cells, cell), fastest(cells, cell), self.session.gap)
+            self.session.models = {}  # its memory is free for what is compared
             compared = hf.bench_hf(run, self.prompts, config, progress) if config.compare == "hf" else None
         shared = ("prompts", "prompt_tokens", "new_tokens", "files", "repetitions", "seed")
         return {
-            "rows": rows,
+            "rows": [rows[index] for index in range(len(cells))],
             "step": run.step,
             **{name: getattr(config, name) for name in shared},
             "compile_seconds": self.session.compile_seconds,

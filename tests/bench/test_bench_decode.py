@@ -235,6 +235,14 @@ def test_the_other_dtype_is_measured_where_it_is_faster(measure):
     assert ks == [(dtype, k) for dtype in ("float32", "bfloat16") for k in range(3)]
 
 
+def test_dtypes_take_turns_and_a_repetition_begins_with_the_last_of_the_one_before(measure):
+    """Each goes first as often as the other, or nearly, and a model is laid out once a repetition."""
+    lines = [line for line in measure(bfloat16=0.25).lines if line.startswith("prompt")]
+    turns = [line.split(" in ")[1].split(",")[0] for line in lines]
+    one, other = session.DTYPES
+    assert turns == [dtype for dtype in (one, other, other, one, one, other) for _ in range(CONFIG.prompts)]
+
+
 def test_every_cell_of_the_grid_decodes_all_prompts(measure):
     config = dataclasses.replace(
         CONFIG, prompts=4, prompt_tokens=7, batch_sizes=(1, 2, 4), verifiers=("token", "block")
