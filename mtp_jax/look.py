@@ -16,11 +16,8 @@ import numpy as np
 from jax import Array
 
 from mtp_jax.data.tokenizers import Tokenizer
-from mtp_jax.decode.config import DecodeConfig
-from mtp_jax.decode.generate import stream
-from mtp_jax.decode.spans import Completion, Spans
-from mtp_jax.decode.text import check_text, stop_bytes
-from mtp_jax.decode.tune import tuned
+from mtp_jax.decode.spans import Completion
+from mtp_jax.decode.text import check_text
 from mtp_jax.heads.mixture import MixtureHead
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.plots import PALETTE, dress
@@ -127,16 +124,10 @@ def window(run: LoadedRun, prompt: str) -> Window:
 def complete(run: LoadedRun, prompt: str, *, stop: str | Sequence[str] = (), **options: Any) -> Completion:
     """Continue a text and keep which tokens were accepted drafts; a notebook shows them green.
 
-    Arguments as in `LoadedRun.generate`.
+    Arguments as in `LoadedRun.stream`.
     """
-    check_text("prompt", prompt)
-    tokens, stops = run.encode(prompt), stop_bytes(stop)
-    decode = DecodeConfig.of(options, stop_tokens=run.stop_tokens)
-    with jax.set_mesh(run.mesh):
-        decode = tuned(run.decoder, [tokens], decode)
-        spans = Spans(run.tokenizer, tokens, stream(run.decoder, tokens, decode), stops, decode.k)
-        found = tuple(spans)
-    return Completion(found, spans.summary)
+    spans = run.stream(prompt, stop=stop, **options)
+    return Completion(tuple(spans), spans.summary)
 
 
 def plot_gate(gate: Gate) -> Figure:

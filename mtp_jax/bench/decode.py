@@ -89,9 +89,7 @@ def bench_runs(
         for bench in benches.values():
             bench.begin()
         for dtype, batch in itertools.product(DTYPES[:: -1 if repetition % 2 else 1], config.batch_sizes):
-            if not any(
-                cell.dtype == dtype and cell.batch == batch for bench in benches.values() for cell in bench.cells
-            ):
+            if (dtype, batch) not in {(cell.dtype, cell.batch) for bench in benches.values() for cell in bench.cells}:
                 continue
             for first in range(0, config.prompts, batch):
                 for bench in benches.values():
@@ -166,11 +164,11 @@ class _Bench:
         run, config, cells = self.run, self.config, self.cells
         with jax.set_mesh(run.mesh):
             rows: dict[int, dict[str, Any]] = {}
-            for index, cell in sorted(
-                enumerate(cells), key=lambda numbered: numbered[1].dtype
-            ):  # a gap wants a decoder
+            # A gap wants a decoder of its dtype, of which there is one at a time.
+            for index in sorted(range(len(cells)), key=lambda index: cells[index].dtype):
+                cell = cells[index]
                 rows[index] = row(cell, plain(cells, cell), fastest(cells, cell), self.session.gap)
-            self.session.models = {}  # its memory is free for what is compared
+            self.session.models = {}  # the memory of the last one is free for what is compared
             compared = hf.bench_hf(run, self.prompts, config, progress) if config.compare == "hf" else None
         shared = ("prompts", "prompt_tokens", "new_tokens", "files", "repetitions", "seed")
         return {

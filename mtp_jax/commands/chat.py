@@ -7,9 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from mtp_jax.commands import RunOptions, parse, use_compilation_cache
 from mtp_jax.validate import ConfigError
@@ -75,47 +74,28 @@ def main(args: list[str]) -> None:
 
 def _answer(run: LoadedRun, options: Chat, messages: list[dict[str, str]], turn: int, stopped: threading.Event) -> str:
     """Print an answer as it comes, then its speed. Returns it as far as it came."""
-    import jax
     from rich.console import Console
 
-    from mtp_jax.decode.config import DecodeConfig
-    from mtp_jax.decode.generate import stream
-    from mtp_jax.decode.spans import Spans, print_span
-    from mtp_jax.decode.tune import tuned
+    from mtp_jax.decode.spans import print_span
 
-    prompt = run.encode(run.tokenizer.conventions.render(messages), special=True)
-    left = run.config.model.context_length - len(prompt)
-    if left < 1:
-        raise ConfigError(f"The conversation has {len(prompt)} tokens, and the context holds {len(prompt) + left}.")
+    left = run.config.model.context_length - len(run.conversation(messages))
     names = ("temperature", "top_k", "top_p", "k")
-    decode = DecodeConfig(
-        min(left, options.max_new_tokens or left),
+    spans = run.stream(
+        messages,
+        max_new_tokens=min(left, options.max_new_tokens or left),
         seed=options.seed + turn,
-        stop_tokens=run.stop_tokens,
         **{name: getattr(options, name) for name in names},
     )
-
-    begun = timed = 0.0
-
-    def forwards() -> Iterator[tuple[Any, int]]:
-        nonlocal begun, timed
-        for number, (tokens, accepted) in enumerate(stream(run.decoder, prompt, decode)):
-            if number < 2:  # reading the prompt, and compiling, are not in the speed
-                begun = time.perf_counter()
-            else:
-                timed += len(tokens)
-            yield tokens, accepted
-            if stopped.is_set():
-                return
-
-    console = Console(highlight=False, emoji=False, soft_wrap=True)
-    with jax.set_mesh(run.mesh):
-        decode = tuned(run.decoder, [prompt], decode)
-        spans, text = Spans(run.tokenizer, prompt, forwards(), (), decode.k), ""
-        for span in spans:
-            if span.kind != "prompt":
-                print_span(console, span)
-                text += span.text
-        seconds = time.perf_counter() - begun
-    console.print(f"\n{spans.summary} {timed / seconds:,.1f} tokens/s", style="dim", markup=False)
+    console, text = Console(highlight=False, emoji=False, soft_wrap=True), ""
+    begun, before = time.perf_counter(), 0
+    for span in spans:
+        if span.kind != "prompt":
+            print_span(console, span)
+            text += span.text
+        if spans.forwards < 2:  # reading the prompt, and compiling, are not in the speed
+            begun, before = time.perf_counter(), spans.emitted
+        if stopped.is_set() and spans.forwards >= 0:
+            break
+    speed = (spans.emitted - before) / (time.perf_counter() - begun)
+    console.print(f"\n{spans.summary} {speed:,.1f} tokens/s", style="dim", markup=False)
     return text

@@ -155,42 +155,17 @@ def _scaled(model: ModelConfig, factors: np.ndarray, path: Path) -> ModelConfig:
 
 def _tokenizer(meta: dict[str, Any], path: Path) -> HFTokenizer:
     """The tokenizer that the file describes, as one of Hugging Face, with its conventions."""
-    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    from tokenizers import AddedToken, processors
 
-    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
+    kind = meta.get("tokenizer.ggml.model")
+    require(
+        kind in ("gpt2", "llama"),
+        f"{path}: tokenizer.ggml.model is {kind!r}; what can be imported has gpt2 or llama (SentencePiece).",
+    )
     tokens, types = (list(_value(meta, f"tokenizer.ggml.{name}", path)) for name in ("tokens", "token_type"))
     used = max((i for i, of in enumerate(types) if of != UNUSED), default=0) + 1
     tokens, types = tokens[:used], types[:used]  # without the table's padding, which no tokenizer has
-    vocab = {token: i for i, token in enumerate(tokens)}
-    tok: Any
-    if kind == "gpt2":
-        require(
-            pre in (*SPLITS, "smollm"),
-            f"{path}: tokenizer.ggml.pre is {pre!r}; what can be imported has one of {', '.join((*SPLITS, 'smollm'))}.",
-        )
-        merges = [tuple(merge.split(" ")) for merge in meta.get("tokenizer.ggml.merges", ())]
-        tok = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
-        first = pre_tokenizers.Digits(individual_digits=True)
-        if pre in SPLITS:
-            first = pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated")
-        level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in SPLITS)
-        tok.pre_tokenizer, tok.decoder = pre_tokenizers.Sequence([first, level]), decoders.ByteLevel()
-        if pre == "qwen2":
-            tok.normalizer = normalizers.NFC()
-    else:
-        require(
-            kind == "llama",
-            f"{path}: tokenizer.ggml.model is {kind!r}; what can be imported has gpt2 or llama (SentencePiece).",
-        )
-        unknown = next((tokens[i] for i, of in enumerate(types) if of == UNKNOWN), None)
-        scores = _value(meta, "tokenizer.ggml.scores", path)
-        merges = _merges({token: i for token, i in vocab.items() if types[i] in (NORMAL, USER)}, scores)
-        tok = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
-        prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
-        spaces = [normalizers.Prepend("\u2581")] * bool(prefix) + [normalizers.Replace(" ", "\u2581")]
-        tok.normalizer = normalizers.Sequence(spaces)
-        parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-        tok.decoder = decoders.Sequence(parts + [decoders.Strip(" ", 1, 0)] * bool(prefix))
+    tok = (_byte_level if kind == "gpt2" else _sentence_piece)(meta, tokens, types, path)
     tok.add_special_tokens(
         [
             AddedToken(t, special=True, normalized=False)
@@ -224,6 +199,42 @@ def _tokenizer(meta: dict[str, Any], path: Path) -> HFTokenizer:
         {text: tokens[ids[name]] for name, text in names.items() if name in ids},
     )
     return found
+
+
+def _byte_level(meta: dict[str, Any], tokens: list[str], types: list[int], path: Path) -> Any:
+    """GPT-2's kind: BPE over bytes, of words that `tokenizer.ggml.pre` says."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    pre, known = meta.get("tokenizer.ggml.pre"), (*SPLITS, "smollm")
+    require(pre in known, f"{path}: tokenizer.ggml.pre is {pre!r}; what can be imported has one of {', '.join(known)}.")
+    merges = [tuple(merge.split(" ")) for merge in meta.get("tokenizer.ggml.merges", ())]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    tok: Any = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
+    first = pre_tokenizers.Digits(individual_digits=True)
+    if pre in SPLITS:
+        first = pre_tokenizers.Split(Regex(SPLITS[pre]), "isolated")
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in SPLITS)
+    tok.pre_tokenizer, tok.decoder = pre_tokenizers.Sequence([first, level]), decoders.ByteLevel()
+    if pre == "qwen2":
+        tok.normalizer = normalizers.NFC()
+    return tok
+
+
+def _sentence_piece(meta: dict[str, Any], tokens: list[str], types: list[int], path: Path) -> Any:
+    """SentencePiece's BPE, whose merges are found again from the scores of its pieces."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    vocab = {token: i for i, token in enumerate(tokens)}
+    unknown = next((tokens[i] for i, of in enumerate(types) if of == UNKNOWN), None)
+    scores = _value(meta, "tokenizer.ggml.scores", path)
+    merges = _merges({token: i for token, i in vocab.items() if types[i] in (NORMAL, USER)}, scores)
+    tok: Any = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token=unknown, fuse_unk=True, byte_fallback=True))
+    prefix = meta.get("tokenizer.ggml.add_space_prefix", True)
+    spaces = [normalizers.Prepend("\u2581")] * bool(prefix) + [normalizers.Replace(" ", "\u2581")]
+    tok.normalizer = normalizers.Sequence(spaces)
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tok.decoder = decoders.Sequence(parts + [decoders.Strip(" ", 1, 0)] * bool(prefix))
+    return tok
 
 
 def _merges(vocab: dict[str, int], scores: list[float]) -> list[tuple[str, str]]:

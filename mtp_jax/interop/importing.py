@@ -45,7 +45,8 @@ def import_run(
 ) -> epath.Path:
     """Make a run directory of a pretrained model, and return its path. It is there whole, or not at all.
 
-    The parameters keep their dtype; what is quantised becomes float32. Tokenizer, stop tokens and chat template come
+    The parameters keep their dtype; what is quantised becomes float32. The model computes in bfloat16 where they are,
+    else in float32. Tokenizer, stop tokens and chat template come
     with them.
 
     Args:
@@ -90,7 +91,9 @@ def _write(found: Pretrained, source: str, run: epath.Path, log: Callable[[str],
         f"{found.what}: the tokenizer has {tokenizer.vocab_size} tokens and vocab_size is {rows}; one of them is of "
         "another model.",
     )
-    model = dataclasses.replace(found.model, vocab_size=-(-rows // ROWS) * ROWS, param_dtype=found.dtype)
+    computes = "bfloat16" if found.dtype == "bfloat16" else "float32"
+    padded = -(-rows // ROWS) * ROWS
+    model = dataclasses.replace(found.model, vocab_size=padded, param_dtype=found.dtype, dtype=computes)
     end = str(tokenizer.to_json()["end_of_document"])
     data = DataConfig(tokenizer=f"hf:{found.what}", end_of_document=end, seq_len=min(1024, model.context_length))
     config = TrainConfig(model, NO_HEAD, data, init_from=source, freeze="trunk").with_tokenizer(tokenizer.vocab_size)
@@ -154,8 +157,9 @@ def _directory(source: str, revision: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     wanted = ["*.safetensors", hf.INDEX, hf.CONFIG, *hf.TOKENIZER_FILES]
+    twice = "consolidated*"  # what some have of the same weights by other names
     try:
-        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted, ignore_patterns=twice))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         offline = " $HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE") else ""
         reason = str(error).strip().splitlines()[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -21,8 +21,10 @@ from mtp_jax.data.tokenizers.conventions import Messages
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.decoder import Decoder, dtypes_for_decoding, for_decoding
 from mtp_jax.decode.decoding import Generation
-from mtp_jax.decode.generate import generate
-from mtp_jax.decode.text import continue_text, prompt_texts
+from mtp_jax.decode.generate import generate, stream
+from mtp_jax.decode.spans import Spans
+from mtp_jax.decode.text import check_text, continue_text, prompt_texts, stop_bytes
+from mtp_jax.decode.tune import tuned
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.mesh import make_mesh, on_mesh
 from mtp_jax.runs.checkpoints import Checkpoints, Step
@@ -95,10 +97,53 @@ class LoadedRun:
 
         Raises `ConfigError` if the model has no chat template, or it does not render the messages.
         """
-        prompt = self.encode(self.tokenizer.conventions.render(messages), special=True)
+        prompt = self.conversation(messages)
         left = self.config.model.context_length - len(prompt)
-        out = self.generate_tokens([prompt], **{"max_new_tokens": left, **options})
+        given = {name: value for name, value in options.items() if value is not None}
+        out = self.generate_tokens([prompt], **{"max_new_tokens": left, **given})
         return self.tokenizer.decode(out.tokens[0])
+
+    def conversation(self, messages: Messages) -> np.ndarray:
+        """The ids of a conversation, up to where the assistant's answer begins.
+
+        Raises `ConfigError` as `chat`, and if they fill the context.
+        """
+        ids, context = self.encode(self.tokenizer.conventions.render(messages), special=True), self.config.model
+        require(
+            len(ids) < context.context_length,
+            f"The conversation has {len(ids)} tokens, and the context holds {context.context_length}.",
+        )
+        return ids
+
+    def stream(self, prompt: str | Messages, *, stop: str | Sequence[str] | None = (), **options: Any) -> Spans:
+        """Continue a text, or answer a conversation, as it comes: each span is a piece of the prompt, of the target's
+        own text or of accepted drafts.
+
+            for span in run.stream("Once upon a time", max_new_tokens=64):
+                print(span.text, end="")  # span.kind is prompt, target or draft
+
+        Arguments and errors as in `generate` and `chat`.
+        """
+        if isinstance(prompt, str):
+            check_text("The prompt", prompt)
+            ids, defaults = self.encode(prompt), {}
+        else:
+            ids = self.conversation(prompt)
+            defaults = {"max_new_tokens": self.config.model.context_length - len(ids)}
+        config = DecodeConfig.of(options, stop_tokens=self.stop_tokens, **defaults)
+        config.check(self.config.model, self.config.head, [ids])
+        with jax.set_mesh(self.mesh):
+            config = tuned(self.decoder, [ids], config)
+        return Spans(self.tokenizer, ids, self._forwards(ids, config), stop_bytes(stop), config.k)
+
+    def _forwards(self, ids: np.ndarray, config: DecodeConfig) -> Iterator[tuple[np.ndarray, int]]:
+        parts = stream(self.decoder, ids, config)
+        while True:
+            with jax.set_mesh(self.mesh):  # and not while the caller looks at what came
+                part = next(parts, None)
+            if part is None:
+                return
+            yield part
 
 
 def load(

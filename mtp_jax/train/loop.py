@@ -73,8 +73,7 @@ def train(
         saved. Signals that are ignored stay so, and but for SIGTERM those that the caller has handlers for.
     """
     require(resume or resume_step is None, f"--from-step is {resume_step} and --resume is not given; give both.")
-    there = dict(resume=resume, overwrite=overwrite, unfinished=unfinished)
-    check = lambda: str(check_run_dir(run_dir, **there))  # noqa: E731
+    check = lambda: str(check_run_dir(run_dir, resume=resume, overwrite=overwrite, unfinished=unfinished))  # noqa: E731
     with open_session(distributed or Distributed()) as session, one_writer(on_first(check)) as path:
         on_first(check)  # again: what was there may have changed until nobody else could write
         meta: dict[str, Any] = {}

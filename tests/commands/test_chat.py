@@ -1,6 +1,7 @@
 """`mtp-jax chat`: a conversation from a pipe."""
 
 import io
+import itertools
 
 import pytest
 
@@ -36,13 +37,19 @@ def test_each_message_is_answered_with_all_that_was_said_before(run, monkeypatch
 
     monkeypatch.setattr(Conventions, "render", render)
     talk(monkeypatch, run, "Hi\n\nBye\n", "--system", "Be brief")
-    assert seen[1:] == [["system", "user"], ["system", "user", "assistant", "user"]]
+    assert [roles for roles, _ in itertools.groupby(seen[1:])] == [
+        ["system", "user"],
+        ["system", "user", "assistant", "user"],
+    ]
     assert capsys.readouterr().out.count("tokens/s") == 2
 
 
 def test_one_message_is_answered_as_by_the_model_in_a_notebook(run, capsys):
     messages = [{"role": "system", "content": "Be brief"}, {"role": "user", "content": "Hi"}]
-    want = mtp_jax.load(run).chat(messages, max_new_tokens=7)
+    loaded = mtp_jax.load(run)
+    want = loaded.chat(messages, max_new_tokens=7)
+    spans = list(loaded.stream(messages, max_new_tokens=7))
+    assert "".join(span.text for span in spans[1:]) == want and spans[0].kind == "prompt"
     options = ["--max-new-tokens", "7", "--temperature", "0"]
     cli.main(["generate", str(run), "--chat", "--prompt", "Hi", "--system", "Be brief", *options])
     answer = capsys.readouterr().out.rpartition("\n[")[0]

@@ -53,6 +53,7 @@ def test_an_import_of_the_export_is_the_identity(source, tmp_path, name, dtype):
     directory, _, weights = source(getattr(ml_dtypes, dtype, None) or np.dtype(dtype), **FAMILIES[name])
     first = mtp_jax.load(import_run(str(directory), tmp_path / "first"))
     assert first.config.model.param_dtype == dtype and first.model.unembed_VD[...].dtype == dtype
+    assert first.config.model.dtype == ("bfloat16" if dtype == "bfloat16" else "float32"), "what it computes in"
     export_run(first, tmp_path / "first", tmp_path / "out")
     found = load_file(tmp_path / "out" / "model.safetensors")
     assert found.keys() == weights.keys()
@@ -110,6 +111,24 @@ def test_nothing_is_rounded_where_dtypes_are_mixed(tmp_path):
         whole = mtp_jax.load(import_run(str(directory), tmp_path / f"{name}.whole"))
         ours, theirs = split(run.model)[1], split(whole.model)[1]
         jax.tree.map(lambda a, b: np.testing.assert_array_equal(a.astype("float32"), b), ours, theirs)
+
+
+def test_a_model_of_the_hub_is_fetched_once_and_at_its_revision(source, tmp_path, monkeypatch):
+    hub, utils = pytest.importorskip("huggingface_hub"), pytest.importorskip("huggingface_hub.utils")
+    directory, *_ = source()
+    files = [*(path.name for path in directory.iterdir()), "consolidated.safetensors", "pytorch_model.bin", "run.py"]
+
+    def fetch(source, *, revision, allow_patterns, ignore_patterns):
+        assert (source, revision) == ("some/model", "v2")
+        chosen = set(utils.filter_repo_objects(files, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
+        assert chosen == set(files[:-3])
+        return str(directory)
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    found = mtp_jax.load(import_run("some/model", tmp_path / "run", revision="v2"))
+    assert found.config.init_from == "some/model"
+    whole = mtp_jax.load(import_run(str(directory), tmp_path / "whole"))
+    jax.tree.map(np.testing.assert_array_equal, split(whole.model)[1], split(found.model)[1])
 
 
 def test_several_files_are_read_by_their_index(source, tmp_path):

@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -42,7 +41,7 @@ if index == "0":
 @pytest.fixture(scope="module", params=["llama", "qwen3"])
 def path(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("imported")
-    directory, *_ = write(root / "source", ml_dtypes.bfloat16, **FAMILIES[request.param])
+    directory, *_ = write(root / "source", "float16", **FAMILIES[request.param])
     return import_run(str(directory), root / "run")
 
 

@@ -20,7 +20,7 @@ from mtp_jax.state import split
 from support.bpe import NASTY, TEXTS
 from support.gguf_files import CONTROL, NORMAL, Vocabulary, write_gguf
 from support.pretrained import CONFIG as SMALL
-from support.pretrained import FAMILIES, V, law, stories, weights_of, write_tokenizer
+from support.pretrained import FAMILIES, V, in_float32, law, stories, weights_of, write_tokenizer
 
 torch = pytest.importorskip("torch", reason="the other side is transformers on torch")
 transformers = pytest.importorskip("transformers", reason="the other side is transformers on torch")
@@ -90,7 +90,7 @@ def case(request, tmp_path_factory):
     run = import_run(str(folder / "source"), folder / "run")
     # Read anew: `model.float()` would keep frequencies that were rounded with the weights.
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder / "source", dtype=torch.float32).eval()
-    return Case(theirs, mtp_jax.load(run), folder / "source", folder / "run")
+    return Case(theirs, in_float32(mtp_jax.load(run)), folder / "source", folder / "run")
 
 
 def logp(model, tokens_BT=TOKENS_BT):
@@ -131,7 +131,7 @@ def test_the_export_is_theirs_again(case, tmp_path, monkeypatch):
         assert torch.equal(weight, weights[name][: len(weight)]), name
     kept = json.loads((case.source / "config.json").read_text())["dtype"]
     assert json.loads((out / "config.json").read_text())["dtype"] == kept == case.run.config.model.param_dtype
-    second = mtp_jax.load(import_run(str(out), tmp_path / "run"))
+    second = in_float32(mtp_jax.load(import_run(str(out), tmp_path / "run")))
     assert second.config.model == case.run.config.model
     np.testing.assert_array_equal(law(second, TOKENS_BT), law(case.run, TOKENS_BT))
     if case.theirs.config.vocab_size == V:  # rows of no token are not exported

@@ -97,6 +97,35 @@ def same(a, b):
         np.testing.assert_array_equal(x, y)
 
 
+# As it comes
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.2, "seed": 3}], ids=["greedy", "sampled"])
+def test_a_stream_is_the_text_in_pieces_of_each_kind(other, options):
+    spans, kinds, text = other.stream(TEXT, max_new_tokens=40, **options), [], ""
+    for span in spans:
+        assert jax.sharding.get_mesh().empty, "the caller's code does not run under the model's mesh"
+        kinds.append(span.kind)
+        text += "" if span.kind == "prompt" else span.text
+    assert text == other.generate(TEXT, max_new_tokens=40, **options)
+    out = other.generate_tokens([other.encode(TEXT)], max_new_tokens=40, **options)
+    assert kinds[0] == "prompt" and (spans.drafts, spans.emitted) == (out.accepted.sum(), len(out.tokens[0]))
+    stop = text[5:8]
+    ended = "".join(span.text for span in other.stream(TEXT, max_new_tokens=40, stop=stop, **options))
+    assert ended == TEXT + other.generate(TEXT, max_new_tokens=40, stop=stop, **options)
+
+
+@pytest.mark.parametrize("prompt", [None, 3, b"x", ["text"], [{"content": "no role"}], "\ud83d"], ids=repr)
+def test_what_cannot_be_streamed_is_refused_at_once(other, prompt):
+    with pytest.raises(ConfigError):
+        other.stream(prompt, max_new_tokens=3)
+
+
+def test_a_stream_that_cannot_be_is_refused_at_once(other):
+    with pytest.raises(ConfigError, match="context_length"):
+        other.stream(TEXT, max_new_tokens=10**6)
+
+
 # Values
 
 IDS = [[1, 2], [3, 4]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from mtp_jax.language_model import in_dtype
 from mtp_jax.runs.loading import LoadedRun
 from support import REPOSITORY
 
@@ -75,6 +77,11 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools here') }}{% endif %}"
     "{{ m.role }}: {{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}assistant:{% endif %}"
 )
+
+
+def in_float32(run: LoadedRun) -> LoadedRun:
+    """The same run, computing in float32 whatever its parameters are kept in."""
+    return dataclasses.replace(run, model=in_dtype(run.model, "float32"))
 
 
 def write(

@@ -48,6 +48,10 @@ class Conventions:
           ConfigError: the model has no template, it has an error, or refuses such messages: with its line.
         """
         require(bool(self.template), "The model has no chat template; continue plain text, or import a model with one.")
+        require(
+            isinstance(messages, Sequence) and not isinstance(messages, str | bytes),
+            f"The messages are {messages!r}; they must be a list, such as [{{'role': 'user', 'content': 'Hello'}}].",
+        )
         for i, message in enumerate(messages):
             require(
                 isinstance(message, Mapping) and isinstance(message.get("role"), str) and "content" in message,
