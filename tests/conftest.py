@@ -41,6 +41,14 @@ hypothesis.settings.register_profile("mtp_jax", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("mtp_jax")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget():
+    """What one file compiled is of no use to the next ones: each program is some pieces of memory, and Linux lets a
+    process have 65,530 of them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="module")
 def quick_compilation():
     """For tests of what code does, not of how fast: faster code would take longer to compile."""

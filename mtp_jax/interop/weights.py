@@ -131,7 +131,7 @@ def read_params(
             return _part(path, like, index, parts, shapes, read)
 
         array = jax.make_array_from_callback(like.shape, like.sharding, part).block_until_ready()
-        gc.collect()  # JAX keeps what it has copied from until it is called again: two parameters would be held
+        gc.collect(0)  # JAX lets go of what it has copied from when Python collects: two parameters would be held
         return array
 
     return unflatten_dict({path: place(path, weight) for path, weight in rows.items()})
