@@ -132,7 +132,9 @@ def test_parts_are_put_together_again(target, tied):
     assert names == {"map_DRWD", "gate_DR"}
 
 
-@pytest.mark.parametrize("factors", ["full", "shared", "lowrank", "lora"])
+@pytest.mark.parametrize(
+    "factors", ["full", "shared", *(pytest.param(f, marks=pytest.mark.slow) for f in ("lowrank", "lora"))]
+)
 def test_nothing_goes_back_through_a_frozen_trunk(factors):
     """Matrix products in the text of the compiled step: one in a loop counts once."""
     jax.config.update("jax_disable_most_optimizations", False)
@@ -175,7 +177,7 @@ def test_a_run_without_the_parameters_is_refused(trunk, tmp_path, changes, words
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("factors", ["full", "shared"])
+@pytest.mark.parametrize("factors", [pytest.param("full", marks=pytest.mark.slow), "shared"])
 def test_a_run_without_a_next_token_table_is_refused(trunk, tmp_path, factors):
     """It has none, or one that only its factors go through."""
     mixed = dataclasses.replace(trunk[0], head=tiny.head_config(rank=2, window=2, factors=factors), steps=1)
