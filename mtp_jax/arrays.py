@@ -17,6 +17,12 @@ def random_key(seed: Any) -> Array:
     return jax.random.key(seed, impl="threefry2x32")
 
 
+def row_keys(seed_B: Any, row_B: Any) -> Array:
+    """Keys `[B]` of rows of a batch, from uint32 seeds and numbers. No two pairs share one, and row 0 of a seed has
+    `random_key(seed)`: the pair is the key's two words."""
+    return jax.random.wrap_key_data(jnp.stack([row_B, seed_B], axis=-1), impl="threefry2x32")
+
+
 def rule_out(logits: Array, count: int, first: int | Array = 0) -> Array:
     """`logits`, the vocabulary last, with `NEVER` at the ids from `count` on. `first` is that of column 0."""
     if isinstance(first, int) and first + logits.shape[-1] <= count:

@@ -115,8 +115,8 @@ class TrainConfig:
     """A whole run. Experiments are Python files with a module-level `CONFIG` of this type.
 
     A step reads `data.batch_size` sequences in `grad_accumulation` equal parts. Every `eval_every` steps, and before
-    every save, the first `eval_batches` held-out batches are evaluated; every `checkpoint_every` steps the state is
-    saved, and the newest `keep_checkpoints` stay, and that of the lowest held-out loss.
+    every save, `eval_batches` batches, spread over all that is held out, are evaluated; every `checkpoint_every` steps
+    the state is saved, and the newest `keep_checkpoints` stay, and that of the lowest held-out loss.
     With an `ema_decay` above 0, such as 0.999, the run keeps the average of its parameters too: the plain mean over
     its steps up to 1 / (1 - ema_decay), exponential from there on, so that the initial ones have no weight.
     `init_from` is the directory of a run whose model, as last saved, this one begins with; the head is fresh. With

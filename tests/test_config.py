@@ -155,7 +155,8 @@ REFUSED = {
     "no_prompts": (lambda: decode(), ["no prompts", "at least one"]),
     "drafts_by_window": (lambda: decode([1], k=4), ["k is 4", "window is 4", "0..3"]),
     "negative_drafts": (lambda: decode([1], k=-1), ["k is -1", "0..3"]),
-    "seed_by_rows": (lambda: decode([1], [2], seed=2**32 - 1), [f"seed is {2**32 - 1}", f"0..{2**32 - 2}"]),
+    "seed": (lambda: decode([1], [2], seed=2**32), [f"seed is {2**32}", f"0..{2**32 - 1}"]),
+    "row": (lambda: decode([1], row=2**31), [f"row is {2**31}", f"0..{2**31 - 1}"]),
     "empty_prompt": (lambda: decode([1], []), ["Prompt 1 is empty"]),
     "prompt_by_context": (
         lambda: decode([1], [1] * 9),
@@ -427,7 +428,9 @@ def test_every_field_survives_json():
             param_dtype="bfloat16",
             remat="dots",
         ),
-        HeadConfig("other", 3, "independent", 1, "shared", 5, "ntp", 0.5, 0.9, 1e-3, "switch", 0.2, 0.1, 0.5, 6),
+        HeadConfig(
+            "other", 3, "independent", 1, "shared", 5, "ntp", 0.5, 0.9, 1e-3, "switch", 0.2, 0.1, 0.5, 6, "token"
+        ),
         DataConfig(
             "text", "*.txt", "<|end|>", "text", "", "train", 0.3, "/cache", "tok.json", "<|end|>", 17, 6, 5, max_bad=0.2
         ),

@@ -33,6 +33,7 @@ MODELS = {
     "shared": (dict(num_kv_heads=4, qk_norm=True, tie_embeddings=True), dict(factors="shared", balance="switch")),
     "lowrank": (dict(num_kv_heads=2, qkv_bias=True, qk_norm=True, remat="dots"), dict(factors="lowrank", target="ntp")),
     "lora": ({}, dict(factors="lora")),
+    "token": ({}, dict(factors="shared", encoder="token", target="ntp")),
 }
 # And one parameter that is never trained.
 PLACED = {**MODELS, "shortlist": ({}, dict(factors="lowrank", shortlist=8))}
@@ -102,9 +103,10 @@ def test_every_kind_of_parameter_is_tried():
 
 
 def test_layers_ranks_windows_and_time_are_never_split():
-    """Read off the names: R, W, T, H and E stay whole, B goes over data and fsdp, N, K, F and V over tensor."""
+    """Read off the names: R, W, T, H and E stay whole, B goes over data and fsdp, N, K, F and V over tensor.
+    C, which joins two D, goes where they do."""
     tensor = {letter: {"tensor"} for letter in "NKFV"}
-    allowed = {"B": {BATCH}, "D": {"fsdp", None}, **tensor}
+    allowed = {"B": {BATCH}, "D": {"fsdp", None}, "C": {"fsdp"}, **tensor}
     for name, spec in {
         **{field.name: getattr(RULES, field.name) for field in dataclasses.fields(Rules)},
         **SPECS,
@@ -200,7 +202,7 @@ def test_moments_that_are_replicated_are_noticed(name):
 
 
 # What each kind of model is trained with.
-OPTIMIZERS = {"full": "muon", "shared": "adamw", "lowrank": "adamw", "lora": "adamw"}
+OPTIMIZERS = {"full": "muon", "shared": "adamw", "lowrank": "adamw", "lora": "adamw", "token": "adamw"}
 
 
 def train(kind, shape):
@@ -240,7 +242,14 @@ def assert_close(tree, expected, tolerance):
 
 @pytest.mark.parametrize(
     "kind, shape",
-    [("full", (2, 2, 2)), ("shared", (1, 2, 4)), ("lowrank", (2, 2, 2)), ("lowrank", (1, 8, 1)), ("lora", (1, 4, 2))],
+    [
+        ("full", (2, 2, 2)),
+        ("shared", (1, 2, 4)),
+        ("lowrank", (2, 2, 2)),
+        ("lowrank", (1, 8, 1)),
+        ("lora", (1, 4, 2)),
+        ("token", (2, 2, 2)),
+    ],
 )
 def test_loss_gradients_and_three_steps_are_those_of_one_device(kind, shape, on_one_device):
     (moments, moved, metrics), expected = train(kind, shape), on_one_device[kind]

@@ -16,10 +16,10 @@ class BenchConfig:
     k is each of 0..W-1, or those of them that `ks` names; 0 is what all are compared with.
 
     `prompts` documents are chosen by `seed`, among those held out or, given the glob `files`, among its files; each
-    gives its first `prompt_tokens` tokens and is continued by `new_tokens`. They are decoded in batches of each of
-    `batch_sizes`. `verifiers` are for temperatures above 0; without any, the default there. For each batch of prompts
-    all that is measured follows one another, so that a machine whose speed drifts slows all of them. `repetitions` of
-    the whole; a rate is the total of tokens over the median of the repetitions' total times.
+    gives its first `prompt_tokens` tokens and is continued by `new_tokens`, or up to a stop token. They are decoded in
+    batches of each of `batch_sizes`. `verifiers` are for temperatures above 0; without any, the default there. For each
+    batch of prompts all that is measured follows one another, so that a machine whose speed drifts slows all of them.
+    `repetitions` of the whole; a rate is the total of tokens over the median of the repetitions' total times.
     `auto`: the k that k="auto" stands for too, in rows of its own; it is chosen before anything is timed.
     `compare` hf: greedy decoding by Hugging Face `transformers` too, of the same weights, one prompt at a time.
     """

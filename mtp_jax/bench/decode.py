@@ -112,7 +112,7 @@ class _Bench:
         self.trials: dict[tuple[int, int], dict[str, float]] = {}
         self.rng = np.random.default_rng(0)
         with jax.set_mesh(run.mesh):
-            self.session = Session(Decoders(run), self.prompts, config)
+            self.session = Session(Decoders(run), self.prompts, run.stop_tokens, config)
 
     def tries(self, batch: int, progress: Callable[[str], None]) -> bool:
         """Whether the other dtype is faster, for plain decoding or with the most drafts."""

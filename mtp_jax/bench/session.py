@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -54,16 +54,16 @@ class Decoders(Mapping[str, Decoder]):
 
 
 class Session:
-    """Decoders by dtype and the prompts that they continue, the mesh in scope."""
+    """Decoders by dtype and the prompts that they continue, up to a stop token, the mesh in scope."""
 
-    def __init__(self, models: Mapping[str, Decoder], prompts: list[Any], config: BenchConfig):
-        self.models, self.prompts, self.config = models, prompts, config
+    def __init__(self, models: Mapping[str, Decoder], prompts: list[Any], stops: Sequence[int], config: BenchConfig):
+        self.models, self.prompts, self.stops, self.config = models, prompts, stops, config
         self.compile_seconds = 0.0
 
     def asked(self, cell: Cell, first: int) -> tuple[Decoder, list[Any], DecodeConfig]:
-        """A batch of prompts from number `first`. Prompt i is sampled with `config.seed + i`, whatever the batch."""
-        seed = self.config.seed + first
-        decode = DecodeConfig(self.config.new_tokens, cell.temperature, k=cell.k, seed=seed, verifier=cell.verifier)
+        """A batch of prompts from number `first`. Prompt i is sampled as row i of the seed, whatever the batch."""
+        rows: Any = {"seed": self.config.seed, "row": first, "stop_tokens": self.stops}
+        decode = DecodeConfig(self.config.new_tokens, cell.temperature, k=cell.k, verifier=cell.verifier, **rows)
         return self.models[cell.dtype], self.prompts[first : first + cell.batch], decode
 
     def compile(self, cell: Cell) -> None:
@@ -99,8 +99,9 @@ class Session:
         rates = {}
         for dtype, cell in cells.items():
             self.compile(cell)
-            seconds = [self.decode(cell, 0, forwards)[-1] for _ in range(TRIAL_ROUNDS)]
-            rates[dtype] = float(forwards / np.median(seconds))
+            trials = [self.decode(cell, 0, forwards) for _ in range(TRIAL_ROUNDS)]
+            made = min(forwards, int(trials[0][0].forwards.max()))  # fewer, if the texts end
+            rates[dtype] = float(max(1, made) / np.median([seconds for *_, seconds in trials]))
         return rates
 
     def gap(self, cell: Cell, index: int, shared: np.ndarray, own: int, other: int) -> float:
@@ -109,7 +110,8 @@ class Session:
         What is compared is what plain decoding takes the argmax of: the log-probabilities at temperature 0, and above
         it the logits with their noise. Neither run is believed: the model reads the whole text again.
         """
-        decode = DecodeConfig(1, cell.temperature, k=0, seed=self.config.seed + index, verifier=cell.verifier)
+        rows: Any = {"seed": self.config.seed, "row": index}
+        decode = DecodeConfig(1, cell.temperature, k=0, verifier=cell.verifier, **rows)
         d = Decoding(self.models[cell.dtype], [np.concatenate([self.prompts[index], shared])], decode)
         scores_V = np.asarray(_scores(d.plan.verifier, d.decoder, d.prompt_BP, d.length_B, d.sampling))[0]
         return abs(float(scores_V[own] - scores_V[other]))

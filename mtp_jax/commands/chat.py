@@ -79,11 +79,11 @@ def _answer(run: LoadedRun, options: Chat, messages: list[dict[str, str]], turn:
     from mtp_jax.decode.spans import print_span
 
     left = run.config.model.context_length - len(run.conversation(messages))
-    names = ("temperature", "top_k", "top_p", "k")
+    names = ("temperature", "top_k", "top_p", "seed", "k")
     spans = run.stream(
         messages,
         max_new_tokens=min(left, options.max_new_tokens or left),
-        seed=options.seed + turn,
+        row=turn,
         **{name: getattr(options, name) for name in names},
     )
     console, text = Console(highlight=False, emoji=False, soft_wrap=True), ""

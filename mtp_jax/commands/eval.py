@@ -1,9 +1,10 @@
-"""`mtp-jax eval RUN`: held-out loss by offset."""
+"""`mtp-jax eval RUN`: held-out loss by offset, and how many tokens a forward will give."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import Any
 
 from mtp_jax.commands import RunOptions, console, parse, print_table, use_compilation_cache
 from mtp_jax.validate import require
@@ -11,22 +12,40 @@ from mtp_jax.validate import require
 
 @dataclass(frozen=True)
 class Eval(RunOptions):
-    """Evaluate a checkpoint on held-out documents. Prints a table, and as the last line one JSON object."""
+    """Evaluate a checkpoint on held-out documents: their loss, and the tokens per forward to expect of drafting (of
+    the `token` verifier, on texts that the model itself writes behind their beginnings). Prints tables, and as the last
+    line one JSON object."""
 
     batches: int | None = None
-    """The first so many batches; all of them by default."""
+    """So many batches, spread over all that is held out; all of them by default."""
+    temperatures: tuple[float, ...] = (0.0, 0.7)
+    """Where tokens per forward are expected. Nowhere: --temperatures and no number."""
+    k: int | None = None
+    """Drafts per forward: all that the head has by default."""
+    prompts: int = 16
+    """Beginnings of held-out documents, at most, whose continuations are looked at."""
+    prompt_tokens: int = 32
+    """Tokens of each of them, at most: half of the context, and less than the longest document has."""
+    new_tokens: int = 64
+    """Tokens of each continuation, at most: a text ends at a stop token, or where the context does."""
 
 
 def main(args: list[str]) -> None:
     options = parse(Eval, args, "eval")
     require(options.batches is None or options.batches >= 1, f"--batches is {options.batches}; it must be at least 1.")
+    for name, least in (("k", 1), ("prompts", 1), ("prompt_tokens", 1), ("new_tokens", 2)):
+        value = getattr(options, name)
+        flag = f"--{name.replace('_', '-')}"
+        require(value is None or value >= least, f"{flag} is {value}; it must be at least {least}.")
     use_compilation_cache()
-    from mtp_jax.train.evaluate import evaluate_run
+    from mtp_jax.train.evaluate import evaluate_run, expected_of_run
     from mtp_jax.train.loggers import series
 
     run = options.load()
-    metrics = evaluate_run(run, options.batches)
     window = run.config.head.window
+    k = window - 1 if options.k is None else options.k
+    require(k < window or window == 1, f"--k is {k} and the head's window is {window}; it must lie in 1..{window - 1}.")
+    metrics: dict[str, Any] = dict(evaluate_run(run, options.batches))
     losses = {f"offset {s}": metrics[f"loss_offset_{s}"] for s in range(1, window + 1)}
     losses |= {"first token": metrics["loss_first_token"], "joint": metrics["joint_loss"]}
     title = f"Held-out loss of step {run.step}, nats per token"
@@ -37,4 +56,20 @@ def main(args: list[str]) -> None:
             f"shares {' '.join(f'{share:.2f}' for share in shares)}, gate entropy {metrics['gate_entropy']:.3f} nats",
             highlight=False,
         )
+    if window > 1 and options.temperatures:
+        sizes = options.prompts, options.prompt_tokens, options.new_tokens
+        metrics["expected"] = [expected_of_run(run, temperature, k, *sizes) for temperature in options.temperatures]
+        _print_expected(metrics["expected"], k)
     print(json.dumps({"run": options.run, "step": run.step, **metrics}))
+
+
+def _print_expected(found: list[dict[str, Any]], k: int) -> None:
+    """A row for each temperature."""
+    title = f"Expected of drafting {k}, verifier token, on {found[0]['prompts']} texts of the model's own"
+    header = ["temperature", "tokens per forward", *(f"accepted {s}" for s in range(1, k + 1)), "overlap 1"]
+    rows = [
+        [f"{row['temperature']:g}", *(f"{n:.3f}" for n in (row["tokens_per_forward"], *row["acceptance"])),
+         f"{row['overlap'][0]:.3f}"]
+        for row in found
+    ]  # fmt: skip
+    print_table(title, header, rows)

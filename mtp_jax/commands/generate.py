@@ -111,7 +111,7 @@ def main(args: list[str]) -> None:
         if name:
             title = f"{name}, continued at temperature {options.temperature:g}"
             console.rule(escape(title), characters="-")
-        _complete(run, tokens, dataclasses.replace(decode, seed=options.seed + index), stops, console)
+        _complete(run, tokens, dataclasses.replace(decode, row=index), stops, console)
     if options.held_out:
         page.parent.mkdir(parents=True, exist_ok=True)
         write_page(page, console.export_html())

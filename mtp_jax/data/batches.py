@@ -143,7 +143,8 @@ def held_out_batches(
     limit: int | None = None,
     shard: tuple[int, int] = (0, 1),
 ) -> list[Batch]:
-    """The batches of an evaluation: the documents in the store's order, each token once; the first `limit` batches.
+    """The batches of an evaluation: the documents in the store's order, each token once. With a `limit`, so many
+    batches of sequences that lie evenly over all of it.
 
     Of a mixture the batches of each store in turn: all of them, or of `limit` a number in proportion to its weight, and
     at least one. Arrays, `shard` and errors are those of `batches`. There is always a batch, and all have the same
@@ -157,16 +158,19 @@ def held_out_batches(
         return [batch for part, few in parts for batch in held_out_batches(part, limit=few, **sizes)]
     rows = _rows(batch_size, shard)
     total = len(documents.tokens)
-    count = -(-total // (batch_size * seq_len))
+    count, sequences = -(-total // (batch_size * seq_len)), -(-total // seq_len)
+    numbers = np.arange(count * batch_size)
+    if limit is not None and limit < count:
+        count, numbers = limit, np.arange(limit * batch_size) * sequences // (limit * batch_size)
 
     def read(n: int) -> Batch:
-        positions_BS = _positions(n * batch_size + rows, seq_len, window)
+        positions_BS = _positions(numbers[n * batch_size + rows], seq_len, window)
         tokens_BS = documents.tokens[np.minimum(positions_BS, total - 1)]
         ranks_BS = np.searchsorted(documents.offsets[1:], positions_BS, side="right")
         # Each token of padding is a document of its own, so it has no targets and is nobody's.
         return _batch(tokens_BS, np.where(positions_BS < total, ranks_BS, positions_BS), window)
 
-    return [read(n) for n in range(count if limit is None else min(limit, count))]
+    return [read(n) for n in range(count)]
 
 
 def _positions(numbers: np.ndarray, seq_len: int, window: int) -> np.ndarray:

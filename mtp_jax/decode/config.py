@@ -25,8 +25,9 @@ class DecodeConfig:
     """How prompts are continued. What has a type `Rows[...]` is one value for all rows, or a sequence of one per row.
 
     `max_new_tokens` is exact, unless one of `stop_tokens` comes first. `temperature` (0 is greedy), `top_k` (0 keeps
-    all) and `top_p` are the law that is sampled. Row i samples with `seed[i]`, or `seed + i` (default 0); its output is
-    a function of that and its prompt alone. `k` is the most drafts per forward, 0..W-1 (default W-1); a forward is as
+    all) and `top_p` are the law that is sampled. Row i samples with `seed[i]`; with one seed (default 0) for all,
+    row i has the key of (seed, `row` + i), which no row of another seed has. Its output is a function of that and its
+    prompt alone. `k` is the most drafts per forward, 0..W-1 (default W-1); a forward is as
     wide as the largest of them. "auto" is the k that is fastest for this model on this device: it is measured once,
     before the first request of its kind, and remembered. `verifier` names an entry of
     `mtp_jax.decode.verify.VERIFIERS`; of `token` and `block` the output depends on k too. None is the default of
@@ -38,6 +39,7 @@ class DecodeConfig:
     top_k: Rows[int] = 0
     top_p: Rows[float] = 1.0
     seed: Rows[int] | None = None
+    row: int = 0
     k: Rows[int] | Literal["auto"] | None = None
     verifier: str | None = None
     stop_tokens: Sequence[int] = ()
@@ -54,7 +56,8 @@ class DecodeConfig:
                 object.__setattr__(self, field.name, field.default)
         typed(self)
         at_least(self, 1, "max_new_tokens")
-        at_least(self, 0, "temperature", "top_k", *(() if self.seed is None else ("seed",)))
+        at_least(self, 0, "temperature", "top_k", "row", *(() if self.seed is None else ("seed",)))
+        require(self.row < 2**31, f"DecodeConfig.row is {self.row}; it must lie in 0..{2**31 - 1}.")
         for temperature in each(self.temperature):
             # Hotter still, ids that are ruled out would have a probability.
             require(
@@ -98,9 +101,8 @@ class DecodeConfig:
             )
         for k in [] if self.k is None or isinstance(self.k, str) else each(self.k):
             require(0 <= k < window, f"k is {k} and the head's window is {window}; k must lie in 0..{window - 1}.")
-        most = 2**32 - (1 if hasattr(self.seeds, "__len__") else len(prompts))
         for seed in each(self.seeds):
-            require(seed <= most, f"seed is {seed}; row i samples with seed + i, so it must lie in 0..{most}.")
+            require(seed < 2**32, f"seed is {seed}; it must lie in 0..{2**32 - 1}.")
         for token in self.stop_tokens:
             require(
                 -1 <= token < model.vocab_size,

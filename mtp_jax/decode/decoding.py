@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from mtp_jax.arrays import random_key
+from mtp_jax.arrays import row_keys
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.decoder import Decoder, Packed, mesh_in_scope
 from mtp_jax.decode.law import Sampling
@@ -106,20 +106,13 @@ class Decoding:
         length_B = np.array([len(p) for p in prompts], np.int32)
         new_B = rows(config.max_new_tokens, np.int32)
         most_B = rows(window - 1 if config.k is None else config.k, np.int32)
-        # More than there are keeps all.
-        top_k_B = rows([min(top_k, decoder.config.vocab_size) for top_k in each(config.top_k)], np.int32)
-        top_p_B = rows(config.top_p, np.float32)
-        seeds = np.asarray(config.seeds, np.uint32)
-        seeds_B = seeds if seeds.ndim else seeds + np.arange(batch, dtype=np.uint32)
         # Every forward writes k + 1 positions, the last of them up to k behind the limit.
         slots = width + bucket(int(new_B.max())) + window
-        filtered = bool((top_k_B > 0).any() or (top_p_B < 1).any())
-        keys_B = jax.vmap(random_key)(seeds_B)
+        self.sampling, filtered = sampling_of(config, batch, decoder.config.vocab_size)
         self.decoder, self._packed = decoder, Packed.of(decoder)
         self.plan = Plan(int(most_B.max()), config.rule, slots, filtered)
         self.prompt_BP, self.length_B = put_rows(prompt_BP), put_rows(length_B)
         self.limits = Limits(put_rows(length_B + new_B), put_rows(most_B))
-        self.sampling = Sampling(*map(put_rows, (rows(config.temperature, np.float32), top_k_B, top_p_B, keys_B)))
         self.stops_n = jnp.asarray(np.array(config.stop_tokens, np.int32))
 
     @functools.cached_property
@@ -201,6 +194,18 @@ class Decoding:
         arrays = state.forwards_B, state.accepted_Bk, state.drafted_Bk, state.finite_B
         forwards, accepted, drafted, finite = map(np.array, arrays)
         return Generation(tokens, forwards, accepted, drafted, logprobs, finite, self.plan.k)
+
+
+def sampling_of(config: DecodeConfig, batch: int, vocab_size: int) -> tuple[Sampling, bool]:
+    """How each row of a batch samples, on the mesh in scope; and whether any sets top-k or top-p."""
+    seeds = np.asarray(config.seeds, np.uint32)
+    row_B = np.zeros(batch, np.uint32) if seeds.ndim else np.arange(config.row, config.row + batch, dtype=np.uint32)
+    # More than there are keeps all.
+    top_k = [min(top_k, vocab_size) for top_k in each(config.top_k)]
+    values = ((config.temperature, np.float32), (top_k, np.int32), (config.top_p, np.float32), (seeds, np.uint32))
+    temperature_B, top_k_B, top_p_B, seed_B = (np.broadcast_to(np.asarray(v, t), (batch,)) for v, t in values)
+    law = map(put_rows, (temperature_B, top_k_B, top_p_B, row_keys(seed_B, row_B)))
+    return Sampling(*law), bool((top_k_B > 0).any() or (top_p_B < 1).any())
 
 
 def put_rows(array: np.ndarray | Array) -> Array:

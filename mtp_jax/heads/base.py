@@ -108,7 +108,8 @@ class Head(nnx.Module):
           key: for what the config draws at random in training; without one the loss is exact.
 
         Returns:
-          the loss, and sums by name; `loss_offset` `[W]`, in nats, is always there.
+          the loss, and sums by name; `loss_offset`, in nats, is always there: `[W]`, or `[W - 1]` of a head that leaves
+          the first offset to the model.
         """
         raise NotImplementedError
 

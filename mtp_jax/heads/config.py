@@ -29,6 +29,8 @@ class HeadConfig:
     correction of `lora` begins as large as what it corrects; `full` and `shared` ones were measured with 0.02.
     With a `loss_fraction` so many of the positions, drawn anew in every step, have the loss of the offsets: less work,
     with gradients that are right on average.
+    `encoder` is what a mixture reads: `none` is the last hidden state; `token` is that and the token that the target
+    just chose. The mixture is then over the offsets after it, the first one is the model's own, and `target` is `ntp`.
     With a `shortlist` n the offsets after the first know n token ids alone: the most frequent ones of the training
     data, which the run finds, or without data the ids 0..n-1. 0: all ids. The ids are an array among the parameters.
     """
@@ -48,6 +50,7 @@ class HeadConfig:
     init_noise: float = 1.0
     loss_fraction: float = 1.0
     shortlist: int = 0
+    encoder: str = "none"
 
     def __post_init__(self) -> None:
         typed(self)
@@ -62,7 +65,7 @@ class HeadConfig:
             value = getattr(self, name)
             require(0 < value <= 1, f"HeadConfig.{name} is {value}; it must lie in (0, 1].")
         require(
-            not self.shortlist or self.window > 1,
+            not self.shortlist or self.window > 1 or self.encoder != "none",
             f"HeadConfig.shortlist is {self.shortlist} and window is {self.window}; a shortlist serves the offsets "
             "after the first. Set shortlist to 0.",
         )

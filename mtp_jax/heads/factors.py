@@ -8,6 +8,7 @@
 | `lora` | U_s h + B C_rs h | 2 W V (D + R E) + 2 W D R E |
 
 U is the model's vocabulary table. Components are drawn per offset, copied over R and told apart by a little noise.
+Behind an encoder maps begin as the identity, and drafts with them as the model's next-token law.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mtp_jax.heads.config import HeadConfig
 from mtp_jax.model.config import ModelConfig
 from mtp_jax.model.layers import product
 from mtp_jax.model.output_major import OutputMajor
-from mtp_jax.parameters import init_weight
+from mtp_jax.parameters import init_full, init_weight, row
 from mtp_jax.sharding import gather
 
 Tables = dict[str, Any]
@@ -99,6 +100,13 @@ def _copies(rngs: nnx.Rngs, name: str, shape_DRWX: tuple[int, ...], noise: float
     return nnx.Param(base[...] + noise * init_weight(rngs, name, shape_DRWX)[...])
 
 
+def _identity(rngs: nnx.Rngs, name: str, shape: tuple[int, ...], noise: float = 0.0) -> nnx.Param[Array]:
+    """The identity from the first axis to the last, with noise of that many times a fresh weight."""
+    eye = jnp.eye(shape[0]).reshape(shape[0], *(1,) * (len(shape) - 2), shape[-1])
+    whole = jax.reshard(jnp.broadcast_to(eye, shape), row(name).spec)
+    return nnx.Param(whole + init_weight(rngs, name, shape, noise)[...] if noise else whole)
+
+
 def _by_offset(equation: str, x_BTD: Array, weights: Any) -> Array:
     """`product` with weights that have a W axis, or a list over it; W is the last but one axis of the result."""
     parts = weights if isinstance(weights, list) else [weights]
@@ -136,7 +144,10 @@ class SharedFactors(Factors):
 
     def __init__(self, head: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         shape = (model.d_model, head.rank, head.window, model.d_model)
-        self.map_DRWD = _copies(rngs, "map_DRWD", shape, head.init_noise)
+        if head.encoder != "none":
+            self.map_DRWD = _identity(rngs, "map_DRWD", shape, head.init_noise if head.rank > 1 else 0.0)
+        else:
+            self.map_DRWD = _copies(rngs, "map_DRWD", shape, head.init_noise)
 
     @staticmethod
     def logits(tables: Tables, x_BTD: Array) -> Array:
@@ -159,9 +170,11 @@ class LowRankFactors(Factors):
 
     def __init__(self, head: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         d, r, w, e = model.d_model, head.rank, head.window, head.factor_width
-        self.map_DWD = init_weight(rngs, "map_DWD", (d, w, d))
         self.down_DRWE = init_weight(rngs, "down_DRWE", (d, r, w, e), head.init_noise)
-        self.up_ED = init_weight(rngs, "up_ED", (e, d))
+        if head.encoder != "none":  # corrections of zero, whose components differ after one step
+            self.map_DWD, self.up_ED = _identity(rngs, "map_DWD", (d, w, d)), init_full("up_ED", (e, d))
+        else:
+            self.map_DWD, self.up_ED = init_weight(rngs, "map_DWD", (d, w, d)), init_weight(rngs, "up_ED", (e, d))
 
     @staticmethod
     def tables(params: Tables) -> Tables:

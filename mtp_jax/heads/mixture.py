@@ -47,11 +47,13 @@ class MixtureHead(Head):
 
     shortlists = True
 
-    def __init__(self, config: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs, whole: int = 1):
+        """`whole`: how many offsets in front a shortlist leaves whole; 0 behind an encoder, where all are drafts."""
         super().__init__(config, model, rngs=rngs)
+        self.whole = whole
         self.factors = _factors(config)(config, model, rngs=rngs)
         self.circuit = lookup(CIRCUITS, config.circuit, "HeadConfig.circuit")(config, model, rngs=rngs)
-        self.shortlist = Shortlist(config.shortlist, model) if config.shortlist else None
+        self.shortlist = Shortlist(config.shortlist, model, whole) if config.shortlist else None
         self.known = model.known
 
     @classmethod
@@ -80,7 +82,7 @@ class MixtureHead(Head):
     @property
     def form(self) -> Any:
         """How logits come from `params`: a `losses.tiles.Form`."""
-        return ShortlistForm(type(self.factors)) if self.shortlist else type(self.factors)
+        return ShortlistForm(type(self.factors), self.whole) if self.shortlist else type(self.factors)
 
     def params(self, unembed_VD: Any) -> Tables:
         """What the logits are computed from, by name. `unembed_VD`: the model's table."""
@@ -157,7 +159,7 @@ class MixtureHead(Head):
         if self.shortlist is None:
             return tuple(at(start, stop, params))
         whole, short = split(params)
-        return tuple(at(start, min(stop, 1), whole) + at(max(start, 1), stop, short))
+        return tuple(at(start, min(stop, self.whole), whole) + at(max(start, self.whole), stop, short))
 
     def marginal(self, seen: Seen) -> tuple[Array, Array]:
         """The law of the first token, and log p_r1 `[B, T, R, V]`, which `begin` needs again."""
@@ -189,13 +191,13 @@ class MixtureHead(Head):
         """log q(x_s | x_<s): `[B, V]`, exact and normalised. Raises `IndexError` past the window."""
         _within(draft)
         logq_BV = jax.nn.logsumexp(draft.log_alpha_BR[:, :, None] + draft.logp_BRV[draft.offset], axis=1)
-        return self.shortlist.spread(logq_BV) if self.shortlist and draft.offset else logq_BV
+        return self.shortlist.spread(logq_BV) if self.shortlist and draft.offset >= self.whole else logq_BV
 
     def condition(self, draft: Joint, token_B: Array) -> Joint:
         """The law after token x_s is known. One that a shortlist has not is never drafted; it tells nothing."""
         _within(draft)
         logp_BRV = draft.logp_BRV[draft.offset]
-        if self.shortlist and draft.offset:
+        if self.shortlist and draft.offset >= self.whole:
             token_B = self.shortlist.columns(token_B)
         hit_BV = jax.lax.broadcasted_iota(jnp.int32, (1, logp_BRV.shape[-1]), 1) == token_B[:, None]
         score_BR = jnp.sum(jnp.where(hit_BV[:, None], logp_BRV, 0.0), axis=-1)
@@ -229,9 +231,10 @@ def _factor_flops(head: HeadConfig, model: ModelConfig) -> tuple[int, int]:
     flops = _factors(head).flops
     if not head.shortlist:
         return flops(head, model)
-    first, later = (dataclasses.replace(head, window=w, shortlist=0) for w in (1, head.window - 1))
-    parts = flops(first, model), flops(later, dataclasses.replace(model, vocab_size=head.shortlist, num_tokens=None))
-    return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
+    short, whole = dataclasses.replace(model, vocab_size=head.shortlist, num_tokens=None), int(head.encoder == "none")
+    parts = ((whole, model), (head.window - whole, short))
+    found = [flops(dataclasses.replace(head, window=w, shortlist=0), of) for w, of in parts if w]
+    return sum(forward for forward, _ in found), sum(saved for _, saved in found)
 
 
 def _within(draft: Joint) -> None:

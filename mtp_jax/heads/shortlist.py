@@ -1,7 +1,8 @@
 """Shortlist of tokens for the offsets after the first (FR-Spec, arXiv 2502.14856).
 
-The first offset has the whole vocabulary; the later ones, which are only ever drafts, have the tokens on the list and
-cost as much less as that is shorter. A token that is not on it is never drafted, and what is decoded keeps its law.
+The first offset has the whole vocabulary (behind an encoder it is the model's own). The later ones, which are only ever
+drafts, have the tokens on the list and cost as much less as that is shorter. A token that is not on it is never
+drafted, and what is decoded keeps its law.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtp_jax.heads.factors import Factors, Tables
 from mtp_jax.model.config import ModelConfig
+from mtp_jax.parameters import last_name
 from mtp_jax.sharding import BATCH, RULES
 from mtp_jax.validate import require
 
@@ -27,20 +29,21 @@ SHORT = "short_"
 
 @dataclass(frozen=True)
 class ShortlistForm:
-    """The form (`losses.tiles.Form`) of `factors` with tables of their own after the first offset, as `split` gives."""
+    """The form (`losses.tiles.Form`) of `factors` with tables of their own, as `split` gives, after the first `whole`
+    offsets: 1, or 0 where all are drafts."""
 
     factors: type[Factors]
+    whole: int
 
-    def tables(self, params: Tables) -> tuple[Tables, Tables]:
-        """Those of the first offset and those of the later ones."""
-        whole, short = split(params)
-        first, later = self.factors.at(whole, slice(0, 1)), self.factors.at(short, slice(1, None))
-        return self.factors.tables(first), self.factors.tables(later)
+    def tables(self, params: Tables) -> tuple[Tables, ...]:
+        """Those of the first offset, if it has the whole vocabulary, and those of the later ones."""
+        parts = zip(split(params), (slice(0, self.whole), slice(self.whole, None)), strict=True)
+        found = tuple(self.factors.tables(self.factors.at(one, offsets)) for one, offsets in parts)
+        return found[1 - self.whole :]
 
-    def logits(self, tables: tuple[Tables, Tables], x_BTD: Array) -> tuple[Array, Array]:
+    def logits(self, tables: tuple[Tables, ...], x_BTD: Array) -> tuple[Array, ...]:
         """`[B, T, R, 1, V]` of the first offset and `[B, T, R, W - 1, n]` of the later ones, for n listed tokens."""
-        first, later = (self.factors.logits(one, x_BTD) for one in tables)
-        return first, later
+        return tuple(self.factors.logits(one, x_BTD) for one in tables)
 
 
 def split(params: Tables) -> tuple[Tables, Tables]:
@@ -52,12 +55,12 @@ def split(params: Tables) -> tuple[Tables, Tables]:
 class Shortlist(nnx.Module):
     """The n listed token ids, `listed_n`, in the order of their columns in the logits of the later offsets."""
 
-    def __init__(self, count: int, model: ModelConfig):
+    def __init__(self, count: int, model: ModelConfig, whole: int = 1):
         require(
             count <= model.known,
             f"HeadConfig.shortlist is {count} and the vocabulary has {model.known} tokens; it is part of them.",
         )
-        self.vocab_size = model.vocab_size
+        self.vocab_size, self.whole = model.vocab_size, whole
         self.listed_n = nnx.Param(jnp.arange(count, dtype=jnp.int32))
 
     def rows(self, table_VD: Array) -> Array:
@@ -70,9 +73,9 @@ class Shortlist(nnx.Module):
 
     def targets(self, targets_BTW: Array) -> tuple[Array, Array]:
         """The column of each target in the logits of its offset, and whether it and those before it have one."""
-        later = self.columns(targets_BTW[..., 1:])
+        later = self.columns(targets_BTW[..., self.whole :])
         listed = jnp.cumprod((later < self.listed_n.shape[0]).astype(jnp.int32), axis=-1).astype(bool)
-        first = targets_BTW[..., :1]
+        first = targets_BTW[..., : self.whole]
         return jnp.concatenate([first, later], axis=-1), jnp.concatenate([jnp.ones_like(first, bool), listed], axis=-1)
 
     def spread(self, logp_Bn: Array) -> Array:
@@ -94,9 +97,11 @@ class Shortlist(nnx.Module):
 
 def put_listed(params: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
     """The parameters of a model with these ids as its shortlist."""
-    head = params["head"]
-    listed_n = jax.device_put(np.asarray(ids, np.int32), head["shortlist"]["listed_n"].sharding)
-    return {**params, "head": {**head, "shortlist": {"listed_n": listed_n}}}
+
+    def put(path: Any, leaf: Any) -> Any:
+        return jax.device_put(np.asarray(ids, np.int32), leaf.sharding) if last_name(path) == "listed_n" else leaf
+
+    return jax.tree_util.tree_map_with_path(put, params)
 
 
 def most_frequent(frequencies_V: np.ndarray, count: int) -> tuple[np.ndarray, float]:

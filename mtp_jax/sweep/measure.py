@@ -167,15 +167,16 @@ def acceptance(
 ) -> dict[str, Any]:
     """An entry of `decoding`: how many tokens a forward gives with k drafts, with intervals over documents.
 
-    Prompt i is sampled with seed i, whatever the run: where the target is the same, so is the text.
+    Prompt i is sampled as row i, whatever the run: where the target is the same, so is the text. It ends at a stop
+    token: what lies behind one no head has learnt.
     """
     prompts = stretches(store, config.prompts, config.prompt_tokens, config.new_tokens)
-    options = {"max_new_tokens": config.new_tokens, "temperature": temperature, "k": k}
+    options = {"max_new_tokens": config.new_tokens, "temperature": temperature, "k": k, "stop_tokens": run.stop_tokens}
     parts: list[Generation] = []
     with jax.set_mesh(run.mesh):
         for first in range(0, len(prompts), config.batch_size):
             tokens = [tokens for _, tokens in prompts[first : first + config.batch_size]]
-            parts.append(generate(run.decoder, tokens, seed=first, **options))
+            parts.append(generate(run.decoder, tokens, row=first, **options))
     of = [document for document, _ in prompts]
     emitted_P = [len(row) - 1 for part in parts for row in part.tokens]
     forwards_P, accepted_Pk, drafted_Pk = (

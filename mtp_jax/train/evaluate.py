@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,10 +16,17 @@ from mtp_jax.data.batches import held_out_batches
 from mtp_jax.data.mixture import Mixture
 from mtp_jax.data.placement import place, shard_of
 from mtp_jax.data.preparation import prepare
+from mtp_jax.data.prompts import held_out_prompts
 from mtp_jax.data.store import Store
+from mtp_jax.decode.config import DecodeConfig
+from mtp_jax.decode.decoding import Decoding
+from mtp_jax.decode.expectation import Expectation, expectation
 from mtp_jax.runs.loading import LoadedRun
 from mtp_jax.state import split
 from mtp_jax.train.step import batch_loss, target_counts
+
+ROWS = 8
+"""Texts that are written and looked at together, on a device."""
 
 
 def batch_sizes(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
@@ -54,11 +62,54 @@ def evaluate(
 
 
 def evaluate_run(run: LoadedRun, limit: int | None = None) -> dict[str, float]:
-    """The held-out metrics of a loaded run, over its first `limit` batches or all."""
+    """The held-out metrics of a loaded run, over `limit` batches, spread over what is held out, or all."""
     graph, params = split(run.model)
     with jax.set_mesh(run.mesh):
         batches = held_out(run.config, prepare(run.config.data, tokenizer=run.tokenizer, reading=True), run.mesh, limit)
         return evaluate(jax.jit(functools.partial(batch_loss, graph)), params, batches)
+
+
+def expected_of_run(
+    run: LoadedRun, temperature: float, k: int, prompts: int, prompt_tokens: int, new_tokens: int
+) -> dict[str, Any]:
+    """What drafting is expected to count on texts that the run writes behind the beginnings of held-out documents.
+
+    Args:
+      temperature: of the texts, and of drafting.
+      k: drafts per forward.
+      prompts: how many documents, at most.
+      prompt_tokens: their first so many tokens are read, at most: half of the context, and all but one of a document.
+      new_tokens: how long a text is, at most: what the context holds.
+    """
+    store = prepare(run.config.data, tokenizer=run.tokenizer, reading=True)
+    context = run.config.model.context_length
+    prompt_tokens = max(1, min(prompt_tokens, context // 2, int(store.valid.lengths.max()) - 1))
+    new_tokens = min(new_tokens, context - prompt_tokens)
+    long = int(np.sum(store.valid.lengths > prompt_tokens))
+    chosen = [ids for _, ids in held_out_prompts(store, min(prompts, max(1, long)), prompt_tokens)]
+    parts: list[list[np.ndarray]] = []
+    with jax.set_mesh(run.mesh):
+        size = int(np.prod([run.mesh.shape[axis] for axis in ("data", "fsdp")])) * ROWS
+        for first in range(0, len(chosen), size):
+            some = chosen[first : first + size]
+            count = len(some)
+            some += some[:1] * (-count % (size // ROWS))  # the devices divide them
+            config = DecodeConfig(new_tokens, temperature, row=first, k=0, stop_tokens=run.stop_tokens)
+            texts = Decoding(run.decoder, some, config)
+            texts.advance()
+            asked = dataclasses.replace(config, k=k)
+            found = expectation(run.model, some, texts.result().tokens, asked)
+            parts.append([getattr(found, field.name)[:count] for field in dataclasses.fields(Expectation)])
+    whole = Expectation(*map(np.concatenate, zip(*parts, strict=True)))
+    return {
+        "temperature": temperature,
+        "verifier": "token",
+        "k": k,
+        "prompts": len(chosen),
+        "tokens_per_forward": whole.tokens_per_forward,
+        "acceptance": whole.acceptance,
+        "overlap": whole.overlap,
+    }
 
 
 def named(metrics: Any) -> dict[str, float]:

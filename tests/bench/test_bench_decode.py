@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 
+from mtp_jax.bench import cells as of_cells
 from mtp_jax.bench import decode as bench
 from mtp_jax.bench import hf, session
 from mtp_jax.bench.cells import Cell
@@ -125,7 +126,7 @@ class FakeDecoding:
 
     def __init__(self, decoder, model, batch, config):
         self.decoder, self.model, self.batch, self.due = decoder, model, batch, 0.0
-        self.cell, self.index = (config.temperature, config.k), config.seed - CONFIG.seed
+        self.cell, self.index = (config.temperature, config.k), config.row
 
     def wait(self):
         self.decoder.now += self.due
@@ -168,7 +169,7 @@ def measure(store, monkeypatch):
         run_config = tiny.train_config(head=tiny.head_config(window=3))
         with tiny.mesh() as mesh:
             model = jax.eval_shape(lambda: build_model(run_config, jax.random.key(0)))
-        run = SimpleNamespace(config=run_config, mesh=mesh, model=model, tokenizer=None, step=40)
+        run = SimpleNamespace(config=run_config, mesh=mesh, model=model, tokenizer=None, step=40, stop_tokens=(5,))
         return SimpleNamespace(fake=fake, bench=bench_decode(run, config, lines.append), lines=lines, chosen=chosen)
 
     return run
@@ -197,8 +198,8 @@ def test_every_cell_is_asked_for_the_same(measured, store):
     assert [prompt for _, (prompt,), _ in timed] == [prompts[index] for _, index, _ in measured.fake.timed]
     for (temperature, k), _, config in measured.fake.requests:
         assert (config.max_new_tokens, config.temperature, config.k) == (5, temperature, k)
-        assert (config.top_k, config.top_p, config.stop_tokens) == (0, 1.0, ()), "each row has all its tokens"
-    assert [config.seed for *_, config in timed] == [CONFIG.seed + index for _, index, _ in measured.fake.timed]
+        assert (config.top_k, config.top_p, config.stop_tokens, config.seed) == (0, 1.0, (5,), CONFIG.seed)
+    assert [config.row for *_, config in timed] == [index for _, index, _ in measured.fake.timed]
 
 
 def test_only_the_loop_is_timed(measured):
@@ -254,7 +255,7 @@ def test_every_cell_of_the_grid_decodes_all_prompts(measure):
     asked = {}
     for (temperature, k), prompts, options in found.fake.requests:
         rows = asked.setdefault((len(prompts), temperature, options.verifier, k), {})
-        rows |= {options.seed + i: prompt for i, prompt in enumerate(prompts)}
+        rows |= {(options.seed, options.row + i): prompt for i, prompt in enumerate(prompts)}
     assert asked.keys() == set(grid)
     assert all(rows == asked[grid[0]] and len(rows) == 4 for rows in asked.values()), "the same prompts, the same seeds"
 
@@ -358,7 +359,7 @@ def test_the_gap_is_that_of_what_plain_decoding_chooses_by():
     prompt = np.arange(1, 8)
     with tiny.mesh():
         model = for_decoding(tiny.make_model(tiny.train_config()))
-        made = session.Session({"float32": model}, [prompt], config)
+        made = session.Session({"float32": model}, [prompt], (), config)
         for temperature, verifier in ((0.0, "greedy"), (0.9, "coupled")):
             cell = Cell(temperature, 0, verifier, "float32")
             out = generate(model, [prompt], max_new_tokens=5, temperature=temperature, seed=3, k=0)
@@ -370,6 +371,24 @@ def test_the_gap_is_that_of_what_plain_decoding_chooses_by():
             if temperature == 0:  # gaps of log-probabilities: they say what all probabilities are
                 logp_V = logprobs[4] - np.array(gaps)
                 assert np.exp(logp_V).sum() == pytest.approx(1, abs=1e-4)
+
+
+def test_texts_end_at_a_stop_token_and_are_counted_up_to_it():
+    config, prompt = BenchConfig(prompts=1, new_tokens=12, repetitions=1), np.arange(1, 8)
+    with tiny.mesh():
+        model = for_decoding(tiny.make_model(tiny.train_config()))
+        whole = generate(model, [prompt], max_new_tokens=12, k=0).tokens[0].tolist()
+        for stop in (whole[0], whole[4]):
+            end = whole.index(stop) + 1
+            made = session.Session({"float32": model}, [prompt], (stop,), config)
+            cells = [Cell(0.0, k, "greedy", "float32") for k in (0, 2)]
+            for cell in cells:
+                generation, _, seconds = made.decode(cell, 0)
+                cell.generations, cell.seconds = [[generation]], [seconds]
+                assert cell.rows[0].tolist() == whole[:end] and cell.emitted == end - 1
+                assert made.trial(cell)["float32"] > 0
+            found = of_cells.row(cells[1], cells[0], cells[0], made.gap)
+            assert found["identical_to_plain"] and np.isfinite([found["speedup"], found["block_efficiency"]]).all()
 
 
 def test_the_other_dtype_is_the_same_model():

@@ -394,7 +394,13 @@ def test_held_out_batches_can_be_limited_and_sharded():
     documents = make_documents([50, 60])
     batches = make_held_out_batches(documents)
     assert len(batches) == 4
-    assert_same(batches[:2], make_held_out_batches(documents, limit=2))
+    few = make_held_out_batches(documents, limit=2)
+    assert len(few) == 2 and few[0]["tokens_BT"].shape == batches[0]["tokens_BT"].shape
+    whole, some = (np.concatenate([batch["tokens_BT"] for batch in found]) for found in (batches, few))
+    places = [next(i for i, row in enumerate(whole) if (row == one).all()) for one in some]
+    sequences = -(-len(documents.tokens) // whole.shape[1])
+    steps = np.diff([*places, sequences])
+    assert places[0] == 0 and steps.min() >= 1 and steps.max() - steps.min() <= 1, "they lie evenly over all documents"
     assert_same(batches, make_held_out_batches(documents, limit=99))
     shards = [make_held_out_batches(documents, shard=(index, 2)) for index in range(2)]
     assert_same(join(shards), batches)

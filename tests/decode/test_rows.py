@@ -114,7 +114,14 @@ def test_rows_of_the_verifiers_that_compare_probabilities_do_not_depend_on_their
 def test_a_row_alone_is_what_it_is_in_a_batch(model, verifier):
     options = dict(max_new_tokens=NEW, temperature=0.8, verifier=verifier)
     batch = generate(model, PROMPTS, seed=5, **options)
-    np.testing.assert_array_equal(generate(model, PROMPTS[:1], seed=5, **options).tokens[0], batch.tokens[0])
+    for b in (0, 2):
+        alone = generate(model, PROMPTS[b : b + 1], seed=5, row=b, **options)
+        np.testing.assert_array_equal(alone.tokens[0], batch.tokens[b])
+
+
+def test_rows_of_neighbouring_seeds_share_no_text(model):
+    batches = (generate(model, [PROMPTS[0]] * 8, max_new_tokens=NEW, temperature=1.5, seed=seed) for seed in range(3))
+    assert len({tuple(row) for batch in batches for row in batch.tokens}) == 24
 
 
 @pytest.mark.parametrize("verifier", ["token", "block"])

@@ -79,7 +79,7 @@ def test_a_request_gets_what_generate_gives(model, verifier):
 
 
 def test_options_of_slots_are_those_of_requests_that_do_not_say(model):
-    """Request i samples with seed + i, as row i of `generate` does."""
+    """Request i samples as row i of `generate` does."""
     options = dict(max_new_tokens=10, temperature=1.3, top_p=0.9, seed=5)
     made, steps = make(model, **options), {}
     for i, prompt in enumerate(PROMPTS):

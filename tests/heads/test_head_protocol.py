@@ -17,6 +17,7 @@ from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.decoder import for_decoding
 from mtp_jax.decode.decoding import Decoding
 from mtp_jax.heads.base import Head
+from mtp_jax.heads.encoded import EncodedHead
 from mtp_jax.validate import ConfigError
 from support import tiny
 from support.tally import TallyHead, laws, register
@@ -28,6 +29,8 @@ HEADS = {
     "cpd": dict(rank=3, factors="full"),
     "independent": dict(circuit="independent", rank=1, factors="lora"),
     "next-token target": dict(rank=2, factors="lowrank", target="ntp"),
+    "token": dict(rank=2, factors="shared", target="ntp", encoder="token"),
+    "token, shortlist": dict(rank=2, factors="lowrank", target="ntp", encoder="token", shortlist=7),
     "tally": dict(kind="tally", target="ntp"),
 }
 TOLERANCE = 2e-5  # sums of another order
@@ -37,6 +40,9 @@ def make(head):
     """A model whose head drafts now and then what the model says, and the same to decode with."""
     config = tiny.train_config(tiny.model_config(vocab_size=SIZE), tiny.head_config(**head))
     model = tiny.make_model(config, seed=3)
+    if config.head.encoder != "none":  # which begins without an effect
+        down_FD = model.head.encoder.join_down_FD
+        down_FD[...] = jax.random.normal(jax.random.key(4), down_FD.shape)
     return model, for_decoding(model)
 
 
@@ -186,6 +192,19 @@ def test_it_is_caught_through_slots_too(fault, monkeypatch):
         check_slots(*make(HEADS["tally"]))
 
 
+class Behind(EncodedHead):
+    """Drafting reads the token before the one that was chosen."""
+
+    def begin(self, seen, token_B, **rest):
+        return super().begin(seen, seen.tokens_BT[:, 0], **rest)
+
+
+def test_another_token_than_the_chosen_one_is_caught(monkeypatch):
+    monkeypatch.setattr("mtp_jax.heads.registry.EncodedHead", Behind)
+    with tiny.mesh(), pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check_loop(*make(HEADS["token"]))
+
+
 class Deep(TallyHead):
     """It taps a layer that is not there."""
 
@@ -243,7 +262,8 @@ def test_the_loss_is_the_weighted_negative_of_the_likelihood(name, monkeypatch):
     with tiny.mesh():
         model, _ = make({**HEADS[name], "balance": "none"})
         rng = np.random.default_rng(0)
-        tokens_BT, targets_BTW = rng.integers(0, SIZE, (2, 6)), rng.integers(0, SIZE, (2, 6, W))
+        known = model.head.config.shortlist or SIZE
+        tokens_BT, targets_BTW = rng.integers(0, SIZE, (2, 6)), rng.integers(0, known, (2, 6, W))
         weights_BTW = rng.random((2, 6, W)).astype(np.float32)
 
         def both(model, tokens_BT, targets_BTW, weights_BTW):
@@ -252,7 +272,10 @@ def test_the_loss_is_the_weighted_negative_of_the_likelihood(name, monkeypatch):
 
         arrays = [tiny.shard(a) for a in (tokens_BT, targets_BTW, weights_BTW)]
         aux, found_BTW = jax.jit(both)(model, *arrays)
-        np.testing.assert_allclose(aux["loss_offset"], -(weights_BTW * np.asarray(found_BTW)).sum((0, 1)), rtol=1e-5)
+        want_W = -(weights_BTW * np.asarray(found_BTW)).sum((0, 1))
+        left = W - len(aux["loss_offset"])  # the first offset may be the model's own
+        np.testing.assert_allclose(aux["loss_offset"], want_W[left:], rtol=1e-5)
+        assert left == (model.head.config.encoder != "none")
         text_BT = rng.integers(0, SIZE, (3, 9)).astype(np.int32)
         for offset in range(W):
             law_BV = laws(model, text_BT, np.array([2, 4, 3]), offset)

@@ -140,11 +140,11 @@ def by_hand(
 
 
 def chooser(laws: Sequence[Law], seed: int = 0) -> Callable[[int, int, np.ndarray], int]:
-    """Sampling by the definition: argmax of log law + the noise of (seed + row, position)."""
+    """Sampling by the definition: argmax of log law + the noise of (seed, row, position)."""
 
     @functools.cache
     def noise(b):
-        key = jax.random.key(seed + b)
+        key = jax.random.wrap_key_data(np.array([b, seed], np.uint32), impl="threefry2x32")
         draw = jax.vmap(lambda position: jax.random.bits(jax.random.fold_in(key, position), (VOCAB,)))
         u = ((np.asarray(draw(np.arange(33))) >> 1) + 0.5) / 2**31
         return -np.log(-np.log1p(-u))

@@ -31,8 +31,10 @@ def make(seed=0, *, gate=1.0, values=None, **changes):
         fan_in = D if name.endswith("embed_VD") else leaf.shape[0]
         normal = np.random.default_rng([seed, *name.encode()]).standard_normal(leaf.shape)
         value = (values or {}).get(name, normal * (gate if name == "gate_DR" else 1) / np.sqrt(fan_in))
+        if name == "listed_n":
+            value = np.arange(len(normal))
         sharding = jax.NamedSharding(jax.sharding.get_mesh(), leaf.sharding.spec)
-        return jax.device_put(np.reshape(value, leaf.shape).astype(np.float32), sharding)
+        return jax.device_put(np.reshape(value, leaf.shape).astype(leaf.dtype), sharding)
 
     return nnx.merge(graph, jax.tree.map_with_path(draw, nnx.to_pure_dict(state)))
 

@@ -1,12 +1,16 @@
 """Evaluation: its numbers on any devices, and the names that they have in a run."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 
 import mtp_jax
-from mtp_jax.train.evaluate import evaluate, evaluate_run, named
+from mtp_jax import cli
+from mtp_jax.data.preparation import prepare
+from mtp_jax.data.prompts import held_out_prompts
+from mtp_jax.train.evaluate import evaluate, evaluate_run, expected_of_run, named
 from mtp_jax.train.loggers import read_metrics
 from support.loop import RANK, WINDOW
 
@@ -44,6 +48,29 @@ def test_eight_devices_evaluate_as_one_does(config, trained):
     # And as the training loop did.
     here, then = evaluate_run(run, limit=2), next(r for r in read_metrics(trained)[::-1] if r["kind"] == "eval")
     np.testing.assert_allclose([here[name] for name in here], [then[name] for name in here], rtol=1e-5)
+
+
+def test_what_drafting_will_count_is_said(trained, capsys):
+    """At temperature 0 it is what decoding counts; the texts are the same few for every head on the same trunk."""
+    run, k, sizes = mtp_jax.load(trained), WINDOW - 1, (3, 8, 12)
+    found = expected_of_run(run, 0.0, k, *sizes)
+    store = prepare(run.config.data, tokenizer=run.tokenizer, reading=True)
+    prompts = [ids for _, ids in held_out_prompts(store, found["prompts"], 8)]
+    out = run.generate_tokens(prompts, max_new_tokens=12, k=k, stop_tokens=run.stop_tokens)
+    assert found["tokens_per_forward"] == pytest.approx(out.block_efficiency)
+    assert found["acceptance"] == pytest.approx(out.acceptance)
+    options = ["--prompts", "3", "--prompt-tokens", "8", "--new-tokens", "12", "--batches", "1"]
+    cli.main(["eval", str(trained), "--temperatures", "0", "0.5", *options])
+    *said, last = capsys.readouterr().out.strip().splitlines()
+    rows = json.loads(last)["expected"]
+    assert rows[0] == found and rows[1]["temperature"] == 0.5 and len(rows) == 2
+    assert any(line.startswith("0.5 ") and f"{rows[1]['tokens_per_forward']:.3f}" in line for line in said)
+    cli.main(["eval", str(trained), "--temperatures", *options])
+    assert "expected" not in json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    for wrong in (["--k", str(WINDOW)], ["--k", "0"], ["--new-tokens", "1"]):
+        with pytest.raises(SystemExit):
+            cli.main(["eval", str(trained), *wrong])
+        assert wrong[0] in capsys.readouterr().err
 
 
 def test_every_target_weighs_the_same_whichever_batch_it_is_in():

@@ -39,8 +39,8 @@ TRUNK = {
     "trunk.blocks.feed_forward.w_down_FD": ((1,), (2,)),
     # The table of target `ntp` and of shared and low-rank factors.
     "unembed_VD": VECTOR,
-    "head.circuit.gate_DR": VECTOR,
 }
+GATE = {"head.circuit.gate_DR": VECTOR}
 FACTORS = {
     "full": {"head.factors.u_DRWV": ((0,), (3,))},
     "shared": {"head.factors.map_DRWD": ((0,), (3,))},
@@ -55,13 +55,24 @@ FACTORS = {
         "head.factors.up_EV": ((0,), (1,)),
     },
 }
-GROUPS = {kind: {**TRUNK, **factors} for kind, factors in FACTORS.items()}
+GROUPS = {kind: {**TRUNK, **GATE, **factors} for kind, factors in FACTORS.items()}
+GROUPS["token"] = {
+    **TRUNK,
+    "head.mixture.circuit.gate_DR": VECTOR,
+    "head.mixture.factors.map_DRWD": ((0,), (3,)),
+    "head.encoder.hidden_norm.scale": VECTOR,
+    "head.encoder.token_norm.scale": VECTOR,
+    "head.encoder.join_gate_CF": ((0,), (1,)),
+    "head.encoder.join_up_CF": ((0,), (1,)),
+    "head.encoder.join_down_FD": ((0,), (1,)),
+}
 
 
 def shapes_of(kind):
     """The shapes of all parameters of a model with everything."""
     model = tiny.model_config(qkv_bias=True, qk_norm=True)
-    config = tiny.train_config(model, tiny.head_config(factors=kind, target="ntp"))
+    head = dict(factors="shared", encoder="token") if kind == "token" else dict(factors=kind)
+    config = tiny.train_config(model, tiny.head_config(**head, target="ntp"))
     return split(jax.eval_shape(lambda: build_model(config, jax.random.key(0))))[1]
 
 

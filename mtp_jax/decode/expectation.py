@@ -1,0 +1,150 @@
+"""Expected acceptance: what decoding with the `token` verifier would count, from texts that the model has written.
+
+Blocks of drafts start where the last one failed, so decoding sees hard positions more often than a mean over positions
+does. On a text drawn from the law that is sampled, draft s of a block behind a position is accepted with chance
+c_s = min(1, q_s(x) / p(x)), where x is the text's token there, p the target's law and q_s the head's, given the tokens
+before; both at the same temperature, top-k and top-p. With v(i) the chance that a block starts behind new token i,
+
+    v(i + j + 1) += v(i) P(exactly j drafts are accepted)
+
+and every count is a sum over v. At temperature 0 it is what decoding counts, exactly; above, in the mean over texts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+from mtp_jax import arrays
+from mtp_jax.decode.config import DecodeConfig
+from mtp_jax.decode.decoding import bucket, put_rows, sampling_of
+from mtp_jax.decode.law import Sampling, process_logits
+from mtp_jax.language_model import LanguageModel
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """Expected counts of texts, in the words of `Generation`, and how far the head's law covers the target's.
+
+    `emitted_B`: tokens behind the first new one. `forwards_B`: target forwards, prefill excluded. `accepted_Bk`,
+    `drafted_Bk`: drafts by offset. `overlap_Bk`: the sum of sum_x min(p(x), q_s(x)) over the `positions_B` of a text
+    whose offsets all lie in it.
+    """
+
+    emitted_B: np.ndarray
+    forwards_B: np.ndarray
+    accepted_Bk: np.ndarray
+    drafted_Bk: np.ndarray
+    overlap_Bk: np.ndarray
+    positions_B: np.ndarray
+
+    @property
+    def tokens_per_forward(self) -> float:
+        """Tokens emitted per target forward."""
+        return float(self.emitted_B.sum() / max(1e-9, self.forwards_B.sum()))
+
+    @property
+    def acceptance(self) -> list[float]:
+        """At each offset, the fraction of drafts that is accepted."""
+        return (self.accepted_Bk.sum(0) / np.maximum(1e-9, self.drafted_Bk.sum(0))).tolist()
+
+    @property
+    def overlap(self) -> list[float]:
+        """At each offset, how far the head's law covers the target's, in the mean over all positions alike. Decoding
+        accepts less: it does not start at just any of them."""
+        return (self.overlap_Bk.sum(0) / max(1, self.positions_B.sum())).tolist()
+
+
+def expectation(
+    model: LanguageModel, prompts: Sequence[Any], texts: Sequence[Any], config: DecodeConfig
+) -> Expectation:
+    """What decoding would count on its way to these texts.
+
+    Args:
+      model: as it is trained (not laid out for decoding), the mesh in scope.
+      prompts: token ids of each row.
+      texts: the new tokens of each row, from the law that `config` samples; plain decoding writes such.
+      config: temperature, top_k, top_p, k and max_new_tokens, in which the texts fit. The rest is not looked at.
+
+    Raises:
+      ConfigError: as decoding does.
+    """
+    prompts = config.check(model.config, model.head.config, prompts)
+    k = model.head.config.window - 1 if config.k is None else int(config.k)  # type: ignore[arg-type]
+    rows = [np.concatenate([prompt, text]).astype(np.int32) for prompt, text in zip(prompts, texts, strict=True)]
+    tokens_BT = np.zeros((len(rows), bucket(max(map(len, rows)))), np.int32)
+    for padded, row in zip(tokens_BT, rows, strict=True):
+        padded[: len(row)] = row
+    sampling, filtered = sampling_of(config, len(rows), model.config.vocab_size)
+    found = _chances(model, put_rows(tokens_BT), sampling, k=k, filtered=filtered)
+    chance_BTk, overlap_BTk = (np.asarray(a, np.float64) for a in jax.device_get(found))
+    limits, found = np.broadcast_to(config.max_new_tokens, len(rows)), []
+    for b, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        begin, count = len(prompt) - 1, len(text)
+        inside = max(0, count - k - 1)
+        counts = _counts(chance_BTk[b, begin : begin + count], int(limits[b]))
+        found.append((*counts, overlap_BTk[b, begin : begin + inside].sum(0), inside))
+    return Expectation(*(np.array(column) for column in zip(*found, strict=True)))
+
+
+@functools.partial(jax.jit, static_argnames=("k", "filtered"))
+def _chances(model: LanguageModel, tokens_BT: Array, sampling: Sampling, *, k: int, filtered: bool) -> Any:
+    """c_s and the overlap of p and q_s, `[B, T, k]`, of a block that is drafted from each position. Positions in turn:
+    no more than k + 1 laws of each row are alive."""
+    seen, (batch, time) = model.see(tokens_BT), tokens_BT.shape
+    next_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
+    cache, _ = model.head.extend(
+        model.head.init_cache(batch, time), seen, next_BT, jnp.zeros_like(tokens_BT[:, 0]), None
+    )
+
+    def index(t: Array) -> Array:
+        return jnp.zeros_like(tokens_BT[:, 0]) + jnp.minimum(t, time - 1)
+
+    def law(logp_BV: Array) -> Array:
+        return jax.nn.log_softmax(process_logits(logp_BV[:, None], sampling, filtered=filtered)[:, 0], axis=-1)
+
+    def target(t: Array) -> Array:
+        return law(model.target(seen.at(index(t)))[0][:, 0])
+
+    def block(ahead: tuple[Array, ...], t: Array) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
+        tokens = [arrays.at(tokens_BT, index(t + s)) for s in range(1, k + 2)]
+        draft = model.head.begin(seen.at(index(t)), tokens[0], window=k + 1, cache=cache, position_B=index(t))
+        chances, overlaps = [], []
+        for s, (logp_BV, token_B) in enumerate(zip(ahead, tokens[1:], strict=True)):
+            logq_BV = law(model.head.next_log_probs(draft))
+            logq_B, logp_B = (arrays.log_prob(a[:, None], token_B[:, None])[:, 0] for a in (logq_BV, logp_BV))
+            chances.append(jnp.exp(jnp.minimum(0.0, logq_B - logp_B)))
+            overlaps.append(jnp.sum(jnp.exp(jnp.minimum(logp_BV, logq_BV)), axis=-1))
+            if s + 1 < k:
+                draft = model.head.condition(draft, token_B)
+        found = jnp.stack(chances, axis=-1), jnp.stack(overlaps, axis=-1)
+        return (*ahead[1:], target(t + k + 1)), found
+
+    first = tuple(target(jnp.asarray(s, jnp.int32)) for s in range(1, k + 1))
+    _, found = lax.scan(block, first, jnp.arange(time, dtype=jnp.int32))
+    return jax.tree.map(lambda a_TBk: jnp.moveaxis(a_TBk, 0, 1), found)
+
+
+def _counts(chance_nk: np.ndarray, limit: int) -> tuple[float, float, np.ndarray, np.ndarray]:
+    """(emitted, forwards, accepted by offset, drafted by offset) of one text of n new tokens, at most `limit`."""
+    count, k = chance_nk.shape
+    start_n, accepted_k, drafted_k = np.zeros(count + k + 1), np.zeros(k), np.zeros(k)
+    start_n[0] = 1.0
+    for i in range(count - 1):
+        # The last token that may come is the target's own, so no draft is made for it.
+        drafts = min(k, max(limit - i - 2, 0))
+        last = min(drafts, count - 1 - i)
+        reach = start_n[i] * np.cumprod(chance_nk[i, :last])
+        drafted_k[:drafts] += start_n[i]
+        accepted_k[:last] += reach
+        # How many are accepted: exactly j, or all that are left of the text.
+        reach = np.concatenate([[start_n[i]], reach, [0.0]])
+        start_n[i + 1 : i + 2 + last] += reach[:-1] - reach[1:]
+    return max(count - 1, 0), float(start_n[: max(count - 1, 0)].sum()), accepted_k, drafted_k

@@ -1,0 +1,118 @@
+"""Head behind an encoder: the first offset is the model's own, and a mixture over the others reads what was chosen."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from mtp_jax.heads.base import Aux, Head, Seen
+from mtp_jax.heads.config import HeadConfig
+from mtp_jax.heads.encoder import ENCODERS
+from mtp_jax.heads.mixture import Joint, MixtureHead
+from mtp_jax.losses.mixture import factor_scores
+from mtp_jax.losses.next_token import NextToken
+from mtp_jax.model.config import ModelConfig
+from mtp_jax.registry import lookup
+from mtp_jax.validate import require
+
+
+class EncodedHead(Head):
+    """q(x_1 | h) = p(x_1 | h), the model's own; q(x_2 .. x_W | h, x_1) is a mixture that reads encoder(h, x_1)."""
+
+    shortlists = True
+
+    def __init__(self, config: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+        super().__init__(config, model, rngs=rngs)
+        self.encoder = lookup(ENCODERS, config.encoder, "HeadConfig.encoder")(config, model, rngs=rngs)
+        self.mixture = MixtureHead(_later(config), model, rngs=rngs, whole=0)
+        self.known = model.known
+
+    @classmethod
+    def check(cls, config: HeadConfig) -> None:
+        """Refuse names that no registry has, another family than mixtures, and a target of the head's own."""
+        lookup(ENCODERS, config.encoder, "HeadConfig.encoder")
+        require(
+            config.kind == "mixture",
+            f"HeadConfig.encoder is {config.encoder} and kind is {config.kind}; encoders are of mixtures. Set it to "
+            "none.",
+        )
+        require(
+            config.target == "ntp",
+            f"HeadConfig.encoder is {config.encoder} and target is {config.target}; the first offset is then the "
+            "model's own law. Set target to ntp.",
+        )
+        require(
+            config.window > 1,
+            f"HeadConfig.encoder is {config.encoder} and window is {config.window}; it serves the offsets after the "
+            "first. Set window to 2 or more, or encoder to none.",
+        )
+        MixtureHead.check(_later(config))
+
+    @classmethod
+    def describe(cls, config: HeadConfig) -> str:
+        """Those of the mixture, the whole window, and the encoder."""
+        return f"{MixtureHead.describe(config)}, encoder {config.encoder}"
+
+    @property
+    def reads_table(self) -> bool:
+        """The law of the first offset goes through the model's vocabulary table."""
+        return True
+
+    def unstack(self, unembed_VD: Any) -> None:
+        """As mixtures do."""
+        self.mixture.unstack(unembed_VD)
+
+    def loss(self, seen: Seen, targets_BTW: Array, weights_BTW: Array, key: Array | None = None) -> tuple[Array, Aux]:
+        """That of the mixture over the offsets from 2 on; what it reports is of these."""
+        seen = self._encoded(seen, targets_BTW[..., 0])
+        loss, aux = self.mixture.loss(seen, targets_BTW[..., 1:], weights_BTW[..., 1:], key)
+        if "listed" in aux:  # the model's own law has all tokens
+            aux["listed"] = jnp.concatenate([jnp.sum(weights_BTW[..., :1], axis=(0, 1)), aux["listed"]])
+        return self.config.gamma * loss, aux
+
+    def log_likelihood(self, seen: Seen, targets_BTW: Array) -> Array:
+        """log q(x_s | x_<s), `[B, T, W]` in nats; the first is the model's own."""
+        table = {"unembed_VD": seen.unembed_VD}
+        first_BT11, _ = factor_scores(NextToken, table, seen.x_BTD, targets_BTW[..., :1], self.known)
+        later = self.mixture.log_likelihood(self._encoded(seen, targets_BTW[..., 0]), targets_BTW[..., 1:])
+        return jnp.concatenate([first_BT11[:, :, 0], later], axis=-1)
+
+    def begin(
+        self,
+        seen: Seen,
+        token_B: Array,
+        *,
+        window: int,
+        cache: Any = (),
+        position_B: Array | None = None,
+        memo: Any = None,
+    ) -> Joint:
+        """The joint law of the offsets from 2 on, given the token at the first."""
+        return self.mixture.joint(self._encoded(seen, token_B[:, None]), window - 1)
+
+    def next_log_probs(self, draft: Joint) -> Array:
+        """As mixtures do."""
+        return self.mixture.next_log_probs(draft)
+
+    def condition(self, draft: Joint, token_B: Array) -> Joint:
+        """As mixtures do."""
+        return self.mixture.condition(draft, token_B)
+
+    def _encoded(self, seen: Seen, next_BT: Array) -> Seen:
+        return dataclasses.replace(seen, x_BTD=self.encoder(seen.x_BTD, seen.embed(next_BT)))
+
+    @classmethod
+    def flops(cls, config: HeadConfig, model: ModelConfig, frozen: bool) -> tuple[float, float]:
+        """Those of the mixture and of the encoder."""
+        own = lookup(ENCODERS, config.encoder, "HeadConfig.encoder").flops(model)
+        forward, backward = MixtureHead.flops(_later(config), model, frozen)
+        return forward + own, backward + 2 * own
+
+
+def _later(config: HeadConfig) -> HeadConfig:
+    """The mixture over the offsets from 2 on, as if they began at 1."""
+    return dataclasses.replace(config, window=config.window - 1)

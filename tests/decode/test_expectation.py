@@ -1,0 +1,84 @@
+"""Expected acceptance against decoding: the same counts at temperature 0, and above it the same in the mean."""
+
+import numpy as np
+import pytest
+
+from mtp_jax import generate
+from mtp_jax.decode import expectation as expected
+from mtp_jax.decode.config import DecodeConfig
+from mtp_jax.decode.decoder import for_decoding
+from mtp_jax.decode.expectation import expectation
+from support import tiny
+from support.decoding import PROMPTS, build
+from support.tally import register
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+LIMITS = [16, 3, 11, 1]
+HEADS = {
+    "cpd": dict(rank=3, factors="full"),
+    "shortlist": dict(rank=2, factors="lowrank", target="ntp", shortlist=9),
+    "token": dict(rank=2, factors="shared", target="ntp", encoder="token"),
+    "cached": dict(kind="tally", target="ntp"),
+}
+
+
+@pytest.fixture(scope="module")
+def models(mesh):
+    """A model whose drafts are right now and then."""
+    return build(mesh)
+
+
+def same_counts(stacked, ready, k, stops, prompts=PROMPTS, limits=LIMITS):
+    options = dict(max_new_tokens=limits, stop_tokens=stops)
+    decoded = generate(ready, prompts, k=k, **options)
+    texts = generate(ready, prompts, k=0, **options).tokens
+    found = expectation(stacked, prompts, texts, DecodeConfig(k=k, **options))
+    for name in ("forwards", "accepted", "drafted"):
+        np.testing.assert_allclose(
+            getattr(found, name + ("_B" if name == "forwards" else "_Bk")), getattr(decoded, name), atol=1e-9
+        )
+    np.testing.assert_allclose(found.tokens_per_forward, decoded.block_efficiency)
+    return decoded
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_at_temperature_0_they_are_what_decoding_counts(models, k):
+    out = same_counts(models.stacked, models.ready, k, ())
+    assert 0 < out.accepted.sum() < out.drafted.sum()
+    for stop in np.unique(np.concatenate(out.tokens)):  # at every offset of a block
+        same_counts(models.stacked, models.ready, k, [int(stop)])
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_of_every_head(name, mesh, monkeypatch):
+    register(monkeypatch)
+    config = tiny.train_config(tiny.model_config(vocab_size=12), tiny.head_config(**HEADS[name]))
+    model = tiny.make_model(config, seed=3)
+    prompts = [[5, 1, 9], [4, 3, 6, 7, 8, 2, 10, 11], [3], [7, 11] * 7]
+    out = same_counts(model, for_decoding(model), 3, (), prompts, [16] * 4)
+    assert out.accepted.sum() > 0
+
+
+@pytest.mark.parametrize("law", [(1.0, 0, 1.0), (0.8, 6, 0.95)])
+def test_above_they_are_what_decoding_counts_in_the_mean(models, law, monkeypatch):
+    """1,024 texts of plain decoding against 1,024 rows of other seeds that draft, within 4.5 standard errors; chances
+    of the position before are further away."""
+    rows, k = 1024, 3
+    temperature, top_k, top_p = law
+    options = dict(max_new_tokens=12, temperature=temperature, top_k=top_k, top_p=top_p)
+    prompts = [PROMPTS[0]] * rows
+    decoded = generate(models.ready, prompts, k=k, verifier="token", seed=1, **options)
+    texts = generate(models.ready, prompts, k=0, seed=2, **options).tokens
+
+    def errors():
+        """How many standard errors forwards and accepted drafts are off."""
+        found = expectation(models.stacked, prompts, texts, DecodeConfig(k=k, **options))
+        pairs = [(found.forwards_B[:, None], decoded.forwards[:, None]), (found.accepted_Bk, decoded.accepted)]
+        ours, theirs = (np.concatenate(side, axis=1) for side in zip(*pairs, strict=True))
+        return np.abs(ours.mean(0) - theirs.mean(0)) / np.sqrt((ours.var(0) + theirs.var(0)) / rows)
+
+    assert errors().max() < 4.5
+    counts = expected._counts
+    monkeypatch.setattr(expected, "_counts", lambda chance_nk, limit: counts(np.roll(chance_nk, 1, axis=0), limit))
+    assert errors().max() > 6

@@ -1,0 +1,143 @@
+"""Mixtures behind an encoder: what they know of the token that was chosen, how they begin, and their loss."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mtp_jax.heads.registry import check_head
+from mtp_jax.losses import tiles
+from mtp_jax.validate import ConfigError
+from support import tiny
+from support.heads import WINDOWS_NW, D, V, W, hidden, make, make_targets, run, seen
+
+pytestmark = pytest.mark.usefixtures("mesh")
+
+CASES = {
+    "shared": dict(factors="shared"),
+    "lowrank": dict(factors="lowrank"),
+    "full, one component": dict(factors="full", circuit="independent", rank=1),
+    "lora": dict(factors="lora"),
+    "shortlist": dict(factors="shared", shortlist=3),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def encoded(case, **changes):
+    return make(**{**CASES[case], "encoder": "token", "target": "ntp", **changes})
+
+
+def folded(head, given, token_B, targets_BW):
+    """What drafting says of every token behind each first one, `[B, W - 1, V]`."""
+    draft, laws = head.begin(given, token_B, window=W), []
+    for s in range(1, W):
+        laws.append(head.next_log_probs(draft))
+        if s + 1 < W:
+            draft = head.condition(draft, targets_BW[:, s])
+    return jnp.stack(laws, axis=1)
+
+
+@every_case
+def test_the_likelihood_is_what_drafting_folds_and_all_windows_sum_to_one(case):
+    model = encoded(case)
+    count = len(WINDOWS_NW)
+    x_B1D = np.repeat(hidden(0, 1, 1, D), count, axis=0)
+
+    def both(model, x_B1D, targets_B1W):
+        given, token_B = seen(model, x_B1D), targets_B1W[:, 0, 0]
+        own_BV = model.next_token(x_B1D)[:, 0]
+        return (
+            model.head.log_likelihood(given, targets_B1W)[:, 0],
+            own_BV,
+            folded(model.head, given, token_B, targets_B1W[:, 0]),
+        )
+
+    likelihood_BW, own_BV, laws_BWV = map(np.asarray, run(both, model, x_B1D, WINDOWS_NW[:, None]))
+    picked = [own_BV, *laws_BWV.swapaxes(0, 1)]
+    want_BW = np.stack([law[np.arange(count), WINDOWS_NW[:, s]] for s, law in enumerate(picked)], axis=1)
+    listed = np.isfinite(likelihood_BW)
+    np.testing.assert_allclose(likelihood_BW[listed], want_BW[listed], atol=2e-5)
+    assert listed.all() == (case != "shortlist") and (listed | (likelihood_BW == -np.inf)).all()
+    np.testing.assert_allclose(np.exp(likelihood_BW.sum(-1, dtype=np.float64)).sum(), 1, atol=1e-5)
+    second = np.exp(laws_BWV[:, 0].astype(np.float64))
+    firsts = [second[WINDOWS_NW[:, 0] == token][0] for token in range(V)]
+    assert np.abs(np.diff(firsts, axis=0)).max() > 1e-3, "the law of the second token depends on the first"
+
+
+@every_case
+@pytest.mark.parametrize("gamma", [1.0, 0.5])
+def test_the_loss_is_the_weighted_likelihood_behind_the_first_offset(case, gamma, monkeypatch):
+    monkeypatch.setitem(tiles.TILE_BYTES, "cpu", (200, 200))  # a position in each tile
+    model = encoded(case, gamma=gamma, balance="none")
+    x_BTD, (targets_BTW, weights_BTW) = hidden(1, 2, 5, D), make_targets(1, 2, 5)
+    if case == "shortlist":
+        targets_BTW = targets_BTW % 3
+
+    def losses(model, x_BTD, targets_BTW, weights_BTW):
+        def naive(x_BTD):
+            likelihood_BTW = model.head.log_likelihood(seen(model, x_BTD), targets_BTW)
+            of_W = -jnp.sum(weights_BTW * likelihood_BTW, axis=(0, 1))
+            return jnp.sum(of_W[1:] * gamma ** jnp.arange(1, W)), of_W
+
+        loss, aux = model.head.loss(seen(model, x_BTD), targets_BTW, weights_BTW)
+        return loss, aux["loss_offset"], *naive(x_BTD)
+
+    loss, of_offsets, want, want_W = run(losses, model, x_BTD, targets_BTW, weights_BTW)
+    np.testing.assert_allclose(loss, want, rtol=1e-5)
+    np.testing.assert_allclose(of_offsets, want_W[1:], rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["shared", "lowrank", "shortlist"])
+def test_drafts_begin_as_the_models_own_law(case):
+    """Before the first step the token behind h is drafted as the model itself would have it there."""
+    rank = dict(rank=1) if CASES[case]["factors"] == "shared" else dict(rank=3)
+    head = tiny.head_config(**{**CASES[case], **rank, "encoder": "token", "target": "ntp", "window": 3})
+    model = tiny.make_model(tiny.train_config(head=head))
+    x_B1D = tiny.shard(hidden(3, 4, 1, 16))
+
+    def laws(model, x_B1D, token_B):
+        return model.next_token(x_B1D)[:, 0], model.head.next_log_probs(
+            model.head.begin(seen(model, x_B1D), token_B, window=3)
+        )
+
+    own_BV, draft_BV = map(np.asarray, jax.jit(laws)(model, x_B1D, tiny.shard(np.arange(4, dtype=np.int32))))
+    if case == "shortlist":  # of the ids that it has
+        own_BV = own_BV[:, :3] - np.log(np.exp(own_BV[:, :3]).sum(-1, keepdims=True))
+        assert (draft_BV[:, 3:] == -np.inf).all()
+        draft_BV = draft_BV[:, :3]
+    np.testing.assert_allclose(draft_BV, own_BV, atol=1e-5)
+
+
+@pytest.mark.parametrize("factors", ["shared", "lowrank"])
+def test_components_differ_after_a_step(factors):
+    head = tiny.head_config(factors=factors, rank=3, encoder="token", target="ntp", init_noise=0.02, window=3)
+    config = tiny.train_config(head=head)
+    model = tiny.make_model(config)
+    batch = tiny.make_batch(config)
+
+    def step(model, batch):
+        weights_BTW = jnp.ones_like(batch["targets_BTW"], jnp.float32)
+        grads = jax.grad(lambda model: model.loss(batch, weights_BTW)[0], allow_int=True)(model)
+        moved = jax.tree.map(lambda w, d: w - 0.01 * jnp.sign(d) if d.dtype == w.dtype else w, model, grads)  # as Adam
+        given = moved.see(batch["tokens_BT"], batch["segments_BT"])
+        encoded = moved.head._encoded(given, batch["targets_BTW"][..., 0])
+        return jax.nn.log_softmax(moved.head.mixture.logits(encoded)[0], axis=-1)
+
+    logp_BTRV = np.asarray(jax.jit(step)(model, batch))
+    for r, s in ((0, 1), (0, 2), (1, 2)):
+        assert np.abs(logp_BTRV[:, :, r] - logp_BTRV[:, :, s]).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"target": "marginal"}, "encoder is token and target is marginal; the first offset is then the model's own"),
+        ({"window": 1}, "encoder is token and window is 1; it serves the offsets after the first"),
+        ({"encoder": "tokens"}, "HeadConfig.encoder is 'tokens'"),
+        ({"kind": "none", "window": 1}, "encoder is token and kind is none"),
+        ({"factors": "full", "shortlist": 3}, "shortlist is 3 and factors is full"),
+    ],
+)
+def test_what_an_encoder_does_not_go_with_is_refused(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        check_head(tiny.head_config(**{"encoder": "token", "target": "ntp", "factors": "shared", **changes}))
