@@ -276,7 +276,7 @@ def test_the_loss_is_the_weighted_negative_of_the_likelihood(name, monkeypatch):
         left = W - len(aux["loss_offset"])  # the first offset may be the model's own
         np.testing.assert_allclose(aux["loss_offset"], want_W[left:], rtol=1e-5)
         assert left == (model.head.config.encoder != "none")
-        text_BT = rng.integers(0, SIZE, (3, 9)).astype(np.int32)
+        text_BT = rng.integers(0, known, (3, 9)).astype(np.int32)
         for offset in range(W):
             law_BV = laws(model, text_BT, np.array([2, 4, 3]), offset)
             np.testing.assert_allclose(np.exp(law_BV).sum(-1), 1, atol=1e-5)
