@@ -127,7 +127,7 @@ def test_generate_refuses_before_it_loads_or_prints(run, refused, monkeypatch):
         (("--top-p", 0), "top_p is 0.0; it must lie in (0, 1]."),
         (("--top-k", -1), "top_k is -1; it must be at least 0."),
         (("--stop", ""), "an empty string stops everything"),
-        (("--seed", 2**32), f"seed is {2**32}; row i samples with seed + i"),
+        (("--seed", 2**32), f"seed is {2**32}; it must lie in 0..4294967295"),
     ):
         message = refused("generate", run.dir, "--prompt", "x", *options)
         assert words in message and message.startswith("mtp-jax: error:")

@@ -40,7 +40,9 @@ OTHER = TrainConfig(
         ),
         attention="cudnn",
     ),
-    HeadConfig("mixture", 2, "independent", 1, "lowrank", 4, "ntp", 0.5, 0.9, 1e-3, "switch", 0.1, 0.5, 0.5, 6),
+    HeadConfig(
+        "mixture", 2, "independent", 1, "lowrank", 4, "ntp", 0.5, 0.9, 1e-3, "switch", 0.1, 0.5, 0.5, 6, "token"
+    ),
     DataConfig(
         "tfds", "other/*.txt", "", "meta.text", "name", "test", 0.1, "elsewhere", "bytes", "", 24, 16, 5, max_bad=0.2
     ),
