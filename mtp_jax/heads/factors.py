@@ -8,7 +8,7 @@
 | `lora` | U_s h + B C_rs h | 2 W V (D + R E) + 2 W D R E |
 
 U is the model's vocabulary table. Components are drawn per offset, copied over R and told apart by a little noise.
-Behind an encoder maps begin as the identity, and drafts with them as the model's next-token law.
+Behind an encoder maps begin as the identity (`shared` ones of several components, with noise).
 """
 
 from __future__ import annotations
