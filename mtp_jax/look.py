@@ -234,7 +234,11 @@ def _mixture(model: LanguageModel) -> MixtureHead:
     """The model's head, if it has components to look at."""
     if isinstance(model.head, MixtureHead):
         return model.head
-    raise ConfigError(f"The run's head is of kind {model.head.config.kind}; components are those of a mixture.")
+    config = model.head.config
+    raise ConfigError(
+        f"The run's head is of kind {config.kind}, with encoder {config.encoder}; what is shown here are components of "
+        "a mixture that reads hidden states alone."
+    )
 
 
 @jax.jit

@@ -157,6 +157,7 @@ REFUSED = {
     "negative_drafts": (lambda: decode([1], k=-1), ["k is -1", "0..3"]),
     "seed": (lambda: decode([1], [2], seed=2**32), [f"seed is {2**32}", f"0..{2**32 - 1}"]),
     "row": (lambda: decode([1], row=2**31), [f"row is {2**31}", f"0..{2**31 - 1}"]),
+    "row_of_seeds": (lambda: decode([1], row=1, seed=[3]), ["row is 1 and each row has a seed of its own"]),
     "empty_prompt": (lambda: decode([1], []), ["Prompt 1 is empty"]),
     "prompt_by_context": (
         lambda: decode([1], [1] * 9),

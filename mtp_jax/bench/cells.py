@@ -54,9 +54,10 @@ class Cell:
 
     @property
     def iteration_seconds(self) -> list[float]:
-        """By repetition, the time of one pass of the loop, which goes on until the last row of a batch is done."""
+        """By repetition, the time of one pass of the loop, which goes on until the last row of a batch is done. NaN
+        where every text ended before the first."""
         passes = [sum(int(g.forwards.max()) for g in batches) for batches in self.generations]
-        return [seconds / max(1, n) for seconds, n in zip(self.seconds, passes, strict=True)]
+        return [seconds / n if n else float("nan") for seconds, n in zip(self.seconds, passes, strict=True)]
 
     def count(self, name: str) -> np.ndarray:
         """`forwards`, `drafted` or `accepted` of `Generation`, summed over rows and repetitions."""
@@ -101,7 +102,8 @@ def row(cell: Cell, plain: Cell, fastest: Cell, gap: Gap) -> dict[str, Any]:
 
     `gap` gives by how much plain decoding prefers one of two tokens; its arguments are those of `Session.gap`.
     """
-    speedups = cell.rates / np.maximum(fastest.rates, 1e-9)  # texts may end at once
+    with np.errstate(invalid="ignore"):  # all texts may end with their first token: NaN
+        speedups = cell.rates / fastest.rates
     return {
         "batch": cell.batch,
         "temperature": cell.temperature,
@@ -113,7 +115,7 @@ def row(cell: Cell, plain: Cell, fastest: Cell, gap: Gap) -> dict[str, Any]:
         "tokens_per_second": cell.rate,
         "speedup": float(np.median(speedups)),
         "speedups": speedups.tolist(),
-        "block_efficiency": len(cell.generations) * cell.emitted / max(1, int(cell.count("forwards"))),
+        "block_efficiency": len(cell.generations) * cell.emitted / (int(cell.count("forwards")) or float("nan")),
         "acceptance": (cell.count("accepted") / np.maximum(1, cell.count("drafted"))).tolist(),
         "verify_cost": float(np.median(np.divide(cell.iteration_seconds, fastest.iteration_seconds))),
         "iteration_seconds": cell.iteration_seconds,

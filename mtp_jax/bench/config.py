@@ -21,7 +21,8 @@ class BenchConfig:
     batch of prompts all that is measured follows one another, so that a machine whose speed drifts slows all of them.
     `repetitions` of the whole; a rate is the total of tokens over the median of the repetitions' total times.
     `auto`: the k that k="auto" stands for too, in rows of its own; it is chosen before anything is timed.
-    `compare` hf: greedy decoding by Hugging Face `transformers` too, of the same weights, one prompt at a time.
+    `compare` hf: greedy decoding by Hugging Face `transformers` too, of the same weights, one prompt at a time, and
+    neither ends at stop tokens.
     """
 
     prompts: int = 24

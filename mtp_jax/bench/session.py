@@ -60,9 +60,13 @@ class Session:
         self.models, self.prompts, self.stops, self.config = models, prompts, stops, config
         self.compile_seconds = 0.0
 
-    def asked(self, cell: Cell, first: int) -> tuple[Decoder, list[Any], DecodeConfig]:
-        """A batch of prompts from number `first`. Prompt i is sampled as row i of the seed, whatever the batch."""
-        rows: Any = {"seed": self.config.seed, "row": first, "stop_tokens": self.stops}
+    def asked(self, cell: Cell, first: int, *, endless: bool = False) -> tuple[Decoder, list[Any], DecodeConfig]:
+        """A batch of prompts from number `first`. Prompt i is sampled as row i of the seed, whatever the batch.
+
+        `endless`: no stop token ends a text before `new_tokens` do; the programs are the same.
+        """
+        stops = (-1,) * len(self.stops) if endless else self.stops
+        rows: Any = {"seed": self.config.seed, "row": first, "stop_tokens": stops}
         decode = DecodeConfig(self.config.new_tokens, cell.temperature, k=cell.k, verifier=cell.verifier, **rows)
         return self.models[cell.dtype], self.prompts[first : first + cell.batch], decode
 
@@ -73,15 +77,15 @@ class Session:
         """
         if cell.auto:
             cell.k = best_k(*self.asked(cell, 0))
-        begun, decoding = time.perf_counter(), Decoding(*self.asked(cell, 0))
+        begun, decoding = time.perf_counter(), Decoding(*self.asked(cell, 0, endless=True))
         decoding.prefill()
         decoding.advance(1 if decoding.attended is None else ENDLESS)
         decoding.wait()
         self.compile_seconds += time.perf_counter() - begun
 
     def decode(self, cell: Cell, first: int, forwards: int = ENDLESS) -> tuple[Generation, float, float]:
-        """(what was decoded, seconds of prefill, seconds of the loop), of at most so many forwards."""
-        decoding = Decoding(*self.asked(cell, first))
+        """(what was decoded, seconds of prefill, seconds of the loop), of so many forwards or up to where texts end."""
+        decoding = Decoding(*self.asked(cell, first, endless=forwards != ENDLESS))
         t0 = time.perf_counter()
         decoding.prefill()
         t1 = time.perf_counter()
@@ -99,9 +103,8 @@ class Session:
         rates = {}
         for dtype, cell in cells.items():
             self.compile(cell)
-            trials = [self.decode(cell, 0, forwards) for _ in range(TRIAL_ROUNDS)]
-            made = min(forwards, int(trials[0][0].forwards.max()))  # fewer, if the texts end
-            rates[dtype] = float(max(1, made) / np.median([seconds for *_, seconds in trials]))
+            seconds = [self.decode(cell, 0, forwards)[-1] for _ in range(TRIAL_ROUNDS)]
+            rates[dtype] = float(forwards / np.median(seconds))
         return rates
 
     def gap(self, cell: Cell, index: int, shared: np.ndarray, own: int, other: int) -> float:

@@ -78,14 +78,8 @@ def _answer(run: LoadedRun, options: Chat, messages: list[dict[str, str]], turn:
 
     from mtp_jax.decode.spans import print_span
 
-    left = run.config.model.context_length - len(run.conversation(messages))
-    names = ("temperature", "top_k", "top_p", "seed", "k")
-    spans = run.stream(
-        messages,
-        max_new_tokens=min(left, options.max_new_tokens or left),
-        row=turn,
-        **{name: getattr(options, name) for name in names},
-    )
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed", "k")
+    spans = run.stream(messages, row=turn, **{name: getattr(options, name) for name in names})
     console, text = Console(highlight=False, emoji=False, soft_wrap=True), ""
     begun, before = time.perf_counter(), 0
     for span in spans:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mtp_jax.commands import RunOptions, console, parse, print_table, use_compilation_cache
+from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.validate import require
 
 
@@ -25,7 +26,7 @@ class Eval(RunOptions):
     prompts: int = 16
     """Beginnings of held-out documents, at most, whose continuations are looked at."""
     prompt_tokens: int = 32
-    """Tokens of each of them, at most: half of the context, and less than the longest document has."""
+    """Tokens of each of them, at most: half of the context, and less than each document has."""
     new_tokens: int = 64
     """Tokens of each continuation, at most: a text ends at a stop token, or where the context does."""
 
@@ -37,15 +38,18 @@ def main(args: list[str]) -> None:
         value = getattr(options, name)
         flag = f"--{name.replace('_', '-')}"
         require(value is None or value >= least, f"{flag} is {value}; it must be at least {least}.")
+    for temperature in options.temperatures:
+        DecodeConfig(options.new_tokens, temperature)  # refused here, and not after the losses
     use_compilation_cache()
-    from mtp_jax.train.evaluate import evaluate_run, expected_of_run
+    from mtp_jax.train.evaluate import beginnings, evaluate_run, expected_of_run, store_of
     from mtp_jax.train.loggers import series
 
     run = options.load()
-    window = run.config.head.window
+    window, context = run.config.head.window, run.config.model.context_length
     k = window - 1 if options.k is None else options.k
     require(k < window or window == 1, f"--k is {k} and the head's window is {window}; it must lie in 1..{window - 1}.")
-    metrics: dict[str, Any] = dict(evaluate_run(run, options.batches))
+    store = store_of(run)
+    metrics: dict[str, Any] = dict(evaluate_run(run, options.batches, store))
     losses = {f"offset {s}": metrics[f"loss_offset_{s}"] for s in range(1, window + 1)}
     losses |= {"first token": metrics["loss_first_token"], "joint": metrics["joint_loss"]}
     title = f"Held-out loss of step {run.step}, nats per token"
@@ -56,10 +60,12 @@ def main(args: list[str]) -> None:
             f"shares {' '.join(f'{share:.2f}' for share in shares)}, gate entropy {metrics['gate_entropy']:.3f} nats",
             highlight=False,
         )
-    if window > 1 and options.temperatures:
-        sizes = options.prompts, options.prompt_tokens, options.new_tokens
-        metrics["expected"] = [expected_of_run(run, temperature, k, *sizes) for temperature in options.temperatures]
-        _print_expected(metrics["expected"], k)
+    prompts = beginnings(store, options.prompts, min(options.prompt_tokens, context // 2)) if window > 1 else []
+    if prompts and options.temperatures:
+        new = min(options.new_tokens, context - len(prompts[0]))
+        found = [expected_of_run(run, prompts, temperature, k, new) for temperature in options.temperatures]
+        metrics["expected"] = found
+        _print_expected(found, k)
     print(json.dumps({"run": options.run, "step": run.step, **metrics}))
 
 

@@ -58,6 +58,10 @@ class DecodeConfig:
         at_least(self, 1, "max_new_tokens")
         at_least(self, 0, "temperature", "top_k", "row", *(() if self.seed is None else ("seed",)))
         require(self.row < 2**31, f"DecodeConfig.row is {self.row}; it must lie in 0..{2**31 - 1}.")
+        require(
+            self.row == 0 or not hasattr(self.seed, "__len__"),
+            f"DecodeConfig.row is {self.row} and each row has a seed of its own; give one seed, or leave row out.",
+        )
         for temperature in each(self.temperature):
             # Hotter still, ids that are ruled out would have a probability.
             require(

@@ -7,7 +7,8 @@ before; both at the same temperature, top-k and top-p. With v(i) the chance that
 
     v(i + j + 1) += v(i) P(exactly j drafts are accepted)
 
-and every count is a sum over v. At temperature 0 it is what decoding counts, exactly; above, in the mean over texts.
+and every count is a sum over v. At temperature 0 it is what decoding counts, exactly where both compute the same law
+(in float32); above, in the mean over texts.
 """
 
 from __future__ import annotations
@@ -23,10 +24,12 @@ import numpy as np
 from jax import Array, lax
 
 from mtp_jax import arrays
-from mtp_jax.decode.config import DecodeConfig
+from mtp_jax.arrays import NEVER
+from mtp_jax.decode.config import DecodeConfig, prompt_ids
 from mtp_jax.decode.decoding import bucket, put_rows, sampling_of
 from mtp_jax.decode.law import Sampling, process_logits
 from mtp_jax.language_model import LanguageModel
+from mtp_jax.validate import ConfigError, require
 
 
 @dataclass(frozen=True)
@@ -47,19 +50,23 @@ class Expectation:
 
     @property
     def tokens_per_forward(self) -> float:
-        """Tokens emitted per target forward."""
-        return float(self.emitted_B.sum() / max(1e-9, self.forwards_B.sum()))
+        """Tokens emitted per target forward; NaN where there was none."""
+        return _ratio(self.emitted_B.sum(), self.forwards_B.sum())
 
     @property
     def acceptance(self) -> list[float]:
-        """At each offset, the fraction of drafts that is accepted."""
-        return (self.accepted_Bk.sum(0) / np.maximum(1e-9, self.drafted_Bk.sum(0))).tolist()
+        """At each offset, the fraction of drafts that is accepted; NaN where there was none."""
+        return [_ratio(*counts) for counts in zip(self.accepted_Bk.sum(0), self.drafted_Bk.sum(0), strict=True)]
 
     @property
     def overlap(self) -> list[float]:
         """At each offset, how far the head's law covers the target's, in the mean over all positions alike. Decoding
         accepts less: it does not start at just any of them."""
-        return (self.overlap_Bk.sum(0) / max(1, self.positions_B.sum())).tolist()
+        return [_ratio(overlap, self.positions_B.sum()) for overlap in self.overlap_Bk.sum(0)]
+
+
+def _ratio(count: float, of: float) -> float:
+    return float(count / of) if of else float("nan")
 
 
 def expectation(
@@ -71,13 +78,18 @@ def expectation(
       model: as it is trained (not laid out for decoding), the mesh in scope.
       prompts: token ids of each row.
       texts: the new tokens of each row, from the law that `config` samples; plain decoding writes such.
-      config: temperature, top_k, top_p, k and max_new_tokens, in which the texts fit. The rest is not looked at.
+      config: temperature, top_k, top_p, k and max_new_tokens. The rest is not looked at.
 
     Raises:
-      ConfigError: as decoding does.
+      ConfigError: as decoding does; k is not one number of drafts; or a text is longer than max_new_tokens.
     """
-    prompts = config.check(model.config, model.head.config, prompts)
-    k = model.head.config.window - 1 if config.k is None else int(config.k)  # type: ignore[arg-type]
+    prompts, texts = config.check(model.config, model.head.config, prompts), prompt_ids(texts)
+    k = model.head.config.window - 1 if config.k is None else config.k
+    if not isinstance(k, int) or k < 1:
+        raise ConfigError(f"k is {config.k!r}; what is expected of drafts takes one number of them, at least 1.")
+    limits = np.broadcast_to(config.max_new_tokens, len(texts))
+    for i, (text, limit) in enumerate(zip(texts, limits, strict=True)):
+        require(len(text) <= limit, f"Text {i} has {len(text)} tokens and max_new_tokens is {limit}.")
     rows = [np.concatenate([prompt, text]).astype(np.int32) for prompt, text in zip(prompts, texts, strict=True)]
     tokens_BT = np.zeros((len(rows), bucket(max(map(len, rows)))), np.int32)
     for padded, row in zip(tokens_BT, rows, strict=True):
@@ -85,10 +97,10 @@ def expectation(
     sampling, filtered = sampling_of(config, len(rows), model.config.vocab_size)
     found = _chances(model, put_rows(tokens_BT), sampling, k=k, filtered=filtered)
     chance_BTk, overlap_BTk = (np.asarray(a, np.float64) for a in jax.device_get(found))
-    limits, found = np.broadcast_to(config.max_new_tokens, len(rows)), []
+    found = []
     for b, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         begin, count = len(prompt) - 1, len(text)
-        inside = max(0, count - k - 1)
+        inside = max(0, count - k)
         counts = _counts(chance_BTk[b, begin : begin + count], int(limits[b]))
         found.append((*counts, overlap_BTk[b, begin : begin + inside].sum(0), inside))
     return Expectation(*(np.array(column) for column in zip(*found, strict=True)))
@@ -120,7 +132,9 @@ def _chances(model: LanguageModel, tokens_BT: Array, sampling: Sampling, *, k: i
         for s, (logp_BV, token_B) in enumerate(zip(ahead, tokens[1:], strict=True)):
             logq_BV = law(model.head.next_log_probs(draft))
             logq_B, logp_B = (arrays.log_prob(a[:, None], token_B[:, None])[:, 0] for a in (logq_BV, logp_BV))
-            chances.append(jnp.exp(jnp.minimum(0.0, logq_B - logp_B)))
+            # A law that was rounded otherwise may rule out what was sampled; NEVER is finite.
+            chance_B = jnp.where(logp_B > 0.5 * NEVER, jnp.exp(jnp.minimum(0.0, logq_B - logp_B)), 0.0)
+            chances.append(chance_B)
             overlaps.append(jnp.sum(jnp.exp(jnp.minimum(logp_BV, logq_BV)), axis=-1))
             if s + 1 < k:
                 draft = model.head.condition(draft, token_B)

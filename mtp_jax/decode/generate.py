@@ -25,7 +25,7 @@ def generate(model: LanguageModel, prompts: Sequence[Prompt], **options: Any) ->
       model: a model, best one that `for_decoding` has laid out (it is laid out on the fly if not).
       prompts: token ids of each row; they may differ in length.
       options: the fields of `DecodeConfig`; max_new_tokens, temperature, top_k, top_p, seed and k may each be one
-        value, or one per row. k may also be "auto".
+        value, or one per row. k may also be "auto". `row` is the number of the first row, if one seed is for all.
 
     Raises:
       ConfigError: a bad value; the message names it and what is allowed.

@@ -69,7 +69,7 @@ class Slots:
           max_new: the most new tokens of a request, which it gets if it does not say.
           options: the fields of `DecodeConfig`, one value each. `verifier` and `stop_tokens` hold for all requests;
             `k` is the most drafts of any, a number; the others are what requests have that do not say. Request i
-            samples as row i of a batch of that seed.
+            samples as row `row` + i of that seed.
 
         Raises:
           ConfigError: a bad value; the message names it and what is allowed.
@@ -114,8 +114,9 @@ class Slots:
         """
         for name in SHARED:
             require(name not in options, f"{name} belongs to all requests; give it to Slots(...), not to submit.")
-        row = 0 if "seed" in options else self._submitted
-        config = dataclasses.replace(self._config, verifier=None, **{"row": row, **options})
+        given = {name: value for name, value in options.items() if value is not None}
+        row = 0 if "seed" in given else self._config.row + self._submitted
+        config = dataclasses.replace(self._config, verifier=None, **{"row": row, **given})
         _number(config)
         require(
             self._plan.verifier != "greedy" or config.greedy,

@@ -117,6 +117,11 @@ class Head(nnx.Module):
         """log q(x_s | x_<s), `[B, T, W]` in nats: their sum over offsets is the joint. Forward only."""
         raise NotImplementedError
 
+    def gate(self, seen: Seen, next_BT: Array) -> Array | None:
+        """Log-weights `[B, T, R]` of the head's components, given the tokens behind, for those who look; None where it
+        has no components."""
+        return None
+
     def marginal(self, seen: Seen) -> tuple[Array, Any]:
         """The head's own law of the next token, `[B, T, V]` log-probabilities in float32, for heads that may be the
         target; and a tree with B and T in front of what `begin` need not compute again."""

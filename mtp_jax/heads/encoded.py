@@ -28,7 +28,7 @@ class EncodedHead(Head):
     def __init__(self, config: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(config, model, rngs=rngs)
         self.encoder = lookup(ENCODERS, config.encoder, "HeadConfig.encoder")(config, model, rngs=rngs)
-        self.mixture = MixtureHead(_later(config), model, rngs=rngs, whole=0)
+        self.mixture = MixtureHead(_later(config), model, rngs=rngs)
         self.known = model.known
 
     @classmethod
@@ -67,12 +67,17 @@ class EncodedHead(Head):
         self.mixture.unstack(unembed_VD)
 
     def loss(self, seen: Seen, targets_BTW: Array, weights_BTW: Array, key: Array | None = None) -> tuple[Array, Aux]:
-        """That of the mixture over the offsets from 2 on; what it reports is of these."""
+        """That of the mixture over the offsets from 2 on; what it reports is of these, and the next-token loss is the
+        model's."""
         seen = self._encoded(seen, targets_BTW[..., 0])
         loss, aux = self.mixture.loss(seen, targets_BTW[..., 1:], weights_BTW[..., 1:], key)
         if "listed" in aux:  # the model's own law has all tokens
             aux["listed"] = jnp.concatenate([jnp.sum(weights_BTW[..., :1], axis=(0, 1)), aux["listed"]])
-        return self.config.gamma * loss, aux
+        return loss, aux
+
+    def gate(self, seen: Seen, next_BT: Array) -> Array:
+        """That of the mixture, given the next tokens."""
+        return self.mixture.gate(self._encoded(seen, next_BT), next_BT)
 
     def log_likelihood(self, seen: Seen, targets_BTW: Array) -> Array:
         """log q(x_s | x_<s), `[B, T, W]` in nats; the first is the model's own."""

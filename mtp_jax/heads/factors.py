@@ -8,12 +8,12 @@
 | `lora` | U_s h + B C_rs h | 2 W V (D + R E) + 2 W D R E |
 
 U is the model's vocabulary table. Components are drawn per offset, copied over R and told apart by a little noise.
-Behind an encoder maps begin as the identity (`shared` ones of several components, with noise).
+Behind an encoder maps begin as the identity, and drafts of `shared` and `lowrank` factors with them as the model's law.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,19 @@ from mtp_jax.parameters import init_full, init_weight, row
 from mtp_jax.sharding import gather
 
 Tables = dict[str, Any]
+
+NEAR = 0.01
+"""Noise between components that begin as the identity, of what a fresh weight has. The law moves by less than 1e-2
+nats."""
+
+
+class Flops(NamedTuple):
+    """FLOPs of the logits of one position, all R and W, and what of backward's twice as many is saved where the hidden
+    states (`states`) or the vocabulary table (`table`) need no gradient."""
+
+    forward: int
+    states: int
+    table: int
 
 
 class Factors(nnx.Module):
@@ -54,11 +67,8 @@ class Factors(nnx.Module):
         raise NotImplementedError
 
     @staticmethod
-    def flops(head: HeadConfig, model: ModelConfig) -> tuple[int, int]:
-        """FLOPs of the logits of one position, all R and W, and those that backward saves with a frozen trunk.
-
-        Neither hidden states nor U need a gradient there.
-        """
+    def flops(head: HeadConfig, model: ModelConfig) -> Flops:
+        """The work of one position."""
         raise NotImplementedError
 
     def params(self) -> Tables:
@@ -130,10 +140,10 @@ class FullFactors(Factors):
         return _by_offset("btd,drwv->btrwv", x_BTD, tables["u_DRWV"])
 
     @staticmethod
-    def flops(head: HeadConfig, model: ModelConfig) -> tuple[int, int]:
-        """Of one position: forward, and what backward saves with a frozen trunk."""
+    def flops(head: HeadConfig, model: ModelConfig) -> Flops:
+        """The work of one position."""
         forward = 2 * head.rank * head.window * model.vocab_size * model.d_model
-        return forward, forward
+        return Flops(forward, forward, 0)
 
 
 class SharedFactors(Factors):
@@ -145,7 +155,7 @@ class SharedFactors(Factors):
     def __init__(self, head: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         shape = (model.d_model, head.rank, head.window, model.d_model)
         if head.encoder != "none":
-            self.map_DRWD = _identity(rngs, "map_DRWD", shape, head.init_noise if head.rank > 1 else 0.0)
+            self.map_DRWD = _identity(rngs, "map_DRWD", shape, NEAR * head.init_noise if head.rank > 1 else 0.0)
         else:
             self.map_DRWD = _copies(rngs, "map_DRWD", shape, head.init_noise)
 
@@ -156,10 +166,10 @@ class SharedFactors(Factors):
         return product("btrwd,vd->btrwv", rows_BTRWD, tables["unembed_VD"])
 
     @staticmethod
-    def flops(head: HeadConfig, model: ModelConfig) -> tuple[int, int]:
-        """Of one position: forward, and what backward saves with a frozen trunk."""
-        forward = 2 * head.rank * head.window * model.d_model * (model.vocab_size + model.d_model)
-        return forward, forward
+    def flops(head: HeadConfig, model: ModelConfig) -> Flops:
+        """The work of one position."""
+        maps, table = (2 * head.rank * head.window * model.d_model * n for n in (model.d_model, model.vocab_size))
+        return Flops(maps + table, maps, table)
 
 
 class LowRankFactors(Factors):
@@ -201,10 +211,10 @@ class LowRankFactors(Factors):
         return shared_BTWV[:, :, None] + product("btrwe,ve->btrwv", own_BTRWE, tables["up_VE"])
 
     @staticmethod
-    def flops(head: HeadConfig, model: ModelConfig) -> tuple[int, int]:
-        """Of one position: forward, and what backward saves with a frozen trunk."""
+    def flops(head: HeadConfig, model: ModelConfig) -> Flops:
+        """The work of one position."""
         w, d, own, v = head.window, model.d_model, head.rank * head.factor_width, model.vocab_size
-        return 2 * w * (d + own) * (v + d), 2 * w * d * (d + own + v)
+        return Flops(2 * w * (d + own) * (v + d), 2 * w * d * (d + own), 2 * w * d * v)
 
 
 class LoRAFactors(Factors):
@@ -240,10 +250,10 @@ class LoRAFactors(Factors):
         return shared_BTWV[:, :, None] + product("btrwe,ve->btrwv", own_BTRWE, tables["up_VE"])
 
     @staticmethod
-    def flops(head: HeadConfig, model: ModelConfig) -> tuple[int, int]:
-        """Of one position: forward, and what backward saves with a frozen trunk."""
+    def flops(head: HeadConfig, model: ModelConfig) -> Flops:
+        """The work of one position."""
         w, d, own, v = head.window, model.d_model, head.rank * head.factor_width, model.vocab_size
-        return 2 * w * (v * (d + own) + d * own), 2 * w * d * (v + own)
+        return Flops(2 * w * (v * (d + own) + d * own), 2 * w * d * (v + own), 0)
 
 
 FACTORS: dict[str, type[Factors]] = {

@@ -16,7 +16,7 @@ from mtp_jax import arrays
 from mtp_jax.heads.base import Aux, Head, Seen
 from mtp_jax.heads.circuits import CIRCUITS
 from mtp_jax.heads.config import HeadConfig
-from mtp_jax.heads.factors import FACTORS, Factors, Tables
+from mtp_jax.heads.factors import FACTORS, Factors, Flops, Tables
 from mtp_jax.heads.shortlist import SHORT, Shortlist, ShortlistForm, split
 from mtp_jax.losses.balance import balance_loss
 from mtp_jax.losses.mixture import Terms, conditionals, factor_scores, mixture_loss
@@ -47,13 +47,11 @@ class MixtureHead(Head):
 
     shortlists = True
 
-    def __init__(self, config: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs, whole: int = 1):
-        """`whole`: how many offsets in front a shortlist leaves whole; 0 behind an encoder, where all are drafts."""
+    def __init__(self, config: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(config, model, rngs=rngs)
-        self.whole = whole
         self.factors = _factors(config)(config, model, rngs=rngs)
         self.circuit = lookup(CIRCUITS, config.circuit, "HeadConfig.circuit")(config, model, rngs=rngs)
-        self.shortlist = Shortlist(config.shortlist, model, whole) if config.shortlist else None
+        self.shortlist = Shortlist(config.shortlist, model, self.whole) if config.shortlist else None
         self.known = model.known
 
     @classmethod
@@ -80,6 +78,11 @@ class MixtureHead(Head):
         return self.factors.THROUGH_TABLE
 
     @property
+    def whole(self) -> int:
+        """How many offsets in front a shortlist leaves whole: none behind an encoder, where all are drafts."""
+        return _whole(self.config)
+
+    @property
     def form(self) -> Any:
         """How logits come from `params`: a `losses.tiles.Form`."""
         return ShortlistForm(type(self.factors), self.whole) if self.shortlist else type(self.factors)
@@ -87,7 +90,7 @@ class MixtureHead(Head):
     def params(self, unembed_VD: Any) -> Tables:
         """What the logits are computed from, by name. `unembed_VD`: the model's table."""
         found = self.factors.params()
-        if self.reads_table:
+        if self.reads_table and (self.whole or not self.shortlist):
             found["unembed_VD"] = unembed_VD
         if self.shortlist:
             name = f"{SHORT}unembed_VD"
@@ -102,6 +105,10 @@ class MixtureHead(Head):
             name = f"{SHORT}unembed_VD"
             setattr(self, name, nnx.Param(tables[name]))
             self.shortlist.unstack()
+
+    def gate(self, seen: Seen, next_BT: Array) -> Array:
+        """`log_weights` of what was seen."""
+        return self.log_weights(seen.x_BTD)
 
     def log_weights(self, x_BTD: Array) -> Array:
         """log w_r(h), the components' weights at the first offset: `[B, T, R]` in float32, normalised."""
@@ -120,7 +127,7 @@ class MixtureHead(Head):
         latent = self.circuit.latent(x_BTD)
         log_w_BTR = self.circuit.start(latent)[1]
         columns_BTW, listed_BTW = self._columns(targets_BTW)
-        terms = Terms(type(self.circuit), config.gamma, config.z_weight, self.known)
+        terms = Terms(type(self.circuit), config.gamma, config.z_weight, self.known, 1 - self.whole)
         batch = x_BTD, latent, columns_BTW, jnp.where(listed_BTW, weights_BTW, 0.0)
         if key is not None and config.loss_fraction < 1:
             batch = subsample(jax.random.fold_in(key, 1), config.loss_fraction, *batch)
@@ -217,24 +224,29 @@ class MixtureHead(Head):
             lookup(CIRCUITS, config.circuit, "HeadConfig.circuit").flops(config, model),
             config.loss_fraction,
         )
-        forward, saved = _factor_flops(config, model)
-        backward = 2 * forward - (saved if frozen else 0)
-        return part * forward + circuit, part * backward + (1 if frozen else 2) * circuit
+        forward, states, table = _factor_flops(config, model)
+        behind = frozen and config.encoder == "none"  # an encoder learns through the hidden states
+        backward = 2 * forward - (table if frozen else 0) - (states if behind else 0)
+        return part * forward + circuit, part * backward + (1 if behind else 2) * circuit
 
 
 def _factors(config: HeadConfig) -> type[Factors]:
     return lookup(FACTORS, config.factors, "HeadConfig.factors")
 
 
-def _factor_flops(head: HeadConfig, model: ModelConfig) -> tuple[int, int]:
+def _whole(config: HeadConfig) -> int:
+    return int(config.encoder == "none")
+
+
+def _factor_flops(head: HeadConfig, model: ModelConfig) -> Flops:
     """`Factors.flops` of all offsets; with a shortlist, those after the first have another vocabulary."""
     flops = _factors(head).flops
     if not head.shortlist:
         return flops(head, model)
-    short, whole = dataclasses.replace(model, vocab_size=head.shortlist, num_tokens=None), int(head.encoder == "none")
+    short, whole = dataclasses.replace(model, vocab_size=head.shortlist, num_tokens=None), _whole(head)
     parts = ((whole, model), (head.window - whole, short))
     found = [flops(dataclasses.replace(head, window=w, shortlist=0), of) for w, of in parts if w]
-    return sum(forward for forward, _ in found), sum(saved for _, saved in found)
+    return Flops(*map(sum, zip(*found, strict=True)))
 
 
 def _within(draft: Joint) -> None:

@@ -38,8 +38,8 @@ class ShortlistForm:
     def tables(self, params: Tables) -> tuple[Tables, ...]:
         """Those of the first offset, if it has the whole vocabulary, and those of the later ones."""
         parts = zip(split(params), (slice(0, self.whole), slice(self.whole, None)), strict=True)
-        found = tuple(self.factors.tables(self.factors.at(one, offsets)) for one, offsets in parts)
-        return found[1 - self.whole :]
+        read = list(parts)[1 - self.whole :]
+        return tuple(self.factors.tables(self.factors.at(one, offsets)) for one, offsets in read)
 
     def logits(self, tables: tuple[Tables, ...], x_BTD: Array) -> tuple[Array, ...]:
         """`[B, T, R, 1, V]` of the first offset and `[B, T, R, W - 1, n]` of the later ones, for n listed tokens."""

@@ -46,8 +46,7 @@ def import_run(
     """Make a run directory of a pretrained model, and return its path. It is there whole, or not at all.
 
     The parameters keep their dtype; what is quantised becomes float32. The model computes in bfloat16 where they are,
-    else in float32. Tokenizer, stop tokens and chat template come
-    with them.
+    else in float32. Tokenizer, stop tokens and chat template come with them.
 
     Args:
       source: a Hugging Face directory, the id of a model of its hub, such as "Qwen/Qwen3-0.6B", or a GGUF file.

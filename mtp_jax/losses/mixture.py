@@ -29,13 +29,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Terms:
-    """What is static in the loss: the circuit's law; offset s counts `gamma**(s-1)`; `z_weight` is on the mean square
-    of log-normalisers; ids from `known` on are ruled out (None: all are known)."""
+    """What is static in the loss: the circuit's law; offset s counts `gamma**(s-1)`, where the first of them is offset
+    1 + `before` of the window; `z_weight` is on the mean square of log-normalisers; ids from `known` on are ruled out
+    (None: all are known)."""
 
     law: type[Circuit]
     gamma: float = 1.0
     z_weight: float = 0.0
     known: int | None = None
+    before: int = 0
 
 
 def mixture_loss(
@@ -144,7 +146,7 @@ def conditionals(law: type[Circuit], latent: Any, logp_BTRW: Array) -> Array:
 def _objective(terms: Terms, logp_BTRW: Array, lse_BTRW: Array, latent: Any, weights_BTW: Array) -> Any:
     """(loss, nll by offset) of positions, from the scores of their factors."""
     nll_W = -jnp.sum(weights_BTW * conditionals(terms.law, latent, logp_BTRW), axis=(0, 1))
-    loss = jnp.sum(nll_W * terms.gamma ** jnp.arange(nll_W.shape[0], dtype=nll_W.dtype))
+    loss = jnp.sum(nll_W * terms.gamma ** (terms.before + jnp.arange(nll_W.shape[0], dtype=nll_W.dtype)))
     if terms.z_weight:
         loss = loss + terms.z_weight * jnp.sum(weights_BTW * jnp.mean(jnp.square(lse_BTRW), axis=2))
     return loss, nll_W

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import numbers
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -93,14 +94,13 @@ class LoadedRun:
     def chat(self, messages: Messages, **options: Any) -> str:
         """The assistant's answer to a conversation: a list of {"role": ..., "content": ...}.
 
-        Options are those of `mtp_jax.generate`; without `max_new_tokens` it goes on to its end, or that of the context.
+        Options are those of `mtp_jax.generate`; it goes on for `max_new_tokens`, if given, or up to its end or that of
+        the context.
 
         Raises `ConfigError` if the model has no chat template, or it does not render the messages.
         """
         prompt = self.conversation(messages)
-        left = self.config.model.context_length - len(prompt)
-        given = {name: value for name, value in options.items() if value is not None}
-        out = self.generate_tokens([prompt], **{"max_new_tokens": left, **given})
+        out = self.generate_tokens([prompt], **self._up_to_the_context(prompt, options))
         return self.tokenizer.decode(out.tokens[0])
 
     def conversation(self, messages: Messages) -> np.ndarray:
@@ -126,15 +126,21 @@ class LoadedRun:
         """
         if isinstance(prompt, str):
             check_text("The prompt", prompt)
-            ids, defaults = self.encode(prompt), {}
+            ids = self.encode(prompt)
         else:
             ids = self.conversation(prompt)
-            defaults = {"max_new_tokens": self.config.model.context_length - len(ids)}
-        config = DecodeConfig.of(options, stop_tokens=self.stop_tokens, **defaults)
+            options = self._up_to_the_context(ids, options)
+        config = DecodeConfig.of(options, stop_tokens=self.stop_tokens)
         config.check(self.config.model, self.config.head, [ids])
         with jax.set_mesh(self.mesh):
             config = tuned(self.decoder, [ids], config)
         return Spans(self.tokenizer, ids, self._forwards(ids, config), stop_bytes(stop), config.k)
+
+    def _up_to_the_context(self, ids: np.ndarray, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of an answer, which ends where the context does if not before."""
+        left, given = self.config.model.context_length - len(ids), options.get("max_new_tokens")
+        more = isinstance(given, numbers.Integral) and int(given) > left
+        return options | {"max_new_tokens": left} if given is None or more else options
 
     def _forwards(self, ids: np.ndarray, config: DecodeConfig) -> Iterator[tuple[np.ndarray, int]]:
         parts = stream(self.decoder, ids, config)

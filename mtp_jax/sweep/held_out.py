@@ -14,7 +14,6 @@ from mtp_jax import arrays
 from mtp_jax.data.mixture import Mixture
 from mtp_jax.data.placement import place
 from mtp_jax.data.store import Store
-from mtp_jax.heads.mixture import MixtureHead
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.runs.loading import LoadedRun
 from mtp_jax.sweep.intervals import ratio_interval
@@ -49,8 +48,8 @@ def held_out_losses(run: LoadedRun, store: Store | Mixture, sequences: int) -> d
 
 @jax.jit
 def _held_out(model: LanguageModel, batch: dict[str, Array]) -> dict[str, Array]:
-    """Sums over the positions of each sequence: losses by offset and of the target; of a mixture also the gate. What a
-    shortlist has not counts in none of them."""
+    """Sums over the positions of each sequence: losses by offset and of the target; of components also the gate. What
+    a shortlist has not counts in none of them."""
     seen, targets_BTW = model.see(batch["tokens_BT"], batch["segments_BT"]), batch["targets_BTW"]
     nll_BTW = -model.head.log_likelihood(seen, targets_BTW)
     listed_BTW = nll_BTW != jnp.inf
@@ -60,9 +59,9 @@ def _held_out(model: LanguageModel, batch: dict[str, Array]) -> dict[str, Array]
         "windows_B": jnp.sum(jnp.ones_like(targets_BTW[..., 0]), axis=1, dtype=jnp.int32),
         "first_B": -jnp.sum(arrays.log_prob(model.target(seen)[0], targets_BTW[..., 0]), axis=1),
     }
-    if not isinstance(model.head, MixtureHead):
+    log_w_BTR = model.head.gate(seen, targets_BTW[..., 0])
+    if log_w_BTR is None:
         return found
-    log_w_BTR = model.head.log_weights(seen.x_BTD)
     w_BTR = jnp.exp(log_w_BTR)
     return found | {
         "gate_BR": jnp.sum(w_BTR, axis=1),

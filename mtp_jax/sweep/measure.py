@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -153,9 +154,11 @@ def decoding_costs(
 
 
 def untrained(config: TrainConfig) -> LoadedRun:
-    """A model as it begins, on one device, as `load` gives a trained one."""
+    """A model as it begins, on one device, as `load` gives a trained one. Its texts mean nothing, and nothing ends
+    them."""
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
+    tokenizer.conventions = dataclasses.replace(tokenizer.conventions, stops=(-1,))
     config = config.with_tokenizer(tokenizer.vocab_size)
     with jax.set_mesh(mesh):
         model = jax.jit(functools.partial(build_model, config))(random_key(config.seed))

@@ -19,8 +19,8 @@ from mtp_jax.data.preparation import prepare
 from mtp_jax.data.prompts import held_out_prompts
 from mtp_jax.data.store import Store
 from mtp_jax.decode.config import DecodeConfig
-from mtp_jax.decode.decoding import Decoding
 from mtp_jax.decode.expectation import Expectation, expectation
+from mtp_jax.decode.generate import generate
 from mtp_jax.runs.loading import LoadedRun
 from mtp_jax.state import split
 from mtp_jax.train.step import batch_loss, target_counts
@@ -61,51 +61,63 @@ def evaluate(
     return named({"loss": value, **aux})
 
 
-def evaluate_run(run: LoadedRun, limit: int | None = None) -> dict[str, float]:
-    """The held-out metrics of a loaded run, over `limit` batches, spread over what is held out, or all."""
+def store_of(run: LoadedRun) -> Store | Mixture:
+    """The data of a loaded run, which is only read."""
+    return prepare(run.config.data, tokenizer=run.tokenizer, reading=True)
+
+
+def evaluate_run(run: LoadedRun, limit: int | None = None, store: Store | Mixture | None = None) -> dict[str, float]:
+    """The held-out metrics of a loaded run, over `limit` batches, spread over what is held out, or all.
+
+    `store`: the run's data, if it is open already.
+    """
     graph, params = split(run.model)
     with jax.set_mesh(run.mesh):
-        batches = held_out(run.config, prepare(run.config.data, tokenizer=run.tokenizer, reading=True), run.mesh, limit)
+        batches = held_out(run.config, store or store_of(run), run.mesh, limit)
         return evaluate(jax.jit(functools.partial(batch_loss, graph)), params, batches)
 
 
+def beginnings(store: Store | Mixture, count: int, length: int) -> list[np.ndarray]:
+    """The first `length` tokens of `count` held-out documents; fewer documents where not so many have two tokens, and
+    fewer tokens, so that each of them has one more."""
+    lengths = np.sort(store.valid.lengths)[::-1]
+    count = min(count, int(np.sum(lengths > 1)))
+    if not count:
+        return []
+    return [ids for _, ids in held_out_prompts(store, count, min(length, int(lengths[count - 1]) - 1))]
+
+
 def expected_of_run(
-    run: LoadedRun, temperature: float, k: int, prompts: int, prompt_tokens: int, new_tokens: int
+    run: LoadedRun, prompts: list[np.ndarray], temperature: float, k: int, new_tokens: int
 ) -> dict[str, Any]:
-    """What drafting is expected to count on texts that the run writes behind the beginnings of held-out documents.
+    """What drafting is expected to count on texts that the run writes behind prompts.
 
     Args:
+      prompts: token ids.
       temperature: of the texts, and of drafting.
       k: drafts per forward.
-      prompts: how many documents, at most.
-      prompt_tokens: their first so many tokens are read, at most: half of the context, and all but one of a document.
-      new_tokens: how long a text is, at most: what the context holds.
+      new_tokens: how long a text is, at most.
+
+    Raises:
+      ConfigError: as decoding does.
     """
-    store = prepare(run.config.data, tokenizer=run.tokenizer, reading=True)
-    context = run.config.model.context_length
-    prompt_tokens = max(1, min(prompt_tokens, context // 2, int(store.valid.lengths.max()) - 1))
-    new_tokens = min(new_tokens, context - prompt_tokens)
-    long = int(np.sum(store.valid.lengths > prompt_tokens))
-    chosen = [ids for _, ids in held_out_prompts(store, min(prompts, max(1, long)), prompt_tokens)]
     parts: list[list[np.ndarray]] = []
     with jax.set_mesh(run.mesh):
-        size = int(np.prod([run.mesh.shape[axis] for axis in ("data", "fsdp")])) * ROWS
-        for first in range(0, len(chosen), size):
-            some = chosen[first : first + size]
+        devices = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+        for first in range(0, len(prompts), devices * ROWS):
+            some = prompts[first : first + devices * ROWS]
             count = len(some)
-            some += some[:1] * (-count % (size // ROWS))  # the devices divide them
+            some += some[:1] * (-count % devices)  # the devices divide them
             config = DecodeConfig(new_tokens, temperature, row=first, k=0, stop_tokens=run.stop_tokens)
-            texts = Decoding(run.decoder, some, config)
-            texts.advance()
-            asked = dataclasses.replace(config, k=k)
-            found = expectation(run.model, some, texts.result().tokens, asked)
+            texts = generate(run.decoder, some, **vars(config)).tokens
+            found = expectation(run.model, some, texts, dataclasses.replace(config, k=k))
             parts.append([getattr(found, field.name)[:count] for field in dataclasses.fields(Expectation)])
     whole = Expectation(*map(np.concatenate, zip(*parts, strict=True)))
     return {
         "temperature": temperature,
         "verifier": "token",
         "k": k,
-        "prompts": len(chosen),
+        "prompts": len(prompts),
         "tokens_per_forward": whole.tokens_per_forward,
         "acceptance": whole.acceptance,
         "overlap": whole.overlap,

@@ -1,5 +1,6 @@
 """Expected acceptance against decoding: the same counts at temperature 0, and above it the same in the mean."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -8,6 +9,7 @@ from mtp_jax.decode import expectation as expected
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.decoder import for_decoding
 from mtp_jax.decode.expectation import expectation
+from mtp_jax.validate import ConfigError
 from support import tiny
 from support.decoding import PROMPTS, build
 from support.tally import register
@@ -56,8 +58,48 @@ def test_of_every_head(name, mesh, monkeypatch):
     config = tiny.train_config(tiny.model_config(vocab_size=12), tiny.head_config(**HEADS[name]))
     model = tiny.make_model(config, seed=3)
     prompts = [[5, 1, 9], [4, 3, 6, 7, 8, 2, 10, 11], [3], [7, 11] * 7]
+    if config.head.encoder != "none":  # which begins without an effect
+        down_FD = model.head.encoder.join_down_FD
+        down_FD[...] = jax.random.normal(jax.random.key(4), down_FD.shape)
     out = same_counts(model, for_decoding(model), 3, (), prompts, [16] * 4)
     assert out.accepted.sum() > 0
+
+
+def test_at_temperature_0_the_overlap_is_the_mean_of_the_chances(models, monkeypatch):
+    """Over the positions whose offsets all lie in the text."""
+    texts, seen, counts = generate(models.ready, PROMPTS, k=0, max_new_tokens=LIMITS).tokens, [], expected._counts
+    monkeypatch.setattr(
+        expected, "_counts", lambda chance_nk, limit: seen.append(chance_nk) or counts(chance_nk, limit)
+    )
+    found = expectation(models.stacked, PROMPTS, texts, DecodeConfig(LIMITS, k=2))
+    inside = [chance_nk[: max(0, len(text) - 2)] for chance_nk, text in zip(seen, texts, strict=True)]
+    assert found.positions_B.tolist() == [14, 1, 9, 0]
+    np.testing.assert_allclose(found.overlap, np.concatenate(inside).mean(0))
+
+
+def test_on_many_devices_they_are_those_of_one(models):
+    texts = generate(models.ready, PROMPTS, k=0, max_new_tokens=16, temperature=0.8, top_p=0.9).tokens
+    config = DecodeConfig(16, 0.8, top_p=0.9, k=3)
+    here = expectation(models.stacked, PROMPTS, texts, config)
+    with tiny.mesh(2, 2, 2) as mesh:
+        there = expectation(build(mesh).stacked, PROMPTS, texts, config)
+    for name, value in vars(here).items():
+        np.testing.assert_allclose(getattr(there, name), value, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, texts, words",
+    [
+        ({"k": 0}, [[1]], "k is 0"),
+        ({"k": "auto"}, [[1]], "k is 'auto'"),
+        ({"k": [1]}, [[1]], r"k is \(1,\)"),
+        ({"k": 4}, [[1]], "k is 4"),
+        ({"k": 1}, [[1, 2, 3]], "Text 0 has 3 tokens and max_new_tokens is 2"),
+    ],
+)
+def test_what_is_not_expected_is_refused(models, options, texts, words):
+    with pytest.raises(ConfigError, match=words):
+        expectation(models.stacked, [[5]], texts, DecodeConfig(2, **options))
 
 
 @pytest.mark.parametrize("law", [(1.0, 0, 1.0), (0.8, 6, 0.95)])

@@ -88,6 +88,11 @@ def test_options_of_slots_are_those_of_requests_that_do_not_say(model):
         for i, progress in made.step().items():
             steps.setdefault(i, []).append(progress)
     assert agree(steps, generate(model, PROMPTS, **options))
+    later = make(model, **options, row=2)
+    later.submit(PROMPTS[2], seed=None)  # as if it were not given
+    np.testing.assert_array_equal(
+        next(iter(later.step(99).values())).tokens, generate(model, PROMPTS, **options).tokens[2]
+    )
 
 
 def test_a_stop_token_ends_a_request_wherever_it_stands(model):

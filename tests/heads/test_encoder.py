@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mtp_jax.heads.config import HeadConfig
 from mtp_jax.heads.registry import check_head
 from mtp_jax.losses import tiles
 from mtp_jax.validate import ConfigError
@@ -87,11 +88,29 @@ def test_the_loss_is_the_weighted_likelihood_behind_the_first_offset(case, gamma
     np.testing.assert_allclose(of_offsets, want_W[1:], rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["shared", "lowrank", "shortlist"])
-def test_drafts_begin_as_the_models_own_law(case):
-    """Before the first step the token behind h is drafted as the model itself would have it there."""
-    rank = dict(rank=1) if CASES[case]["factors"] == "shared" else dict(rank=3)
-    head = tiny.head_config(**{**CASES[case], **rank, "encoder": "token", "target": "ntp", "window": 3})
+@every_case
+def test_only_the_offsets_are_weighed_by_gamma(case):
+    """What the losses by offset do not explain does not depend on it: z, and the balance of components."""
+    x_BTD, (targets_BTW, weights_BTW) = hidden(1, 2, 5, D), make_targets(1, 2, 5)
+
+    def rest(gamma):
+        model = encoded(case, gamma=gamma, balance="squared", z_weight=0.3)
+        both = lambda model, *arrays: model.head.loss(seen(model, arrays[0]), *arrays[1:])  # noqa: E731
+        loss, aux = run(both, model, x_BTD, targets_BTW, weights_BTW)
+        return loss - np.sum(np.asarray(aux["loss_offset"]) * gamma ** np.arange(1, W))
+
+    assert rest(1.0) > 0.1
+    np.testing.assert_allclose(rest(0.5), rest(1.0), rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "case, rank", [("shared", 1), ("shared", 3), ("lowrank", 1), ("lowrank", 3), ("shortlist", 1), ("shortlist", 3)]
+)
+def test_drafts_begin_as_the_models_own_law(case, rank):
+    """Before the first step the token behind h is drafted as the model itself would have it there: exactly, but for
+    `shared` factors of several components, whose noise is that of the default here."""
+    changes = dict(encoder="token", target="ntp", window=3, rank=rank, init_noise=HeadConfig.init_noise)
+    head = tiny.head_config(**{**CASES[case], **changes})
     model = tiny.make_model(tiny.train_config(head=head))
     x_B1D = tiny.shard(hidden(3, 4, 1, 16))
 
@@ -105,12 +124,15 @@ def test_drafts_begin_as_the_models_own_law(case):
         own_BV = own_BV[:, :3] - np.log(np.exp(own_BV[:, :3]).sum(-1, keepdims=True))
         assert (draft_BV[:, 3:] == -np.inf).all()
         draft_BV = draft_BV[:, :3]
-    np.testing.assert_allclose(draft_BV, own_BV, atol=1e-5)
+    exact = rank == 1 or head.factors == "lowrank"
+    np.testing.assert_allclose(draft_BV, own_BV, atol=1e-5 if exact else 0.1)
+    assert np.sum(np.exp(own_BV) * (own_BV - draft_BV), axis=-1).max() < 1e-2
+    assert exact or np.abs(draft_BV - own_BV).max() > 1e-4
 
 
 @pytest.mark.parametrize("factors", ["shared", "lowrank"])
 def test_components_differ_after_a_step(factors):
-    head = tiny.head_config(factors=factors, rank=3, encoder="token", target="ntp", init_noise=0.02, window=3)
+    head = tiny.head_config(factors=factors, rank=3, encoder="token", target="ntp", window=3)
     config = tiny.train_config(head=head)
     model = tiny.make_model(config)
     batch = tiny.make_batch(config)
@@ -141,3 +163,16 @@ def test_components_differ_after_a_step(factors):
 def test_what_an_encoder_does_not_go_with_is_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
         check_head(tiny.head_config(**{"encoder": "token", "target": "ntp", "factors": "shared", **changes}))
+
+
+def test_the_gate_is_that_of_drafting():
+    model = encoded("shared")
+    x_BTD, next_BT = hidden(3, 4, 1, D), np.arange(4, dtype=np.int32)[:, None]
+
+    def both(model, x_BTD, next_BT):
+        given = seen(model, x_BTD)
+        return model.head.gate(given, next_BT)[:, 0], model.head.begin(given, next_BT[:, 0], window=W).log_alpha_BR
+
+    gate_BR, drafting_BR = run(both, model, x_BTD, next_BT)
+    np.testing.assert_allclose(gate_BR, drafting_BR, atol=1e-6)
+    assert np.abs(np.diff(gate_BR, axis=0)).max() > 1e-3

@@ -134,24 +134,26 @@ def test_the_heads_flops_are_those_of_its_matrix_products(head):
     assert counted == BATCH * TIME * (trunk + forward + own_table(config))
 
 
+@pytest.mark.parametrize("encoder", [False, True])
 @pytest.mark.parametrize("factors", FACTORS)
-def test_what_backward_saves_on_a_frozen_trunk(factors):
-    """Of the factors' own products: neither hidden states nor the vocabulary table need a gradient."""
+def test_what_backward_saves_on_a_frozen_trunk(factors, encoder):
+    """Of the factors' own products: the table needs no gradient, and hidden states only behind an encoder."""
     config, rows = make_config(factors), 6
     model, form = config.model, FACTORS[factors]
     params = {**form(config.head, model, rngs=nnx.Rngs(0)).params(), "unembed_VD": jnp.ones((34, 20))}
     trained = params.keys() - {"unembed_VD"}
 
-    def logits(own, rest, x_BTD):
+    def logits(own, x_BTD, rest):
         return jnp.sum(form.logits(form.tables({**own, **rest}), x_BTD) ** 2)
 
     own, rest = ({name: a for name, a in params.items() if (name in trained) is of} for of in (True, False))
-    jaxpr = jax.jit(jax.value_and_grad(logits)).trace(own, rest, jnp.ones((1, rows, 20))).jaxpr.jaxpr
+    gradient = jax.value_and_grad(logits, argnums=(0, 1) if encoder else 0)
+    jaxpr = jax.jit(gradient).trace(own, jnp.ones((1, rows, 20)), rest).jaxpr.jaxpr
     # The rule of a product gives both gradients, and the compiler leaves out what nobody asks for.
     counted = count(partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[0])
-    forward, saved = form.flops(config.head, model)
+    forward, states, table = form.flops(config.head, model)
     # U B is computed once for all positions; the prediction leaves it out, and the gradient of B.
-    assert counted - 2 * per_batch(config) == rows * (3 * forward - saved)
+    assert counted - 2 * per_batch(config) == rows * (3 * forward - table - (0 if encoder else states))
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -2,15 +2,14 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import mtp_jax
 from mtp_jax import cli
-from mtp_jax.data.preparation import prepare
-from mtp_jax.data.prompts import held_out_prompts
-from mtp_jax.train.evaluate import evaluate, evaluate_run, expected_of_run, named
+from mtp_jax.train.evaluate import beginnings, evaluate, evaluate_run, expected_of_run, named, store_of
 from mtp_jax.train.loggers import read_metrics
 from support.loop import RANK, WINDOW
 
@@ -52,10 +51,10 @@ def test_eight_devices_evaluate_as_one_does(config, trained):
 
 def test_what_drafting_will_count_is_said(trained, capsys):
     """At temperature 0 it is what decoding counts; the texts are the same few for every head on the same trunk."""
-    run, k, sizes = mtp_jax.load(trained), WINDOW - 1, (3, 8, 12)
-    found = expected_of_run(run, 0.0, k, *sizes)
-    store = prepare(run.config.data, tokenizer=run.tokenizer, reading=True)
-    prompts = [ids for _, ids in held_out_prompts(store, found["prompts"], 8)]
+    run, k = mtp_jax.load(trained), WINDOW - 1
+    prompts = beginnings(store_of(run), 3, 8)
+    assert {len(prompt) for prompt in prompts} == {8}
+    found = expected_of_run(run, prompts, 0.0, k, 12)
     out = run.generate_tokens(prompts, max_new_tokens=12, k=k, stop_tokens=run.stop_tokens)
     assert found["tokens_per_forward"] == pytest.approx(out.block_efficiency)
     assert found["acceptance"] == pytest.approx(out.acceptance)
@@ -67,10 +66,43 @@ def test_what_drafting_will_count_is_said(trained, capsys):
     assert any(line.startswith("0.5 ") and f"{rows[1]['tokens_per_forward']:.3f}" in line for line in said)
     cli.main(["eval", str(trained), "--temperatures", *options])
     assert "expected" not in json.loads(capsys.readouterr().out.strip().splitlines()[-1])
-    for wrong in (["--k", str(WINDOW)], ["--k", "0"], ["--new-tokens", "1"]):
+    for wrong in (["--k", str(WINDOW)], ["--k", "0"], ["--new-tokens", "1"], ["--temperatures", "-1"]):
         with pytest.raises(SystemExit):
             cli.main(["eval", str(trained), *wrong])
-        assert wrong[0] in capsys.readouterr().err
+        assert wrong[0].strip("-").rstrip("s").replace("-", "_") in capsys.readouterr().err.replace("-", "_")
+
+
+def test_texts_do_not_depend_on_how_many_are_looked_at_together(trained, config, monkeypatch):
+    run = mtp_jax.load(trained)
+    prompts = (beginnings(store_of(run), 3, 8) * 2)[:5]
+    found = expected_of_run(run, prompts, 0.9, WINDOW - 1, 12)
+    monkeypatch.setattr("mtp_jax.train.evaluate.ROWS", 2)
+    for loaded in (run, mtp_jax.load(trained, mesh=config.mesh)):
+        again = expected_of_run(loaded, prompts, 0.9, WINDOW - 1, 12)
+        for name, value in found.items():
+            assert again[name] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-4)), name
+
+
+def test_short_documents_have_short_beginnings():
+    lengths = np.array([1, 2, 9, 5])
+
+    class Valid:
+        """Four documents."""
+
+        def __init__(self):
+            self.lengths, self.names = lengths, "abcd"
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return np.arange(lengths[i])
+
+    store = SimpleNamespace(valid=Valid())
+    assert [len(ids) for ids in beginnings(store, 2, 8)] == [4, 4]
+    assert [len(ids) for ids in beginnings(store, 9, 8)] == [1, 1, 1]
+    lengths[:] = 1
+    assert beginnings(store, 9, 8) == []
 
 
 def test_every_target_weighs_the_same_whichever_batch_it_is_in():
