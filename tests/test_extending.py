@@ -16,7 +16,7 @@ from mtp_jax.data.sources.base import Part
 from mtp_jax.decode.verify import VERIFIERS
 from mtp_jax.decode.verify.coupled import Coupled
 from mtp_jax.heads.circuits import CIRCUITS, CPD
-from mtp_jax.heads.factors import FACTORS, Factors
+from mtp_jax.heads.factors import FACTORS, Factors, Flops
 from mtp_jax.model.layers import product
 from mtp_jax.parameters import PARAMETERS, Parameter, init_weight
 from mtp_jax.train.loop import train
@@ -42,7 +42,7 @@ class Diagonal(Factors):
     @staticmethod
     def flops(head, model):
         forward = 2 * head.rank * head.window * model.d_model * model.vocab_size
-        return forward, forward
+        return Flops(forward, states=forward, table=0)
 
 
 class Forgetful(CPD):
