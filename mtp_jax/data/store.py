@@ -1,8 +1,9 @@
 """Token store: every document of a source, tokenised once, in memory-mapped files. `prepare` makes it.
 
 A store is a directory. For each split it holds the tokens end to end (`train.tokens.bin`, little-endian), the `int64`
-offsets where documents begin (`train.offsets.npy`), and their names (`train.names.jsonl`); `manifest.json` says what it
-is and what it was made from, and `tokenizer/` holds the files of its tokenizer, if it has any.
+offsets where documents begin (`train.offsets.npy`), and their names (`train.names.jsonl`); conversations have a loss
+mask too, a byte for each token (`train.mask.bin`), 1 where it is supervised. `manifest.json` says what it is and what
+it was made from, and `tokenizer/` holds the files of its tokenizer, if it has any.
 """
 
 from __future__ import annotations
@@ -44,16 +45,19 @@ class Names(Sequence[str]):
 
 @dataclass(frozen=True)
 class Documents:
-    """The documents of one split. Item i is an int32 array of ids that ends with the end-of-document token.
+    """The documents of one split. Item i is an int32 array of ids, which ends with the end-of-document token where the
+    store has no loss mask.
 
     `tokens` is the memory map of all documents end to end, uint16 or uint32; document i is
-    `tokens[offsets[i] : offsets[i + 1]]` and is called `names[i]`. `split` is its name in messages.
+    `tokens[offsets[i] : offsets[i + 1]]` and is called `names[i]`. `mask`, uint8, has 1 for each token that is
+    supervised; without one all are. `split` is its name in messages.
     """
 
     split: str
     tokens: np.ndarray
     offsets: np.ndarray
     names: Sequence[str]
+    mask: np.ndarray | None = None
 
     def require_some(self) -> None:
         """Raise `ConfigError` if there are none."""
@@ -97,8 +101,13 @@ class Store:
 
     @property
     def sha256(self) -> str:
-        """The hash of the training tokens: where it is the same, the batches are."""
+        """The hash of the training tokens, and of their mask: where it is the same, the batches are."""
         return self.manifest["splits"]["train"]["sha256"]
+
+    @property
+    def masked(self) -> bool:
+        """Whether it has a loss mask."""
+        return bool(self.manifest.get("mask"))
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that it was made with: its own copy."""
@@ -122,13 +131,17 @@ class Store:
 
 def _open_split(path: Path, manifest: dict[str, Any], split: str) -> Documents:
     counts, dtype = manifest["splits"][split], np.dtype(manifest["dtype"])
-    file = path / f"{split}.tokens.bin"
-    size, expected = file.stat().st_size, counts["tokens"] * dtype.itemsize
+    tokens = _mapped(path / f"{split}.tokens.bin", dtype, counts["tokens"])
+    mask = _mapped(path / f"{split}.mask.bin", np.dtype(np.uint8), counts["tokens"]) if manifest.get("mask") else None
+    offsets = np.load(path / f"{split}.offsets.npy", mmap_mode="r")
+    if len(offsets) != counts["documents"] + 1 or offsets[-1] != counts["tokens"]:
+        raise ValueError(f"{split}.offsets.npy does not fit {split}.tokens.bin")
+    return Documents(split, tokens, offsets, Names(path / f"{split}.names.jsonl", counts["documents"]), mask)
+
+
+def _mapped(file: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    size, expected = file.stat().st_size, count * dtype.itemsize
     if size != expected:
         raise ValueError(f"{file.name} has {size} bytes and should have {expected}")
     # An empty file cannot be mapped.
-    tokens = np.memmap(file, dtype, "r") if size else np.empty(0, dtype)
-    offsets = np.load(path / f"{split}.offsets.npy", mmap_mode="r")
-    if len(offsets) != counts["documents"] + 1 or offsets[-1] != counts["tokens"]:
-        raise ValueError(f"{split}.offsets.npy does not fit {file.name}")
-    return Documents(split, tokens, offsets, Names(path / f"{split}.names.jsonl", counts["documents"]))
+    return np.memmap(file, dtype, "r") if size else np.empty(0, dtype)
