@@ -30,7 +30,7 @@ CASES = {"none": {"head.balance": "none"}} | {
 
 def on(trunk: str) -> dict[str, str]:
     """The trunk that a finished sweep of rank_code.py has left."""
-    return {"init_from": f"runs/rank_code/{trunk}/trunk"}
+    return {"base": f"runs/rank_code/{trunk}/trunk"}
 
 
 SWEEPS = {

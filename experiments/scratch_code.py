@@ -23,7 +23,7 @@ from mtp_jax import MeasureConfig, Sweep
 
 # What models from scratch accept differs much between seeds: three decided nothing.
 GRID = {"head.rank": (1, 2, 4, 8), "seed": (0, 1, 2, 3, 4, 5)}
-FRESH = {"head": PLAIN, "init_from": "", "freeze": "none"}
+FRESH = {"head": PLAIN, "base": ""}
 
 SWEEPS = {
     "cpu": Sweep(

@@ -79,8 +79,8 @@ def for_steps(config: TrainConfig, steps: int) -> TrainConfig:
     )
 
 
-def heads(trunk: TrainConfig, *, steps: int, batch_size: int, learning_rate: float, init_from: str) -> TrainConfig:
-    """Runs of heads on a frozen `trunk`, the run `init_from`."""
+def heads(trunk: TrainConfig, *, steps: int, batch_size: int, learning_rate: float, base: str) -> TrainConfig:
+    """Runs of heads on a `trunk` that stays as it is, the run `base`."""
     config = replace(
         trunk,
         head=replace(PLAIN, target="ntp", ntp_weight=0.0),
@@ -93,11 +93,10 @@ def heads(trunk: TrainConfig, *, steps: int, batch_size: int, learning_rate: flo
             weight_decay=0.0,
         ),
         eval_batches=8,
-        init_from=init_from,
-        freeze="trunk",
+        base=base,
     )
     return for_steps(config, steps)
 
 
-HEADS_CPU = heads(TRUNK_CPU, steps=480, batch_size=2, learning_rate=2e-3, init_from="trunk")
-HEADS_GPU = heads(TRUNK_GPU, steps=2400, batch_size=64, learning_rate=1e-3, init_from="trunk")
+HEADS_CPU = heads(TRUNK_CPU, steps=480, batch_size=2, learning_rate=2e-3, base="trunk")
+HEADS_GPU = heads(TRUNK_GPU, steps=2400, batch_size=64, learning_rate=1e-3, base="trunk")

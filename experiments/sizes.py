@@ -40,7 +40,7 @@ def sweep(name: str, trunk: TrainConfig, heads: TrainConfig) -> Sweep:
         heads,
         {"head.rank": (1, 4), "seed": (0, 1, 2)},
         {
-            size: {**{f"model.{field}": value for field, value in model.items()}, "init_from": f"trunk-{size}"}
+            size: {**{f"model.{field}": value for field, value in model.items()}, "base": f"trunk-{size}"}
             for size, model in models.items()
         },
         reference={"head.rank": 1},
@@ -52,7 +52,7 @@ def sweep(name: str, trunk: TrainConfig, heads: TrainConfig) -> Sweep:
 def on(size: str, trunk: str) -> TrainConfig:
     """Heads on a trunk that this sweep has left."""
     found = SWEEPS[size]
-    return replace(found.base, model=found.first[trunk].model, init_from=f"runs/sizes/{size}/{trunk}")
+    return replace(found.base, model=found.first[trunk].model, base=f"runs/sizes/{size}/{trunk}")
 
 
 SWEEPS = {"cpu": sweep("cpu", TRUNK_CPU, HEADS_CPU), "gpu": sweep("gpu", TRUNK_GPU, HEADS_GPU)}

@@ -119,9 +119,10 @@ class TrainConfig:
     the state is saved, and the newest `keep_checkpoints` stay, and that of the lowest held-out loss.
     With an `ema_decay` above 0, such as 0.999, the run keeps the average of its parameters too: the plain mean over
     its steps up to 1 / (1 - ema_decay), exponential from there on, so that the initial ones have no weight.
-    `init_from` is the directory of a run whose model, as last saved, this one begins with; the head is fresh. With
-    `freeze` trunk all that is not the head's stays as it is, without gradient or optimizer state: all heads that are
-    trained so with target `ntp` preserve one law.
+    `init_from` is the directory of a run whose model, as last saved, this one begins with; the head is fresh.
+    `base` is the directory of a run, or of an imported model, that stays as it is: this run trains a head on it, and
+    saves that alone. What `model` does not say is the base's, and so is the tokenizer. All heads on a base with target
+    `ntp` preserve one law, the base's own.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -139,21 +140,21 @@ class TrainConfig:
     log_every: int = 10
     ema_decay: float = 0.0
     init_from: str = ""
-    freeze: Literal["none", "trunk"] = "none"
+    base: str = ""
     seed: int = 0
 
     def __post_init__(self) -> None:
         typed(self)
         fraction(self, "ema_decay", closed=False)
         require(
-            self.freeze == "trunk" or self.model.param_dtype == "float32",
-            f"model.param_dtype is {self.model.param_dtype} and freeze is {self.freeze}; what is trained is float32. "
-            "Set freeze to trunk, or param_dtype to float32.",
+            bool(self.base) or self.head.kind == "none" or self.model.param_dtype == "float32",
+            f"model.param_dtype is {self.model.param_dtype} and base is empty; what is trained is float32. Set base to "
+            "the directory of a run whose model stays as it is, or param_dtype to float32.",
         )
         require(
-            self.freeze == "none" or bool(self.init_from),
-            f"freeze is {self.freeze} and init_from is empty: a trunk that nothing has trained would be frozen. Set "
-            "init_from to the directory of a run.",
+            not (self.base and self.init_from),
+            f"base is {self.base!r} and init_from is {self.init_from!r}: a head is trained on one, or a whole model "
+            "begins with the other. Give one of them.",
         )
         at_least(self, 1, "steps", "grad_accumulation", "eval_every", "eval_batches", "checkpoint_every")
         at_least(self, 1, "keep_checkpoints", "log_every")
@@ -163,8 +164,9 @@ class TrainConfig:
             f"data.batch_size is {batch} and grad_accumulation is {parts}; the parts are equal, so the batch must be a "
             "multiple of it.",
         )
+        unknown = self.base and self.model.num_tokens is None  # the context is the base's, which has not been opened
         require(
-            self.data.seq_len <= self.model.context_length,
+            bool(unknown) or self.data.seq_len <= self.model.context_length,
             f"data.seq_len is {self.data.seq_len} and model.context_length is {self.model.context_length}; "
             "the context must hold a training sequence.",
         )
@@ -173,6 +175,11 @@ class TrainConfig:
             f"optimizer.warmup_steps is {self.optimizer.warmup_steps} and steps is {self.steps}; "
             "the warm-up cannot be longer than the run.",
         )
+
+    @property
+    def begins_from(self) -> str:
+        """The run that must be there before this one begins, if any."""
+        return self.base or self.init_from
 
     def with_tokenizer(self, vocab_size: int) -> TrainConfig:
         """The config with `model.num_tokens`, of a tokenizer of `vocab_size` ids; refuses a smaller vocabulary."""

@@ -33,14 +33,16 @@ class LanguageModel(nnx.Module):
     input embedding, None where that is tied.
     """
 
-    trunk: Trunk | UnrolledTrunk
+    trunk: Trunk | UnrolledTrunk | None
 
-    def __init__(self, config: ModelConfig, head: HeadConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, head: HeadConfig, *, rngs: nnx.Rngs, trunk: bool = True):
+        """`trunk`: whether there is one; without it the model is given the hidden states that its head reads."""
         self.config = config
         shape, tied = (config.vocab_size, config.d_model), config.tie_embeddings
         # Small next to what the layers add, or their output would drown in it until they have grown.
         self.embed_VD = None if tied else init_weight(rngs, "embed_VD", shape)
-        self.trunk = Trunk(config, rngs=rngs)
+        made = Trunk(config, rngs=rngs)  # in any case: a head begins alike with and without it
+        self.trunk = made if trunk else None
         self.head: Head = check_head(head)(head, config, rngs=rngs)
         outside = [n for n in self.head.taps if not 1 <= n <= config.num_layers]
         require(not outside, f"The head taps the layers {outside} and the model has 1..{config.num_layers}.")
@@ -79,19 +81,29 @@ class LanguageModel(nnx.Module):
         unembed_VD = None if self.unembed_VD is None else self.unembed_VD[...]
         return Seen(x_BTD, tokens_BT, segments_BT, taps, self.embed, unembed_VD)
 
-    def loss(self, batch: dict[str, Array], weights_BTW: Array, key: Array | None = None) -> tuple[Array, Aux]:
-        """The training loss of a batch in nats, and sums to report; `Head.loss` says what the arguments are.
+    def loss(
+        self, batch: dict[str, Array], weights_BTW: Array, key: Array | None = None, *, own: bool = True
+    ) -> tuple[Array, Aux]:
+        """The training loss of a batch in nats, and sums to report; `Head.loss` says what the arguments are. With
+        hidden states in the batch, `x_BTD`, the trunk is not run.
 
-        With target `ntp` the next-token loss is added with `ntp_weight`, and is `loss_first_token`.
+        With target `ntp` the next-token loss is added with `ntp_weight`, and is `loss_first_token`; not if `own` is
+        False, for a model that stays as it is.
         """
-        seen, targets_BTW = self.see(batch["tokens_BT"], batch["segments_BT"]), batch["targets_BTW"]
+        tokens_BT, segments_BT, targets_BTW = (batch[name] for name in ("tokens_BT", "segments_BT", "targets_BTW"))
+        if "x_BTD" in batch:
+            seen = self.seen(batch["x_BTD"].astype(self.config.dtype), tokens_BT, (), segments_BT)
+        else:
+            seen = self.see(tokens_BT, segments_BT)
         loss, aux = self.head.loss(seen, targets_BTW, weights_BTW, key)
         config = self.head.config
         if config.target == "marginal":
             return loss, {**aux, "loss_first_token": aux["loss_offset"][0]}
+        if not own:
+            return loss, aux
         params, latent_BT1 = {"unembed_VD": seen.unembed_VD}, Independent.latent(seen.x_BTD)
         first = targets_BTW[..., :1], weights_BTW[..., :1]
-        own, nll_1 = mixture_loss(
+        first_loss, nll_1 = mixture_loss(
             NextToken,
             Terms(Independent, 1.0, config.z_weight, self.config.known),
             params,
@@ -101,7 +113,7 @@ class LanguageModel(nnx.Module):
         )
         if aux["loss_offset"].shape[0] < config.window:  # the head leaves the first offset to the model
             aux = {**aux, "loss_offset": jnp.concatenate([nll_1, aux["loss_offset"]])}
-        return loss + config.ntp_weight * own, {**aux, "loss_first_token": nll_1[0]}
+        return loss + config.ntp_weight * first_loss, {**aux, "loss_first_token": nll_1[0]}
 
     def next_token(self, x_BTD: Array) -> Array:
         """The model's own law of the next token: log-probabilities `[B, T, V]` in float32."""

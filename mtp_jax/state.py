@@ -18,17 +18,32 @@ from mtp_jax.parameters import last_name, row
 @dataclass(frozen=True)
 class TrainState:
     """All that changes in training: steps taken, parameters by name, optimizer state of those that are trained, and the
-    average of the parameters if the run keeps one. Donated whole to the step."""
+    average of the parameters if the run keeps one. Donated whole to the step.
+
+    `base`: the parameters of the run's base, if it has one, which stay as they are and are not saved with it; `params`
+    are then the head's.
+    """
 
     step: Array
     params: dict[str, Any]
     opt_state: Any
     ema: Any = None
+    base: Any = None
+
+    @property
+    def whole(self) -> dict[str, Any]:
+        """The parameters of the whole model."""
+        return self.on_base(self.params)
+
+    def on_base(self, params: dict[str, Any]) -> dict[str, Any]:
+        """Those of the whole model where `params`, or their average, are its own."""
+        return {**(self.base or {}), **params}
 
 
-def build_model(config: TrainConfig, key: Array) -> LanguageModel:
-    """The model of a config, with fresh parameters in the dtype that they are kept in."""
-    model = LanguageModel(config.model, config.head, rngs=nnx.Rngs(key))
+def build_model(config: TrainConfig, key: Array, *, trunk: bool = True) -> LanguageModel:
+    """The model of a config, with fresh parameters in the dtype that they are kept in; without its trunk if `trunk` is
+    False."""
+    model = LanguageModel(config.model, config.head, rngs=nnx.Rngs(key), trunk=trunk)
     if config.model.param_dtype == "float32":
         return model
     graph, params = split(model)

@@ -18,7 +18,7 @@ ORDER = [
     {"config", "language_model"},
     {"mesh", "state", "decode"},
     {"runs"},
-    {"look", "train", "interop"},
+    {"look", "train", "interop", "distill"},
     {"bench"},
     {"sweep"},
     {"commands"},

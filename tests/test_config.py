@@ -57,7 +57,7 @@ REFUSED = {
     ),
     "narrow parameters that are trained": (
         lambda: TrainConfig(ModelConfig(param_dtype="bfloat16")),
-        ["param_dtype is bfloat16", "freeze is none", "float32"],
+        ["param_dtype is bfloat16", "base is empty", "float32"],
     ),
     "a window without a head": (
         lambda: check_head(HeadConfig("none", window=2, target="ntp")),
@@ -136,7 +136,10 @@ REFUSED = {
     "skip_above_without_limit": (lambda: OptimizerConfig(skip_above=2.0), ["skip_above is 2.0", "skip_limit is 0"]),
     "profile_backwards": (lambda: ProfileConfig("13:10"), ["ProfileConfig.steps is '13:10'", "BEGIN:END"]),
     "profile_of_one": (lambda: ProfileConfig("13"), ["ProfileConfig.steps is '13'", "BEGIN:END"]),
-    "frozen_from_nothing": (lambda: TrainConfig(freeze="trunk"), ["freeze is trunk", "init_from is empty", "a run"]),
+    "two_beginnings": (
+        lambda: TrainConfig(base="a", init_from="b"),
+        ["base is 'a'", "init_from is 'b'", "one of them"],
+    ),
     "tfds_without_data_set": (lambda: DataConfig(source="tfds"), ["dataset is empty", "--data.dataset"]),
     "field_empty": (lambda: DataConfig(source="jsonl", files="*", field="meta."), ["field is 'meta.'", "dots"]),
     "separator_of_stdlib": (lambda: DataConfig(separator="--"), ["separator is '--'", "source is stdlib", "text"]),
@@ -446,8 +449,7 @@ def test_every_field_survives_json():
         keep_checkpoints=5,
         log_every=3,
         ema_decay=0.9,
-        init_from="runs/trunk",
-        freeze="trunk",
+        base="runs/trunk",
         seed=8,
     )
     assert_no_default(config)
@@ -457,7 +459,7 @@ def test_every_field_survives_json():
     assert from_dict(TrainConfig, {}) == default
     # And the two differ in all that they hold.
     differing = {name: (here, there) for name, here, there in differences(config, default)}
-    alone = {"model.attention", "data.field", "data.dataset", "data.split"}
+    alone = {"init_from", "model.attention", "data.field", "data.dataset", "data.split"}
     assert (
         differing.keys() | alone == {name for name, _ in leaves(to_dict(config))}
         and list(differences(config, config)) == []
@@ -471,7 +473,7 @@ def leaves(values, prefix=""):
 
 
 # Fields that do not go with other values than another field's default.
-ALONE = {"attention", "field", "dataset", "split"}
+ALONE = {"init_from", "attention", "field", "dataset", "split"}
 
 
 def assert_no_default(config):

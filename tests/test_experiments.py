@@ -136,4 +136,4 @@ def test_the_ranks_of_the_primary_comparison_have_one_target():
     for file in ("rank_code", "rank_text"):
         named = load_sweep(str(REPOSITORY / "experiments" / f"{file}.py"))
         for variant in named.sweep.variants.values():
-            assert (variant.config.freeze, variant.config.head.target) == ("trunk", "ntp")
+            assert (variant.config.base, variant.config.head.target) == ("trunk", "ntp")

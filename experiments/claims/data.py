@@ -29,7 +29,7 @@ class RankResults(Results):
     @property
     def frozen(self) -> bool:
         """Whether the heads were trained on a frozen trunk with one target."""
-        return all(run.raw["config"]["freeze"] == "trunk" and run.head["target"] == "ntp" for run in self.runs)
+        return all(_on_base(run.raw["config"]) and run.head["target"] == "ntp" for run in self.runs)
 
     @property
     def over_balance(self) -> bool:
@@ -99,3 +99,8 @@ def above_one(results: RankResults) -> list[Point]:
 def differences(results: RankResults, reading: str, metric: Metric) -> list[Estimate | None]:
     """Of all points, to what they are compared with."""
     return [compare(results, point, reading, metric) for point in above_one(results)]
+
+
+def _on_base(config: dict[str, Any]) -> bool:
+    """Whether a run trained a head alone. Earlier results say it with `freeze`."""
+    return bool(config.get("base")) or config.get("freeze") == "trunk"

@@ -53,7 +53,7 @@ def bench_train(
 def next_token(config: TrainConfig) -> TrainConfig:
     """The same trunk with an independent head of one offset, all of it trained: a next-token model by the same code."""
     head = HeadConfig(circuit="independent", window=1, rank=1, factors="full", balance="none")
-    return dataclasses.replace(config, head=head, init_from="", freeze="none")
+    return dataclasses.replace(config, head=head, init_from="", base="")
 
 
 def measure_steps(

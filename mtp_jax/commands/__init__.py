@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 TEXTS = ("--prompt", "--stop", "--separator", "--data.separator", "--system")
 """Options whose value is any text."""
-PLACES = ("--run-dir", "--out", "--dir")
+PLACES = ("--run-dir", "--out", "--dir", "--base")
 """Options whose value is a path, which may begin with one dash."""
 
 
@@ -33,12 +33,14 @@ class RunOptions:
     """Which checkpoint; best is the one with the lowest held-out loss."""
     weights: Literal["params", "ema"] = "params"
     """The parameters, or their average over the last steps, where the run kept it (ema_decay)."""
+    base: str | None = None
+    """Of a head on a base: where that is, if it was moved."""
 
     def load(self, *, decoding_only: bool = False) -> LoadedRun:
         """The run with these weights. Raises what `mtp_jax.load` does."""
         from mtp_jax.runs.loading import load
 
-        return load(self.run, self.step, weights=self.weights, decoding_only=decoding_only)
+        return load(self.run, self.step, weights=self.weights, decoding_only=decoding_only, base=self.base)
 
 
 def parse(cls: type[T], args: Sequence[str], name: str, default: T | None = None) -> T:

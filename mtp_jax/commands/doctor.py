@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,11 +64,12 @@ def main(args: list[str]) -> None:
 
 
 def _config(given: str) -> TrainConfig:
-    """That of an experiment file, or of a run directory."""
+    """That of an experiment file, or of a run directory: of an imported model with it as the base of a head to come."""
     if "://" in given or Path(given).expanduser().is_dir():
         from mtp_jax.runs.layout import read_config
 
-        return read_config(given)
+        config = read_config(given)
+        return dataclasses.replace(config, base=given) if config.head.kind == "none" else config
     return load_experiment(given)
 
 

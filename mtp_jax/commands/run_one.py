@@ -71,8 +71,9 @@ def _run_one(named: NamedSweep, name: str, place: Place) -> None:
 
 
 def _train(named: NamedSweep, name: str, place: Place) -> None:
-    begin = named.config(name, place.directory).init_from
-    args = [f"{named.key}/{name}", "--run-dir", str(place.run(name)), "--init-from", begin, "--auto-resume"]
+    config = named.config(name, place.directory)
+    args = [f"{named.key}/{name}", "--run-dir", str(place.run(name)), "--auto-resume"]
+    args += ["--init-from", config.init_from, "--base", config.base]
     until = time.monotonic() + SAVING_SECONDS
     while True:
         try:
@@ -111,7 +112,7 @@ def _check(named: NamedSweep, name: str, place: Place) -> None:
             f"{place.run(name)} is a run with {field} {there!r}, and the sweep has {here!r}; delete it, or "
             "give another --dir.",
         )
-    needed = [first for first in named.sweep.first if config.init_from == str(place.run(first))]
+    needed = [first for first in named.sweep.first if config.begins_from == str(place.run(first))]
     for other in [*needed, COSTS] if name in named.sweep.variants else []:
         require(
             place.done(named, other),

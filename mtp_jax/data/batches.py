@@ -6,6 +6,9 @@ are shuffled within each epoch's worth of them, so that a batch is not one docum
 [n*B, (n+1)*B). Nothing is packed or remembered: batch n is a pure function of (seed, n), on any number of hosts, and is
 found by binary search. A mixture takes its sequences from several such strings, by turns. Below, S = T + W is what one
 sequence reads.
+
+Conversations, and all that a head on a base is trained on, come in rows (`mtp_jax.data.rows`) instead, which are
+permuted by (seed, epoch) as they are. With the hidden states of a base in the store, a batch has them too.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 
 from mtp_jax.data.mixture import MixedDocuments, Turns, shares
 from mtp_jax.data.permutation import permutation
+from mtp_jax.data.rows import pack
 from mtp_jax.data.store import Documents
 from mtp_jax.validate import require
 
@@ -77,14 +81,48 @@ class Sequences:
         return order, np.cumsum(self.documents.lengths[order])
 
 
+class RowSequences:
+    """Random access to the rows of a split. Safe to read from several threads."""
+
+    def __init__(self, documents: Documents, *, seq_len: int, window: int, seed: int, store: int = 0):
+        """As `Sequences`."""
+        documents.require_some()
+        self.rows, self.window = pack(documents, seq_len), window
+        hidden = documents.hidden
+        require(
+            hidden is None or hidden.shape[:2] == (len(self.rows), seq_len),
+            f"The hidden states of the {documents.split} split are {[] if hidden is None else list(hidden.shape)} and "
+            f"its rows of {seq_len} tokens are {len(self.rows)}. Cache them again.",
+        )
+        order = functools.partial(permutation, len(self.rows), seed, store=store)
+        self._epoch = functools.lru_cache(maxsize=2)(lambda epoch: order(2 * epoch + 1))
+
+    def at(self, places: np.ndarray) -> Batch:
+        """The rows that training reads in `places` (B,)."""
+        found = (divmod(place, len(self.rows)) for place in places.tolist())
+        return self.read(np.array([self._epoch(epoch)[place] for epoch, place in found]))
+
+    def read(self, numbers: np.ndarray) -> Batch:
+        """The rows whose numbers are `numbers` (B,), which have no targets beyond them: arrays as in `batches`."""
+        tokens_BT, pieces_BT, supervised_BT = self.rows.read(numbers)
+        ahead = ((0, 0), (0, self.window))
+        tokens_BS, pieces_BS = np.pad(tokens_BT, ahead), np.pad(pieces_BT, ahead, constant_values=-1)
+        batch = _batch(tokens_BS, pieces_BS, self.window, np.pad(supervised_BT, ahead))
+        hidden = self.rows.documents.hidden
+        if hidden is not None:
+            inside = np.minimum(numbers, len(self.rows) - 1)
+            batch["x_BTD"] = np.where((numbers == inside)[:, None, None], hidden[inside], np.zeros((), hidden.dtype))
+        return batch
+
+
 class MixedSequences:
     """Random access to the sequences of a mixture: those of each store in its own order, by turns."""
 
-    def __init__(self, documents: MixedDocuments, *, seq_len: int, window: int, seed: int):
-        """As `Sequences`."""
+    def __init__(self, documents: MixedDocuments, *, seq_len: int, window: int, seed: int, rows: bool = False):
+        """As `Sequences`; `rows`: of rows."""
         self._turns = Turns(documents.weights, seed)
         self._sequences = [
-            Sequences(part, seq_len=seq_len, window=window, seed=seed, store=store)
+            (RowSequences if rows else Sequences)(part, seq_len=seq_len, window=window, seed=seed, store=store)
             for store, part in enumerate(documents.parts)
         ]
 
@@ -107,30 +145,35 @@ def batches(
     seed: int,
     start: int = 0,
     shard: tuple[int, int] = (0, 1),
+    rows: bool = False,
     threads: int = 2,
     prefetch: int = 8,
 ) -> Iterator[Batch]:
     """Training batches from number `start` on, without end, read ahead by Grain.
 
     `batch_size` (B) is global; with `shard = (index, count)` each batch holds rows [index * B / count,
-    (index + 1) * B / count) of the global one. `prefetch` batches are read ahead by `threads` threads.
+    (index + 1) * B / count) of the global one. `rows`: of documents that are packed in rows, and not of one endless
+    string. `prefetch` batches are read ahead by `threads` threads.
 
     A batch is a dict of
       `tokens_BT` int32: the inputs;
       `targets_BTW` int32: `targets_BTW[b, t, s]` is the token s + 1 after position t, so s = 0 is the next token;
-      `valid_BTW` bool: whether that target belongs to the same document as its input. The end-of-document token is a
-        valid target, and as an input has none;
-      `segments_BT` int32: which document of the sequence a token belongs to, counted from 0.
+      `valid_BTW` bool: whether that target belongs to the same document as its input, and with a loss mask whether it
+        and all targets before it are supervised. The end-of-document token is a valid target, and as an input has none;
+      `segments_BT` int32: which document of the sequence a token belongs to, counted from 0;
+      `x_BTD`: the hidden states of a base, where the store has them.
 
     Raises `ConfigError` if the split has no documents or `count` does not divide B.
     """
     import grain
 
-    rows = _rows(batch_size, shard)
+    own = _own(batch_size, shard)
     sizes = {"seq_len": seq_len, "window": window, "seed": seed}
-    mixed = isinstance(documents, MixedDocuments)
-    sequences = MixedSequences(documents, **sizes) if mixed else Sequences(documents, **sizes)
-    dataset = grain.MapDataset.range(start, ENDLESS).map(lambda n: sequences.at(n * batch_size + rows))
+    if isinstance(documents, MixedDocuments):
+        sequences: Any = MixedSequences(documents, **sizes, rows=rows)
+    else:
+        sequences = (RowSequences if rows else Sequences)(documents, **sizes)
+    dataset = grain.MapDataset.range(start, ENDLESS).map(lambda n: sequences.at(n * batch_size + own))
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))
 
 
@@ -142,9 +185,10 @@ def held_out_batches(
     batch_size: int,
     limit: int | None = None,
     shard: tuple[int, int] = (0, 1),
+    rows: bool = False,
 ) -> list[Batch]:
-    """The batches of an evaluation: the documents in the store's order, each token once. With a `limit`, so many
-    batches of sequences that lie evenly over all of it.
+    """The batches of an evaluation: the documents in the store's order, each token once, or all `rows`. With a `limit`,
+    so many batches of sequences that lie evenly over all of it.
 
     Of a mixture the batches of each store in turn: all of them, or of `limit` a number in proportion to its weight, and
     at least one. Arrays, `shard` and errors are those of `batches`. There is always a batch, and all have the same
@@ -152,19 +196,24 @@ def held_out_batches(
     """
     documents.require_some()
     if isinstance(documents, MixedDocuments):
-        sizes: dict[str, Any] = {"seq_len": seq_len, "window": window, "batch_size": batch_size, "shard": shard}
+        sizes: dict[str, Any] = {"seq_len": seq_len, "window": window, "batch_size": batch_size}
+        sizes |= {"shard": shard, "rows": rows}
         some = [None if limit is None else max(1, part) for part in shares(documents.weights, limit or 0)]
         parts = zip(documents.parts, some, strict=True)
         return [batch for part, few in parts for batch in held_out_batches(part, limit=few, **sizes)]
-    rows = _rows(batch_size, shard)
-    total = len(documents.tokens)
-    count, sequences = -(-total // (batch_size * seq_len)), -(-total // seq_len)
+    own, total = _own(batch_size, shard), len(documents.tokens)
+    found = RowSequences(documents, seq_len=seq_len, window=window, seed=0) if rows else None
+    sequences = len(found.rows) if found else -(-total // seq_len)
+    count = -(-sequences // batch_size)
     numbers = np.arange(count * batch_size)
     if limit is not None and limit < count:
         count, numbers = limit, np.arange(limit * batch_size) * sequences // (limit * batch_size)
 
     def read(n: int) -> Batch:
-        positions_BS = _positions(numbers[n * batch_size + rows], seq_len, window)
+        chosen = numbers[n * batch_size + own]
+        if found:
+            return found.read(chosen)
+        positions_BS = _positions(chosen, seq_len, window)
         tokens_BS = documents.tokens[np.minimum(positions_BS, total - 1)]
         ranks_BS = np.searchsorted(documents.offsets[1:], positions_BS, side="right")
         # Each token of padding is a document of its own, so it has no targets and is nobody's.
@@ -177,21 +226,25 @@ def _positions(numbers: np.ndarray, seq_len: int, window: int) -> np.ndarray:
     return numbers[:, None] * seq_len + np.arange(seq_len + window)
 
 
-def _batch(tokens_BS: np.ndarray, ranks_BS: np.ndarray, window: int) -> Batch:
-    """The arrays of sequences, from their tokens and the running number of each token's document."""
+def _batch(tokens_BS: np.ndarray, ranks_BS: np.ndarray, window: int, supervised_BS: np.ndarray | None = None) -> Batch:
+    """The arrays of sequences, from their tokens, the running number of each token's document, and whether each is
+    supervised (None: all are)."""
     tokens_BS = tokens_BS.astype(np.int32)
     inputs_BT, documents_BT = tokens_BS[:, :-window], ranks_BS[:, :-window]
-    ahead_BTW = sliding_window_view(ranks_BS, window, axis=1)[:, 1:]
+    valid_BTW = sliding_window_view(ranks_BS, window, axis=1)[:, 1:] == documents_BT[:, :, None]
+    if supervised_BS is not None:
+        ahead_BTW = sliding_window_view(supervised_BS, window, axis=1)[:, 1:]
+        valid_BTW &= np.logical_and.accumulate(ahead_BTW, axis=2)
     return {
         "tokens_BT": inputs_BT.copy(),
         "targets_BTW": sliding_window_view(tokens_BS, window, axis=1)[:, 1:].copy(),
-        "valid_BTW": ahead_BTW == documents_BT[:, :, None],
+        "valid_BTW": valid_BTW,
         "segments_BT": (documents_BT - documents_BT[:, :1]).astype(np.int32),
     }
 
 
-def _rows(batch_size: int, shard: tuple[int, int]) -> np.ndarray:
-    """The rows of a global batch that fall to host `index` of `count`."""
+def _own(batch_size: int, shard: tuple[int, int]) -> np.ndarray:
+    """The sequences of a global batch that fall to host `index` of `count`."""
     index, count = shard
     require(
         batch_size % count == 0,

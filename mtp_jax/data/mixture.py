@@ -14,6 +14,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -74,6 +75,23 @@ class Mixture:
         """The hash of what is mixed, and how: where it is the same, the batches are."""
         text = "".join(f"{store.sha256}{count}" for store, count in zip(self.stores, shares(self.weights), strict=True))
         return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def masked(self) -> bool:
+        """Whether any of them has a loss mask."""
+        return any(store.masked for store in self.stores)
+
+    @property
+    def hidden(self) -> dict[str, Any] | None:
+        """What their hidden states are, if they have some. Raises `ConfigError` if they differ in that."""
+        first = self.stores[0].hidden
+        for store in self.stores[1:]:
+            require(
+                store.hidden == first,
+                f"The stores {self.stores[0].path} and {store.path} are mixed, and their hidden states differ in "
+                "kind, or one has none. Cache both with one base and one seq_len.",
+            )
+        return first
 
     @classmethod
     def open(cls, files: str) -> Mixture:

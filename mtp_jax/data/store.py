@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from mtp_jax.data.tokenizers import Tokenizer, kept_tokenizer
@@ -50,7 +51,8 @@ class Documents:
 
     `tokens` is the memory map of all documents end to end, uint16 or uint32; document i is
     `tokens[offsets[i] : offsets[i + 1]]` and is called `names[i]`. `mask`, uint8, has 1 for each token that is
-    supervised; without one all are. `split` is its name in messages.
+    supervised; without one all are. `hidden` `[rows, T, D]`: a base's hidden states, by row. `split` is its name in
+    messages.
     """
 
     split: str
@@ -58,6 +60,7 @@ class Documents:
     offsets: np.ndarray
     names: Sequence[str]
     mask: np.ndarray | None = None
+    hidden: np.ndarray | None = None
 
     def require_some(self) -> None:
         """Raise `ConfigError` if there are none."""
@@ -109,6 +112,11 @@ class Store:
         """Whether it has a loss mask."""
         return bool(self.manifest.get("mask"))
 
+    @property
+    def hidden(self) -> dict[str, Any] | None:
+        """What its hidden states are, if it has some: seq_len, width, dtype, taps, and the base with its sha256."""
+        return self.manifest.get("hidden")
+
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that it was made with: its own copy."""
         made = self.manifest["tokenizer"]
@@ -136,7 +144,13 @@ def _open_split(path: Path, manifest: dict[str, Any], split: str) -> Documents:
     offsets = np.load(path / f"{split}.offsets.npy", mmap_mode="r")
     if len(offsets) != counts["documents"] + 1 or offsets[-1] != counts["tokens"]:
         raise ValueError(f"{split}.offsets.npy does not fit {split}.tokens.bin")
-    return Documents(split, tokens, offsets, Names(path / f"{split}.names.jsonl", counts["documents"]), mask)
+    names, hidden = Names(path / f"{split}.names.jsonl", counts["documents"]), None
+    if states := manifest.get("hidden"):
+        file, kind = path / f"{split}.hidden.bin", ml_dtypes.finfo(states["dtype"]).dtype
+        row = states["seq_len"] * states["width"]
+        hidden = _mapped(file, kind, file.stat().st_size // (row * kind.itemsize) * row)
+        hidden = hidden.reshape(-1, states["seq_len"], states["width"])
+    return Documents(split, tokens, offsets, names, mask, hidden)
 
 
 def _mapped(file: Path, dtype: np.dtype, count: int) -> np.ndarray:

@@ -99,7 +99,8 @@ def export_run(run: LoadedRun, run_dir: epath.PathLike, out: epath.PathLike) -> 
     if len(shards) > 1:
         (partial / hf.INDEX).write_text(json.dumps({"metadata": {}, "weight_map": index}, indent=2) + "\n")
     head = run.config.head
-    base = f", which began with `{run.config.init_from}`" if run.config.init_from else ""
+    source = (run.meta.get("imported") or run.meta.get("base", {}).get("source", {})).get("source")
+    base = f", which began with `{source or run.config.init_from}`" if source or run.config.init_from else ""
     said = (
         "It has none."
         if head.kind == "none"

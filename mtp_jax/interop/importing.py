@@ -25,6 +25,7 @@ from mtp_jax.interop.gguf import open_gguf
 from mtp_jax.interop.pretrained import Pretrained
 from mtp_jax.interop.weights import read_params
 from mtp_jax.mesh import make_mesh, on_mesh
+from mtp_jax.runs.base import tensors_sha256
 from mtp_jax.runs.layout import TOKENIZER_DIR, write_config
 from mtp_jax.runs.paths import check_writable, children, full_path, replace_file
 from mtp_jax.runs.writer import CheckpointWriter
@@ -65,7 +66,7 @@ def import_run(
             found = open_gguf(Path(source).expanduser().absolute())
         else:
             found = stack.enter_context(_open_hf(_directory(source, revision)))
-        _write(found, source, run, log)
+        _write(found, source, revision, run, log)
     return run
 
 
@@ -80,7 +81,7 @@ def _open_hf(directory: Path) -> Iterator[Pretrained]:
         yield Pretrained(str(directory), "hf", model, tokenizer, shapes, dtype, read, ignored)
 
 
-def _write(found: Pretrained, source: str, run: epath.Path, log: Callable[[str], None]) -> None:
+def _write(found: Pretrained, source: str, revision: str, run: epath.Path, log: Callable[[str], None]) -> None:
     """Write the run, aside first."""
     tokenizer, rows = found.tokenizer, found.model.vocab_size
     if found.ignored:
@@ -95,7 +96,7 @@ def _write(found: Pretrained, source: str, run: epath.Path, log: Callable[[str],
     model = dataclasses.replace(found.model, vocab_size=padded, param_dtype=found.dtype, dtype=computes)
     end = str(tokenizer.to_json()["end_of_document"])
     data = DataConfig(tokenizer=f"hf:{found.what}", end_of_document=end, seq_len=min(1024, model.context_length))
-    config = TrainConfig(model, NO_HEAD, data, init_from=source, freeze="trunk").with_tokenizer(tokenizer.vocab_size)
+    config = TrainConfig(model, NO_HEAD, data).with_tokenizer(tokenizer.vocab_size)
     mesh = make_mesh(MeshConfig(1, 1, 1), _host())
     with jax.set_mesh(mesh):
         build = functools.partial(build_model, config, random_key(0))
@@ -111,8 +112,9 @@ def _write(found: Pretrained, source: str, run: epath.Path, log: Callable[[str],
             (partial / TOKENIZER_DIR).mkdir(exist_ok=True)
             replace_file(partial / TOKENIZER_DIR / name, content)
         state = TrainState(jnp.zeros((), jnp.int32), params, {})
+        imported = {"source": source, "revision": revision, "sha256": tensors_sha256(params, found.model.vocab_size)}
         with CheckpointWriter(partial, 1, on_host=True) as checkpoints:
-            checkpoints.save(state, config, {}, "")
+            checkpoints.save(state, config, {}, "", imported=imported)
     if run.exists():
         run.rmdir()
     partial.replace(run)

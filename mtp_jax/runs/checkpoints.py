@@ -87,30 +87,34 @@ class Checkpoints:
         weights: Literal["params", "ema"] = "params",
         *,
         cast: bool = False,
+        some: bool = False,
     ) -> Any:
         """The parameters alone, or their average, placed as `target` is, and cast to its dtypes if `cast` says so.
-        Raises as `restore` does."""
-        return self._restore(step, {weights: target}, cast)[1][weights]
+        `some`: the target is some of them, and nothing else is read. Raises as `restore` does."""
+        return self._restore(step, {weights: target}, cast, some)[1][weights]
 
     def meta(self, step: Step = "latest") -> dict[str, Any]:
         """The JSON of a step: step, config, tokenizer, data_sha256, versions, metrics. Raises as `restore` does."""
         step = self._step(step)
         return self._undamaged(step, lambda: self._read_meta(step))
 
-    def _restore(self, step: Step, trees: dict[str, Any], cast: bool = False) -> tuple[int, dict[str, Any]]:
+    def _restore(
+        self, step: Step, trees: dict[str, Any], cast: bool = False, some: bool = False
+    ) -> tuple[int, dict[str, Any]]:
         step = self._step(step)
         shard = (jax.process_index(), jax.process_count())
         self._undamaged(step, lambda: manifest.check(self._dir(step), trees, shard))
         args, largest = {}, 0
         for name, tree in trees.items():
             target = jax.tree.map(ocp.utils.to_shape_dtype_struct, tree)
-            largest = max(largest, self._check_arrays(step, name, target, cast))
-            args[name] = ocp.args.PyTreeRestore(target, ocp.checkpoint_utils.construct_restore_args(target))
+            largest = max(largest, self._check_arrays(step, name, target, cast, some))
+            placed = ocp.checkpoint_utils.construct_restore_args(target)
+            args[name] = ocp.args.PyTreeRestore(target, placed, partial_restore=some)
         with ocp.Checkpointer(array_handler(largest)) as reader:
             found = reader.restore(self._plain_dir(step), args=ocp.args.Composite(**args))
         return step, {name: found[name] for name in trees}
 
-    def _check_arrays(self, step: int, name: str, target: Any, cast: bool) -> int:
+    def _check_arrays(self, step: int, name: str, target: Any, cast: bool, some: bool) -> int:
         """Refuse arrays of another shape or dtype, which Orbax would cast and say nothing. Returns the most bytes that
         are read for one device's part of one."""
         if not (self._dir(step) / name).exists():
@@ -120,7 +124,7 @@ class Checkpoints:
             )
         metadata = ocp.PyTreeCheckpointHandler().metadata(self._plain_dir(step) / name).tree
         stored, wanted = (ocp.tree.to_flat_dict(tree, sep="/") for tree in (metadata, target))
-        for key in sorted({*stored, *wanted}):
+        for key in sorted(wanted if some else {*stored, *wanted}):
             here, there = (_described(tree.get(key)) for tree in (wanted, stored))
             if here != there and not (cast and here.partition("[")[2] == there.partition("[")[2]):
                 raise CheckpointError(

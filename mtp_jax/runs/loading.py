@@ -28,6 +28,7 @@ from mtp_jax.decode.text import check_text, continue_text, prompt_texts, stop_by
 from mtp_jax.decode.tune import tuned
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.mesh import make_mesh, on_mesh
+from mtp_jax.runs.base import base_of
 from mtp_jax.runs.checkpoints import Checkpoints, Step
 from mtp_jax.runs.layout import read_config, run_tokenizer, to_config
 from mtp_jax.state import build_model, split
@@ -159,6 +160,7 @@ def load(
     weights: Literal["params", "ema"] = "params",
     *,
     decoding_only: bool = False,
+    base: epath.PathLike | None = None,
 ) -> LoadedRun:
     """Reload a run wherever it was trained: no config, mesh or knowledge of its origin is needed.
 
@@ -169,9 +171,10 @@ def load(
       weights: the parameters, or "ema", their average over the last steps, where the run kept it.
       decoding_only: the run will only generate. Its model is then laid out for that, in the compute dtype, and there is
         no other copy: less memory, and nothing to train, evaluate or export.
+      base: where the run's base is, if that was moved: the run in which the model is that its head was trained on.
 
     Raises:
-      ConfigError: it is not a run directory, or the mesh does not fit.
+      ConfigError: it is not a run directory, or the mesh does not fit; or its base is not there, or is another model.
       CheckpointError: it has no such step or weights, or what is to be read is damaged: the message names the file
         and the last good step.
     """
@@ -191,13 +194,18 @@ def load(
             f"{tokenizer.to_json()}.",
         )
         config = config.with_tokenizer(tokenizer.vocab_size)
+        require(base is None or bool(config.base), f"{run_dir} has no base, and one is given: {base}. Leave it out.")
         build = functools.partial(build_model, config, random_key(0))
         graph = nnx.graphdef(jax.eval_shape(build))
         target = jax.eval_shape(jax.jit(lambda: split(build())[1]))
         if decoding_only:
             target = dtypes_for_decoding(target, config.model.dtype)
-        model = nnx.merge(
-            graph, checkpoints.restore_params(on_mesh(target, mesh), meta["step"], weights, cast=decoding_only)
-        )
+        target, params = on_mesh(target, mesh), {}
+        if config.base:
+            own = {"head": target.pop("head")}
+            params = base_of(meta, run_dir, base).params(target, cast=decoding_only)
+            target = own
+        params |= checkpoints.restore_params(target, meta["step"], weights, cast=decoding_only)
+        model = nnx.merge(graph, params)
         model = for_decoding(model, keep=False) if decoding_only else model
     return LoadedRun(model, tokenizer, config, mesh, meta["step"], meta)

@@ -68,6 +68,12 @@ def check(directory: epath.Path, folders: Iterable[str] | None = None, shard: tu
     _parallel(lambda name: _compare(directory / name, entries[name]), sorted(wanted)[index::count])
 
 
+def digest(directory: epath.Path, folder: str) -> str:
+    """A hash of what was sealed in `folder` of a directory, from the manifest alone. Raises `DamagedError`."""
+    entries = {name: entry for name, entry in _entries(directory).items() if name.startswith(f"{folder}/")}
+    return hashlib.sha256(json.dumps(entries, sort_keys=True).encode()).hexdigest()
+
+
 def _files(directory: epath.Path, prefix: str = "") -> list[str]:
     found = []
     for path in directory.iterdir():

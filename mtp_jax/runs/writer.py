@@ -57,10 +57,13 @@ class CheckpointWriter(Checkpoints):
             with contextlib.suppress(DamagedError):
                 self._losses[step] = loss_of(self._read_meta(step))
 
-    def save(self, state: TrainState, config: TrainConfig, metrics: dict[str, Any], data_sha256: str) -> int:
-        """Begin to save a state and return its step; the next call waits for this one.
+    def save(
+        self, state: TrainState, config: TrainConfig, metrics: dict[str, Any], data_sha256: str, **known: Any
+    ) -> int:
+        """Begin to save a state, but for its base, and return its step; the next call waits for this one.
 
-        `data_sha256` is that of the training tokens: a run is resumed on the same ones or not at all. The caller has
+        `data_sha256` is that of the training tokens: a run is resumed on the same ones or not at all. `known` are JSON
+        values that its JSON has too: of the base, say. The caller has
         seen that the state's loss is finite. A step that is saved already is left as it is. A save that fails, for
         want of space say, leaves the steps before it and is spoken of by the next call of `save`, `wait` or `close`.
         If it fails on one of several processes, it fails on all.
@@ -89,6 +92,7 @@ class CheckpointWriter(Checkpoints):
             "data_sha256": data_sha256,
             "versions": versions(),
             "metrics": metrics,
+            **known,
         }
         arrays = {"params": state.params, "opt_state": state.opt_state}
         arrays |= {} if state.ema is None else {"ema": state.ema}

@@ -90,7 +90,8 @@ class Sweep:
     `seed` is that of the batches too.
     `cases`: named changes of several fields together, as in {"none": {"head.balance": "none"}, ...}.
     `reference`: the changes by which a run becomes the one that it is compared with, as in {"head.rank": 1}.
-    `first`: runs that the others begin from, by name: a variant's `init_from` is one of these names, or a directory.
+    `first`: runs that the others begin from, by name: a variant's `base` or `init_from` is one of these names, or a
+    directory.
 
     Raises:
       ConfigError: a field or a value that there is not, or a reference that is no run of the sweep.
@@ -177,8 +178,10 @@ class NamedSweep:
         """The config of a run (of the costs, the base). What it begins from is in `directory`, if it is the sweep's."""
         first = {**self.sweep.first, COSTS: self.sweep.base}
         found = first[run] if run in first else self.sweep.variants[run].config
-        if found.init_from in self.sweep.first:
-            found = dataclasses.replace(found, init_from=str(epath.Path(directory or self.directory) / found.init_from))
+        if found.begins_from in self.sweep.first:
+            name = "base" if found.base else "init_from"
+            there = str(epath.Path(directory or self.directory) / found.begins_from)
+            found = dataclasses.replace(found, **{name: there})
         return found
 
 

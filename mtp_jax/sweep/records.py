@@ -66,7 +66,7 @@ class Place:
         else:
             found = {"config": plain(named.config(name, self.directory))}
         if name in sweep.variants:
-            begin = named.config(name, self.directory).init_from
+            begin = named.config(name, self.directory).begins_from
             found |= {"begins_from": fingerprint(begin) if begin else "", "costs": _sha256(self.record(COSTS))}
         return {"format": FORMAT, **found, **({} if name in sweep.first else {"measure": plain(sweep.measure)})}
 

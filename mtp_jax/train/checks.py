@@ -13,15 +13,16 @@ from mtp_jax.data.store import Store
 from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mtp_jax.heads.registry import check_head
 from mtp_jax.mesh import make_mesh
+from mtp_jax.runs.base import FREE, Base
 from mtp_jax.runs.layout import CHECKPOINTS_DIR, holds_run, why_no_run
 from mtp_jax.runs.manifest import how_to_seal, sealed_steps
 from mtp_jax.runs.paths import full_path
-from mtp_jax.validate import differences, require
+from mtp_jax.validate import ConfigError, differences, require
 
 # Fields of model, head and data that a resumed run may change: they change no parameter's shape and no batch.
 _OF_HEAD = ("ntp_weight", "gamma", "z_weight", "balance", "balance_weight", "init_noise", "loss_fraction")
 RESUMABLE = {
-    *(f"model.{name}" for name in ("dtype", "remat", "attention", "context_length", "num_tokens")),
+    *(f"model.{name}" for name in FREE),
     *(f"head.{name}" for name in _OF_HEAD),
     "data.cache_dir",
 }
@@ -31,7 +32,7 @@ FIXED = {
     "optimizer.skip_limit": "with and without one the optimizer's states differ",
     "ema_decay": "it keeps an average of its weights from its first step, or none",
     "init_from": "a run begins once",
-    "freeze": "a run begins once",
+    "base": "a run begins once",
 }
 SWITCHES = {"optimizer.skip_limit", "ema_decay"}
 
@@ -96,6 +97,38 @@ def check_same_run(config: TrainConfig, saved: TrainConfig, path: epath.Path) ->
             not fixed or (name in SWITCHES and bool(new) == bool(old)),
             f"--resume: {name} is {new!r} and the run in {path} was trained with {old!r}{why}. Give {way}, or start "
             "another run with --run-dir.",
+        )
+
+
+def check_same_base(base: Base, meta: dict[str, Any], path: epath.Path) -> None:
+    """Refuse to resume a head on another model than the checkpoint's."""
+    saved = meta["base"]["sha256"]
+    require(
+        base.sha256 == saved,
+        f"--resume: the base {base.path} has sha256 {base.sha256[:12]} and the head in {path} was trained on "
+        f"{saved[:12]}. Bring that one back, or start another run with --run-dir.",
+    )
+
+
+def check_cache(config: TrainConfig, store: Store | Mixture, base: Base | None) -> None:
+    """Refuse hidden states in the data that are not those that this run's trunk would give."""
+    states = store.hidden
+    if states is None:
+        return
+    made = states["base"]
+    where = f"The hidden states in {store.path} are"
+    if base is None:
+        raise ConfigError(f"{where} of the base {made['path']}, and this run has none. Give --base {made['path']}.")
+    require(
+        made["sha256"] == base.sha256,
+        f"{where} of a base with sha256 {made['sha256'][:12]} ({made['path']}), and {base.path} has "
+        f"{base.sha256[:12]}. Give its own base, or cache them again.",
+    )
+    for name, here in (("seq_len", config.data.seq_len), ("computed_in", config.model.dtype), ("taps", [])):
+        field = {"seq_len": "data.seq_len", "computed_in": "model.dtype"}.get(name, "the head's taps")
+        require(
+            states[name] == here,
+            f"{where} made with {name} {states[name]!r}, and {field} is {here!r}. Give the same, or cache them again.",
         )
 
 

@@ -49,8 +49,8 @@ ACCELERATORS = {
 class Costs:
     """Parameters, and training FLOPs per token (forward and backward, without recomputation).
 
-    `plain_flops` are those of the same trunk with one plain next-token head: all of it is trained, whatever a run
-    freezes.
+    `plain_flops` are those of the same trunk with one plain next-token head, all of it trained, whatever a
+    run trains.
     """
 
     trunk_params: int
@@ -77,11 +77,11 @@ def trunk_forward_flops(model: ModelConfig, seq_len: int) -> float:
 def training_flops(config: TrainConfig) -> tuple[float, float]:
     """Training FLOPs per token of trunk and head, forward and backward, without recomputation.
 
-    The model's own next-token loss counts to the head, where that is the target. With a frozen trunk no gradient goes
-    to the hidden states, nor to the vocabulary table.
+    The model's own next-token loss counts to the head, where that is the target. On a base there is none, and no
+    gradient goes to the hidden states, nor to the vocabulary table.
     """
-    model, head, frozen = config.model, config.head, config.freeze == "trunk"
-    own = 2 * model.vocab_size * model.d_model if head.target == "ntp" else 0
+    model, head, frozen = config.model, config.head, bool(config.base)
+    own = 2 * model.vocab_size * model.d_model if head.target == "ntp" and not frozen else 0
     passes = 1 if frozen else 3
     trunk = passes * trunk_forward_flops(model, config.data.seq_len)
     return trunk, sum(check_head(head).flops(head, model, frozen)) + passes * own
@@ -96,10 +96,10 @@ def costs(config: TrainConfig, params: Any) -> Costs:
     model = config.model
     trunk, head = training_flops(config)
     return Costs(
-        trunk_params=count(params["trunk"]),
+        trunk_params=count(params.get("trunk", {})),
         head_params=count(params.get("head", {})),
         embedding_params=count({name: params[name] for name in ("embed_VD", "unembed_VD") if name in params}),
-        trunk_flops=trunk,
+        trunk_flops=trunk if "trunk" in params else 0.0,
         head_flops=head,
         plain_flops=3 * trunk_forward_flops(model, config.data.seq_len) + 6 * model.vocab_size * model.d_model,
     )

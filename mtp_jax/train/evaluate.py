@@ -29,15 +29,17 @@ ROWS = 8
 """Texts that are written and looked at together, on a device."""
 
 
-def batch_sizes(config: TrainConfig, mesh: Mesh) -> dict[str, Any]:
-    """What `mtp_jax.data.batches` is told of a run's batches: their sizes, and the rows that this process reads."""
+def batch_sizes(config: TrainConfig, store: Store | Mixture, mesh: Mesh) -> dict[str, Any]:
+    """What `mtp_jax.data.batches` is told of a run's batches: sizes, the part that this process reads, and whether
+    documents come in rows: those of a head on a base do, and conversations."""
     data, shard = config.data, shard_of(mesh, config.data.batch_size)
-    return {"seq_len": data.seq_len, "window": config.head.window, "batch_size": data.batch_size, "shard": shard}
+    sizes = {"seq_len": data.seq_len, "window": config.head.window, "batch_size": data.batch_size}
+    return {**sizes, "shard": shard, "rows": bool(config.base) or store.masked}
 
 
 def held_out(config: TrainConfig, store: Store | Mixture, mesh: Mesh, limit: int | None) -> list[Any]:
     """The held-out batches of a config, on the mesh."""
-    found = held_out_batches(store.valid, limit=limit, **batch_sizes(config, mesh))
+    found = held_out_batches(store.valid, limit=limit, **batch_sizes(config, store, mesh))
     return [place(batch, mesh, config.data.batch_size) for batch in found]
 
 
@@ -124,9 +126,11 @@ def expected_of_run(
     }
 
 
-def named(metrics: Any) -> dict[str, float]:
+def named(metrics: Any, window: int = 0) -> dict[str, float]:
     """Metrics as flat scalars: vectors become `loss_offset_1`.., and what is derived from them is added.
 
+    Steps of a head on a base do without the loss of the model's own next token: with the `window` of the head its
+    losses are named by their offsets all the same, and no `joint_loss` is made of them.
     `joint_loss` is the sum of the offsets' means: -log q of a whole window, where all windows are whole.
     With a shortlist, `loss_offset` is the mean over the targets that it has (and `joint_loss` the sum of those), and
     `listed` their fraction; `loss` counts the others as 0, so it compares runs with one list alone.
@@ -142,8 +146,10 @@ def named(metrics: Any) -> dict[str, float]:
         if value.ndim == 0:
             flat[name] = float(value)
         else:
-            flat |= {f"{name}_{i + 1}": float(v) for i, v in enumerate(value)}
-    flat["joint_loss"] = float(np.sum(metrics["loss_offset"]))
+            first = window - len(value) + 1 if name == "loss_offset" and window else 1
+            flat |= {f"{name}_{i}": float(v) for i, v in enumerate(value, first)}
+    if "loss_first_token" in metrics:
+        flat["joint_loss"] = float(np.sum(metrics["loss_offset"]))
     if "gate_share" in metrics:
         flat["gate_effective"] = float(1 / np.sum(np.square(metrics["gate_share"])))
     return flat

@@ -169,14 +169,14 @@ def _forecast(config: TrainConfig, devices: list[Any], memory: int | None) -> di
     with jax.set_mesh(mesh):
         decoding = decoding_bytes(config, mesh)
         step, state, batch = abstract_step(config, mesh)
-        found = {"parameters": tree_bytes(state.params), "optimizer": tree_bytes(state.opt_state)}
+        found = {"parameters": tree_bytes(state.whole), "optimizer": tree_bytes(state.opt_state)}
         begun = time.perf_counter()
         try:
             compiled = step.lower(state, batch).compile()
         except jax.errors.JaxRuntimeError as error:
             raise _refused(error, config, shape, found, memory) from error
         seconds = time.perf_counter() - begun
-        if not jax.tree.leaves(partition(config, state.params)[0]):
+        if not jax.tree.leaves(partition(state.params)[0]):
             notes.append(NOTHING_NOTE)
     used = compiled.memory_analysis()
     found |= {
@@ -185,7 +185,7 @@ def _forecast(config: TrainConfig, devices: list[Any], memory: int | None) -> di
         "kept": used.alias_size_in_bytes,
         "peak": _peak(used, devices[0].platform),
     }
-    cost, traffic = costs(config, state.params), count_collectives(compiled.as_text())
+    cost, traffic = costs(config, state.whole), count_collectives(compiled.as_text())
     fits = None if memory is None else found["peak"] <= memory
     return {
         "backend": devices[0].platform,
@@ -205,7 +205,7 @@ def _forecast(config: TrainConfig, devices: list[Any], memory: int | None) -> di
             name: {"count": count, "sent_bytes": traffic.sent[name]} for name, count in traffic.counts.items()
         },
         "unknown_loops": traffic.unknown_loops,
-        "shardings": _shardings(state.params),
+        "shardings": _shardings(state.whole),
         "compile_seconds": seconds,
         "notes": notes + ([CPU_NOTE] if devices[0].platform == "cpu" else []),
         "versions": versions(),

@@ -13,13 +13,10 @@ from jax.sharding import Mesh
 
 from mtp_jax.config import TrainConfig
 from mtp_jax.data.tokenizers import Tokenizer
+from mtp_jax.runs.base import FACTORS, FREE, TABLE, gives_next_token
 from mtp_jax.runs.loading import LoadedRun, load
 from mtp_jax.state import TrainState, split
-from mtp_jax.train.checks import RESUMABLE
-from mtp_jax.train.freeze import is_frozen
 from mtp_jax.validate import ConfigError, differences, require
-
-TABLE = ("unembed_VD",)
 
 
 def begin_from(config: TrainConfig, state: TrainState, tokenizer: Tokenizer, mesh: Mesh) -> tuple[TrainState, str]:
@@ -36,7 +33,7 @@ def begin_from(config: TrainConfig, state: TrainState, tokenizer: Tokenizer, mes
         f"{tokenizer.to_json()}. Give the same data.tokenizer.",
     )
     for name, here, there in differences(config.model, run.config.model):
-        free = f"model.{name}" in RESUMABLE or (name == "tie_embeddings" and there)
+        free = name in FREE or (name == "tie_embeddings" and there)
         why = "one table would have to stand for two" if name == "tie_embeddings" else "a trunk is taken as it is"
         require(
             free,
@@ -47,11 +44,11 @@ def begin_from(config: TrainConfig, state: TrainState, tokenizer: Tokenizer, mes
     there = _parameters(run, config.model.tie_embeddings)
     # A tied table of a run whose head gives the next token is its embedding alone.
     apart = config.model.tie_embeddings and run.config.head.target == "marginal"
-    if config.head.target == "ntp" and (apart or not _next_token(run)):
+    if config.head.target == "ntp" and (apart or not gives_next_token(run.config)):
         there.pop(TABLE, None)
     taken = {path: there[path] for path in flat if path[0] != "head" and path in there}
     for path, leaf in flat.items():
-        fresh = path == TABLE and config.head.target == "marginal" and not is_frozen(config, path)
+        fresh = path == TABLE and config.head.target == "marginal"
         if path[0] != "head" and (path not in taken or taken[path].shape != leaf.shape) and not fresh:
             found = f"{list(taken[path].shape)}" if path in taken else "none"
             table = " that gives the next token" if path == TABLE else ""
@@ -76,12 +73,6 @@ def _parameters(run: LoadedRun, tied: bool) -> dict[tuple[str, ...], Array]:
         return found
     if run.config.model.tie_embeddings:
         found[("embed_VD",)] = jnp.copy(found[TABLE])  # the step donates each of the two
-    if run.config.head.target == "marginal" and _next_token(run):
-        found[TABLE] = found[("head", "factors", "u_DRWV")][:, 0, 0].T
+    if run.config.head.target == "marginal" and gives_next_token(run.config):
+        found[TABLE] = found[FACTORS][:, 0, 0].T
     return found
-
-
-def _next_token(run: LoadedRun) -> bool:
-    """Whether a run has a table that gives the next token. One that only factors go through does not."""
-    head = run.config.head
-    return head.target == "ntp" or (head.factors == "full" and head.rank == 1)

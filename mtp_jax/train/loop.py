@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,18 +18,27 @@ from mtp_jax.data.batches import batches
 from mtp_jax.data.mixture import Mixture
 from mtp_jax.data.placement import place
 from mtp_jax.data.preparation import prepare as prepare_data
+from mtp_jax.data.rows import pack
 from mtp_jax.data.store import Store
 from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
 from mtp_jax.distributed import Distributed, on_first
 from mtp_jax.heads.registry import check_head
 from mtp_jax.heads.shortlist import most_frequent, put_listed
 from mtp_jax.mesh import on_mesh
+from mtp_jax.runs.base import open_base
 from mtp_jax.runs.checkpoints import Checkpoints
 from mtp_jax.runs.layout import run_tokenizer, to_config, write_run
 from mtp_jax.runs.lock import one_writer
 from mtp_jax.runs.writer import CheckpointWriter
 from mtp_jax.state import TrainState
-from mtp_jax.train.checks import check_machine, check_run_dir, check_same_data, check_same_run
+from mtp_jax.train.checks import (
+    check_cache,
+    check_machine,
+    check_run_dir,
+    check_same_base,
+    check_same_data,
+    check_same_run,
+)
 from mtp_jax.train.clock import Speedometer
 from mtp_jax.train.costs import Costs, costs
 from mtp_jax.train.evaluate import batch_sizes, evaluate, held_out, named
@@ -77,18 +87,24 @@ def train(
     with open_session(distributed or Distributed()) as session, one_writer(on_first(check)) as path:
         on_first(check)  # again: what was there may have changed until nobody else could write
         meta: dict[str, Any] = {}
+        base = open_base(config.base) if config.base else None
+        config = base.resolve(config) if base else config
         if resume:
             meta = Checkpoints(path).meta("latest" if resume_step is None else resume_step)
             check_resumed(config, meta, path)
+            if base:
+                check_same_base(base, meta, path)
             tokenizer = run_tokenizer(path, config)
         else:
-            tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
+            data = config.data
+            tokenizer = base.tokenizer if base else load_tokenizer(data.tokenizer, data.end_of_document)
         config = config.with_tokenizer(tokenizer.vocab_size)
         mesh = check_machine(config, tokenizer)
         with jax.set_mesh(mesh):
-            trainer = make_trainer(config)
             with session.phase("preparing data", 0), session.signals.at_once():
                 store = prepare_data(config.data, print, tokenizer)
+            check_cache(config, store, base)
+            trainer = make_trainer(config, trunk=store.hidden is None)
             held_out_batches = held_out(config, store, mesh, config.eval_batches)
             if meta:
                 with session.phase("restoring", 0):
@@ -96,10 +112,14 @@ def train(
             else:
                 with session.phase("initialising", 0):
                     state, evaluated = begin(config, trainer, mesh, store, tokenizer), True
+            if base:
+                with session.phase("reading the base", 0):
+                    shapes = jax.eval_shape(trainer.init).base
+                    state = dataclasses.replace(state, base=base.params(on_mesh(shapes, mesh)))
             first = int(state.step)
-            cost = costs(config, state.params)
-            describe(config, mesh, path, cost, first)
-            read = batches(store.train, seed=config.data.seed, start=first, **batch_sizes(config, mesh))
+            cost = costs(config, state.whole)
+            describe(config, store, mesh, path, cost, first)
+            read = batches(store.train, seed=config.data.seed, start=first, **batch_sizes(config, store, mesh))
             data = (place(batch, mesh, config.data.batch_size) for batch in read)
             batch = next(data)
             if first < config.steps:
@@ -115,19 +135,24 @@ def train(
                 Loggers(path, config.steps, resume_from=resumed_from, enabled=jax.process_index() == 0) as loggers,
             ):
                 speed = Speedometer(session.clock, first, config, cost, mesh)
-                run = TrainRun(config, session, trainer, held_out_batches, store.sha256, checkpoints, loggers, speed)
+                known = {"base": base.reference()} if base else {}
+                save = functools.partial(checkpoints.save, config=config, data_sha256=store.sha256, **known)
+                run = TrainRun(config, session, trainer, held_out_batches, save, checkpoints, loggers, speed)
                 return run.fit(state, batch, data, evaluated=evaluated)
 
 
 @dataclass(frozen=True)
 class TrainRun:
-    """The steps of one call of `train`, and what they need: all that was made ready before the first one."""
+    """The steps of one call of `train`, and what they need: all that was made ready before the first one.
+
+    `saved` begins to save a state with its metrics, as `CheckpointWriter.save`.
+    """
 
     config: TrainConfig
     session: TrainSession
     trainer: Trainer
     held_out: list[Any]
-    data_sha256: str
+    saved: Callable[..., int]
     checkpoints: CheckpointWriter
     loggers: Loggers
     speed: Speedometer
@@ -182,7 +207,7 @@ class TrainRun:
     def save(self, state: TrainState, metrics: dict[str, float]) -> int:
         """Begin to save a state, and return its step. A large one is hashed for long."""
         with self.session.phase("saving", int(state.step)):
-            return self.checkpoints.save(state, self.config, metrics, self.data_sha256)
+            return self.saved(state, metrics=metrics)
 
     def log(self, pending: tuple[int, Metrics] | None) -> None:
         """Fetch the metrics of a step, if there is one, and log them. Raises `NonFiniteLossError`."""
@@ -195,7 +220,7 @@ class TrainRun:
             row = f"; {int(metrics['skipped'])} steps were skipped in a row" if limit else ""
             raise self._not_finite(f"Step {step}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}{row}.")
         if step % self.config.log_every == 0 or step == 1 or step == self.config.steps:
-            self.loggers.log("train", step, {**named(metrics), **self.speed.read(step)})
+            self.loggers.log("train", step, {**named(metrics, self.config.head.window), **self.speed.read(step)})
 
     def evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         """The held-out metrics, logged. Raises `NonFiniteLossError`.
@@ -203,9 +228,9 @@ class TrainRun:
         In a run that is to stop, one batch is read to see that its loss is finite, and no metrics are returned.
         """
         with self.session.phase("evaluating", step, patient=False):
-            metrics = self._held_out_metrics(step, state.params)
+            metrics = self._held_out_metrics(step, state.whole)
             if state.ema is not None and not self.session.signals.stop():
-                metrics["ema_loss"] = self._held_out_metrics(step, state.ema).get("loss", math.nan)
+                metrics["ema_loss"] = self._held_out_metrics(step, state.on_base(state.ema)).get("loss", math.nan)
         if self.session.signals.seen is not None:
             return {}
         self.loggers.log("eval", step, metrics)
@@ -234,7 +259,7 @@ def begin(
     config: TrainConfig, trainer: Trainer, mesh: Mesh, store: Store | Mixture, tokenizer: Tokenizer
 ) -> TrainState:
     """The state of a new run: fresh, or from another run. A shortlist has the most frequent training tokens."""
-    state, count, vocab_size = trainer.init(), config.head.shortlist, config.model.vocab_size
+    state, count, vocab_size = trainer.init(base=False), config.head.shortlist, config.model.vocab_size
     if count:
         ids, share = most_frequent(store.train.frequencies(vocab_size), count)
         say(f"shortlist: the {count:,} most frequent of {vocab_size:,} tokens are {share:.2%} of the data")
@@ -268,13 +293,17 @@ def restore(
         later = [step for step in checkpoints.steps() if step > meta["step"]]
         if later:
             say(f"Steps {later} come after step {meta['step']}: they are deleted when the next one is saved.")
-        state = checkpoints.restore(on_mesh(jax.eval_shape(trainer.init), mesh), meta["step"])
+        state = checkpoints.restore(on_mesh(jax.eval_shape(lambda: trainer.init(base=False)), mesh), meta["step"])
     return state, bool(meta["metrics"])
 
 
-def describe(config: TrainConfig, mesh: Mesh, path: epath.Path, cost: Costs, first: int) -> None:
+def describe(
+    config: TrainConfig, store: Store | Mixture, mesh: Mesh, path: epath.Path, cost: Costs, first: int
+) -> None:
     """Say what is trained and what it will cost."""
     head = config.head
+    ratio = f"head / trunk {cost.head_flops / cost.trunk_flops:.2f}" if cost.trunk_flops else "head alone"
+    reads = f"hidden states of {config.base} from {store.path}" if store.hidden else "hidden states from the trunk"
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     say(
         f"{path}: {'resuming at step ' + str(first) if first else 'new run'}, {config.steps} steps of "
@@ -282,6 +311,11 @@ def describe(config: TrainConfig, mesh: Mesh, path: epath.Path, cost: Costs, fir
         f"({mesh.devices.flat[0].device_kind}{processes})\n"
         f"trunk {cost.trunk_params:,} parameters, head {cost.head_params:,} ({check_head(head).describe(head)}), "
         f"embedding {cost.embedding_params:,}\n"
-        f"predicted cost: head / trunk {cost.head_flops / cost.trunk_flops:.2f} of {cost.trunk_flops / 1e6:.1f} MFLOPs "
-        f"a token; a step costs {cost.step_ratio:.2f} times one with a plain next-token head"
+        f"predicted cost: {ratio}, {(cost.trunk_flops + cost.head_flops) / 1e6:.1f} MFLOPs a token; a step costs "
+        f"{cost.step_ratio:.2f} times one with a plain next-token head" + (f"\nreads {reads}" if config.base else "")
     )
+    parts = store.train.parts if isinstance(store, Mixture) else (store.train,)
+    found = [pack(part, config.data.seq_len) for part in parts if part.mask is not None]
+    if cut := sum(rows.cut for rows in found):
+        left_out = sum(rows.left_out for rows in found)
+        say(f"{cut:,} conversations are longer than a row and were cut at a turn: {left_out:,} tokens less")

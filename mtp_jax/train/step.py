@@ -27,32 +27,43 @@ Metrics = dict[str, Array]
 
 @dataclass(frozen=True)
 class Trainer:
-    """The compiled functions of a run. Build it with `make_trainer` under `jax.set_mesh`."""
+    """The compiled functions of a run. Build it with `make_trainer` under `jax.set_mesh`.
 
-    init: Callable[[], TrainState]
+    `init` makes a fresh state; of a run on a base with a fresh base too, or with none: `init(base=False)`.
+    """
+
+    init: Callable[..., TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     evaluate: Callable[[dict[str, Any], Batch, Array], tuple[Array, Metrics]]
 
     def compile(self, state: TrainState, batch: Batch) -> Trainer:
         """The same with step and evaluation compiled for a state and a batch like these. Neither is touched."""
         count_W = target_counts([batch])
-        step, evaluate = self.step.lower(state, batch), self.evaluate.lower(state.params, batch, count_W)  # type: ignore[attr-defined]
+        step, evaluate = self.step.lower(state, batch), self.evaluate.lower(state.whole, batch, count_W)  # type: ignore[attr-defined]
         return dataclasses.replace(self, step=step.compile(), evaluate=evaluate.compile())
 
 
-def make_trainer(config: TrainConfig) -> Trainer:
-    """Trace the model's structure and make the jitted functions of `config` for the mesh in scope."""
-    build = functools.partial(build_model, config)
+def make_trainer(config: TrainConfig, *, trunk: bool = True) -> Trainer:
+    """Trace the model's structure and make the jitted functions of `config` for the mesh in scope. Without its `trunk`
+    batches have the hidden states of a base."""
+    build = functools.partial(build_model, config, trunk=trunk)
     graph = nnx.graphdef(jax.eval_shape(lambda: build(random_key(0))))
-    init_params = jax.jit(lambda: split(build(random_key(config.seed)))[1])
-    shapes = jax.eval_shape(init_params)
-    optimizer = make_optimizer(config.optimizer, config.steps, partition(config, shapes)[0])
 
-    def init() -> TrainState:
-        params = init_params()
+    def init_params(own: bool) -> Any:
+        """The run's own parameters, or those of its base."""
+        params = split(build(random_key(config.seed)))[1]
+        return {name: tree for name, tree in params.items() if (not config.base or name == "head") == own}
+
+    init_params = jax.jit(init_params, static_argnums=0)
+    shapes = jax.eval_shape(lambda: init_params(True))
+    optimizer = make_optimizer(config.optimizer, config.steps, partition(shapes)[0])
+
+    def init(base: bool = True) -> TrainState:
+        params = init_params(True)
         ema = jax.tree.map(jnp.copy, params) if config.ema_decay else None
-        opt_state = jax.jit(optimizer.init)(partition(config, params)[0])
-        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema)
+        opt_state = jax.jit(optimizer.init)(partition(params)[0])
+        given = init_params(False) if base and config.base else None
+        return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema, given)
 
     step = jax.jit(functools.partial(train_step, config, graph, optimizer), donate_argnums=0)
     return Trainer(init, step, jax.jit(functools.partial(batch_loss, graph)))
@@ -64,15 +75,22 @@ def target_counts(batches: Sequence[Batch]) -> Array:
 
 
 def batch_loss(
-    graph: nnx.GraphDef, params: dict[str, Any], batch: Batch, count_W: Array, key: Array | None = None
+    graph: nnx.GraphDef,
+    params: dict[str, Any],
+    batch: Batch,
+    count_W: Array,
+    key: Array | None = None,
+    *,
+    own: bool = True,
 ) -> tuple[Array, Metrics]:
     """The model's loss on a batch, and its sums; `count_W` is the number of valid targets that the means are over.
 
-    `key` is for what a head draws in training; without one the loss is exact.
+    `key` is for what a head draws in training; without one the loss is exact. `own`: with that of the model's own next
+    token.
     """
     model = nnx.merge(graph, params)
     weights_BTW = batch["valid_BTW"].astype(jnp.float32) / jnp.maximum(count_W, 1)[None, None]
-    return model.loss(batch, weights_BTW, key)
+    return model.loss(batch, weights_BTW, key, own=own)
 
 
 def train_step(
@@ -85,9 +103,12 @@ def train_step(
     """
     # Every target weighs the same, whichever part it is in: the counts are of the whole batch.
     count_W = target_counts([batch])
-    trained, frozen = partition(config, state.params)
-    # What is frozen is a constant of the function: nothing goes back through a frozen trunk.
-    loss_of = lambda trained, *rest: batch_loss(graph, merge(trained, frozen), *rest)  # noqa: E731
+    trained, fixed = partition(state.params)
+
+    def loss_of(trained: Any, *rest: Any) -> tuple[Array, Metrics]:
+        # The base is a constant of the function: nothing goes back through it, and its own law does not change.
+        return batch_loss(graph, state.on_base(merge(trained, fixed)), *rest, own=not config.base)
+
     gradient = jax.value_and_grad(loss_of, has_aux=True)
     parts = config.grad_accumulation
     key = jax.random.fold_in(random_key(config.seed), state.step)
@@ -115,7 +136,7 @@ def train_step(
 
     updates, opt_state = _update(optimizer, grads, state.opt_state, trained)
     trained: Any = optax.apply_updates(trained, updates)  # type: ignore[arg-type]
-    params = merge(trained, frozen)
+    params = merge(trained, fixed)
     # Steps that are skipped do not count for the schedule.
     made = state.opt_state.steps if config.optimizer.skip_limit else state.step
     with jax.numpy_dtype_promotion("standard"):  # Optax mixes types
@@ -126,9 +147,9 @@ def train_step(
     step = state.step + 1
     ema = None
     if config.ema_decay:
-        averaged, constant = partition(config, state.ema)  # what is frozen is its own average
+        averaged, constant = partition(state.ema)  # what is not trained is its own average
         ema = merge(average(config.ema_decay, averaged, trained, step), constant)
-    return TrainState(step, params, opt_state, ema), metrics
+    return TrainState(step, params, opt_state, ema, state.base), metrics
 
 
 def average(decay: float, ema: Any, params: Any, step: Array) -> Any:

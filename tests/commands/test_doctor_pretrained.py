@@ -18,7 +18,7 @@ from support.states import held
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
-FROZEN = dict(init_from="runs/base", freeze="trunk")
+FROZEN = dict(base="runs/base")
 
 
 @pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 4, 2)])
@@ -51,7 +51,7 @@ def test_a_forecast_of_a_frozen_run_is_what_it_uses():
         state, batch = trainer.init(), tiny.make_batch(config)
         used = trainer.step.lower(state, batch).compile().memory_analysis()
         state, _ = trainer.step(state, batch)
-    assert (size["parameters"], size["optimizer"]) == (held(state.params), held(state.opt_state))
+    assert (size["parameters"], size["optimizer"]) == (held(state.whole), held(state.opt_state))
     assert size["temporaries"] == used.temp_size_in_bytes
 
 

@@ -50,7 +50,7 @@ OTHER = TrainConfig(
     MeshConfig(2, 2, 2),
     ProfileConfig("3:5"),
     **dict(steps=20, grad_accumulation=2, eval_every=7, eval_batches=3, checkpoint_every=9, keep_checkpoints=4),
-    **dict(log_every=6, ema_decay=0.9, init_from="runs/trunk", freeze="trunk", seed=11),
+    **dict(log_every=6, ema_decay=0.9, base="runs/trunk", seed=11),
 )
 
 

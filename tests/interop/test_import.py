@@ -126,7 +126,7 @@ def test_a_model_of_the_hub_is_fetched_once_and_at_its_revision(source, tmp_path
 
     monkeypatch.setattr(hub, "snapshot_download", fetch)
     found = mtp_jax.load(import_run("some/model", tmp_path / "run", revision="v2"))
-    assert found.config.init_from == "some/model"
+    assert found.meta["imported"]["source"] == "some/model" and found.meta["imported"]["revision"] == "v2"
     whole = mtp_jax.load(import_run(str(directory), tmp_path / "whole"))
     jax.tree.map(np.testing.assert_array_equal, split(whole.model)[1], split(found.model)[1])
 

@@ -26,7 +26,7 @@ class FakeTrainer:
     ):
         self.metrics, self.during, self.events = metrics or {}, during or {}, []
 
-    def init(self) -> TrainState:
+    def init(self, base: bool = True) -> TrainState:
         """The state before the first step."""
         return self.state(0)
 

@@ -58,7 +58,7 @@ TRUNK = TrainConfig(
 )
 BASE = replace(
     TRUNK, head=HeadConfig(window=3, rank=1, factors="full", target="ntp"), steps=6, checkpoint_every=1,
-    keep_checkpoints=6, init_from="trunk", freeze="trunk", ema_decay=0.5,
+    keep_checkpoints=6, base="trunk", ema_decay=0.5,
 )
 MEASURE = MeasureConfig(
     held_out_sequences=8, prompts=4, prompt_tokens=8, new_tokens=12, batch_size=2, temperatures=(0.7, 0.0),
@@ -159,7 +159,7 @@ def test_fields_that_hold_together_are_changed_together():
 
 def test_a_run_of_a_sweep_is_an_experiment(file):
     config = load_experiment(f"{file}@tiny/rank=3,seed=1")
-    assert (config.head.rank, config.seed, config.init_from) == (3, 1, "runs/ranks/tiny/trunk")
+    assert (config.head.rank, config.seed, config.base) == (3, 1, "runs/ranks/tiny/trunk")
     assert load_experiment(f"{file}@tiny/trunk").head.window == 1
     assert default_run_dir(f"{file}@tiny/trunk") == "runs/ranks/tiny/trunk"
     assert load_sweep(str(file)).key == f"{file}@tiny" and load_sweep(str(file)).title == (

@@ -1,7 +1,8 @@
-"""A head on a frozen trunk: what is frozen stays bit for bit, costs nothing, and comes from a run that has it."""
+"""A head on a base: the base stays as it is, costs nothing, is not stored again, and is the one that it was."""
 
 import dataclasses
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -10,11 +11,13 @@ from flax.traverse_util import flatten_dict
 
 import mtp_jax
 from mtp_jax.config import MeshConfig, OptimizerConfig, TrainConfig
+from mtp_jax.model.config import ModelConfig
 from mtp_jax.runs.checkpoints import Checkpoints
 from mtp_jax.runs.loading import load
 from mtp_jax.state import split
 from mtp_jax.train.costs import costs
-from mtp_jax.train.freeze import is_frozen, merge, partition
+from mtp_jax.train.freeze import merge, partition
+from mtp_jax.train.loggers import read_metrics
 from mtp_jax.train.loop import train
 from mtp_jax.train.step import make_trainer
 from mtp_jax.validate import ConfigError
@@ -50,9 +53,9 @@ def trunk(tmp_path_factory):
 
 
 def on_trunk(trunk, **changes):
-    """The config of a head on the frozen trunk."""
+    """The config of a head on the trunk, which says nothing of the model."""
     config, run_dir = trunk
-    values = dict(head=tiny.head_config(target="ntp", rank=2), init_from=run_dir, freeze="trunk", steps=4)
+    values = dict(head=tiny.head_config(target="ntp", rank=2), base=run_dir, model=ModelConfig(), steps=4)
     return dataclasses.replace(config, **{**values, **changes})
 
 
@@ -66,13 +69,13 @@ def same(a, b):
 
 @pytest.fixture(scope="module")
 def heads(trunk, tmp_path_factory):
-    """A run of four steps on the frozen trunk, of which two are kept, with AdamW that decays and an average."""
+    """A run of four steps on the trunk, of which two are kept, with AdamW that decays and an average."""
     run_dir = tmp_path_factory.mktemp("heads") / "run"
     train(on_trunk(trunk, checkpoint_every=2, ema_decay=0.9), run_dir)
     return run_dir
 
 
-def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(trunk, heads):
+def test_the_base_stays_bit_for_bit_and_the_head_learns(trunk, heads):
     before, early, late = parameters(trunk[1]), parameters(heads, 2), parameters(heads)
     average = parameters(heads, weights="ema")
     for path, leaf in late.items():
@@ -93,21 +96,20 @@ def test_the_law_that_is_preserved_is_that_of_the_trunk(trunk, heads):
     assert same(laws[1], laws[2]) and same(laws[2], laws[3])
 
 
-def test_a_frozen_run_goes_on_as_if_it_had_not_stopped(trunk, heads, tmp_path):
+def test_a_run_on_a_base_goes_on_as_if_it_had_not_stopped(trunk, heads, tmp_path):
     config = on_trunk(trunk, checkpoint_every=2, ema_decay=0.9)
     train(dataclasses.replace(config, steps=2, optimizer=config.optimizer), tmp_path / "run")
     train(config, tmp_path / "run", resume=True)
     at_once, resumed = parameters(heads), parameters(tmp_path / "run")
-    frozen = [path for path in at_once if is_frozen(config, path)]
-    assert frozen and all(same(at_once[path], resumed[path]) for path in frozen)
+    assert all(same(at_once[path], resumed[path]) for path in at_once if path[0] != "head")
     assert {path: leaf.shape for path, leaf in at_once.items()} == {path: leaf.shape for path, leaf in resumed.items()}
-    for changes in ({"freeze": "none"}, {"init_from": "elsewhere"}):
-        with pytest.raises(ConfigError, match=f"--resume: {next(iter(changes))} is .*a run begins once"):
-            train(dataclasses.replace(config, **changes), tmp_path / "run", resume=True)
+    whole = dataclasses.replace(config, base="", model=trunk[0].model)
+    with pytest.raises(ConfigError, match=r"--resume: base is '' .*a run begins once"):
+        train(whole, tmp_path / "run", resume=True)
 
 
-def test_without_freezing_the_trunk_goes_on_learning(trunk, tmp_path):
-    config = on_trunk(trunk, freeze="none", steps=1)
+def test_a_model_that_begins_with_another_goes_on_learning(trunk, tmp_path):
+    config = on_trunk(trunk, base="", init_from=trunk[1], model=trunk[0].model, steps=1)
     train(config, tmp_path / "run")
     before, after = parameters(trunk[1]), parameters(tmp_path / "run")
     rate = config.optimizer.learning_rate
@@ -121,35 +123,34 @@ def test_parts_are_put_together_again(target, tied):
     config = tiny.train_config(
         tiny.model_config(tie_embeddings=tied),
         tiny.head_config(target=target, factors="shared"),
-        freeze="trunk",
-        init_from="x",
+        base="x",
     )
     with tiny.mesh():
-        params = jax.eval_shape(make_trainer(config).init).params
-    trained, frozen = partition(config, params)
-    assert merge(trained, frozen) == params
-    names = {path[-1] for path in flatten_dict(trained)}
-    assert names == {"map_DRWD", "gate_DR"}
+        state = jax.eval_shape(make_trainer(config).init)
+    trained, fixed = partition(state.params)
+    assert merge(trained, fixed) == state.params and state.whole == {**state.base, **state.params}
+    assert {path[-1] for path in flatten_dict(trained)} == {"map_DRWD", "gate_DR"}
+    assert "trunk" in state.base and "head" not in state.base
 
 
 @pytest.mark.parametrize(
     "factors", ["full", "shared", *(pytest.param(f, marks=pytest.mark.slow) for f in ("lowrank", "lora"))]
 )
-def test_nothing_goes_back_through_a_frozen_trunk(factors):
+def test_nothing_goes_back_through_a_base(factors):
     """Matrix products in the text of the compiled step: one in a loop counts once."""
     jax.config.update("jax_disable_most_optimizations", False)
     found = {}
     model = tiny.model_config(num_layers=1)
-    for freeze in ("none", "trunk"):
+    for base in ("", "x"):
         head = tiny.head_config(factors=factors, target="ntp", balance="none")
-        config = tiny.train_config(model, head, freeze=freeze, init_from="x")
+        config = tiny.train_config(model, head, base=base)
         with tiny.mesh():
             trainer = make_trainer(config)
             state = jax.eval_shape(trainer.init)
             batch = tiny.make_batch(config)
             text = trainer.step.lower(trainer.init(), batch).compile().as_text()
-        found[freeze] = text, costs(config, state.params), len(jax.tree.leaves(state.opt_state))
-    whole, frozen = found["none"], found["trunk"]
+        found[base] = text, costs(config, state.whole), len(jax.tree.leaves(state.opt_state))
+    whole, frozen = found[""], found["x"]
     # Seven matrices and two products of attention, each with two gradients, are the trunk's.
     dots = [len(re.findall(r" dot\(", text)) for text, *_ in (whole, frozen)]
     assert dots[0] - dots[1] >= 2 * 9
@@ -161,17 +162,23 @@ def test_nothing_goes_back_through_a_frozen_trunk(factors):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"model": tiny.model_config(vocab_size=258, d_ff=48)}, "model.d_ff is 48 and the run in {} has 32"),
+        ({"model": tiny.model_config(vocab_size=258, d_ff=48)}, "base: model.d_ff is 48 and the run in {} has 32"),
         ({"model": tiny.model_config(vocab_size=258, rope_theta=5e5)}, "model.rope_theta is 500000.0"),
+        ({"model": ModelConfig(tie_embeddings=True)}, "model.tie_embeddings is True and the run in {} has False"),
         (
-            {"model": tiny.model_config(vocab_size=258, tie_embeddings=True)},
+            {"base": "", "init_from": "{}", "model": tiny.model_config(vocab_size=258, tie_embeddings=True)},
             "init_from: model.tie_embeddings is True and the run in {} has False; one table would have to stand for "
             "two. Give the run's own value.",
         ),
-        ({"init_from": "nowhere"}, "nowhere is not a run directory"),
+        (
+            {"base": "", "init_from": "{}", "model": tiny.model_config(vocab_size=258, d_ff=48)},
+            "init_from: model.d_ff is 48 and the run in {} has 32; a trunk is taken as it is",
+        ),
+        ({"base": "nowhere"}, "nowhere is not a run directory"),
     ],
 )
 def test_a_run_without_the_parameters_is_refused(trunk, tmp_path, changes, words):
+    changes = {name: trunk[1] if value == "{}" else value for name, value in changes.items()}
     with pytest.raises(ConfigError, match=re.escape(words.format(trunk[1]))):
         train(on_trunk(trunk, **changes), tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -182,12 +189,15 @@ def test_a_run_without_a_next_token_table_is_refused(trunk, tmp_path, factors):
     """It has none, or one that only its factors go through."""
     mixed = dataclasses.replace(trunk[0], head=tiny.head_config(rank=2, window=2, factors=factors), steps=1)
     train(mixed, tmp_path / "mixed")
-    config = on_trunk(trunk, init_from=str(tmp_path / "mixed"))
+    begun = on_trunk(trunk, base="", init_from=str(tmp_path / "mixed"), model=trunk[0].model)
     said = (
         r"init_from: unembed_VD is \[258, 16\] here and the run in .*mixed has none that gives the next "
         r"token\. Begin from a run with the same trunk, and with head\.target ntp, or rank 1 and full factors\."
     )
     with pytest.raises(ConfigError, match=said):
+        train(begun, tmp_path / "run")
+    config = on_trunk(trunk, base=str(tmp_path / "mixed"))
+    with pytest.raises(ConfigError, match=r"base: the run in .*mixed has no table that gives the next token"):
         train(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     with Checkpoints(tmp_path / "mixed") as checkpoints:
@@ -199,15 +209,12 @@ def test_one_table_may_stand_for_two(trunk, tmp_path):
     tied = dataclasses.replace(trunk[0].model, tie_embeddings=True)
     source = dataclasses.replace(trunk[0], model=tied, head=tiny.head_config(target="ntp", rank=2), steps=1)
     train(source, tmp_path / "tied")
-    train(on_trunk(trunk, init_from=str(tmp_path / "tied"), steps=1), tmp_path / "run")
+    begun = on_trunk(trunk, base="", init_from=str(tmp_path / "tied"), model=trunk[0].model, steps=1)
+    begun = dataclasses.replace(begun, optimizer=OptimizerConfig(learning_rate=0.0, warmup_steps=0))
+    train(begun, tmp_path / "run")
     (before, after), table = (parameters(tmp_path / name) for name in ("tied", "run")), ("unembed_VD",)
     assert ("embed_VD",) not in before
     assert same(after["embed_VD",], before[table]) and same(after[table], before[table])
-
-
-def test_a_trunk_that_nothing_trained_is_not_frozen():
-    with pytest.raises(ConfigError, match="freeze is trunk and init_from is empty"):
-        mtp_jax.TrainConfig(freeze="trunk")
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +230,7 @@ def apart(trunk, tmp_path_factory):
 def test_a_tied_table_that_is_the_embedding_alone_stays_what_it_is(trunk, apart, tmp_path):
     tied, source = apart
     head = tiny.head_config(rank=1, window=2, factors="shared")
-    config = on_trunk(trunk, model=tied, head=head, init_from=str(source), steps=1, freeze="trunk")
+    config = on_trunk(trunk, model=tied, head=head, base=str(source), steps=1)
     train(config, tmp_path / "run")
     tables = [np.asarray(mtp_jax.load(path).model.unembed_VD[...]) for path in (source, tmp_path / "run")]
     np.testing.assert_array_equal(*tables)
@@ -231,6 +238,65 @@ def test_a_tied_table_that_is_the_embedding_alone_stays_what_it_is(trunk, apart,
 
 def test_a_tied_table_that_is_the_embedding_alone_gives_no_next_token(trunk, apart, tmp_path):
     tied, source = apart
-    config = on_trunk(trunk, model=tied, init_from=str(source), steps=1)
     with pytest.raises(ConfigError, match=r"unembed_VD is .* has none that gives the next token"):
-        train(config, tmp_path / "run")
+        train(on_trunk(trunk, base="", model=tied, init_from=str(source), steps=1), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"base: .* has no table that gives the next token"):
+        train(on_trunk(trunk, base=str(source), steps=1), tmp_path / "run")
+
+
+def test_a_checkpoint_holds_the_head_alone(trunk, heads):
+    """And the optimizer's state of it: two moments and an average, in float32."""
+    folder = heads / "checkpoints" / "4"
+    stored = {name: flatten_dict(tree) for name, tree in saved(folder).items()}
+    assert stored["params"].keys() == stored["ema"].keys() and {path[0] for path in stored["params"]} == {"head"}
+    size = sum(np.prod(shape) * 4 for shape in stored["params"].values())
+    arrays = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and "meta" not in file.parts)
+    assert 4 * size < arrays < 4 * size + 2**17
+    config = load(heads).config
+    assert config.base == trunk[1] and config.model == dataclasses.replace(trunk[0].model, num_tokens=257)
+
+
+def saved(folder):
+    """The shapes of what a checkpoint has, by name."""
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler()
+    return {
+        name: jax.tree.map(lambda a: a.shape, dict(handler.metadata(folder / name).tree)) for name in ("params", "ema")
+    }
+
+
+def test_a_base_that_was_moved_is_found_where_it_is_said_to_be(trunk, heads, tmp_path):
+    """And another one is refused, as is none."""
+    moved, other, run = tmp_path / "moved", tmp_path / "other", tmp_path / "run"
+    shutil.copytree(trunk[1], tmp_path / "here")
+    train(on_trunk(trunk, base=str(tmp_path / "here"), steps=1), run)
+    (tmp_path / "here").rename(moved)
+    with pytest.raises(ConfigError, match=r"run is a head on the model in .*here: .*Say where it is with --base DIR"):
+        load(run)
+    found, plain = load(run, base=moved), load(trunk[1])
+    assert same(found.model.embed_VD[...], plain.model.embed_VD[...])
+    train(dataclasses.replace(trunk[0], seed=1), other)
+    with pytest.raises(ConfigError, match=r"is a head on a model with sha256 \w{12}, and the one in .*other has"):
+        load(run, base=other)
+    with pytest.raises(ConfigError, match="has no base, and one is given"):
+        load(moved, base=other)
+    with pytest.raises(ConfigError, match=r"--resume: the base .*other has sha256"):
+        train(on_trunk(trunk, base=str(other), steps=2), run, resume=True)
+    with pytest.raises(ConfigError, match=r"run is a head on .*here itself. Give that one"):
+        train(on_trunk(trunk, base=str(run)), tmp_path / "third")
+
+
+@pytest.mark.parametrize("weights", ["params", "ema"])
+def test_what_only_decodes_reads_base_and_head_in_the_compute_dtype(heads, weights):
+    prompts, options = [[1, 2, 3]], dict(max_new_tokens=8, temperature=0.0)
+    whole, alone = load(heads, weights=weights), load(heads, weights=weights, decoding_only=True)
+    a, b = (run.generate_tokens(prompts, **options) for run in (whole, alone))
+    np.testing.assert_array_equal(a.tokens[0], b.tokens[0])
+
+
+def test_training_reports_no_loss_of_what_does_not_change(trunk, heads):
+    """The model's own next token costs a product with its table in every step, and tells nothing new: evaluations
+    alone have it."""
+    rows = read_metrics(heads)
+    assert all(("loss_first_token" in row) == (row["kind"] == "eval") for row in rows)

@@ -1,0 +1,143 @@
+"""Cache of hidden states: what a base makes of every row of a store, computed once.
+
+The cache is a store itself: the same documents, and `train.hidden.bin`, `[rows, T, D]`, beside them. A head that is
+trained on it reads its base's vocabulary tables and never its trunk. It is made aside (`.NAME.partial`), renamed when
+complete, and what an interruption leaves is continued.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mtp_jax.data.placement import place
+from mtp_jax.data.rows import Rows, pack
+from mtp_jax.data.store import MANIFEST, SPLITS, Store
+from mtp_jax.language_model import LanguageModel
+from mtp_jax.runs.base import Base
+from mtp_jax.runs.loading import LoadedRun
+from mtp_jax.validate import ConfigError, integer, require
+
+DONE = "done.json"
+
+
+def cache_hidden(
+    run: LoadedRun,
+    base: Base,
+    store: Store,
+    out: str | os.PathLike[str],
+    *,
+    seq_len: int,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    batch_size: int = 8,
+    log: Callable[[str], None] = lambda _: None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Path:
+    """Make a store of the hidden states of a base over the rows of `store`, and return its path.
+
+    Args:
+      run: the base's model, on one process's devices.
+      base: which run that is, as `mtp_jax.runs.base.open_base` gives it.
+      store: documents of the base's tokenizer.
+      out: the directory to make.
+      seq_len: tokens in a row (T): that of the training to come.
+      dtype: of what is kept; by default what the base computes in, so that nothing is lost.
+      batch_size: rows at a time.
+      log: told the bytes before the first is written.
+      progress: told after each batch how many rows of all are done.
+
+    Raises:
+      ConfigError: the store has another tokenizer or is a cache itself, a row does not fit the context, `out` is there,
+        there is no room, or a state is not finite in that dtype.
+    """
+    model, path = run.config.model, Path(os.path.expanduser(out)).absolute()
+    seq_len, batch_size = integer("seq_len", seq_len, 1), integer("batch_size", batch_size, 1)
+    dtype = dtype or model.dtype
+    require(not path.exists(), f"{path} exists; give another --out, or delete it.")
+    require(jax.process_count() == 1, "Hidden states are cached by one process, with all of its devices.")
+    require(store.hidden is None, f"{store.path} is a cache of hidden states itself; give the store that it is of.")
+    require(
+        store.manifest["tokenizer"] == run.tokenizer.to_json(),
+        f"The store {store.path} was made with the tokenizer {store.manifest['tokenizer']} and the base has "
+        f"{run.tokenizer.to_json()}. Prepare it with --base.",
+    )
+    require(
+        seq_len <= model.context_length,
+        f"seq_len is {seq_len} and the base's context_length is {model.context_length}; a row must fit.",
+    )
+    rows = {split: pack(getattr(store, split), seq_len) for split in SPLITS}
+    states = {"seq_len": seq_len, "width": model.d_model, "dtype": dtype, "computed_in": model.dtype, "taps": []}
+    manifest = {**store.manifest, "hidden": {**states, "base": base.reference()}}
+    scratch = path.with_name(f".{path.name}.partial")
+    done = _begin(scratch, store, manifest)
+    count, kind = sum(map(len, rows.values())), np.dtype(jnp.dtype(dtype))
+    size = count * seq_len * model.d_model * kind.itemsize
+    left = size - sum(done.values()) * seq_len * model.d_model * kind.itemsize
+    free = shutil.disk_usage(scratch).free
+    log(f"{count:,} rows of {seq_len} x {model.d_model} in {dtype}: {size / 1e9:.3f} GB")
+    require(left < free, f"{path.parent} has {free / 1e9:.2f} GB free, and {left / 1e9:.2f} GB are needed. Make room.")
+    before = 0
+    with jax.set_mesh(run.mesh):
+        each = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+        batch_size = -(-batch_size // each) * each
+        for split in SPLITS:
+            shape = (len(rows[split]), seq_len, model.d_model)
+            file = scratch / f"{split}.hidden.bin"
+            kept_NTD = np.memmap(file, kind, "r+" if file.exists() else "w+", shape=shape) if shape[0] else None
+            if kept_NTD is None:
+                file.touch()
+            for first in range(done.get(split, 0), shape[0], batch_size):
+                assert kept_NTD is not None
+                last = min(first + batch_size, shape[0])
+                kept_NTD[first:last] = _states(run, rows[split], first, batch_size, dtype)[: last - first]
+                kept_NTD.flush()
+                done[split] = last
+                (scratch / DONE).write_text(json.dumps(done))
+                progress(before + last, count)
+            before += shape[0]
+    (scratch / DONE).unlink(missing_ok=True)
+    (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2))
+    scratch.rename(path)
+    return path
+
+
+def _begin(scratch: Path, store: Store, manifest: dict[str, Any]) -> dict[str, int]:
+    """Make the directory, or go on with what is there if it is of the same; returns how many rows are done by split."""
+    wanted, asked = json.dumps(manifest, indent=2), scratch / "asked.json"
+    if asked.exists() and asked.read_text() == wanted:
+        return json.loads((scratch / DONE).read_text()) if (scratch / DONE).exists() else {}
+    shutil.rmtree(scratch, ignore_errors=True)
+    shutil.copytree(store.path, scratch, ignore=shutil.ignore_patterns(MANIFEST))
+    asked.write_text(wanted)
+    return {}
+
+
+def _states(run: LoadedRun, rows: Rows, first: int, count: int, dtype: str) -> np.ndarray:
+    """The hidden states of `count` rows from `first` on, `[count, T, D]`."""
+    tokens_BT, pieces_BT, _ = rows.read(np.arange(first, first + count))
+    batch = place({"tokens_BT": tokens_BT, "pieces_BT": pieces_BT.astype(np.int32)}, run.mesh)
+    x_BTD, finite_B = _see(run.model, batch["tokens_BT"], batch["pieces_BT"], dtype)
+    if not (finite_B := np.asarray(finite_B)).all():
+        bad = first + int(np.argmin(finite_B))
+        raise ConfigError(
+            f"Row {bad} of the {rows.documents.split} split has states that are not finite in {dtype}. Keep them "
+            "in bfloat16 or float32, or look at that text."
+        )
+    return np.asarray(x_BTD)
+
+
+def _hidden(model: LanguageModel, tokens_BT: Array, segments_BT: Array, dtype: str) -> tuple[Array, Array]:
+    x_BTD = model.see(tokens_BT, segments_BT).x_BTD.astype(dtype)
+    return x_BTD, jnp.all(jnp.isfinite(x_BTD), axis=(1, 2))
+
+
+_see = jax.jit(_hidden, static_argnames="dtype")

@@ -1,0 +1,175 @@
+"""Hidden states that are kept: training from them is training with the trunk, and never reads it."""
+
+import dataclasses
+import json
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+import mtp_jax
+from mtp_jax.config import OptimizerConfig, TrainConfig
+from mtp_jax.data.preparation import prepare
+from mtp_jax.data.store import Store
+from mtp_jax.distill import hidden
+from mtp_jax.distill.hidden import cache_hidden
+from mtp_jax.model.config import ModelConfig
+from mtp_jax.runs.base import open_base
+from mtp_jax.train import loop
+from mtp_jax.train.checks import check_cache
+from mtp_jax.train.loggers import read_metrics
+from mtp_jax.train.loop import train
+from mtp_jax.validate import ConfigError
+from support import tiny
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+T = 32
+
+
+@dataclasses.dataclass
+class Setting:
+    """A base, a store, and states of the one over the other in float32."""
+
+    root: object
+    base: str
+    store: Store
+    cached: str
+    data: object = None
+
+    def cache(self, out, **options):
+        run = mtp_jax.load(self.base)
+        return cache_hidden(run, open_base(self.base), self.store, out, **{"seq_len": T, "batch_size": 3, **options})
+
+    def config(self, source, **changes):
+        data = dataclasses.replace(self.data, source="store", files=str(source), separator="", seq_len=T, batch_size=8)
+        head = tiny.head_config(target="ntp", encoder="token", factors="lowrank", rank=2)
+        values = dict(steps=3, log_every=1, eval_every=1, eval_batches=2, base=self.base, model=ModelConfig())
+        return TrainConfig(head=head, data=data, optimizer=OptimizerConfig(warmup_steps=0), **{**values, **changes})
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    root = tmp_path_factory.mktemp("hidden")
+    data = dataclasses.replace(tiny.text_data(root), seq_len=T)
+    model = tiny.model_config(vocab_size=264)
+    head = tiny.head_config(circuit="independent", rank=1, window=1, balance="none", target="ntp", factors="shared")
+    train(TrainConfig(model, head, data, OptimizerConfig(warmup_steps=0), steps=4, eval_batches=1), root / "base")
+    found = Setting(root, str(root / "base"), prepare(data), str(root / "cached"))
+    found.data = data
+    found.cache(found.cached)
+    return found
+
+
+def losses(run):
+    return [(row["kind"], row["step"], row["loss"]) for row in read_metrics(run)]
+
+
+def test_training_from_the_cache_is_training_with_the_trunk(setting, tmp_path, monkeypatch):
+    states = []
+    original = loop.TrainRun.fit
+    monkeypatch.setattr(
+        loop.TrainRun,
+        "fit",
+        lambda run, state, batch, data, **options: (
+            states.append((state.base, batch)),
+            original(run, state, batch, data, **options),
+        )[1],
+    )
+    found = {}
+    half = setting.cache(tmp_path / "half", dtype="bfloat16")
+    for name, source in (("trunk", setting.store.path), ("cache", setting.cached), ("half", half)):
+        train(setting.config(source), tmp_path / name)
+        found[name] = losses(tmp_path / name)
+    assert [row[:2] for row in found["trunk"]] == [row[:2] for row in found["cache"]]
+    values = {name: np.array([row[2] for row in rows]) for name, rows in found.items()}
+    np.testing.assert_allclose(values["cache"], values["trunk"], atol=1e-6)
+    np.testing.assert_allclose(values["half"], values["trunk"], atol=1e-3)
+    assert (values["half"] != values["trunk"]).any()
+    assert ["trunk" in base for base, _ in states] == [True, False, False]
+    for name in states[0][1]:
+        np.testing.assert_array_equal(states[0][1][name], states[1][1][name])
+    run = mtp_jax.load(tmp_path / "cache")
+    assert run.generate("The", max_new_tokens=4)
+
+
+def test_a_run_says_what_it_reads(setting, tmp_path, capsys):
+    train(setting.config(setting.cached, steps=1), tmp_path / "run")
+    assert f"reads hidden states of {setting.base} from {setting.cached}" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=r"--resume: data\.files is"):
+        train(setting.config(setting.store.path, steps=2), tmp_path / "run", resume=True)
+
+
+def test_states_of_another_base_or_kind_are_refused(setting, tmp_path):
+    other = tmp_path / "other"
+    config = TrainConfig(
+        tiny.model_config(vocab_size=264), tiny.head_config(target="ntp"), setting.data, steps=1, eval_batches=1,
+        optimizer=OptimizerConfig(warmup_steps=0),
+    )  # fmt: skip
+    train(config, other)
+    with pytest.raises(ConfigError, match=r"are of a base with sha256 \w{12} \(.*base\), and .*other has"):
+        train(setting.config(setting.cached, base=str(other)), tmp_path / "run")
+    whole = tiny.model_config(vocab_size=264)
+    with pytest.raises(ConfigError, match=f"this run has none. Give --base {re.escape(setting.base)}"):
+        train(setting.config(setting.cached, base="", model=whole), tmp_path / "run")
+    base, narrow = open_base(setting.base), dataclasses.replace(whole, dtype="bfloat16")
+    with pytest.raises(ConfigError, match=r"computed_in 'float32', and model\.dtype is 'bfloat16'"):
+        check_cache(setting.config(setting.cached, model=narrow), Store.open(setting.cached), base)
+    short = dataclasses.replace(setting.config(setting.cached).data, seq_len=16)
+    with pytest.raises(ConfigError, match=r"made with seq_len 32, and data\.seq_len is 16"):
+        train(dataclasses.replace(setting.config(setting.cached), data=short), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_an_interruption_leaves_is_continued(setting, tmp_path, monkeypatch):
+    made, original = [], hidden._states
+
+    def killed(run, rows, first, *rest):
+        made.append(first)
+        if len(made) == 3:
+            raise KeyboardInterrupt
+        return original(run, rows, first, *rest)
+
+    monkeypatch.setattr(hidden, "_states", killed)
+    with pytest.raises(KeyboardInterrupt):
+        setting.cache(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    lines = []
+    setting.cache(tmp_path / "out", log=lines.append)
+    again = made[2:]  # the third batch came twice, and the first ones once
+    assert made[:3] == [0, 3, 6] and again[0] == again[0] == 6 and 0 not in again[: again.index(0)]
+    assert re.fullmatch(r"\d+ rows of 32 x 16 in float32: 0\.\d{3} GB", lines[0])
+    for file in ("train.hidden.bin", "valid.hidden.bin", "manifest.json", "train.tokens.bin"):
+        assert (tmp_path / "out" / file).read_bytes() == (Store.open(setting.cached).path / file).read_bytes(), file
+
+
+def test_what_cannot_be_cached_is_refused(setting, tmp_path):
+    with pytest.raises(ConfigError, match="cached exists; give another --out"):
+        setting.cache(setting.cached)
+    with pytest.raises(ConfigError, match="seq_len is 500 and the base's context_length is 128"):
+        setting.cache(tmp_path / "long", seq_len=500)
+    with pytest.raises(ConfigError, match="is a cache of hidden states itself"):
+        cache_hidden(
+            mtp_jax.load(setting.base), open_base(setting.base), Store.open(setting.cached), tmp_path / "x", seq_len=T
+        )
+    foreign = tmp_path / "foreign"
+    shutil.copytree(setting.store.path, foreign)
+    manifest = json.loads((foreign / "manifest.json").read_text())
+    (foreign / "manifest.json").write_text(json.dumps({**manifest, "tokenizer": {"name": "hf"}}))
+    with pytest.raises(ConfigError, match=r"was made with the tokenizer \{'name': 'hf'\}.*--base"):
+        cache_hidden(
+            mtp_jax.load(setting.base), open_base(setting.base), Store.open(foreign), tmp_path / "x", seq_len=T
+        )
+    run = mtp_jax.load(setting.base)
+    with jax.set_mesh(run.mesh):
+        run.model.trunk.norm.scale[...] = jax.numpy.full(16, 1e30)
+    with pytest.raises(ConfigError, match="Row 0 of the train split has states that are not finite in float16"):
+        cache_hidden(run, open_base(setting.base), setting.store, tmp_path / "x", seq_len=T, dtype="float16")
+
+
+def test_devices_share_the_rows(setting, tmp_path):
+    run = mtp_jax.load(setting.base, mesh=mtp_jax.MeshConfig(2, 2, 2))
+    cache_hidden(run, open_base(setting.base), setting.store, tmp_path / "out", seq_len=T, batch_size=3)
+    ours, theirs = (Store.open(path).train.hidden for path in (tmp_path / "out", setting.cached))
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
