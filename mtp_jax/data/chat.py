@@ -59,7 +59,8 @@ class Conversations:
         for name, record in self._records.read(part, data_dir):
             if isinstance(record, Record):
                 try:
-                    yield name, Record.of(conversation(json.loads(utf8(record)[0])), record.where)
+                    values = json.loads(record.decode("utf-8", "surrogateescape"))
+                    yield name, Record.of(conversation(values), record.where)
                 except (ValueError, RecursionError) as error:
                     yield name, Unreadable.because(f"{record.where}: {error}")
             else:
@@ -176,9 +177,8 @@ class ChatEncoding(Encoding):
         self._bos = self._special.get(found.special.get("bos_token", "")) if found.bos is None else found.bos
         self._stops = np.array(tokenizer.stop_tokens)
         # Those that make turns: an answer that quotes one would end, or be another's.
-        self._control = [
-            text for text, id in self._special.items() if id in (self._bos, *self._stops) or text in found.template
-        ]
+        ends = (self._bos, tokenizer.end_of_document, *self._stops)
+        self._control = [text for text, id in self._special.items() if id in ends or text in found.template]
         template = hashlib.sha256(found.template.encode("utf-8", "surrogatepass")).hexdigest()
         self.identity = {"mask": True, "chat": {"template": template, "form": FORM}}
 

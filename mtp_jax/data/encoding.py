@@ -49,7 +49,7 @@ class Encoding(Protocol):
         ...
 
 
-class Text(Encoding):
+class PlainText(Encoding):
     """Every document is text, encoded as it is, and ends with the end-of-document token."""
 
     masked, divisible, counted = False, True, ()

@@ -31,7 +31,7 @@ import numpy as np
 
 from mtp_jax.data.chat import FIELDS, ChatEncoding, Conversations
 from mtp_jax.data.config import DataConfig, SourceConfig
-from mtp_jax.data.encoding import Encoding, Text, unreadable
+from mtp_jax.data.encoding import Encoding, PlainText, unreadable
 from mtp_jax.data.held_out import is_one_sided, require_both
 from mtp_jax.data.mixture import Mixture
 from mtp_jax.data.parts import PartWriter, join
@@ -94,7 +94,7 @@ def prepare(
         for part in store.stores if isinstance(store, Mixture) else (store,):
             _check_same(part, made)
     else:
-        encoding = ChatEncoding(tokenizer) if chat else Text(tokenizer)
+        encoding = ChatEncoding(tokenizer) if chat else PlainText(tokenizer)
         source = Conversations(load_records(config, FIELDS)) if chat else load_source(config)
         identity = {"source": config.source, "fingerprint": source.fingerprint(), **made, **encoding.identity}
         own = dataclasses.replace(config, cache_dir=None) if reading else config

@@ -62,7 +62,8 @@ class HFTokenizer(FileTokenizer):
 
     def encode_special(self, text: str) -> np.ndarray:
         """The ids of `text`, in which special tokens stand for themselves."""
-        return np.array(self._reading_special.encode(text, add_special_tokens=False).ids, np.int32)
+        (encoding,) = self._reading_special.encode_batch_fast([text], add_special_tokens=False)  # finds no offsets
+        return np.array(encoding.ids, np.int32)
 
     @functools.cached_property
     def _reading_special(self) -> Any:
