@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import os
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -33,6 +35,10 @@ class Prepare(SourceConfig):
     """bytes, hf:tokenizer.json or sentencepiece:FILE.model."""
     end_of_document: str = DataConfig.end_of_document
     """The token that ends a document; by default the tokenizer's own."""
+    base: str = ""
+    """The run directory of an imported model: its tokenizer, instead of one that is named."""
+    chat: bool = False
+    """Records of messages, of conversations, or of prompt and response, as the base's chat template writes them."""
     processes: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     """How many processes tokenise."""
 
@@ -43,10 +49,32 @@ class Prepare(SourceConfig):
             self.source not in ("store", "mixture"),
             f"--source is {self.files}, which was prepared before; train on it with --data.source {self.files}.",
         )
+        for name in ("tokenizer", "end_of_document") if self.base else ():
+            require(
+                getattr(self, name) == getattr(DataConfig, name),
+                f"--{name.replace('_', '-')} is {getattr(self, name)!r} and --base {self.base}, whose own it is; leave "
+                "one of them out.",
+            )
+        require(
+            bool(self.base) or not self.chat,
+            "--chat is given and --base is not: conversations are written by a model's own template. Give the run "
+            "directory of an imported one, --base RUN (mtp-jax import MODEL --out RUN).",
+        )
+
+    def based(self) -> Prepare:
+        """With the tokenizer of the base by its name. Raises `ConfigError` if that is no run directory."""
+        if not self.base:
+            return self
+        from mtp_jax.runs.layout import read_config, run_tokenizer
+
+        config = read_config(self.base)
+        named = {"tokenizer": run_tokenizer(self.base, config).name, "end_of_document": config.data.end_of_document}
+        return dataclasses.replace(self, base="", chat=False, **named)
 
     def config(self) -> DataConfig:
         """The source, the tokenizer and the split as training names them."""
-        return DataConfig(**{name: value for name, value in vars(self).items() if name not in ("out", "processes")})
+        own = ("out", "processes", "base", "chat")
+        return DataConfig(**{name: value for name, value in vars(self).items() if name not in own})
 
 
 @dataclass(frozen=True)
@@ -83,6 +111,7 @@ def main(args: list[str]) -> None:
 
 def _prepare(args: list[str]) -> None:
     options = parse(Prepare, args, "data prepare")
+    options, chat = options.based(), options.chat
     from rich.console import Console
     from rich.progress import Progress
 
@@ -96,7 +125,8 @@ def _prepare(args: list[str]) -> None:
             so_far = f"tokenising: {size / 1e6:,.1f} MB, part {done} of {total}"
             bar.update(task, completed=done, total=total, description=so_far)
 
-        store = prepare(options.config(), lines.append, out=options.out, processes=options.processes, progress=progress)
+        made = {"out": options.out, "processes": options.processes, "chat": chat}
+        store = prepare(options.config(), lines.append, **made, progress=progress)
     print(*lines or [f"{store.path} was prepared before."], sep="\n")
     # A store is read with the tokenizer and the split that it was made with.
     same = {name: getattr(options, name) for name in ("tokenizer", "end_of_document", "valid_fraction")}
@@ -108,7 +138,7 @@ def _prepare(args: list[str]) -> None:
 def _show(args: list[str]) -> None:
     options = parse(Show, args, "data show")
     from mtp_jax.data.batches import batches
-    from mtp_jax.data.store import Store
+    from mtp_jax.data.store import Store, share
 
     store = Store.open(options.store)
     documents, tokenizer = getattr(store, options.split), store.tokenizer()
@@ -120,19 +150,48 @@ def _show(args: list[str]) -> None:
 
     say(f"{store.path}: source {store.manifest['source']}, tokenizer {store.manifest['tokenizer']['name']}")
     for split, counts in store.manifest["splits"].items():
-        say(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+        of_them = f", {counts['supervised']:,} of them supervised ({share(counts)})" if store.masked else ""
+        say(f"{split}: {counts['documents']:,} documents, {counts['tokens']:,} tokens{of_them}")
     say(f"\nLength of the {options.split} documents in tokens", style="bold")
     say(histogram(documents.lengths))
     for index in range(min(options.documents, len(documents))):
         say(f"\nDocument {index}: {documents.names[index]}, {len(documents[index]):,} tokens", style="bold")
+        if documents.mask is not None:
+            shown = supervision(documents[index], documents.mask_of(index), tokenizer)
+            say(_coloured(shown, options.characters, brackets=terminal.no_color or not terminal.color_system))
+            continue
         text = tokenizer.decode(documents[index])
         say(visible(text[: options.characters]) + ("..." if len(text) > options.characters else ""))
+    if store.masked:
+        return
     sizes = {name: getattr(options, name) for name in ("seq_len", "window", "batch_size", "seed")}
     for number, batch in zip(range(options.batches), batches(documents, **sizes), strict=False):
         say(f"\nBatch {number}: documents end at ¶; a token that has fewer than {options.window} targets says how many",
             style="bold")  # fmt: skip
         for row in range(options.batch_size):
             say(f"[{row}] {_marked(batch, row, tokenizer, options.window)}")
+
+
+def supervision(ids: np.ndarray, mask: np.ndarray, tokenizer: Any) -> Iterator[tuple[str, bool]]:
+    """A document as pieces of text, special tokens by their names, and whether they are supervised."""
+    names = {id: text for text, id in getattr(tokenizer, "special", {}).items()}
+    pairs = zip(ids.tolist(), mask.tolist(), strict=True)
+    for supervised, group in itertools.groupby(pairs, key=lambda pair: pair[1]):
+        text = b"".join(names[id].encode() if id in names else tokenizer.decode_bytes([id]) for id, _ in group)
+        yield text.decode("utf-8", "replace"), bool(supervised)
+
+
+def _coloured(pieces: Iterable[tuple[str, bool]], characters: int, brackets: bool) -> Any:
+    """The first `characters` of a document; what is supervised is green, or in brackets where there are no colours."""
+    from rich.text import Text
+
+    shown, left = Text(), characters
+    for text, supervised in pieces:
+        part, left = visible(text[:left]), left - len(text)
+        shown.append(f"⟦{part}⟧" if supervised and brackets else part, "bold green" if supervised else None)
+        if left < 0:
+            return shown.append("...")
+    return shown
 
 
 def histogram(lengths: np.ndarray, width: int = 50) -> str:

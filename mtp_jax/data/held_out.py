@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 
+from mtp_jax.validate import require
+
 
 def is_held_out(document: bytes, valid_fraction: float) -> bool:
     """Whether a document is held out: the hash of its content, as a number in [0, 1), lies below `valid_fraction`.
@@ -12,7 +14,34 @@ def is_held_out(document: bytes, valid_fraction: float) -> bool:
     It depends on nothing else, so copies of a document lie on one side, one stays there when others come and go, and a
     larger fraction holds out all that a smaller one does.
     """
-    return int.from_bytes(hashlib.sha256(document).digest()[:8], "big") < valid_fraction * 2**64
+    return _place(document) < valid_fraction * 2**64
+
+
+def _place(document: bytes) -> int:
+    """The beginning of the hash, in [0, 2^64)."""
+    return int.from_bytes(hashlib.sha256(document).digest()[:8], "big")
+
+
+def require_both(documents: Iterable[bytes], valid_fraction: float) -> None:
+    """Refuse documents of which the hash leaves one side without any. Reads until both have some.
+
+    Raises `ConfigError` with a fraction that leaves some on both.
+    """
+    places = []
+    for document in filter(None, documents):
+        places.append(_place(document))
+        if min(places) < valid_fraction * 2**64 <= max(places):
+            return
+    require(bool(places), "The source has no documents that can be read. Change DataConfig.files.")
+    least, most = min(places) / 2**64, max(places) / 2**64
+    # The next larger fraction of three digits, where one lies between.
+    near = next((f for f in (round(least + 10.0**-n, n) for n in range(2, 9)) if least < f <= most), None)
+    side = "held out" if least >= valid_fraction else "left for training"
+    require(
+        False,
+        f"By the hash of their content none of the {len(places):,} documents is {side} at DataConfig.valid_fraction "
+        f"{valid_fraction:g}. " + (f"Set it to {near:g}, or give more documents." if near else "Give more documents."),
+    )
 
 
 def is_one_sided(documents: Iterable[bytes], valid_fraction: float) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import concurrent.futures.process
-import contextlib
 import dataclasses
 import errno
 import hashlib
@@ -30,10 +29,13 @@ from typing import Any
 import filelock
 import numpy as np
 
+from mtp_jax.data.chat import FIELDS, ChatEncoding, Conversations
 from mtp_jax.data.config import DataConfig, SourceConfig
-from mtp_jax.data.held_out import divided, is_one_sided
+from mtp_jax.data.encoding import Encoding, PlainText, unreadable
+from mtp_jax.data.held_out import is_one_sided, require_both
 from mtp_jax.data.mixture import Mixture
-from mtp_jax.data.sources import DataError, Part, Source, load_source
+from mtp_jax.data.parts import PartWriter, join
+from mtp_jax.data.sources import DataError, Part, Source, load_records, load_source
 from mtp_jax.data.sources.base import Unreadable
 from mtp_jax.data.store import MANIFEST, SPLITS, TOKENIZER_DIR, Store
 from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
@@ -58,8 +60,10 @@ def prepare(
     processes: int = 1,
     progress: Progress = lambda done, total, size: None,
     reading: bool = False,
+    chat: bool = False,
 ) -> Store | Mixture:
-    """Open the token store that `config` describes, made first if there is none; only then `log` gets one line.
+    """Open the token store that `config` describes, made first if there is none; only then `log` gets one line, and one
+    more for each warning.
 
     Any number of processes may call this at once: one makes the store and the others wait. Empty documents are left
     out.
@@ -75,6 +79,7 @@ def prepare(
       progress: called after each part.
       reading: whether `config` is that of a run which is read: its cache may be somebody else's, or of another machine.
         Then one's own is taken for what is not there.
+      chat: whether the documents are conversations (`mtp_jax.data.chat`), written by the tokenizer's own template.
 
     Raises:
       ConfigError: an unknown source or tokenizer, a split without documents, a directory that cannot be written or that
@@ -89,17 +94,18 @@ def prepare(
         for part in store.stores if isinstance(store, Mixture) else (store,):
             _check_same(part, made)
     else:
-        source = load_source(config)
-        identity = {"source": config.source, "fingerprint": source.fingerprint(), **made}
+        encoding = ChatEncoding(tokenizer) if chat else PlainText(tokenizer)
+        source = Conversations(load_records(config, FIELDS)) if chat else load_source(config)
+        identity = {"source": config.source, "fingerprint": source.fingerprint(), **made, **encoding.identity}
         own = dataclasses.replace(config, cache_dir=None) if reading else config
         caches, name = (cache_dir(config), cache_dir(own)), Path("tokens", _name(config, identity))
         cache = next((cache for cache in caches if (cache / name).exists() or _is_writable(cache)), caches[0])
         path = Path(os.path.expanduser(out)).absolute() if out else cache / name
-        task = _Task(path, identity, source, tokenizer, cache / "tfds", config.max_bad)
+        task = _Task(path, identity, source, encoding, cache / "tfds", config.max_bad)
         if not task.there():
             task.make(log, processes, progress)
         store = Store.open(path)
-        _check_same(store, identity)
+        _check_same(store, {"chat": None, **identity})
     for documents in (store.train, store.valid):
         documents.require_some()
     return store
@@ -127,7 +133,10 @@ def _check_same(store: Store, identity: dict[str, Any]) -> None:
     for name, value in identity.items():
         made = store.manifest.get(name)
         field = "files, or the documents themselves" if name == "fingerprint" else name
-        change = "Prepare it again" if name == "format" else f"Change DataConfig.{field}"
+        change = {
+            "format": "Prepare it again",
+            "chat": "Give --chat and the same base for conversations, and neither for plain text",
+        }.get(name, f"Change DataConfig.{field}")
         require(
             made == value,
             f"The token store {store.path} was made with {name} {json.dumps(made)}, and asked for is "
@@ -142,7 +151,7 @@ class _Task:
     path: Path
     identity: dict[str, Any]
     source: Source
-    tokenizer: Tokenizer
+    encoding: Encoding
     data_dir: Path
     max_bad: float = 0.001
     inside: bool = False  # the split falls inside of the documents
@@ -153,7 +162,7 @@ class _Task:
 
     @property
     def dtype(self) -> np.dtype:
-        return np.dtype("<u2" if self.tokenizer.vocab_size <= 2**16 else "<u4")
+        return np.dtype("<u2" if self.encoding.tokenizer.vocab_size <= 2**16 else "<u4")
 
     def make(self, log: Callable[[str], None], processes: int, progress: Progress) -> None:
         """Make the store, unless another process does, or finds it made."""
@@ -207,11 +216,10 @@ class _Task:
         shutil.rmtree(store, ignore_errors=True)
         store.mkdir()
         splits = {split: self._join(split, len(parts), store) for split in SPLITS}
-        for name, data in self.tokenizer.files().items():
+        for name, data in self.encoding.tokenizer.files().items():
             (store / TOKENIZER_DIR).mkdir(exist_ok=True)
             (store / TOKENIZER_DIR / name).write_bytes(data)
-        empty, replaced, bad = counts["empty"], counts["replaced"], counts["unreadable"]
-        whole = bad + empty + sum(entry["documents"] for entry in splits.values())
+        empty, replaced, bad, whole = (counts[name] for name in ("empty", "replaced", "unreadable", "documents"))
         if bad > max(1, self.max_bad * whole) or bad == whole > 0:
             raise DataError(
                 f"{bad:,} of {whole:,} documents are unreadable ({first}), and DataConfig.max_bad is {self.max_bad:g}. "
@@ -219,9 +227,12 @@ class _Task:
             )
         manifest = {**self.identity, "dtype": self.dtype.str, "splits": splits}
         manifest |= {"empty_documents": empty, "replaced_characters": replaced, "unreadable_documents": bad}
+        own, warnings = self.encoding.told(counts, splits)
+        manifest |= {name: counts[name] for name in self.encoding.counted}
         (store / MANIFEST).write_text(json.dumps(manifest, indent=2))
         store.rename(self.path)
         said = [" and ".join(f"{n['tokens']:,} tokens of {n['documents']:,} {s} documents" for s, n in splits.items())]
+        said += own
         if inside and all(entry["documents"] for entry in splits.values()):
             share = f"the last {self.identity['valid_fraction']:.3g} of its bytes"
             said += [f"held out is the end of each document ({share}), for the documents are too few to hold out some"]
@@ -230,6 +241,8 @@ class _Task:
         said += [f"{replaced:,} U+FFFD in place of what is not UTF-8"] * bool(replaced)
         seconds = f"{time.monotonic() - begin:.1f} s"
         log(f"Prepared {self.identity['source']} in {seconds}: {'; '.join(said)}, in {self.path}")
+        for warning in warnings:
+            log(f"Warning: {warning}")
 
     def _begun(self, parts: list[Part]) -> bool:
         """Whether the split falls inside of the documents. Of what was begun only parts of the same source stay."""
@@ -241,7 +254,11 @@ class _Task:
         shutil.rmtree(self.scratch / "parts", ignore_errors=True)
         (self.scratch / "parts").mkdir()
         texts = (text for part in parts for _, text in self.source.read(part, self.data_dir))
-        inside = is_one_sided(texts, self.identity["valid_fraction"])
+        if self.encoding.divisible:
+            inside = is_one_sided(texts, self.identity["valid_fraction"])
+        else:
+            require_both(texts, self.identity["valid_fraction"])
+            inside = False
         file.write_text(f"{made_of}\n{json.dumps(inside)}")
         return inside
 
@@ -268,56 +285,26 @@ class _Task:
         scratch = self._part(index).with_suffix(f".{os.getpid()}.tmp")
         shutil.rmtree(scratch, ignore_errors=True)
         scratch.mkdir()
-        counts: dict[str, Any] = {"bytes": 0, "empty": 0, "replaced": 0, "unreadable": 0}
-        lengths: dict[str, list[int]] = {split: [] for split in SPLITS}
-        with contextlib.ExitStack() as stack:
-            tokens_of, names_of = (
-                {split: stack.enter_context((scratch / f"{split}.{ending}").open("wb")) for split in SPLITS}
-                for ending in ("tokens.bin", "names.jsonl")
-            )
+        counts, fraction = collections.Counter({"bytes": 0}), self.identity["valid_fraction"]
+        with PartWriter(scratch, self.dtype, self.encoding.masked) as writer:
             for batch in batched(self.source.read(part, self.data_dir)):
                 full = [(name, text) for name, text in batch if text]
-                counts["bytes"] += sum(len(text) for _, text in full)
                 bad = [text.why for _, text in batch if isinstance(text, Unreadable)]
-                counts["unreadable"] += len(bad)
-                counts |= {"first_unreadable": bad[0]} if bad and "first_unreadable" not in counts else {}
+                for why in bad:
+                    unreadable(counts, why)
+                counts["bytes"] += sum(len(text) for _, text in full)
                 counts["empty"] += len(batch) - len(full) - len(bad)
-                counts["replaced"] += sum(self.tokenizer.replaced(text) for _, text in full)
-                fraction = self.identity["valid_fraction"]
-                pieces = [piece for document in full for piece in divided(*document, fraction, self.inside)]
-                encoded = self.tokenizer.encode_batch([text for *_, text in pieces])
-                for (split, name, _), tokens in zip(pieces, encoded, strict=True):
-                    tokens_of[split].write(np.append(tokens, self.tokenizer.end_of_document).astype(self.dtype).data)
-                    names_of[split].write(json.dumps(name).encode() + b"\n")
-                    lengths[split].append(len(tokens) + 1)
-        for split in SPLITS:
-            np.save(scratch / f"{split}.lengths.npy", np.array(lengths[split], np.int64))
+                counts["documents"] += len(batch)
+                for document in self.encoding.encode(full, fraction, self.inside, counts):
+                    writer.write(document)
+            writer.finish()
         (scratch / "counts.json").write_text(json.dumps(counts))
         scratch.rename(self._part(index))
         return counts
 
     def _join(self, split: str, parts: int, store: Path) -> dict[str, Any]:
         """Lay the parts of a split end to end and return its entry of the manifest."""
-        lengths = [np.zeros(1, np.int64)]
-        with (store / f"{split}.tokens.bin").open("w+b") as out, (store / f"{split}.names.jsonl").open("wb") as names:
-            for index in range(parts):
-                directory, before = self._part(index), out.tell()
-                lengths.append(np.load(directory / f"{split}.lengths.npy"))
-                with (directory / f"{split}.tokens.bin").open("rb") as file:
-                    shutil.copyfileobj(file, out)
-                size, expected = out.tell() - before, lengths[-1].sum() * self.dtype.itemsize
-                if size != expected:
-                    shutil.rmtree(directory)
-                    raise DataError(
-                        f"{directory} has {size} bytes of {split} tokens and should have {expected}; it was damaged "
-                        "and is deleted. Run it again to have it made anew."
-                    )
-                names.write((directory / f"{split}.names.jsonl").read_bytes())
-            out.seek(0)
-            digest = hashlib.file_digest(out, "sha256").hexdigest()
-        offsets = np.cumsum(np.concatenate(lengths))
-        np.save(store / f"{split}.offsets.npy", offsets)
-        return {"documents": len(offsets) - 1, "tokens": int(offsets[-1]), "sha256": digest}
+        return join([self._part(i) for i in range(parts)], split, store, self.dtype, self.encoding.masked)
 
     def _part(self, index: int) -> Path:
         return self.scratch / "parts" / f"{index:06}"

@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,12 +89,19 @@ class Documents:
         index = range(len(self))[index]
         return self.tokens[self.offsets[index] : self.offsets[index + 1]].astype(np.int32)
 
+    def mask_of(self, index: int) -> np.ndarray:
+        """Which tokens of a document are supervised: 1 or 0 for each."""
+        index = range(len(self))[index]
+        begin, end = self.offsets[index], self.offsets[index + 1]
+        return np.ones(end - begin, np.uint8) if self.mask is None else self.mask[begin:end]
+
 
 @dataclass(frozen=True)
 class Store:
     """An opened store: its directory, its manifest, and the two splits, which share no document.
 
-    `manifest["splits"][split]` gives the counts `documents` and `tokens` and the `sha256` of the tokens.
+    `manifest["splits"][split]` gives the counts `documents` and `tokens` and the `sha256` of the tokens; of a masked
+    store also the count `supervised`, and the `sha256` is that of the tokens and the mask behind them.
     """
 
     path: Path
@@ -135,6 +142,11 @@ class Store:
                 "delete it, to have it made again; if it is none, name another directory."
             ) from error
         return cls(path, manifest, train, valid)
+
+
+def share(counts: Mapping[str, int]) -> str:
+    """Which part of a masked split's tokens is supervised, as per cent."""
+    return f"{counts['supervised'] / max(1, counts['tokens']):.1%}"
 
 
 def _open_split(path: Path, manifest: dict[str, Any], split: str) -> Documents:

@@ -14,7 +14,7 @@ import pytest
 
 from mtp_jax.commands import data as data_command
 from mtp_jax.commands.tokenizer import train_bpe
-from mtp_jax.data import preparation
+from mtp_jax.data import encoding, preparation
 from mtp_jax.data.config import DataConfig
 from mtp_jax.data.preparation import prepare
 from mtp_jax.data.sources import DataError, base, documents, load_source
@@ -111,7 +111,7 @@ def test_what_a_killed_process_leaves_is_continued(corpus, expected, tmp_path, m
 
 def failing(monkeypatch, error, after):
     """Writing a document fails from the one on that comes after so many."""
-    divided, count = preparation.divided, [0]
+    divided, count = encoding.divided, [0]
 
     def fail(*args):
         count[0] += 1
@@ -119,8 +119,8 @@ def failing(monkeypatch, error, after):
             raise error
         return divided(*args)
 
-    monkeypatch.setattr(preparation, "divided", fail)
-    return lambda: monkeypatch.setattr(preparation, "divided", divided)
+    monkeypatch.setattr(encoding, "divided", fail)
+    return lambda: monkeypatch.setattr(encoding, "divided", divided)
 
 
 def test_a_full_disk_keeps_what_is_finished(corpus, expected, monkeypatch):

@@ -9,7 +9,7 @@ lines and Parquet are read where they lie, in ranges; a TFDS copy of them would 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mtp_jax.data.config import SourceConfig
 from mtp_jax.data.sources.base import PART_BYTES, DataError, Part, Source, documents
@@ -19,9 +19,9 @@ from mtp_jax.data.sources.python import Packages, Stdlib
 from mtp_jax.data.sources.text import Text
 from mtp_jax.data.sources.tfds import TfdsDataset
 from mtp_jax.registry import lookup
-from mtp_jax.validate import ConfigError
+from mtp_jax.validate import ConfigError, require
 
-__all__ = ["PART_BYTES", "SOURCES", "DataError", "Part", "Source", "documents", "load_source"]
+__all__ = ["PART_BYTES", "SOURCES", "DataError", "Part", "Source", "documents", "load_records", "load_source"]
 
 SOURCES: dict[str, Callable[[SourceConfig], Source]] = {
     "jsonl": JsonLines,
@@ -31,6 +31,27 @@ SOURCES: dict[str, Callable[[SourceConfig], Source]] = {
     "text": Text,
     "tfds": TfdsDataset,
 }
+
+
+RECORDS: dict[str, Callable[[SourceConfig, Sequence[str]], Source]] = {"jsonl": JsonLines, "parquet": Parquet}
+
+
+def load_records(config: SourceConfig, fields: Sequence[str]) -> Source:
+    """The source that `config` names, each document a `Record` of `fields`.
+
+    Raises `ConfigError` if it has no records, or the config names a field of its own.
+    """
+    require(
+        config.source in RECORDS,
+        f"DataConfig.source is {config.source!r}, which has no records of {', '.join(fields)}; give JSON lines or "
+        "Parquet, such as 'chats.jsonl', or 'jsonl:FILES' where the ending is another.",
+    )
+    require(
+        config.field == SourceConfig.field,
+        f"DataConfig.field is {config.field!r}, and of records {', '.join(fields)} are read. Leave field out, and "
+        "rename the record's own.",
+    )
+    return RECORDS[config.source](config, fields)
 
 
 def load_source(config: SourceConfig) -> Source:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -25,6 +26,38 @@ class Unreadable(bytes):
         found = cls()
         found.why = why
         return found
+
+
+class Record(bytes):
+    """A document that is not text but JSON, and `where` it is."""
+
+    where: str
+
+    @classmethod
+    def of(cls, value: Any, where: str) -> Record:
+        """That of a JSON value. What was not UTF-8 is kept as it was."""
+        found = cls(to_bytes(json.dumps(value, ensure_ascii=False, default=str)))
+        found.where = where
+        return found
+
+    @classmethod
+    def having(cls, fields: Sequence[str], value: Any, where: str) -> Record | Unreadable:
+        """That of those `fields` of an object that it has, and are not null."""
+        if not isinstance(value, dict):
+            return Unreadable.because(f"{where}: it is no JSON object but {type(value).__name__}")
+        found = {name: value[name] for name in fields if value.get(name) is not None}
+        if not found:
+            listed = ", ".join(map(repr, value)) or "none"
+            return Unreadable.because(f"{where}: it has none of the fields {', '.join(fields)}; it has {listed}")
+        return cls.of(found, where)
+
+
+def to_bytes(text: str) -> bytes:
+    """The bytes that the text had, UTF-8 or not; half a surrogate pair, which JSON can write, is not UTF-8 either."""
+    try:
+        return text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogatepass")
 
 
 class Part(NamedTuple):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mtp_jax.data.config import SourceConfig
-from mtp_jax.data.sources.base import DataError, Part, Unreadable
+from mtp_jax.data.sources.base import DataError, Part, Record, Unreadable, to_bytes
 from mtp_jax.data.sources.files import Files
 
 
@@ -18,16 +18,16 @@ class JsonLines:
 
     A document is called `file:offset` by the byte where its line begins (after decompression), or, where a file is one
     array of objects, by its number. Blank lines are skipped. A lone surrogate is kept, in three bytes that are not
-    UTF-8.
+    UTF-8. With `fields` a document is the `Record` of those that a line has.
     """
 
-    def __init__(self, config: SourceConfig):
+    def __init__(self, config: SourceConfig, fields: Sequence[str] = ()):
         """Raises `ConfigError` if no file matches."""
-        self.files, self.field = Files.matching(config.files), config.field
+        self.files, self.field, self.fields = Files.matching(config.files), config.field, tuple(fields)
 
     def fingerprint(self) -> dict[str, Any]:
         """That of the files, and the field."""
-        return {**self.files.fingerprint(), "field": self.field}
+        return {**self.files.fingerprint(), "field": list(self.fields) or self.field}
 
     def parts(self, data_dir: Path) -> list[Part]:
         """Files, and ranges of lines of large ones. Raises `DataError` on a large array, and on what is no text."""
@@ -48,7 +48,7 @@ class JsonLines:
                 yield from self._lines(Part(name))
                 continue
             try:
-                values = _loads(self.files.content(name).removeprefix(codecs.BOM_UTF8))
+                values = self._loads(self.files.content(name).removeprefix(codecs.BOM_UTF8))
             except (ValueError, RecursionError) as error:
                 raise DataError(f"{self.files.root / name} is not JSON: {error}.") from error
             for number, value in enumerate(values):
@@ -65,7 +65,7 @@ class JsonLines:
                 continue
             where = f"{name}, line at byte {offset}"
             try:
-                value = _loads(line)
+                value = self._loads(line)
             except (ValueError, RecursionError) as error:
                 yield f"{name}:{offset}", Unreadable.because(f"{self.files.root / where}: {error}")
                 continue
@@ -73,22 +73,15 @@ class JsonLines:
 
     def _text(self, where: str, value: Any) -> bytes:
         try:
-            return _bytes(_string(value, self.field.split(".")))
-        except ValueError as error:
+            if self.fields:
+                return Record.having(self.fields, value, str(self.files.root / where))
+            return to_bytes(_string(value, self.field.split(".")))
+        except (ValueError, RecursionError) as error:
             return Unreadable.because(f"{self.files.root / where}: {error}")
 
-
-def _loads(data: bytes) -> Any:
-    """A JSON value. A number of thousands of digits, which Python refuses, is none of ours: it may be infinite."""
-    return json.loads(data.decode("utf-8", "surrogateescape"), parse_int=float)
-
-
-def _bytes(text: str) -> bytes:
-    """The bytes that the line had, UTF-8 or not; half a surrogate pair, which JSON can write, is not UTF-8 either."""
-    try:
-        return text.encode("utf-8", "surrogateescape")
-    except UnicodeEncodeError:
-        return text.encode("utf-8", "surrogatepass")
+    def _loads(self, data: bytes) -> Any:
+        # A number of thousands of digits, which Python refuses, is not in the field of a text: it may be infinite.
+        return json.loads(data.decode("utf-8", "surrogateescape"), parse_int=None if self.fields else float)
 
 
 def _string(value: Any, path: list[str]) -> str:

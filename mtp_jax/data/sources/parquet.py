@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from mtp_jax.data.config import SourceConfig
 from mtp_jax.data.sources import base
-from mtp_jax.data.sources.base import DataError, Part, Unreadable
+from mtp_jax.data.sources.base import DataError, Part, Record, Unreadable
 from mtp_jax.data.sources.files import Files
 from mtp_jax.validate import ConfigError, require
 
@@ -20,10 +20,10 @@ class Parquet:
     """The column `DataConfig.field` of the files that `DataConfig.files` matches: strings or bytes, null for none.
 
     `meta.text` is the field `text` of the struct `meta`. A document is called `file:row`. A part is a range of row
-    groups of one file.
+    groups of one file. With `fields` a document is the `Record` of those columns that there are.
     """
 
-    def __init__(self, config: SourceConfig):
+    def __init__(self, config: SourceConfig, fields: Sequence[str] = ()):
         """Raises `ConfigError` if no file matches, or pyarrow is not installed."""
         try:
             import pyarrow.parquet  # noqa: F401
@@ -31,22 +31,24 @@ class Parquet:
             raise ConfigError(
                 f"DataConfig.source is {config.source}, which needs pyarrow: pip install 'mtp_jax[parquet]' ({error})."
             ) from error
-        self.files, self.field = Files.matching(config.files), config.field
+        self.files, self.field, self.fields = Files.matching(config.files), config.field, tuple(fields)
 
     def fingerprint(self) -> dict[str, Any]:
         """That of the files, and the column."""
-        return {**self.files.fingerprint(), "field": self.field}
+        return {**self.files.fingerprint(), "field": list(self.fields) or self.field}
 
     def parts(self, data_dir: Path) -> list[Part]:
         """Row groups. Raises `ConfigError` if a file has no such column."""
         parts = []
         for name in self.files.names:
             with self._opened(name) as file:
-                column = self._column(name, file)
+                columns = self._leaves(name, file) if self.fields else [self._column(name, file)]
                 groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
                 parts += [
                     Part(name, *group)
-                    for group in base.grouped([group.column(column).total_uncompressed_size for group in groups])
+                    for group in base.grouped(
+                        [sum(group.column(i).total_uncompressed_size for i in columns) for group in groups]
+                    )
                     if file.metadata.num_rows
                 ]
         require(bool(parts), f"The source has no documents: no row is in {self.files}. Change DataConfig.files.")
@@ -60,6 +62,14 @@ class Parquet:
         with self._opened(part.name) as file:
             row = sum(file.metadata.row_group(i).num_rows for i in range(part.begin))
             groups = range(part.begin, part.end)
+            if self.fields:
+                columns = [name for name in self.fields if name in file.schema_arrow.names]
+                for batch in file.iter_batches(BATCH, row_groups=groups, columns=columns, use_threads=False):
+                    for value in batch.to_pylist():
+                        where = f"{self.files.root / part.name}, row {row}"
+                        yield f"{part.name}:{row}", Record.having(self.fields, value, where)
+                        row += 1
+                return
             for batch in file.iter_batches(BATCH, row_groups=groups, columns=[self.field], use_threads=False):
                 values: Any = batch.column(0)
                 inner = self.field.split(".")[1:] if batch.schema.names[0] != self.field else []
@@ -68,6 +78,18 @@ class Parquet:
                     null = Unreadable.because(f"{self.files.root / part.name}, row {row}: it is null")
                     yield f"{part.name}:{row}", null if value is None else value
                     row += 1
+
+    def _leaves(self, name: str, file: Any) -> list[int]:
+        """The numbers of the leaves below the columns `fields`."""
+        schema = file.metadata.schema
+        roots = [schema.column(i).path.partition(".")[0] for i in range(len(schema))]
+        found = [i for i, root in enumerate(roots) if root in self.fields]
+        require(
+            bool(found),
+            f"{self.files.root / name} has none of the columns {', '.join(self.fields)}; it has "
+            f"{', '.join(map(repr, dict.fromkeys(roots))) or 'none'}.",
+        )
+        return found
 
     def _column(self, name: str, file: Any) -> int:
         """The number of the column among the leaves of the schema."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -13,6 +15,7 @@ from typing import Any
 from mtp_jax.validate import ConfigError, require
 
 FILE = "conventions.json"
+MARKS = "".join(map(chr, range(0xFDD0, 0xFDF0)))  # what Unicode has for a program's own use, and no text
 Messages = Sequence[Mapping[str, Any]]
 
 
@@ -59,36 +62,81 @@ class Conventions:
                 "{'role': 'user', 'content': 'Hello'}.",
             )
         try:
-            import jinja2
-            from jinja2.ext import Extension
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
+            import jinja2  # noqa: F401
         except ModuleNotFoundError as error:
             raise ConfigError("A chat template needs jinja2: pip install 'mtp_jax[hf]'.") from error
+        return self._render(messages, answer)
 
-        def raise_exception(message: str) -> None:
-            raise jinja2.TemplateError(message)
+    def answers(self, messages: Messages) -> tuple[str, list[tuple[int, int]] | None]:
+        """A whole conversation as `render` has it, and where in it, in characters, `{% generation %}` tags enclose what
+        the model says; None if the template has no such tags.
 
-        class Generation(Extension):
-            """`{% generation %}`: what the model says, in templates that were written for training."""
-
-            tags = {"generation"}  # noqa: RUF012
-
-            def parse(self, parser: Any) -> Any:
-                next(parser.stream)
-                return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+        Raises `ConfigError` as `render` does, and if marks at the tags change the text: a filter around them, say.
+        """
+        text = self.render(messages, answer=False)
+        if not _compiled(self.template).environment.has_generation:  # type: ignore[attr-defined]
+            return text, None
+        begin, end = [mark for mark in MARKS if mark not in text][:2]
+        spans, rest = [], self._render(messages, False, generation_begins=begin, generation_ends=end)
+        whole = ""
+        for i, piece in enumerate(re.split(f"[{begin}{end}]", rest)):
+            spans += [(len(whole), len(whole) + len(piece))] * (i % 2)
+            whole += piece
+        require(
+            whole == text and re.sub(f"[^{begin}{end}]", "", rest) == (begin + end) * len(spans),
+            "The chat template changes what its generation tags enclose, or has them one in another, so that they say "
+            "nothing of the text. Take the tags out of the template: the answers are then found without them.",
         )
-        environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
-        environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.now().strftime}
+        return text, spans
+
+    def _render(self, messages: Messages, answer: bool, **marks: str) -> str:
+        import jinja2
+
         try:
-            template = environment.from_string(self.template)
-            return template.render(messages=list(messages), add_generation_prompt=answer, **self.special)
+            values = {"generation_begins": "", "generation_ends": "", **marks, **self.special}
+            return _compiled(self.template).render(messages=list(messages), add_generation_prompt=answer, **values)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"The chat template is wrong in line {error.lineno}: {error}.") from error
         except Exception as error:  # whatever a template of others stumbles over
             raise ConfigError(f"The chat template does not render these messages: {error}.") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled(text: str) -> Any:
+    """A chat template of Jinja. Its `{% generation %}` tags write the variables `generation_begins` and
+    `generation_ends` around what they enclose.
+    """
+    import jinja2
+    from jinja2 import nodes
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    class Generation(Extension):
+        """`{% generation %}`: what the model says, in templates that were written for training."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            self.environment.has_generation = True  # type: ignore[attr-defined]
+            begin, end = (
+                nodes.Output([nodes.Name(f"generation_{name}", "load")], lineno=line) for name in ("begins", "ends")
+            )
+            return [begin, *parser.parse_statements(("name:endgeneration",), drop_needle=True), end]
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
+    environment.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda form: datetime.now().strftime(form),
+    }
+    environment.has_generation = False  # type: ignore[attr-defined]
+    return environment.from_string(text)
 
 
 def read_conventions(directory: Path, ids: Mapping[str, int], begins: Sequence[int]) -> Conventions:

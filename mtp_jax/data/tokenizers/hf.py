@@ -50,10 +50,7 @@ class HFTokenizer(FileTokenizer):
                 f"DataConfig.tokenizer is {self.name!r}, which is not a {self.file} of Hugging Face: {error}. A "
                 "SentencePiece model is named 'sentencepiece:PATH'."
             ) from error
-        tok.no_truncation()
-        tok.no_padding()
-        if getattr(tok.model, "dropout", None):
-            tok.model.dropout = None
+        _settled(tok)
         tok.encode_special_tokens = True
         added = {token.content: id for id, token in tok.get_added_tokens_decoder().items()}
         return next((end for end in ENDS if end in added), ""), added
@@ -65,7 +62,8 @@ class HFTokenizer(FileTokenizer):
 
     def encode_special(self, text: str) -> np.ndarray:
         """The ids of `text`, in which special tokens stand for themselves."""
-        return np.array(self._reading_special.encode(text, add_special_tokens=False).ids, np.int32)
+        (encoding,) = self._reading_special.encode_batch_fast([text], add_special_tokens=False)  # finds no offsets
+        return np.array(encoding.ids, np.int32)
 
     @functools.cached_property
     def _reading_special(self) -> Any:
@@ -73,9 +71,7 @@ class HFTokenizer(FileTokenizer):
         import tokenizers
 
         found = tokenizers.Tokenizer.from_buffer(self._data)
-        found.no_truncation()
-        found.no_padding()
-        return found
+        return _settled(found)
 
     @property
     def special(self) -> dict[str, int]:
@@ -119,6 +115,15 @@ class HFTokenizer(FileTokenizer):
             byte = len(token) == 6 and token.startswith("<0x") and token.endswith(">")
             found[id] = bytes.fromhex(token[3:5]) if byte else middle.encode()
         return found
+
+
+def _settled(tok: Any) -> Any:
+    """`tok` without truncation, padding and dropout: the ids of a text are always all and the same."""
+    tok.no_truncation()
+    tok.no_padding()
+    if getattr(tok.model, "dropout", None):
+        tok.model.dropout = None
+    return tok
 
 
 def _byte_level_pieces(tokens: dict[int, str]) -> dict[int, bytes]:
