@@ -137,8 +137,8 @@ def _check_turns(messages: Sequence[Message]) -> None:
 class Answer:
     """A conversation up to an answer: its `ids`, and `mask`, 1 where they are of that answer.
 
-    `stops`: whether a stop token is among them. `cut`: whether a token had gone across
-    a border of it, so that the ids are not those of the whole text.
+    `stops`: whether a stop token is among them. `cut`: whether a token had gone across a border of it, so that the ids
+    are not those of the whole text.
     """
 
     ids: np.ndarray
@@ -209,22 +209,23 @@ class ChatEncoding(Encoding):
         """The share that is supervised, what was split, and warnings of masks that are seldom meant."""
         whole = {name: sum(entry[name] for entry in splits.values()) for name in ("supervised", "tokens")}
         said = [f"{whole['supervised']:,} of the tokens are supervised ({share(whole)})"]
-        said += [
-            f"{counts['split_conversations']:,} of {counts['conversations']:,} conversations have a document for each "
-            "answer, for the template or the tokenizer writes answers otherwise once others follow"
-        ] * bool(counts["split_conversations"])
-        said += [f"a token across the border of {counts['cut_answers']:,} answers was cut"] * bool(
-            counts["cut_answers"]
-        )
+        if counts["split_conversations"]:
+            said.append(
+                f"{counts['split_conversations']:,} of {counts['conversations']:,} conversations have a document for "
+                "each answer, for the template or the tokenizer writes answers otherwise once others follow"
+            )
+        if counts["cut_answers"]:
+            said.append(f"a token across the border of {counts['cut_answers']:,} answers was cut")
         warnings = []
         if whole["supervised"] > ALMOST_ALL * whole["tokens"]:
             warnings.append(
                 f"{share(whole)} of the tokens are supervised, prompts too then; look at them with `mtp-jax data show`."
             )
         if counts["unended_answers"]:
+            ends = ", ".join(repr(self._named(id)) for id in self._stops)
             warnings.append(
                 f"{counts['unended_answers']:,} of {counts['answers']:,} answers have no supervised token that ends "
-                f"them (the base stops at {', '.join(self._named(id) for id in self._stops)}); the template does not "
+                f"them (the base stops at {ends}); the template does not "
                 "write one, or has it outside of its generation tags."
             )
         return said, warnings
@@ -248,7 +249,7 @@ class ChatEncoding(Encoding):
         ids = last.ids if ends_it else self._ids(self.tokenizer.conventions.render(messages, answer=False))
         mask = np.zeros(len(ids), np.uint8)
         for answer in answers:
-            if answer.cut or not np.array_equal(ids[: answer.end], answer.ids[: answer.end]):
+            if not np.array_equal(ids[: answer.end], answer.ids[: answer.end]):
                 found = zip(numbers, answers, strict=True)
                 return [(f"#{i}", answer.ids, answer.mask) for i, answer in found], answers
             mask[: answer.end] |= answer.mask[: answer.end]
@@ -302,14 +303,14 @@ class ChatEncoding(Encoding):
         """As of a prompt. Raises `DataError` if they begin with BOS twice."""
         ids, bos = self.tokenizer.encode_prompt(text, special=True), self._bos
         if bos is not None and bos in ids[:1]:
-            own = self._named(bos).strip("'")
+            own = self._named(bos)
             added = self.tokenizer.conventions.bos == bos and not text.startswith(own)
             if bos in ids[1:2] or (added and own in text):
                 raise DataError(
                     f"the template has {own} behind another one, as the model has never seen it: it must write "
-                    "it once, before white space too. Mend chat_template of the base's files and import it again."
+                    "it once, before all else (white space too). Mend the base's chat_template and import it again."
                 )
         return ids
 
     def _named(self, id: int) -> str:
-        return next((repr(text) for text, known in self._special.items() if known == id), str(id))
+        return next((text for text, known in self._special.items() if known == id), str(id))
