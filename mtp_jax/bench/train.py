@@ -92,7 +92,7 @@ def _prepare(config: TrainConfig, mesh: Any) -> tuple[dict[str, Any], Callable[[
     trainer = make_trainer(config)
     state = trainer.init()
     step = trainer.step.lower(state, batch).compile()  # type: ignore[attr-defined]
-    memory, cost = step.memory_analysis(), costs(config, state.params)
+    memory, cost = step.memory_analysis(), costs(config, state.whole)
     held = [state]
 
     def run() -> Any:

@@ -14,6 +14,7 @@ import numpy as np
 import tyro
 
 from mtp_jax.commands import console, parse
+from mtp_jax.commands.distill import hidden_command, regenerate_command
 from mtp_jax.data.config import DataConfig, SourceConfig
 from mtp_jax.decode.spans import visible
 from mtp_jax.registry import lookup
@@ -104,6 +105,8 @@ class Show:
 def main(args: list[str]) -> None:
     if not args or args[0] in ("-h", "--help"):
         print("usage: mtp-jax data prepare --source 'stories/*.txt' --out DIR [options]")
+        print("       mtp-jax data regenerate --base RUN --source prompts.jsonl --out DIR [options]")
+        print("       mtp-jax data hidden --base RUN --source DIR --out DIR [options]")
         print("       mtp-jax data show DIR [options]\n\nmtp-jax data NAME --help lists the options.")
         return
     lookup(COMMANDS, args[0], "The data command")(args[1:])
@@ -217,4 +220,9 @@ def _marked(batch: Any, row: int, tokenizer: Any, window: int) -> str:
     return shown + visible(tokenizer.decode(pending))
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"prepare": _prepare, "show": _show}
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "prepare": _prepare,
+    "regenerate": regenerate_command,
+    "hidden": hidden_command,
+    "show": _show,
+}

@@ -148,7 +148,7 @@ def named(metrics: Any, window: int = 0) -> dict[str, float]:
         else:
             first = window - len(value) + 1 if name == "loss_offset" and window else 1
             flat |= {f"{name}_{i}": float(v) for i, v in enumerate(value, first)}
-    if "loss_first_token" in metrics:
+    if not window or "loss_first_token" in metrics:
         flat["joint_loss"] = float(np.sum(metrics["loss_offset"]))
     if "gate_share" in metrics:
         flat["gate_effective"] = float(1 / np.sum(np.square(metrics["gate_share"])))

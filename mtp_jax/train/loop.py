@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,8 +135,8 @@ def train(
             ):
                 speed = Speedometer(session.clock, first, config, cost, mesh)
                 known = {"base": base.reference()} if base else {}
-                save = functools.partial(checkpoints.save, config=config, data_sha256=store.sha256, **known)
-                run = TrainRun(config, session, trainer, held_out_batches, save, checkpoints, loggers, speed)
+                sha256 = store.sha256
+                run = TrainRun(config, session, trainer, held_out_batches, sha256, known, checkpoints, loggers, speed)
                 return run.fit(state, batch, data, evaluated=evaluated)
 
 
@@ -145,14 +144,15 @@ def train(
 class TrainRun:
     """The steps of one call of `train`, and what they need: all that was made ready before the first one.
 
-    `saved` begins to save a state with its metrics, as `CheckpointWriter.save`.
+    `known`: what a checkpoint says of the run beside that, as `CheckpointWriter.save` takes it.
     """
 
     config: TrainConfig
     session: TrainSession
     trainer: Trainer
     held_out: list[Any]
-    saved: Callable[..., int]
+    data_sha256: str
+    known: dict[str, Any]
     checkpoints: CheckpointWriter
     loggers: Loggers
     speed: Speedometer
@@ -166,10 +166,11 @@ class TrainRun:
         first = step = int(state.step)
         saved: int | None = None
         last_eval: dict[str, float] = {}
+        looked = first if evaluated else -1  # the step of the last evaluation
         pending: tuple[int, Metrics] | None = None
         profile = Profile(config.profile, self.checkpoints.run_dir)
         due = lambda every: step % every == 0 or step == config.steps  # noqa: E731
-        if not evaluated and due(config.eval_every):
+        if looked != step and due(config.eval_every):
             last_eval = self.evaluate(step, state)
         while step < config.steps and not signals.stop():
             session.watchdog.at("training", step)
@@ -187,13 +188,14 @@ class TrainRun:
                 self.log(pending)
                 pending = None
                 # What is saved is evaluated first: its own loss has been seen to be finite.
-                last_eval = self.evaluate(step, state)
+                last_eval, looked = self.evaluate(step, state), step
                 if due(config.checkpoint_every):
                     saved = self.save(state, last_eval)
         profile.stop(state)
         if signals.seen is not None and step > first and step != saved:
             self.log(pending)
-            self.save(state, self.evaluate(step, state))
+            # One that was evaluated right before is not again, for it would be logged twice.
+            self.save(state, last_eval if looked == step else self.evaluate(step, state))
         with session.phase("saving", step):
             last_good = self.checkpoints.wait()
         if step < config.steps or (signals.seen is not None and not last_eval):
@@ -207,7 +209,7 @@ class TrainRun:
     def save(self, state: TrainState, metrics: dict[str, float]) -> int:
         """Begin to save a state, and return its step. A large one is hashed for long."""
         with self.session.phase("saving", int(state.step)):
-            return self.saved(state, metrics=metrics)
+            return self.checkpoints.save(state, self.config, metrics, self.data_sha256, **self.known)
 
     def log(self, pending: tuple[int, Metrics] | None) -> None:
         """Fetch the metrics of a step, if there is one, and log them. Raises `NonFiniteLossError`."""

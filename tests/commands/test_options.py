@@ -71,6 +71,7 @@ def test_every_field_can_be_set(experiment, tmp_path, monkeypatch):
         "data.separator",
         "data.tokenizer",
         "data.end_of_document",
+        "init_from",
     ]
     options = []
     for name, value in fields.items():

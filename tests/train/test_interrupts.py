@@ -66,9 +66,9 @@ def test_an_interrupt_that_got_lost_before_the_first_step_is_remembered(config, 
     before, trainer = contents(tmp_path / "run"), fake()
     real = getattr(trainer, where)
 
-    def interrupted(*args):
+    def interrupted(*args, **options):
         Swallows()
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(trainer, where, interrupted)
     with pytest.raises(KeyboardInterrupt):

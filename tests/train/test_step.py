@@ -143,8 +143,9 @@ def test_a_mean_of_the_parts_means_is_noticed(monkeypatch, initial, after_one_st
     """The usual mistake: every part is averaged over its own targets, and then the parts are."""
     right = step_module.batch_loss
 
-    def wrong(graph, params, batch, count_W, key):
-        return right(graph, params, batch, 4 * jnp.sum(batch["valid_BTW"], axis=(0, 1), dtype=jnp.float32), key)
+    def wrong(graph, params, batch, count_W, key, **own):
+        counts_W = 4 * jnp.sum(batch["valid_BTW"], axis=(0, 1), dtype=jnp.float32)
+        return right(graph, params, batch, counts_W, key, **own)
 
     monkeypatch.setattr(step_module, "batch_loss", wrong)
     with pytest.raises(AssertionError, match="Not equal"):
