@@ -34,7 +34,7 @@ FIXED = {
     "init_from": "a run begins once",
     "base": "a run begins once",
 }
-SWITCHES = {"optimizer.skip_limit", "ema_decay"}
+SWITCHES = {"optimizer.skip_limit", "ema_decay", "base"}
 
 
 def check_machine(config: TrainConfig, tokenizer: Tokenizer | None = None) -> Mesh:

@@ -1,6 +1,7 @@
 """Options of `mtp-jax train`: every field, the run directory, and what goes on with a run."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,6 +9,7 @@ from mtp_jax import cli
 from mtp_jax.config import MeshConfig, OptimizerConfig, ProfileConfig, TrainConfig
 from mtp_jax.data.config import DataConfig
 from mtp_jax.data.preparation import prepare
+from mtp_jax.data.tokenizers import ByteTokenizer
 from mtp_jax.distributed import Distributed
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.model.config import ModelConfig, RopeScaling
@@ -84,6 +86,8 @@ def test_every_field_can_be_set(experiment, tmp_path, monkeypatch):
     def begin(config, tokenizer):
         raise Begun(config)
 
+    base = SimpleNamespace(resolve=lambda config: config, tokenizer=ByteTokenizer())
+    monkeypatch.setattr(loop, "open_base", lambda path: base)
     monkeypatch.setattr(loop, "check_machine", begin)
     monkeypatch.chdir(tmp_path)  # the cache directory is relative
     with pytest.raises(Begun) as begun:

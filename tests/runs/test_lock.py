@@ -83,7 +83,7 @@ def test_a_second_start_of_any_kind_is_refused_and_the_first_goes_on(tmp_path, m
         seen.append(str(refused.value))
         assert (run / "metrics.jsonl").stat().st_ino == file and not list(run.glob("lost-*"))
 
-    monkeypatch.setattr(loop, "make_trainer", lambda config: FakeTrainer(during={2: second, 6: second}))
+    monkeypatch.setattr(loop, "make_trainer", lambda config, **_: FakeTrainer(during={2: second, 6: second}))
     loop.train(config, run)
     assert on_disk(run) == [4, 8] and [r["step"] for r in metrics(run)] == list(range(1, 9))
     if options:  # without any it is told of the run that is there

@@ -22,7 +22,7 @@ def fake(monkeypatch):
 
     def make(**options):
         trainer = FakeTrainer(**options)
-        monkeypatch.setattr(loop, "make_trainer", lambda config: trainer)
+        monkeypatch.setattr(loop, "make_trainer", lambda config, **_: trainer)
         return trainer
 
     return make

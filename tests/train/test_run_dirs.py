@@ -79,7 +79,7 @@ def left(config, tmp_path_factory):
 
     for name, during in (("whole", {}), ("killing", {1: killed})):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop, "make_trainer", lambda config, during=during: FakeTrainer(during=during))
+            patch.setattr(loop, "make_trainer", lambda config, during=during, **_: FakeTrainer(during=during))
             loop.train(short, root / name)
     process = subprocess.Popen([sys.executable, "-c", ""])
     lock = json.loads((root / "killed" / LOCK).read_text())
