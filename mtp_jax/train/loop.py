@@ -36,8 +36,9 @@ from mtp_jax.train.init_from import begin_from
 from mtp_jax.train.loggers import Loggers
 from mtp_jax.train.profile import Profile
 from mtp_jax.train.session import TrainSession, open_session, say
+from mtp_jax.train.sinks import check_sinks
 from mtp_jax.train.step import Metrics, Trainer, make_trainer
-from mtp_jax.validate import differences, require
+from mtp_jax.validate import differences, require, to_dict
 
 
 class NonFiniteLossError(RuntimeError):
@@ -73,6 +74,7 @@ def train(
         saved. Signals that are ignored stay so, and but for SIGTERM those that the caller has handlers for.
     """
     require(resume or resume_step is None, f"--from-step is {resume_step} and --resume is not given; give both.")
+    check_sinks(config.log_to)
     check = lambda: str(check_run_dir(run_dir, resume=resume, overwrite=overwrite, unfinished=unfinished))  # noqa: E731
     with open_session(distributed or Distributed()) as session, one_writer(on_first(check)) as path:
         on_first(check)  # again: what was there may have changed until nobody else could write
@@ -112,7 +114,14 @@ def train(
             resumed_from = first if resume else None
             with (
                 CheckpointWriter(path, config.keep_checkpoints, resumed_from) as checkpoints,
-                Loggers(path, config.steps, resume_from=resumed_from, enabled=jax.process_index() == 0) as loggers,
+                Loggers(
+                    path,
+                    config.steps,
+                    resume_from=resumed_from,
+                    enabled=jax.process_index() == 0,
+                    log_to=config.log_to,
+                    config=to_dict(config),
+                ) as loggers,
             ):
                 speed = Speedometer(session.clock, first, config, cost, mesh)
                 run = TrainRun(config, session, trainer, held_out_batches, store.sha256, checkpoints, loggers, speed)
