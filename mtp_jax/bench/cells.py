@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from mtp_jax.decode.verify import get_verifier
 
 @dataclass
 class Cell:
-    """The measurements of one setting, by repetition: the generations of its batches, and seconds without prefill.
+    """The measurements of one setting, by repetition and batch: the generations, and seconds without prefill.
 
     `auto`: k is what k = "auto" stands for. The tokens and forwards are the same in all repetitions.
     """
@@ -29,7 +29,20 @@ class Cell:
     batch: int = 1
     auto: bool = False
     generations: list[list[Generation]] = dataclasses.field(default_factory=list)
-    seconds: list[float] = dataclasses.field(default_factory=list)
+    batch_seconds: list[list[float]] = dataclasses.field(default_factory=list)
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each repetition."""
+        return [sum(batches) for batches in self.batch_seconds]
+
+    def of(self, batches: Sequence[int]) -> Cell:
+        """The same measurements of these batches alone."""
+        generations, seconds = (
+            [[whole[i] for i in batches] for whole in by_repetition]
+            for by_repetition in (self.generations, self.batch_seconds)
+        )
+        return dataclasses.replace(self, generations=generations, batch_seconds=seconds)
 
     @property
     def rows(self) -> list[np.ndarray]:
@@ -70,6 +83,8 @@ class Cell:
 
 
 Gap = Callable[[Cell, int, np.ndarray, int, int], float]
+FIGURES = "tokens_per_second", "speedup", "block_efficiency", "acceptance"
+"""What a row says that has a mean over categories."""
 
 
 def grid(config: BenchConfig, batch: int, dtype: str, ks: Iterable[int]) -> list[Cell]:
@@ -97,8 +112,9 @@ def _plains(cells: Iterable[Cell], cell: Cell) -> list[Cell]:
     return [c for c in cells if c.setting == cell.setting and c.k == 0 and not c.auto]
 
 
-def row(cell: Cell, plain: Cell, fastest: Cell, gap: Gap) -> dict[str, Any]:
-    """What is said of a cell, next to plain decoding in its own dtype and in the fastest for it.
+def row(cell: Cell, plain: Cell | None, fastest: Cell, gap: Gap = lambda *_: float("nan")) -> dict[str, Any]:
+    """What is said of a cell, next to plain decoding in its own dtype, if texts are to be compared, and in the fastest
+    for it.
 
     `gap` gives by how much plain decoding prefers one of two tokens; its arguments are those of `Session.gap`.
     """
@@ -123,8 +139,24 @@ def row(cell: Cell, plain: Cell, fastest: Cell, gap: Gap) -> dict[str, Any]:
     }
 
 
-def _identity(cell: Cell, plain: Cell, gap: Gap) -> dict[str, Any]:
-    if get_verifier(cell.verifier).keeps_q:  # the tokens depend on the drafts; their law does not
+def category_rows(cell: Cell, fastest: Cell, batches: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+    """What is said of a cell by category, next to plain decoding of the same prompts, and last the mean of all
+    categories, whose `category` is None.
+
+    `batches` are those of each category, by number.
+    """
+    setting, measured = ("batch", "temperature", "k", "auto", "verifier", "dtype", "plain_dtype"), FIGURES
+    rows = []
+    for category, of in batches.items():
+        found = row(cell.of(of), None, fastest.of(of))
+        figures = {name: found[name] for name in setting + measured}
+        rows.append({"category": category, "prompts": cell.batch * len(of), **figures})
+    mean = {name: np.mean([of[name] for of in rows], axis=0).tolist() for name in measured}
+    return [*rows, {**rows[0], "category": None, "prompts": sum(of["prompts"] for of in rows), **mean}]
+
+
+def _identity(cell: Cell, plain: Cell | None, gap: Gap) -> dict[str, Any]:
+    if plain is None or get_verifier(cell.verifier).keeps_q:  # the tokens depend on the drafts; their law does not
         return dict.fromkeys(("identical_to_plain", "rows_that_differ", "logit_gap"))
     differ, gaps = 0, []
     for index, (own, other) in enumerate(zip(plain.rows, cell.rows, strict=True)):

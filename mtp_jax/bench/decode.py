@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from mtp_jax.bench import hf
-from mtp_jax.bench.cells import Cell, fastest, grid, plain, row
+from mtp_jax.bench.cells import Cell, category_rows, fastest, grid, plain, row
 from mtp_jax.bench.config import BenchConfig
 from mtp_jax.bench.session import DTYPES, Decoders, Session
+from mtp_jax.bench.suite import NO_CATEGORY, chosen_records, read_suite
 from mtp_jax.config import TrainConfig
 from mtp_jax.data.preparation import prepare
 from mtp_jax.data.prompts import file_prompts, held_out_prompts
@@ -26,18 +27,23 @@ from mtp_jax.validate import require
 MARGIN = 1.05  # by which the other dtype must win its trial: less than that is noise
 
 
-def chosen_prompts(run: LoadedRun, config: BenchConfig) -> list[Any]:
-    """The prompts that `config` asks for, as token ids."""
+def chosen_prompts(run: LoadedRun, config: BenchConfig) -> list[tuple[str, Any]]:
+    """The prompts that `config` asks for, as (category, token ids): documents have none."""
+    if config.suite:
+        records = chosen_records(read_suite(config.suite), config)
+        return [(record.category, record.encode(run, config.new_tokens)) for record in records]
     if config.files:
         named = file_prompts(config.files, run.tokenizer, config.prompts, config.prompt_tokens, config.seed)
     else:
         store = prepare(run.config.data, tokenizer=run.tokenizer, reading=True)
         named = held_out_prompts(store, config.prompts, config.prompt_tokens, config.seed)
-    return [tokens for _, tokens in named]
+    return [(NO_CATEGORY, tokens) for _, tokens in named]
 
 
 def check(config: BenchConfig, run: TrainConfig) -> None:
     """Refuse what cannot be measured of such a run."""
+    if config.suite:
+        chosen_records(read_suite(config.suite), config)
     for name in config.verifiers:
         require(
             not (get_verifier(name).keeps_q and config.auto),
@@ -57,7 +63,8 @@ def bench_decode(
     that, a median as well. `identical_to_plain` says whether its tokens were those of k = 0 in its own dtype, all of
     them; `rows_that_differ` how many rows' were not, and `logit_gap` by how much at most plain decoding preferred its
     own token where they parted. All three are None for verifiers that keep the law of the output
-    and not its tokens.
+    and not its tokens. `by_category` has, of a suite, the same figures of each category's prompts, and with the
+    category None their mean over categories.
     """
     most = run.config.head.window - 1
     require(
@@ -79,6 +86,7 @@ def bench_runs(
     for run in runs.values():
         check(config, run.config)
     benches = {name: _Bench(run, config) for name, run in runs.items()}
+    prompts = max(len(bench.prompts) for bench in benches.values())  # which all have as many of
     for batch in config.batch_sizes:
         # The same cells for all.
         both = any([bench.tries(batch, progress) for bench in benches.values()])
@@ -91,11 +99,11 @@ def bench_runs(
         for dtype, batch in itertools.product(DTYPES[:: -1 if repetition % 2 else 1], config.batch_sizes):
             if (dtype, batch) not in {(cell.dtype, cell.batch) for bench in benches.values() for cell in bench.cells}:
                 continue
-            for first in range(0, config.prompts, batch):
+            for first in range(0, prompts, batch):
                 for bench in benches.values():
                     bench.decode(dtype, batch, first)
                 progress(
-                    f"prompt {first + batch} of {config.prompts} in {dtype}{_batch(batch)}, "
+                    f"prompt {first + batch} of {prompts} in {dtype}{_batch(batch)}, "
                     f"repetition {repetition + 1} of {config.repetitions}"
                 )
     return {name: bench.result(progress) for name, bench in benches.items()}
@@ -106,7 +114,7 @@ class _Bench:
 
     def __init__(self, run: LoadedRun, config: BenchConfig):
         self.run, self.config = run, config
-        self.prompts = chosen_prompts(run, config)
+        self.categories, self.prompts = map(list, zip(*chosen_prompts(run, config), strict=True))
         self.prefill_seconds: list[float] = []
         self.cells: list[Cell] = []
         self.trials: dict[tuple[int, int], dict[str, float]] = {}
@@ -135,14 +143,14 @@ class _Bench:
         cells = [cell for d in self.session.models if both or d == own for cell in grid(self.config, batch, d, self.ks)]
         with jax.set_mesh(self.run.mesh):
             for cell in cells:
-                self.session.compile(cell)
+                self.session.compile(cell, self.session.shapes(batch))
                 progress(f"compiled T = {cell.temperature:g}, k = {cell.k}{' (auto)' * cell.auto}{_batch(cell.batch)}")
         self.cells += cells
 
     def begin(self) -> None:
         """Begin a repetition."""
         for cell in self.cells:
-            cell.seconds.append(0.0)
+            cell.batch_seconds.append([])
             cell.generations.append([])
 
     def decode(self, dtype: str, batch: int, first: int) -> None:
@@ -156,7 +164,7 @@ class _Bench:
                 cell = cells[index]
                 generation, prefilled, seconds = self.session.decode(cell, first)
                 self.prefill_seconds.append(prefilled)
-                cell.seconds[-1] += seconds
+                cell.batch_seconds[-1].append(seconds)
                 cell.generations[-1].append(generation)
 
     def result(self, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -170,11 +178,15 @@ class _Bench:
                 rows[index] = row(cell, plain(cells, cell), fastest(cells, cell), self.session.gap)
             self.session.models = {}  # the memory of the last one is free for what is compared
             compared = hf.bench_hf(run, self.prompts, config, progress) if config.compare == "hf" else None
-        shared = ("prompts", "prompt_tokens", "new_tokens", "files", "repetitions", "seed")
+        shared = ("prompt_tokens", "new_tokens", "files", "suite", "repetitions", "seed")
+        lengths = [len(prompt) for prompt in self.prompts]
         return {
             "rows": [rows[index] for index in range(len(cells))],
+            "by_category": self.by_category() if config.suite else [],
             "step": run.step,
+            "prompts": len(self.prompts),
             **{name: getattr(config, name) for name in shared},
+            "prompt_lengths": [min(lengths), max(lengths)],
             "compile_seconds": self.session.compile_seconds,
             "prefill_seconds": float(np.median(self.prefill_seconds)),
             "trials": [{"batch": b, "k": k, "forwards_per_second": trial} for (b, k), trial in self.trials.items()],
@@ -183,6 +195,16 @@ class _Bench:
             "versions": versions(),
             "parameters": _parameters(run),
         }
+
+    def by_category(self) -> list[dict[str, Any]]:
+        """What is said of each cell by category; see `category_rows`."""
+        rows = []
+        for cell in self.cells:
+            batches: dict[str, list[int]] = {}
+            for number, category in enumerate(self.categories[:: cell.batch]):
+                batches.setdefault(category, []).append(number)
+            rows += category_rows(cell, fastest(self.cells, cell), batches)
+        return rows
 
 
 def _batch(size: int) -> str:

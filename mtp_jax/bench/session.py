@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from mtp_jax.bench.cells import Cell
 from mtp_jax.bench.config import BenchConfig
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.decoder import Decoder, for_decoding
-from mtp_jax.decode.decoding import ENDLESS, Decoding, Generation
+from mtp_jax.decode.decoding import ENDLESS, Decoding, Generation, bucket
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.loop import read
 from mtp_jax.decode.tune import best_k
@@ -70,18 +70,29 @@ class Session:
         decode = DecodeConfig(self.config.new_tokens, cell.temperature, k=cell.k, verifier=cell.verifier, **rows)
         return self.models[cell.dtype], self.prompts[first : first + cell.batch], decode
 
-    def compile(self, cell: Cell) -> None:
-        """Prefill and one iteration; of a cache that attention reads in part, a whole batch: each part is a program.
+    def shapes(self, batch: int) -> list[int]:
+        """The number of the first prompt of one batch of each shape: what is compiled for that serves all like it."""
+        found: dict[int, int] = {}
+        for first in range(0, len(self.prompts), batch):
+            found.setdefault(bucket(max(map(len, self.prompts[first : first + batch]))), first)
+        return list(found.values())
 
-        What k = "auto" stands for is chosen before, and is no part of the time.
+    def compile(self, cell: Cell, shapes: Iterable[int]) -> None:
+        """Prefill and one iteration of each of these batches; of a cache that attention reads in part, the loop of each
+        part.
+
+        What k = "auto" stands for is chosen before, on the first prompts, and is no part of the time.
         """
         if cell.auto:
             cell.k = best_k(*self.asked(cell, 0))
-        begun, decoding = time.perf_counter(), Decoding(*self.asked(cell, 0, endless=True))
-        decoding.prefill()
-        decoding.advance(1 if decoding.attended is None else ENDLESS)
-        decoding.wait()
-        self.compile_seconds += time.perf_counter() - begun
+        for first in shapes:
+            begun, decoding = time.perf_counter(), Decoding(*self.asked(cell, first, endless=True))
+            decoding.prefill()
+            decoding.advance(1)
+            for attended in decoding.programs:
+                decoding.enter(0, attended)
+            decoding.wait()
+            self.compile_seconds += time.perf_counter() - begun
 
     def decode(self, cell: Cell, first: int, forwards: int = ENDLESS) -> tuple[Generation, float, float]:
         """(what was decoded, seconds of prefill, seconds of the loop), of so many forwards or up to where texts end."""
@@ -102,7 +113,7 @@ class Session:
         forwards = max(1, min(TRIAL_FORWARDS, (self.config.new_tokens - 1) // (cell.k + 1)))
         rates = {}
         for dtype, cell in cells.items():
-            self.compile(cell)
+            self.compile(cell, [0])
             seconds = [self.decode(cell, 0, forwards)[-1] for _ in range(TRIAL_ROUNDS)]
             rates[dtype] = float(forwards / np.median(seconds))
         return rates

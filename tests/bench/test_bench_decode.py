@@ -122,7 +122,7 @@ class FakeDecoder:
 class FakeDecoding:
     """A decoding whose work takes time on the clock of its decoder, at the latest when it is waited for."""
 
-    attended = None
+    programs = (None,)
 
     def __init__(self, decoder, model, batch, config):
         self.decoder, self.model, self.batch, self.due = decoder, model, batch, 0.0
@@ -145,6 +145,9 @@ class FakeDecoding:
         repetition = len(fake.timed) // (len(CELLS) * CONFIG.prompts)
         fake.timed.append((repetition, self.index, self.cell))
         self.due += fake.compile("proceed", self) + fake.loop_seconds(*fake.timed[-1][::-1])
+
+    def enter(self, max_forwards, attended):
+        assert (max_forwards, attended) == (0, None), "it is compiled and nothing is decoded"
 
     def result(self):
         self.decoder.now += 10_000
@@ -350,7 +353,7 @@ def test_runs_that_are_measured_together_have_the_same_cells(monkeypatch, own, f
         name: untrained(tiny.train_config(tiny.model_config(vocab_size=258, dtype=dtype)))
         for name, dtype in zip(("one", "other"), own, strict=True)
     }
-    monkeypatch.setattr(bench, "chosen_prompts", lambda *_: [np.array([1, 2, 3, 4])])
+    monkeypatch.setattr(bench, "chosen_prompts", lambda *_: [("", np.array([1, 2, 3, 4]))])
     found = bench.bench_runs(runs, config)
     cells = {(dtype, k) for dtype in session.DTYPES for k in (0, 1)}
     assert all({(row["dtype"], row["k"]) for row in of["rows"]} == cells for of in found.values())
@@ -387,7 +390,7 @@ def test_texts_end_at_a_stop_token_and_are_counted_up_to_it():
             cells = [Cell(0.0, k, "greedy", "float32") for k in (0, 2)]
             for cell in cells:
                 generation, _, seconds = made.decode(cell, 0)
-                cell.generations, cell.seconds = [[generation]], [seconds]
+                cell.generations, cell.batch_seconds = [[generation]], [[seconds]]
                 assert cell.rows[0].tolist() == whole[:end] and cell.emitted == end - 1
                 assert made.trial(cell)["float32"] > 0
             found = of_cells.row(cells[1], cells[0], cells[0], made.gap)
@@ -417,7 +420,15 @@ def test_the_other_dtype_is_the_same_model():
 
 def test_the_bench_says_what_was_measured(measured):
     shared = {name: value for name, value in measured.bench.items() if name in vars(CONFIG)}
-    assert shared == {"prompts": 3, "prompt_tokens": 8, "new_tokens": 5, "files": "", "repetitions": 3, "seed": 4}
+    assert shared == {
+        "prompts": 3,
+        "prompt_tokens": 8,
+        "new_tokens": 5,
+        "files": "",
+        "suite": "",
+        "repetitions": 3,
+        "seed": 4,
+    }
     assert measured.bench["hf"] is None
     assert measured.bench["step"] == 40 and measured.bench["device"] == jax.devices()[0].device_kind
     assert measured.bench["versions"] == bench.versions()
@@ -433,6 +444,7 @@ def test_the_default_is_the_benchmark_that_is_published():
             "verifiers": (),
             "ks": (),
             "files": "",
+            "suite": "",
             "auto": False,
             "compare": "none",
             "repetitions": 3,

@@ -40,6 +40,8 @@ def make_bench(batches=(1,), ks=(0, 1, 3)):
         "rows": [decode_row(batch, T, k, verifier) for batch in batches for T, verifier in laws for k in ks],
         "prompts": 24,
         "prompt_tokens": 96,
+        "suite": "",
+        "by_category": [],
         "new_tokens": 256,
         "repetitions": 3,
         "compile_seconds": 14.2,
@@ -131,6 +133,30 @@ def test_the_comparison_with_transformers_is_a_sentence(run_dir):
     text = report.write_report(run_dir, make_bench() | {"hf": found}, to_dict(TrainConfig())).read_text()
     assert "2,000 tokens/s with k = 0, 1,250 by transformers 9.9 on cpu (2 threads): 1.60x." in text
     assert "2 of 24 continuations differ." in text
+
+
+def test_a_suite_has_a_table_by_category(run_dir):
+    bench = make_bench(ks=(0, 1)) | {"suite": "suites/mt[bench].jsonl", "prompt_lengths": [7, 1200]}
+    assert "By category" not in report.write_report(run_dir, bench, to_dict(TrainConfig())).read_text()
+    names = {"writing | prose": 3, "code": 9, None: 12}
+    bench["by_category"] = [
+        {**row, "category": category, "prompts": count, "speedup": row["speedup"] + count}
+        for row in bench["rows"]
+        for category, count in names.items()
+    ]
+    text = report.write_report(run_dir, bench, to_dict(TrainConfig())).read_text()
+    assert "24 prompts of mt[bench].jsonl (7 to 1200 tokens), 256 new tokens each" in text
+    table = report.category_markdown(bench)
+    assert table in text[text.index("### By category") :]
+    header, _, *rows = table.splitlines()
+    assert header == "| category | prompts | T | verifier | k | tokens/s | speed-up | tokens per forward | acceptance |"
+    labels = ["writing \\| prose", "code", "mean of categories"]
+    assert [row.removeprefix("| ").split(" | ")[0] for row in rows] == [label for label in labels for _ in range(6)]
+    assert rows[7] == "| code | 9 | 0 | greedy | 1 | 2,131 | 10.73x | 1.90 | 0.90 |"
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(report.category_table(bench))
+    shown = stream.getvalue()
+    assert "By category of mt[bench].jsonl" in shown and "writing | prose" in shown and "10.73x" in shown
 
 
 def test_figures_draw_the_numbers():
