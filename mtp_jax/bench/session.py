@@ -15,7 +15,7 @@ from jax import Array
 from mtp_jax.bench.cells import Cell
 from mtp_jax.bench.config import BenchConfig
 from mtp_jax.decode.config import DecodeConfig
-from mtp_jax.decode.decoder import Decoder, for_decoding
+from mtp_jax.decode.decoder import Decoder, for_decoding, with_next_token
 from mtp_jax.decode.decoding import ENDLESS, Decoding, Generation, bucket
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.loop import read
@@ -32,18 +32,28 @@ class Decoders(Mapping[str, Decoder]):
     """A run's model laid out for decoding, by dtype: the config's and the other one, the mesh in scope.
 
     The one that was asked for last is in memory, and no other: laying it out again takes less than it is measured for.
+    `next_token` has the same trunks, shared, under a plain next-token table.
     """
 
     def __init__(self, run: LoadedRun):
         self._run, self._held = run, dict[str, Decoder]()
+        self._next_token = dict[str, Decoder]()
 
     def __getitem__(self, dtype: str) -> Decoder:
         if dtype not in self._held:
             self._held.clear()
+            self._next_token.clear()
             own = dtype == self._run.config.model.dtype
             model = self._run.model if own else in_dtype(self._run.model, dtype)  # type: ignore[arg-type]
             self._held[dtype] = for_decoding(model)
         return self._held[dtype]
+
+    def next_token(self, dtype: str) -> Decoder:
+        """`self[dtype]` with a plain next-token table in place of its head."""
+        decoder = self[dtype]
+        if dtype not in self._next_token:
+            self._next_token[dtype] = with_next_token(decoder)
+        return self._next_token[dtype]
 
     def __iter__(self) -> Iterator[str]:
         own = self._run.config.model.dtype
@@ -56,19 +66,21 @@ class Decoders(Mapping[str, Decoder]):
 class Session:
     """Decoders by dtype and the prompts that they continue, up to a stop token, the mesh in scope."""
 
-    def __init__(self, models: Mapping[str, Decoder], prompts: list[Any], stops: Sequence[int], config: BenchConfig):
+    def __init__(self, models: Decoders, prompts: list[Any], stops: Sequence[int], config: BenchConfig):
         self.models, self.prompts, self.stops, self.config = models, prompts, stops, config
         self.compile_seconds = 0.0
 
     def asked(self, cell: Cell, first: int, *, endless: bool = False) -> tuple[Decoder, list[Any], DecodeConfig]:
         """A batch of prompts from number `first`. Prompt i is sampled as row i of the seed, whatever the batch.
 
-        `endless`: no stop token ends a text before `new_tokens` do; the programs are the same.
+        `endless`: no stop token ends a text before `new_tokens` do; the programs are the same. Nor does one end what a
+        table says that nothing has trained.
         """
-        stops = (-1,) * len(self.stops) if endless else self.stops
+        stops = (-1,) * len(self.stops) if endless or cell.next_token else self.stops
         rows: Any = {"seed": self.config.seed, "row": first, "stop_tokens": stops}
         decode = DecodeConfig(self.config.new_tokens, cell.temperature, k=cell.k, verifier=cell.verifier, **rows)
-        return self.models[cell.dtype], self.prompts[first : first + cell.batch], decode
+        model = self.models.next_token(cell.dtype) if cell.next_token else self.models[cell.dtype]
+        return model, self.prompts[first : first + cell.batch], decode
 
     def shapes(self, batch: int) -> list[int]:
         """The number of the first prompt of one batch of each shape: what is compiled for that serves all like it."""

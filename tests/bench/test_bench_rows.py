@@ -12,12 +12,12 @@ from mtp_jax.decode.verify import VERIFIERS
 from support.generations import generation
 
 PLAIN = Cell(
-    *(0.7, 0, "coupled", "float32", 1, False),
+    *(0.7, 0, "coupled", "float32", 1, False, False),
     [[generation(range(9), 8), generation(range(20, 29), 8)]] * 3,
     [[2.0, 3.0], [3.0, 1.0], [1.5, 1.5]],
 )
 DRAFTED = Cell(
-    *(0.7, 2, "coupled", "float32", 1, False),
+    *(0.7, 2, "coupled", "float32", 1, False, False),
     [[generation(range(9), 5, [3, 1]), generation(range(20, 29), 3, [2, 2])]] * 3,
     [[4.0, 4.0], [1.0, 1.5], [1.5, 0.5]],
 )
@@ -39,6 +39,7 @@ def test_a_row_is_the_arithmetic_of_what_was_measured():
         "plain_dtype": "float32",
         "tokens_per_second": 16 / 2.5,  # the first token of each prompt comes from prefill, which is not timed
         "speedup": 1.5,
+        "speedup_next_token": None,
         "speedups": [5 / 8, 1.6, 1.5],  # 5 seconds against 8, 4 against 2.5, 3 against 2
         "block_efficiency": 2.0,
         "acceptance": [5 / 8, 3 / 8],
@@ -140,7 +141,7 @@ def test_identity_is_said_of_verifiers_that_promise_it(verifier):
 def test_rows_are_compared_with_plain_decoding_in_their_own_setting():
     settings = [(0.0, "greedy", 1), (0.7, "coupled", 1), (0.7, "block", 1), (0.7, "block", 4)]
     cells = [
-        Cell(temperature, k, verifier, dtype, batch, False, [[generation(range(9), 8)]], [[seconds]])
+        Cell(temperature, k, verifier, dtype, batch, False, False, [[generation(range(9), 8)]], [[seconds]])
         for temperature, verifier, batch in settings
         for k, dtype, seconds in [(0, "float32", 4.0), (1, "float32", 1.0), (0, "bfloat16", 2.0 + 4 * (batch == 4))]
     ]
@@ -172,6 +173,26 @@ def test_categories_are_measured_for_themselves_and_the_mean_counts_each_once():
     assert mean["acceptance"] == pytest.approx([8 / 13, 7 / 13])
     (*_, nothing) = bench.category_rows(plain, plain, {"code": [0, 1], "chat": [2]})
     assert nothing["acceptance"] == [] and nothing["speedup"] == 1.0
+
+
+def test_a_marginal_run_is_compared_with_a_plain_table_too():
+    """In the dtype that is fastest for that, prompt for prompt; nothing else is compared with it."""
+    cells = bench.grid(BenchConfig(temperatures=(0.7,)), 1, "float32", [0, 2], next_token=True)
+    cells += bench.grid(BenchConfig(temperatures=(0.7,)), 1, "bfloat16", [0, 2], next_token=True)
+    assert [(cell.k, cell.next_token) for cell in cells] == [(0, False), (2, False), (0, True)] * 2
+    for cell, seconds in zip(cells, (8.0, 2.0, 4.0, 9.0, 9.0, 1.0), strict=True):
+        cell.generations, cell.batch_seconds = [[generation(range(9), 8)] * 2], [[seconds / 4, seconds * 3 / 4]]
+    assert bench.ordinary(cells, cells[1]) is cells[5] and bench.fastest(cells, cells[5]) is cells[0]
+    assert bench.plain(cells, cells[1]) is cells[0] and bench.ordinary(cells[:2], cells[1]) is None
+    row = bench.row(cells[1], cells[0], cells[0], no_gap, cells[5])
+    assert (row["speedup"], row["speedup_next_token"]) == (4.0, 0.5)
+    own = bench.row(cells[5], None, cells[0], no_gap, cells[5])
+    assert (own["speedup"], own["speedup_next_token"], own["identical_to_plain"]) == (8.0, 1.0, None)
+    cells[5].batch_seconds = [[0.5, 0.5]]
+    code, chat, mean = bench.category_rows(cells[1], cells[0], {"code": [0], "chat": [1]}, cells[5])
+    found = [of["speedup_next_token"] for of in (code, chat, mean)]
+    assert found == [1.0, 1 / 3, pytest.approx(2 / 3)]
+    assert bench.category_rows(cells[1], cells[0], {"code": [0]})[-1]["speedup_next_token"] is None
 
 
 def test_k_auto_is_a_cell_of_its_own_and_never_what_others_are_compared_with():
