@@ -119,6 +119,7 @@ class TrainConfig:
     the state is saved, and the newest `keep_checkpoints` stay, and that of the lowest held-out loss.
     With an `ema_decay` above 0, such as 0.999, the run keeps the average of its parameters too: the plain mean over
     its steps up to 1 / (1 - ema_decay), exponential from there on, so that the initial ones have no weight.
+    `log_to` names services that are told the metrics too, beside the run directory.
     `init_from` is the directory of a run whose model, as last saved, this one begins with; the head is fresh.
     `base` is the directory of a run, or of an imported model, that stays as it is: this run trains a head on it, and
     saves that alone. What `model` does not say is the base's, and so is the tokenizer. All heads on a base with target
@@ -138,6 +139,7 @@ class TrainConfig:
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 10
+    log_to: tuple[Literal["wandb", "mlflow"], ...] = ()
     ema_decay: float = 0.0
     init_from: str = ""
     base: str = ""

@@ -448,6 +448,7 @@ def test_every_field_survives_json():
         checkpoint_every=11,
         keep_checkpoints=5,
         log_every=3,
+        log_to=("wandb",),
         ema_decay=0.9,
         base="runs/trunk",
         seed=8,

@@ -20,6 +20,10 @@ class BenchConfig:
     batches of each of `batch_sizes`. `verifiers` are for temperatures above 0; without any, the default there. For each
     batch of prompts all that is measured follows one another, so that a machine whose speed drifts slows all of them.
     `repetitions` of the whole; a rate is the total of tokens over the median of the repetitions' total times.
+    A `suite` takes the place of documents: JSON lines, plain or compressed, each with a `prompt`, with `messages` that
+    end with the user's, or with `turns`, a list of the user's messages of which the first is asked; the latter two go
+    through the run's chat template. Of each `category`, where records have one, `prompts` at most are chosen by `seed`,
+    whole, so many that they fill batches; each is measured for itself too.
     `auto`: the k that k="auto" stands for too, in rows of its own; it is chosen before anything is timed.
     `compare` hf: greedy decoding by Hugging Face `transformers` too, of the same weights, one prompt at a time, and
     neither ends at stop tokens.
@@ -33,6 +37,7 @@ class BenchConfig:
     verifiers: tuple[str, ...] = ()
     ks: tuple[int, ...] = ()
     files: str = ""
+    suite: str = ""
     auto: bool = False
     compare: Literal["none", "hf"] = "none"
     repetitions: int = 3
@@ -43,6 +48,10 @@ class BenchConfig:
         at_least(self, 1, "prompts", "prompt_tokens", "repetitions")
         at_least(self, 2, "new_tokens")
         at_least(self, 0, "seed")
+        require(
+            not (self.suite and self.files),
+            f"BenchConfig.suite is {self.suite!r} and files is {self.files!r}; give one of them.",
+        )
         require(
             min(self.temperatures, default=-1.0) >= 0,
             f"BenchConfig.temperatures is {self.temperatures}; give one or more, each at least 0.",

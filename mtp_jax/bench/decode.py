@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -10,9 +11,10 @@ import jax
 import numpy as np
 
 from mtp_jax.bench import hf
-from mtp_jax.bench.cells import Cell, fastest, grid, plain, row
+from mtp_jax.bench.cells import Cell, category_rows, fastest, grid, ordinary, plain, row
 from mtp_jax.bench.config import BenchConfig
 from mtp_jax.bench.session import DTYPES, Decoders, Session
+from mtp_jax.bench.suite import NO_CATEGORY, chosen_records, read_suite
 from mtp_jax.config import TrainConfig
 from mtp_jax.data.preparation import prepare
 from mtp_jax.data.prompts import file_prompts, held_out_prompts
@@ -23,21 +25,27 @@ from mtp_jax.state import split
 from mtp_jax.train.costs import costs
 from mtp_jax.validate import require
 
+NAMED = " (next-token table)"
 MARGIN = 1.05  # by which the other dtype must win its trial: less than that is noise
 
 
-def chosen_prompts(run: LoadedRun, config: BenchConfig) -> list[Any]:
-    """The prompts that `config` asks for, as token ids."""
+def chosen_prompts(run: LoadedRun, config: BenchConfig) -> list[tuple[str, Any]]:
+    """The prompts that `config` asks for, as (category, token ids): documents have none."""
+    if config.suite:
+        records = chosen_records(read_suite(config.suite), config)
+        return [(record.category, record.encode(run, config.new_tokens)) for record in records]
     if config.files:
         named = file_prompts(config.files, run.tokenizer, config.prompts, config.prompt_tokens, config.seed)
     else:
         store = prepare(run.config.data, tokenizer=run.tokenizer, reading=True)
         named = held_out_prompts(store, config.prompts, config.prompt_tokens, config.seed)
-    return [tokens for _, tokens in named]
+    return [(NO_CATEGORY, tokens) for _, tokens in named]
 
 
 def check(config: BenchConfig, run: TrainConfig) -> None:
     """Refuse what cannot be measured of such a run."""
+    if config.suite:
+        chosen_records(read_suite(config.suite), config)
     for name in config.verifiers:
         require(
             not (get_verifier(name).keeps_q and config.auto),
@@ -58,27 +66,38 @@ def bench_decode(
     them; `rows_that_differ` how many rows' were not, and `logit_gap` by how much at most plain decoding preferred its
     own token where they parted. All three are None for verifiers that keep the law of the output
     and not its tokens.
+
+    Where the target is `marginal`, `next_token` has rows of plain decoding of the same trunk with a plain next-token
+    table, and `speedup_next_token` is over that in the dtype that is fastest for it. `by_category` has, of a suite, the
+    same figures of each category's prompts, and with the category None their mean over categories.
     """
     most = run.config.head.window - 1
     require(
         max(config.ks, default=0) <= most,
         f"BenchConfig.ks is {config.ks} and the head of the run drafts at most {most} tokens; leave out what is more.",
     )
-    return bench_runs({"": run}, config, progress)[""]
+    return bench_runs({"": run}, config, progress, next_token=True)[""]
 
 
 def bench_runs(
-    runs: Mapping[str, LoadedRun], config: BenchConfig, progress: Callable[[str], None] = lambda _: None
+    runs: Mapping[str, LoadedRun],
+    config: BenchConfig,
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    next_token: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """`bench_decode` of several runs in one process, prompt by prompt in turn: their speeds compare with each other.
 
     In a repetition the dtypes come one after the other, for of each run one decoder is in memory at a time. The last of
     one is the first of the next, so that a machine whose speed drifts favours now one and now the other.
+    With `next_token`, as `bench_decode` has it, runs with target `marginal` are measured beside plain decoding of the
+    same trunk with a plain next-token table too.
     Of `config.ks` each has those that it can draft; the dtypes are the same for all.
     """
     for run in runs.values():
         check(config, run.config)
-    benches = {name: _Bench(run, config) for name, run in runs.items()}
+    benches = {name: _Bench(run, config, next_token) for name, run in runs.items()}
+    prompts = max(len(bench.prompts) for bench in benches.values())  # which all have as many of
     for batch in config.batch_sizes:
         # The same cells for all.
         both = any([bench.tries(batch, progress) for bench in benches.values()])
@@ -91,11 +110,11 @@ def bench_runs(
         for dtype, batch in itertools.product(DTYPES[:: -1 if repetition % 2 else 1], config.batch_sizes):
             if (dtype, batch) not in {(cell.dtype, cell.batch) for bench in benches.values() for cell in bench.cells}:
                 continue
-            for first in range(0, config.prompts, batch):
+            for first in range(0, prompts, batch):
                 for bench in benches.values():
                     bench.decode(dtype, batch, first)
                 progress(
-                    f"prompt {first + batch} of {config.prompts} in {dtype}{_batch(batch)}, "
+                    f"prompt {first + batch} of {prompts} in {dtype}{_batch(batch)}, "
                     f"repetition {repetition + 1} of {config.repetitions}"
                 )
     return {name: bench.result(progress) for name, bench in benches.items()}
@@ -104,12 +123,14 @@ def bench_runs(
 class _Bench:
     """One run that is measured."""
 
-    def __init__(self, run: LoadedRun, config: BenchConfig):
+    def __init__(self, run: LoadedRun, config: BenchConfig, next_token: bool):
         self.run, self.config = run, config
-        self.prompts = chosen_prompts(run, config)
+        # The target `ntp` is such a table itself; `marginal` pays for its mixture in plain decoding too.
+        self.next_token = next_token and run.config.head.target == "marginal"
+        self.categories, self.prompts = map(list, zip(*chosen_prompts(run, config), strict=True))
         self.prefill_seconds: list[float] = []
         self.cells: list[Cell] = []
-        self.trials: dict[tuple[int, int], dict[str, float]] = {}
+        self.trials: dict[tuple[int, int, bool], dict[str, float]] = {}
         self.rng = np.random.default_rng(0)
         with jax.set_mesh(run.mesh):
             self.session = Session(Decoders(run), self.prompts, run.stop_tokens, config)
@@ -117,10 +138,13 @@ class _Bench:
     def tries(self, batch: int, progress: Callable[[str], None]) -> bool:
         """Whether the other dtype is faster, for plain decoding or with the most drafts."""
         dtype, won = self.run.config.model.dtype, False
-        for k in sorted({0, max(self.ks)}):
+        cells = [grid(self.config, batch, dtype, [k])[0] for k in sorted({0, max(self.ks)})]
+        if self.next_token:
+            cells.append(dataclasses.replace(cells[0], next_token=True))
+        for cell in cells:
             with jax.set_mesh(self.run.mesh):
-                trial = self.trials[batch, k] = self.session.trial(grid(self.config, batch, dtype, [k])[0])
-            progress(f"tried k = {k} in {' and '.join(trial)}")
+                trial = self.trials[batch, cell.k, cell.next_token] = self.session.trial(cell)
+            progress(f"tried k = {cell.k}{NAMED * cell.next_token} in {' and '.join(trial)}")
             won |= max(trial.values()) > MARGIN * trial[dtype]
         return won
 
@@ -132,17 +156,19 @@ class _Bench:
     def add(self, batch: int, both: bool, progress: Callable[[str], None]) -> None:
         """Compile the cells of a batch size, in the run's own dtype or in both."""
         own = self.run.config.model.dtype
-        cells = [cell for d in self.session.models if both or d == own for cell in grid(self.config, batch, d, self.ks)]
+        dtypes = [dtype for dtype in self.session.models if both or dtype == own]
+        cells = [cell for d in dtypes for cell in grid(self.config, batch, d, self.ks, self.next_token)]
         with jax.set_mesh(self.run.mesh):
             for cell in cells:
-                self.session.compile(cell)
-                progress(f"compiled T = {cell.temperature:g}, k = {cell.k}{' (auto)' * cell.auto}{_batch(cell.batch)}")
+                self.session.compile(cell, self.session.shapes(batch))
+                what = " (auto)" * cell.auto + NAMED * cell.next_token
+                progress(f"compiled T = {cell.temperature:g}, k = {cell.k}{what}{_batch(cell.batch)}")
         self.cells += cells
 
     def begin(self) -> None:
         """Begin a repetition."""
         for cell in self.cells:
-            cell.seconds.append(0.0)
+            cell.batch_seconds.append([])
             cell.generations.append([])
 
     def decode(self, dtype: str, batch: int, first: int) -> None:
@@ -156,7 +182,7 @@ class _Bench:
                 cell = cells[index]
                 generation, prefilled, seconds = self.session.decode(cell, first)
                 self.prefill_seconds.append(prefilled)
-                cell.seconds[-1] += seconds
+                cell.batch_seconds[-1].append(seconds)
                 cell.generations[-1].append(generation)
 
     def result(self, progress: Callable[[str], None]) -> dict[str, Any]:
@@ -167,22 +193,41 @@ class _Bench:
             # A gap wants a decoder of its dtype, of which there is one at a time.
             for index in sorted(range(len(cells)), key=lambda index: cells[index].dtype):
                 cell = cells[index]
-                rows[index] = row(cell, plain(cells, cell), fastest(cells, cell), self.session.gap)
-            self.session.models = {}  # the memory of the last one is free for what is compared
+                own = None if cell.next_token else plain(cells, cell)
+                rows[index] = row(cell, own, fastest(cells, cell), self.session.gap, ordinary(cells, cell))
+            self.session.models = {}  # type: ignore[assignment] # the memory of the last one is free for what is compared
             compared = hf.bench_hf(run, self.prompts, config, progress) if config.compare == "hf" else None
-        shared = ("prompts", "prompt_tokens", "new_tokens", "files", "repetitions", "seed")
+        shared = ("prompt_tokens", "new_tokens", "files", "suite", "repetitions", "seed")
+        lengths = [len(prompt) for prompt in self.prompts]
         return {
-            "rows": [rows[index] for index in range(len(cells))],
+            "rows": [rows[index] for index, cell in enumerate(cells) if not cell.next_token],
+            "next_token": [rows[index] for index, cell in enumerate(cells) if cell.next_token],
+            "by_category": self.by_category() if config.suite else [],
             "step": run.step,
+            "prompts": len(self.prompts),
             **{name: getattr(config, name) for name in shared},
+            "prompt_lengths": [min(lengths), max(lengths)],
             "compile_seconds": self.session.compile_seconds,
             "prefill_seconds": float(np.median(self.prefill_seconds)),
-            "trials": [{"batch": b, "k": k, "forwards_per_second": trial} for (b, k), trial in self.trials.items()],
+            "trials": [
+                {"batch": batch, "k": k, "next_token": other, "forwards_per_second": trial}
+                for (batch, k, other), trial in self.trials.items()
+            ],
             "hf": compared,
             "device": run.mesh.devices.flat[0].device_kind,
             "versions": versions(),
             "parameters": _parameters(run),
         }
+
+    def by_category(self) -> list[dict[str, Any]]:
+        """What is said of each cell by category; see `category_rows`."""
+        rows = []
+        for cell in (cell for cell in self.cells if not cell.next_token):
+            batches: dict[str, list[int]] = {}
+            for number, category in enumerate(self.categories[:: cell.batch]):
+                batches.setdefault(category, []).append(number)
+            rows += category_rows(cell, fastest(self.cells, cell), batches, ordinary(self.cells, cell))
+        return rows
 
 
 def _batch(size: int) -> str:

@@ -25,7 +25,16 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = dict[str, Any]
+Columns = dict[str, Callable[[Row], str]]
 FIGURES = ("loss", "acceptance", "speed")
+NEXT_TOKEN = " (next-token table)"
+NEXT_TOKEN_NOTE = """The target is the head's own marginal, so k = 0 computes the whole mixture for each token.
+*Next-token table* is plain decoding of the same trunk with one ordinary table of V x D in place of the head, random
+where the run has none: its texts mean nothing, its time is that of an ordinary model. *Over next-token* is the speed-up
+over it."""
+CATEGORIES = """### By category
+
+The prompts of each category for themselves, against k = 0 on the same ones; in the mean each category counts once."""
 
 
 def _identical(row: Row) -> str:
@@ -35,19 +44,27 @@ def _identical(row: Row) -> str:
     return "yes" if row["identical_to_plain"] else f"{row['rows_that_differ']} rows differ{gap}"
 
 
-COLUMNS: dict[str, Callable[[Row], str]] = {
+COLUMNS: Columns = {
     "batch": lambda row: f"{row['batch']}",
     "dtype": lambda row: row["dtype"],
     "plain in": lambda row: row["plain_dtype"],
     "T": lambda row: f"{row['temperature']:g}",
     "verifier": lambda row: row["verifier"],
-    "k": lambda row: f"{row['k']}{' (auto)' * row.get('auto', False)}",
+    "k": lambda row: f"{row['k']}{' (auto)' * row.get('auto', False)}{NEXT_TOKEN * row.get('next_token', False)}",
     "tokens/s": lambda row: f"{row['tokens_per_second']:,.0f}",
     "speed-up": lambda row: f"{row['speedup']:.2f}x",
+    "over next-token": lambda row: f"{row['speedup_next_token']:.2f}x",
     "tokens per forward": lambda row: f"{row['block_efficiency']:.2f}",
     "acceptance": lambda row: " ".join(f"{share:.2f}" for share in row["acceptance"]) or "-",
     "verify cost": lambda row: "-" if row.get("verify_cost") is None else f"{row['verify_cost']:.2f}",
     "identical": _identical,
+}
+
+
+CATEGORY_COLUMNS: Columns = {
+    "category": lambda row: row["category"] or "mean of categories",
+    "prompts": lambda row: f"{row['prompts']}",
+    **{name: cell for name, cell in COLUMNS.items() if name not in ("verify cost", "identical")},
 }
 
 
@@ -87,22 +104,26 @@ def write_report(
 
 def decode_table(bench: dict[str, Any]) -> Table:
     """The decode measurements as a table for the terminal."""
-    from rich.table import Table
+    rows = _with_next_token(bench)
+    return _table(_decode_setting(bench), _columns(rows), rows)
 
-    columns = _columns(bench["rows"])
-    table = Table(title=_decode_setting(bench), box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in columns:
-        justify = "left" if name in ("dtype", "plain in", "verifier", "acceptance") else "right"
-        table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=name != "acceptance")
-    for row in bench["rows"]:
-        table.add_row(*(text(row) for text in columns.values()))
-    return table
+
+def category_table(bench: dict[str, Any]) -> Table:
+    """Those of a suite by category, as a table for the terminal."""
+    rows = _by_category(bench)
+    return _table(f"By category of {_suite(bench)}", _columns(rows, CATEGORY_COLUMNS), rows)
 
 
 def decode_markdown(bench: dict[str, Any]) -> str:
     """The decode measurements as a Markdown table."""
-    columns = _columns(bench["rows"])
-    return markdown_table(columns, ([text(row) for text in columns.values()] for row in bench["rows"]))
+    rows = _with_next_token(bench)
+    return _markdown_rows(_columns(rows), rows)
+
+
+def category_markdown(bench: dict[str, Any]) -> str:
+    """Those of a suite by category, as a Markdown table."""
+    rows = _by_category(bench)
+    return _markdown_rows(_columns(rows, CATEGORY_COLUMNS), rows)
 
 
 def hf_line(bench: dict[str, Any]) -> str:
@@ -181,17 +202,61 @@ def _lines(rows: Sequence[Row]) -> Iterator[tuple[list[Row], dict[str, Any]]]:
             yield group, {**style, "label": f"T = {temperature:g}, {verifier}"}
 
 
-def _columns(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
-    """The columns to show: all, but batch and dtypes only where they vary."""
+def _table(title: str, columns: Columns, rows: Sequence[Row]) -> Table:
+    from rich.markup import escape  # a name may have brackets
+    from rich.table import Table
+
+    table = Table(title=escape(title), box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for name in columns:
+        justify = "left" if name in ("category", "dtype", "plain in", "verifier", "acceptance") else "right"
+        table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=name != "acceptance")
+    for row in rows:
+        table.add_row(*(escape(text(row)) for text in columns.values()))
+    return table
+
+
+def _markdown_rows(columns: Columns, rows: Sequence[Row]) -> str:
+    return markdown_table(columns, ([text(row).replace("|", "\\|") for text in columns.values()] for row in rows))
+
+
+def _with_next_token(bench: dict[str, Any]) -> list[Row]:
+    """The rows, and before those of a setting that of the next-token table in it, if there is one."""
+    left, rows = [{**row, "next_token": True} for row in bench["next_token"]], []
+    for row in bench["rows"]:
+        setting = [row[name] for name in ("batch", "temperature", "verifier", "dtype")]
+        first = [
+            own for own in left if [own[name] for name in ("batch", "temperature", "verifier", "dtype")] == setting
+        ]
+        left = [own for own in left if own not in first]
+        rows += [*first, row]
+    return rows
+
+
+def _by_category(bench: dict[str, Any]) -> list[Row]:
+    """The rows of one category after the other, and last the means."""
+    names = list(dict.fromkeys(row["category"] for row in bench["by_category"]))
+    return sorted(bench["by_category"], key=lambda row: names.index(row["category"]))
+
+
+def _columns(rows: Sequence[Row], columns: Columns = COLUMNS) -> Columns:
+    """The columns to show: all, but batch and dtypes where they vary, and speed-ups over what was measured."""
     same = {"batch"} if len({row["batch"] for row in rows}) == 1 else set()
+    same |= {"over next-token"} if any(row["speedup_next_token"] is None for row in rows) else set()
     if len({row[name] for row in rows for name in ("dtype", "plain_dtype")}) == 1:
         same |= {"dtype", "plain in"}
-    return {name: text for name, text in COLUMNS.items() if name not in same}
+    return {name: text for name, text in columns.items() if name not in same}
+
+
+def _suite(bench: dict[str, Any]) -> str:
+    return epath.Path(bench["suite"]).name
 
 
 def _decode_setting(bench: dict[str, Any]) -> str:
+    tokens = f"{bench['prompt_tokens']} tokens"
+    if bench["suite"]:
+        tokens = f"{_suite(bench)} ({' to '.join(map(str, bench['prompt_lengths']))} tokens)"
     return (
-        f"{bench['prompts']} prompts of {bench['prompt_tokens']} tokens, {bench['new_tokens']} new tokens each, "
+        f"{bench['prompts']} prompts of {tokens}, {bench['new_tokens']} new tokens each, "
         f"{bench['repetitions']} repetitions, on {bench['device']}"
     )
 
@@ -236,6 +301,8 @@ def _described(head: dict[str, Any]) -> str:
 
 def _markdown(title: str, train: Sequence[Row], evals: Sequence[Row], bench: dict[str, Any], config: dict) -> str:
     hf = f"\n{hf_line(bench)}\n" if bench["hf"] else ""
+    plain = f"\n{NEXT_TOKEN_NOTE}\n" if bench["next_token"] else ""
+    categories = f"\n{CATEGORIES}\n\n{category_markdown(bench)}\n" if bench["by_category"] else ""
     return f"""# {title}
 
 {_summary(train, bench, config)}
@@ -259,7 +326,7 @@ equals that of plain decoding, and if not, how many continuations differ and by 
 tokens differ where they part; verifiers that keep the law of the text but not the text itself have a dash.
 
 {decode_markdown(bench)}
-{hf}
+{plain}{hf}{categories}
 ![Acceptance by offset](plots/acceptance.png)
 
 *Share of the drafts kept at each offset, for the longest draft that was measured.*

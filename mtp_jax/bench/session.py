@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,8 +15,8 @@ from jax import Array
 from mtp_jax.bench.cells import Cell
 from mtp_jax.bench.config import BenchConfig
 from mtp_jax.decode.config import DecodeConfig
-from mtp_jax.decode.decoder import Decoder, for_decoding
-from mtp_jax.decode.decoding import ENDLESS, Decoding, Generation
+from mtp_jax.decode.decoder import Decoder, for_decoding, with_next_token
+from mtp_jax.decode.decoding import ENDLESS, Decoding, Generation, bucket
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.loop import read
 from mtp_jax.decode.tune import best_k
@@ -32,18 +32,28 @@ class Decoders(Mapping[str, Decoder]):
     """A run's model laid out for decoding, by dtype: the config's and the other one, the mesh in scope.
 
     The one that was asked for last is in memory, and no other: laying it out again takes less than it is measured for.
+    `next_token` has the same trunks, shared, under a plain next-token table.
     """
 
     def __init__(self, run: LoadedRun):
         self._run, self._held = run, dict[str, Decoder]()
+        self._next_token = dict[str, Decoder]()
 
     def __getitem__(self, dtype: str) -> Decoder:
         if dtype not in self._held:
             self._held.clear()
+            self._next_token.clear()
             own = dtype == self._run.config.model.dtype
             model = self._run.model if own else in_dtype(self._run.model, dtype)  # type: ignore[arg-type]
             self._held[dtype] = for_decoding(model)
         return self._held[dtype]
+
+    def next_token(self, dtype: str) -> Decoder:
+        """`self[dtype]` with a plain next-token table in place of its head."""
+        decoder = self[dtype]
+        if dtype not in self._next_token:
+            self._next_token[dtype] = with_next_token(decoder)
+        return self._next_token[dtype]
 
     def __iter__(self) -> Iterator[str]:
         own = self._run.config.model.dtype
@@ -56,32 +66,45 @@ class Decoders(Mapping[str, Decoder]):
 class Session:
     """Decoders by dtype and the prompts that they continue, up to a stop token, the mesh in scope."""
 
-    def __init__(self, models: Mapping[str, Decoder], prompts: list[Any], stops: Sequence[int], config: BenchConfig):
+    def __init__(self, models: Decoders, prompts: list[Any], stops: Sequence[int], config: BenchConfig):
         self.models, self.prompts, self.stops, self.config = models, prompts, stops, config
         self.compile_seconds = 0.0
 
     def asked(self, cell: Cell, first: int, *, endless: bool = False) -> tuple[Decoder, list[Any], DecodeConfig]:
         """A batch of prompts from number `first`. Prompt i is sampled as row i of the seed, whatever the batch.
 
-        `endless`: no stop token ends a text before `new_tokens` do; the programs are the same.
+        `endless`: no stop token ends a text before `new_tokens` do; the programs are the same. Nor does one end what a
+        table says that nothing has trained.
         """
-        stops = (-1,) * len(self.stops) if endless else self.stops
+        stops = (-1,) * len(self.stops) if endless or cell.next_token else self.stops
         rows: Any = {"seed": self.config.seed, "row": first, "stop_tokens": stops}
         decode = DecodeConfig(self.config.new_tokens, cell.temperature, k=cell.k, verifier=cell.verifier, **rows)
-        return self.models[cell.dtype], self.prompts[first : first + cell.batch], decode
+        model = self.models.next_token(cell.dtype) if cell.next_token else self.models[cell.dtype]
+        return model, self.prompts[first : first + cell.batch], decode
 
-    def compile(self, cell: Cell) -> None:
-        """Prefill and one iteration; of a cache that attention reads in part, a whole batch: each part is a program.
+    def shapes(self, batch: int) -> list[int]:
+        """The number of the first prompt of one batch of each shape: what is compiled for that serves all like it."""
+        found: dict[int, int] = {}
+        for first in range(0, len(self.prompts), batch):
+            found.setdefault(bucket(max(map(len, self.prompts[first : first + batch]))), first)
+        return list(found.values())
 
-        What k = "auto" stands for is chosen before, and is no part of the time.
+    def compile(self, cell: Cell, shapes: Iterable[int]) -> None:
+        """Prefill and one iteration of each of these batches; of a cache that attention reads in part, the loop of each
+        part.
+
+        What k = "auto" stands for is chosen before, on the first prompts, and is no part of the time.
         """
         if cell.auto:
             cell.k = best_k(*self.asked(cell, 0))
-        begun, decoding = time.perf_counter(), Decoding(*self.asked(cell, 0, endless=True))
-        decoding.prefill()
-        decoding.advance(1 if decoding.attended is None else ENDLESS)
-        decoding.wait()
-        self.compile_seconds += time.perf_counter() - begun
+        for first in shapes:
+            begun, decoding = time.perf_counter(), Decoding(*self.asked(cell, first, endless=True))
+            decoding.prefill()
+            decoding.advance(1)
+            for attended in decoding.programs:
+                decoding.enter(0, attended)
+            decoding.wait()
+            self.compile_seconds += time.perf_counter() - begun
 
     def decode(self, cell: Cell, first: int, forwards: int = ENDLESS) -> tuple[Generation, float, float]:
         """(what was decoded, seconds of prefill, seconds of the loop), of so many forwards or up to where texts end."""
@@ -102,7 +125,7 @@ class Session:
         forwards = max(1, min(TRIAL_FORWARDS, (self.config.new_tokens - 1) // (cell.k + 1)))
         rates = {}
         for dtype, cell in cells.items():
-            self.compile(cell)
+            self.compile(cell, [0])
             seconds = [self.decode(cell, 0, forwards)[-1] for _ in range(TRIAL_ROUNDS)]
             rates[dtype] = float(forwards / np.median(seconds))
         return rates

@@ -54,7 +54,7 @@ def _decode(args: list[str]) -> None:
     use_compilation_cache()
 
     from mtp_jax.bench.decode import bench_decode, check
-    from mtp_jax.bench.report import check_reportable, decode_table, hf_line, write_report
+    from mtp_jax.bench.report import category_table, check_reportable, decode_table, hf_line, write_report
     from mtp_jax.runs.layout import read_config
     from mtp_jax.validate import to_dict
 
@@ -65,6 +65,8 @@ def _decode(args: list[str]) -> None:
     run = options.load()
     bench = _with_status(lambda status: bench_decode(run, options.config, status))
     console().print(decode_table(bench))
+    if bench["by_category"]:
+        console().print(category_table(bench))
     if bench["hf"]:
         print(hf_line(bench))
     try:

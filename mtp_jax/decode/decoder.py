@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.sharding import AbstractMesh, Mesh
 
 from mtp_jax.heads.base import Seen
+from mtp_jax.heads.config import HeadConfig
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.model.cache import Cache
 from mtp_jax.model.output_major import OutputMajor
@@ -124,6 +125,30 @@ def for_decoding(model: LanguageModel, *, keep: bool = True) -> Decoder:
     decoder = _laid_out(model, turn)
     decoder.trunk = nnx.data(trunk)
     return decoder
+
+
+def with_next_token(decoder: Decoder) -> Decoder:
+    """The same trunk and embedding, in memory once, under a plain next-token table of V x D, to be timed.
+
+    The table is the decoder's own where it has one, else random: its texts mean nothing.
+    """
+    config, table = HeadConfig(kind="none", window=1, target="ntp"), decoder.unembed_VD
+
+    @jax.jit
+    def bare() -> LanguageModel:
+        model = LanguageModel(decoder.config, config, rngs=nnx.Rngs(0))
+        model.trunk = model.embed_VD = None  # type: ignore[assignment]
+        if table is not None:
+            model.unembed_VD = None
+        return model
+
+    plain = for_decoding(bare())
+    plain.trunk = nnx.data(decoder.trunk)
+    if decoder.embed_VD is not None:
+        plain.embed_VD = nnx.data(decoder.embed_VD)
+    if table is not None:
+        plain.unembed_VD = nnx.data(table)
+    return plain
 
 
 @functools.partial(jax.jit, static_argnames="turn")

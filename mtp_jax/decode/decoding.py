@@ -133,7 +133,7 @@ class Decoding:
     @property
     def done(self) -> bool:
         """Whether every row has ended."""
-        return bool(np.all(self.state.done_B))
+        return bool(np.all(np.asarray(self.state.done_B)))  # of a JAX array it would compile
 
     @property
     def attended(self) -> int | None:
@@ -143,9 +143,20 @@ class Decoding:
         """
         if self.plan.slots < 2 * SMALLEST_ATTENDED:
             return None  # without waiting for the device
-        longest = int(np.max(np.where(self.state.done_B, 0, self.state.length_B)))
+        longest = int(np.max(np.where(np.asarray(self.state.done_B), 0, np.asarray(self.state.length_B))))
         size = max(SMALLEST_ATTENDED, bucket(longest + self.plan.k))
         return size if 2 * size <= self.plan.slots else None
+
+    @property
+    def programs(self) -> list[int | None]:
+        """All that `attended` may be, of this batch or of another of its shapes: a loop is compiled for each."""
+        slots, width = self.plan.slots, self.prompt_BP.shape[1]
+        # The longest prompt fills more than half the width, but its row may end before the others.
+        size, found = (max(SMALLEST_ATTENDED, width) if len(self.length_B) == 1 else SMALLEST_ATTENDED), []
+        while 2 * size <= slots:
+            found.append(size)
+            size *= 2
+        return [*found, None]
 
     def advance(self, max_forwards: int = ENDLESS) -> None:
         """Decode until every row has ended, or for `max_forwards` forwards.

@@ -4,6 +4,7 @@ RUN/config.json, versions.json the resolved TrainConfig, and what it runs on; re
 RUN/tokenizer/                 the files of its tokenizer, if it has any
 RUN/checkpoints/STEP/          a checkpoint, as `mtp_jax.runs.checkpoints` describes it
 RUN/metrics.jsonl, tensorboard/
+RUN/wandb.json, mlflow.json    the ids that services know the run by, as `mtp_jax.train.sinks` keeps them
 RUN/.mtp_jax.lock              who trains there now, as `mtp_jax.runs.lock` describes it
 RUN/lost-N/                    a run directory of its own, that `--auto-resume` did not delete
 """
@@ -33,8 +34,9 @@ META_FILE = "meta/metadata"  # of a checkpoint, as Orbax names it
 # What training, `generate --held-out` and `bench --report` leave in a run directory, in the order of its deletion: what
 # a kill leaves of that is a run until all else is gone.
 WRITTEN = ("completions.html", "report.md", "report.json", "plots", "profile", "tensorboard", "metrics.jsonl")
-WRITTEN += (CHECKPOINTS_DIR, TOKENIZER_DIR, CONFIG_FILE, "versions.json")
-WRITTEN += tuple(f"{name}.partial" for name in ("metrics.jsonl", CONFIG_FILE, "versions.json"))
+SINK_FILES = ("wandb.json", "mlflow.json")
+WRITTEN += ("wandb", *SINK_FILES, CHECKPOINTS_DIR, TOKENIZER_DIR, CONFIG_FILE, "versions.json")
+WRITTEN += tuple(f"{name}.partial" for name in ("metrics.jsonl", *SINK_FILES, CONFIG_FILE, "versions.json"))
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 

@@ -1,4 +1,4 @@
-"""Loggers of metrics: `metrics.jsonl`, TensorBoard, and the screen of the person who waits.
+"""Loggers of metrics: `metrics.jsonl`, TensorBoard, and the screen of the person who waits; `sinks` has others.
 
 The training loop holds one `Loggers` and calls `log(kind, step, metrics)`; process 0 writes and the others do not.
 `read_metrics` is the way back, for reports and notebooks.
@@ -14,12 +14,13 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from etils import epath
 
 from mtp_jax.runs.paths import is_local, replace_file
+from mtp_jax.train.sinks import SINKS
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,7 +44,8 @@ class Loggers:
     """All loggers of a run as one, and as a context manager that closes them.
 
     `resume_from` is the step that a resumed run starts from: later steps, left behind by a killed run, are forgotten.
-    With `enabled` False, as on every process but the first, nothing is written at all.
+    With `enabled` False, as on every process but the first, nothing is written at all. `log_to` are names of `SINKS`,
+    which are told `config`, the run's.
     """
 
     def __init__(
@@ -54,12 +56,17 @@ class Loggers:
         resume_from: int | None = None,
         enabled: bool = True,
         console: Console | None = None,
+        log_to: Iterable[str] = (),
+        config: Mapping[str, Any] | None = None,
     ):
         self._loggers: list[Logger] = []
         self._progress: ProgressLogger | None = None
         self._failed: list[Logger] = []
         if enabled:
-            self._loggers = [TensorBoardLogger(run_dir, resume_from), JsonlLogger(run_dir, resume_from)]
+            # Before the later steps are forgotten, which the sinks have; closed last, for they may be slow.
+            earlier = None if resume_from is None else last_steps(run_dir)
+            self._loggers = [SINKS[name](run_dir, config or {}, earlier) for name in dict.fromkeys(log_to)]
+            self._loggers += [TensorBoardLogger(run_dir, resume_from), JsonlLogger(run_dir, resume_from)]
             self._progress = ProgressLogger(total_steps, resume_from or 0, console)
             self._loggers.append(self._progress)
 
@@ -164,6 +171,15 @@ def read_metrics(run_dir: epath.PathLike) -> list[dict[str, Any]]:
             values = {k: v if k in ("kind", "step") else float(v) for k, v in record.items()}
             records += [values] if {"kind", "step"} <= values.keys() else []
     return records
+
+
+def last_steps(run_dir: epath.PathLike) -> dict[str, int]:
+    """The last step of each kind in `metrics.jsonl`; nothing where there is none."""
+    last: dict[str, int] = {}
+    with contextlib.suppress(FileNotFoundError):
+        for record in read_metrics(run_dir):
+            last[record["kind"]] = max(record["step"], last.get(record["kind"], 0))
+    return last
 
 
 class TensorBoardLogger:

@@ -45,8 +45,9 @@ from mtp_jax.train.init_from import begin_from
 from mtp_jax.train.loggers import Loggers
 from mtp_jax.train.profile import Profile
 from mtp_jax.train.session import TrainSession, open_session, say
+from mtp_jax.train.sinks import check_sinks
 from mtp_jax.train.step import Metrics, Trainer, make_trainer
-from mtp_jax.validate import differences, require
+from mtp_jax.validate import differences, require, to_dict
 
 
 class NonFiniteLossError(RuntimeError):
@@ -82,6 +83,7 @@ def train(
         saved. Signals that are ignored stay so, and but for SIGTERM those that the caller has handlers for.
     """
     require(resume or resume_step is None, f"--from-step is {resume_step} and --resume is not given; give both.")
+    check_sinks(config.log_to)
     check = lambda: str(check_run_dir(run_dir, resume=resume, overwrite=overwrite, unfinished=unfinished))  # noqa: E731
     with open_session(distributed or Distributed()) as session, one_writer(on_first(check)) as path:
         on_first(check)  # again: what was there may have changed until nobody else could write
@@ -131,7 +133,14 @@ def train(
             resumed_from = first if resume else None
             with (
                 CheckpointWriter(path, config.keep_checkpoints, resumed_from) as checkpoints,
-                Loggers(path, config.steps, resume_from=resumed_from, enabled=jax.process_index() == 0) as loggers,
+                Loggers(
+                    path,
+                    config.steps,
+                    resume_from=resumed_from,
+                    enabled=jax.process_index() == 0,
+                    log_to=config.log_to,
+                    config=to_dict(config),
+                ) as loggers,
             ):
                 speed = Speedometer(session.clock, first, config, cost, mesh)
                 known = {"base": base.reference()} if base else {}
@@ -304,7 +313,10 @@ def describe(
 ) -> None:
     """Say what is trained and what it will cost."""
     head = config.head
-    ratio = f"head / trunk {cost.head_flops / cost.trunk_flops:.2f}" if cost.trunk_flops else "head alone"
+    per_token = f"{cost.head_flops / 1e6:.1f} MFLOPs a token, of the head alone"
+    if cost.trunk_flops:
+        ratio = cost.head_flops / cost.trunk_flops
+        per_token = f"head / trunk {ratio:.2f} of {cost.trunk_flops / 1e6:.1f} MFLOPs a token"
     reads = f"hidden states of {config.base} from {store.path}" if store.hidden else "hidden states from the trunk"
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     say(
@@ -313,8 +325,8 @@ def describe(
         f"({mesh.devices.flat[0].device_kind}{processes})\n"
         f"trunk {cost.trunk_params:,} parameters, head {cost.head_params:,} ({check_head(head).describe(head)}), "
         f"embedding {cost.embedding_params:,}\n"
-        f"predicted cost: {ratio}, {(cost.trunk_flops + cost.head_flops) / 1e6:.1f} MFLOPs a token; a step costs "
-        f"{cost.step_ratio:.2f} times one with a plain next-token head" + (f"\nreads {reads}" if config.base else "")
+        f"predicted cost: {per_token}; a step costs {cost.step_ratio:.2f} times one with a plain next-token head"
+        + (f"\nreads {reads}" if config.base else "")
     )
     parts = store.train.parts if isinstance(store, Mixture) else (store.train,)
     found = [pack(part, config.data.seq_len) for part in parts if part.mask is not None]

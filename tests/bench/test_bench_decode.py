@@ -98,6 +98,7 @@ class FakeDecoder:
 
     def __init__(self):
         self.now, self.compiled, self.requests, self.timed = 0.0, set(), [], []
+        self.of = []  # (model, config) of every request
         self.forward_seconds = {"float32": 1, "bfloat16": 2}  # of plain decoding, by model
 
     def loop_seconds(self, cell, index, repetition):
@@ -110,6 +111,7 @@ class FakeDecoder:
         """What stands for a `Decoding`."""
         self.now += 10_000
         self.requests.append(((config.temperature, config.k), [prompt.tolist() for prompt in prompts], config))
+        self.of.append((model, config))
         return FakeDecoding(self, model, len(prompts), config)
 
     def compile(self, what, asked):
@@ -119,10 +121,17 @@ class FakeDecoder:
         return 1000 * new
 
 
+class FakeModels(dict):
+    """A model by dtype, and the one with a plain table by another name."""
+
+    def next_token(self, dtype):
+        return f"table in {dtype}"
+
+
 class FakeDecoding:
     """A decoding whose work takes time on the clock of its decoder, at the latest when it is waited for."""
 
-    attended = None
+    programs = (None,)
 
     def __init__(self, decoder, model, batch, config):
         self.decoder, self.model, self.batch, self.due = decoder, model, batch, 0.0
@@ -146,6 +155,9 @@ class FakeDecoding:
         fake.timed.append((repetition, self.index, self.cell))
         self.due += fake.compile("proceed", self) + fake.loop_seconds(*fake.timed[-1][::-1])
 
+    def enter(self, max_forwards, attended):
+        assert (max_forwards, attended) == (0, None), "it is compiled and nothing is decoded"
+
     def result(self):
         self.decoder.now += 10_000
         wrong = self.cell == (0.7, 2) and self.index == 1
@@ -157,16 +169,16 @@ class FakeDecoding:
 def measure(store, monkeypatch):
     """A function that benchmarks with a fake and gives it, the bench that came of it, and what the user saw."""
 
-    def run(config=CONFIG, **forward_seconds):
+    def run(config=CONFIG, target="ntp", **forward_seconds):
         fake, lines, chosen = FakeDecoder(), [], []
         fake.forward_seconds |= forward_seconds
         monkeypatch.setattr(session, "Decoding", fake.asked)
         monkeypatch.setattr(session, "time", fake)
         monkeypatch.setattr(session, "best_k", lambda model, prompts, config: chosen.append(config) or 1)
         monkeypatch.setattr(bench, "prepare", lambda config, tokenizer, reading: store)
-        monkeypatch.setattr(bench, "Decoders", lambda run: {"float32": "float32", "bfloat16": "bfloat16"})
+        monkeypatch.setattr(bench, "Decoders", lambda run: FakeModels({"float32": "float32", "bfloat16": "bfloat16"}))
         monkeypatch.setattr(bench.Session, "gap", lambda self, cell, index, shared, own, other: own / other)
-        run_config = tiny.train_config(head=tiny.head_config(window=3))
+        run_config = tiny.train_config(head=tiny.head_config(window=3, target=target))
         with tiny.mesh() as mesh:
             model = jax.eval_shape(lambda: build_model(run_config, jax.random.key(0)))
         run = SimpleNamespace(config=run_config, mesh=mesh, model=model, tokenizer=None, step=40, stop_tokens=(5,))
@@ -228,7 +240,7 @@ def test_only_the_loop_is_timed(measured):
 
 def test_the_other_dtype_is_measured_where_it_is_faster(measure):
     plain, drafted = measure().bench["trials"]
-    assert plain == {"batch": 1, "k": 0, "forwards_per_second": {"float32": 1.0, "bfloat16": 0.5}}
+    assert plain == {"batch": 1, "k": 0, "next_token": False, "forwards_per_second": {"float32": 1.0, "bfloat16": 0.5}}
     assert (drafted["batch"], drafted["k"]) == (1, 2)
     assert {row["dtype"] for row in measure(bfloat16=0.97).bench["rows"]} == {"float32"}, "that may be noise"
     found = measure(bfloat16=0.25).bench
@@ -268,6 +280,23 @@ def test_the_ks_that_are_named_are_measured(measure):
     assert [(row["temperature"], row["k"]) for row in rows] == [(T, k) for T in (0.0, 0.7) for k in (0, 2)]
     with pytest.raises(ConfigError, match=r"ks is \(0, 7\) and the head of the run drafts at most 2 tokens"):
         measure(dataclasses.replace(CONFIG, ks=(0, 7)))
+
+
+def test_a_marginal_run_is_measured_beside_a_plain_table_in_the_same_turns(measure, monkeypatch):
+    """Which no stop token ends, which has rows of its own, and whose dtype is tried too."""
+    assert measure().bench["next_token"] == []
+    seconds = {"table in float32": 4, "table in bfloat16": 3}
+    monkeypatch.setattr(FakeDecoder, "loop_seconds", lambda self, cell, index, repetition: 8 - 2 * cell[1])
+    found = measure(target="marginal", **seconds)
+    assert [trial["next_token"] for trial in found.bench["trials"]] == [False, False, True]
+    rows, (table, *others) = found.bench["rows"], found.bench["next_token"]
+    assert {row["dtype"] for row in rows} == {"float32", "bfloat16"}, "for the table is faster in the other one"
+    assert (table["temperature"], table["k"], table["dtype"], len(others)) == (0.0, 0, "float32", 3)
+    assert table["identical_to_plain"] is None and table["speedup_next_token"] == 1.0
+    assert [row["speedup_next_token"] for row in rows[:3]] == [1.0, 8 / 6, 2.0]
+    of_table = [config for model, config in found.fake.of if model.startswith("table")]
+    assert of_table and {(config.k, config.stop_tokens) for config in of_table} == {(0, (-1,))}
+    assert {config.temperature for config in of_table} == set(CONFIG.temperatures)
 
 
 def test_k_auto_is_chosen_before_anything_is_timed_and_has_rows_of_its_own(measure):
@@ -350,7 +379,7 @@ def test_runs_that_are_measured_together_have_the_same_cells(monkeypatch, own, f
         name: untrained(tiny.train_config(tiny.model_config(vocab_size=258, dtype=dtype)))
         for name, dtype in zip(("one", "other"), own, strict=True)
     }
-    monkeypatch.setattr(bench, "chosen_prompts", lambda *_: [np.array([1, 2, 3, 4])])
+    monkeypatch.setattr(bench, "chosen_prompts", lambda *_: [("", np.array([1, 2, 3, 4]))])
     found = bench.bench_runs(runs, config)
     cells = {(dtype, k) for dtype in session.DTYPES for k in (0, 1)}
     assert all({(row["dtype"], row["k"]) for row in of["rows"]} == cells for of in found.values())
@@ -387,13 +416,32 @@ def test_texts_end_at_a_stop_token_and_are_counted_up_to_it():
             cells = [Cell(0.0, k, "greedy", "float32") for k in (0, 2)]
             for cell in cells:
                 generation, _, seconds = made.decode(cell, 0)
-                cell.generations, cell.seconds = [[generation]], [seconds]
+                cell.generations, cell.batch_seconds = [[generation]], [[seconds]]
                 assert cell.rows[0].tolist() == whole[:end] and cell.emitted == end - 1
                 assert made.trial(cell)["float32"] > 0
             found = of_cells.row(cells[1], cells[0], cells[0], made.gap)
             assert found["identical_to_plain"]
             said = np.isfinite([found[name] for name in ("speedup", "block_efficiency", "verify_cost")])
             assert said.all() if end > 1 else not said.any(), "nothing is said of no forwards"
+
+
+@pytest.mark.parametrize("tied, factors", [(False, "full"), (True, "full"), (False, "shared")])
+def test_the_plain_table_has_the_same_trunk_in_memory_once(tied, factors):
+    """It is the model's own where there is one; what its decoding computes is one softmax of V x D."""
+    config = tiny.train_config(tiny.model_config(tie_embeddings=tied), tiny.head_config(factors=factors))
+    with tiny.mesh():
+        model = tiny.make_model(config)
+        made = session.Decoders(SimpleNamespace(config=config, model=model))  # type: ignore[arg-type]
+        own, plain = made["float32"], made.next_token("float32")
+        assert plain is made.next_token("float32") and plain.head.config.kind == "none"
+        shared = {id(leaf) for leaf in jax.tree.leaves(own)}
+        new = [leaf.shape for leaf in jax.tree.leaves(plain) if id(leaf) not in shared]
+        assert new == ([] if tied or factors == "shared" else [(tiny.VOCAB, 16)])
+        out = generate(plain, [[1, 2, 3]], max_new_tokens=1, k=0)
+        logits_V = np.asarray(plain.unembed_VD[...]) @ np.asarray(model.see(np.array([[1, 2, 3]])).x_BTD)[0, -1]
+        assert out.tokens[0][0] == logits_V.argmax()
+        assert out.logprobs[0][0] == pytest.approx(logits_V.max() - np.log(np.exp(logits_V).sum()), abs=1e-4)
+        assert made["bfloat16"] is not own and made.next_token("bfloat16").config.dtype == "bfloat16"
 
 
 def test_the_other_dtype_is_the_same_model():
@@ -417,11 +465,19 @@ def test_the_other_dtype_is_the_same_model():
 
 def test_the_bench_says_what_was_measured(measured):
     shared = {name: value for name, value in measured.bench.items() if name in vars(CONFIG)}
-    assert shared == {"prompts": 3, "prompt_tokens": 8, "new_tokens": 5, "files": "", "repetitions": 3, "seed": 4}
+    assert shared == {
+        "prompts": 3,
+        "prompt_tokens": 8,
+        "new_tokens": 5,
+        "files": "",
+        "suite": "",
+        "repetitions": 3,
+        "seed": 4,
+    }
     assert measured.bench["hf"] is None
     assert measured.bench["step"] == 40 and measured.bench["device"] == jax.devices()[0].device_kind
     assert measured.bench["versions"] == bench.versions()
-    assert measured.bench["parameters"]["embedding"] == tiny.VOCAB * 16
+    assert measured.bench["parameters"]["embedding"] == 2 * tiny.VOCAB * 16
 
 
 def test_the_default_is_the_benchmark_that_is_published():
@@ -433,6 +489,7 @@ def test_the_default_is_the_benchmark_that_is_published():
             "verifiers": (),
             "ks": (),
             "files": "",
+            "suite": "",
             "auto": False,
             "compare": "none",
             "repetitions": 3,

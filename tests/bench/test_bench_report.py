@@ -25,6 +25,7 @@ def decode_row(batch, temperature, k, verifier, dtype="float32"):
         "plain_dtype": "float32",
         "tokens_per_second": 1234.0 * batch * tokens / (1 + 0.1 * k),
         "speedup": tokens / (1 + 0.1 * k),
+        "speedup_next_token": None,
         "block_efficiency": tokens,
         "acceptance": acceptance,
         "verify_cost": 1 + 0.1 * k if k else None,
@@ -40,6 +41,9 @@ def make_bench(batches=(1,), ks=(0, 1, 3)):
         "rows": [decode_row(batch, T, k, verifier) for batch in batches for T, verifier in laws for k in ks],
         "prompts": 24,
         "prompt_tokens": 96,
+        "suite": "",
+        "by_category": [],
+        "next_token": [],
         "new_tokens": 256,
         "repetitions": 3,
         "compile_seconds": 14.2,
@@ -87,7 +91,8 @@ def test_the_tables_share_their_columns_and_show_the_baseline():
     bench = make_bench()
     header, _, *rows = report.decode_markdown(bench).splitlines()
     names = [cell.strip() for cell in header.strip("|").split("|")]
-    assert names == list(report.COLUMNS)[3:], "batch and dtypes are columns only where they vary"
+    shown = [name for name in report.COLUMNS if name != "over next-token"]
+    assert names == shown[3:], "batch and dtypes are columns only where they vary"
     assert len(rows) == len(bench["rows"])
     assert rows[0] == "| 0 | greedy | 0 | 1,234 | 1.00x | 1.00 | - | - | yes |"
 
@@ -105,6 +110,23 @@ def test_what_varies_becomes_a_column_and_a_panel():
     assert rows[-1].startswith("| 1 | bfloat16 | float32 | 0 | greedy | 3 |")
     titles = [axes.get_title(loc="left") for axes in report.plot_speed(bench["rows"]).axes]
     assert titles == ["Decoding speed, batch 1, float32", "Decoding speed, batch 8, float32"]
+
+
+def test_a_marginal_run_shows_the_plain_table_beside_its_own_baseline(run_dir):
+    bench = make_bench(ks=(0, 1))
+    for row in bench["rows"]:
+        row["speedup_next_token"] = row["speedup"] / 1.25
+    laws = ((0.0, "greedy"), (0.7, "coupled"), (0.7, "block"))
+    own = {"speedup": 1.25, "speedup_next_token": 1.0, "identical_to_plain": None, "tokens_per_second": 1542.5}
+    bench["next_token"] = [decode_row(1, T, 0, verifier) | own for T, verifier in laws]
+    header, _, *rows = report.decode_markdown(bench).splitlines()
+    assert "| k | tokens/s | speed-up | over next-token | tokens per forward |" in header and len(rows) == 9
+    assert rows[0] == "| 0 | greedy | 0 (next-token table) | 1,542 | 1.25x | 1.00x | 1.00 | - | - | - |"
+    assert rows[1].startswith("| 0 | greedy | 0 | 1,234 | 1.00x | 0.80x |")
+    assert [row.split(" | ")[1] for row in rows[::3]] == [verifier for _, verifier in laws]
+    text = report.write_report(run_dir, bench, to_dict(TrainConfig())).read_text()
+    assert rows[0] in text and "ordinary table of V x D in place of the head" in text
+    assert "(next-token table)" not in report.decode_markdown(make_bench())
 
 
 def test_rows_that_differ_are_counted():
@@ -131,6 +153,30 @@ def test_the_comparison_with_transformers_is_a_sentence(run_dir):
     text = report.write_report(run_dir, make_bench() | {"hf": found}, to_dict(TrainConfig())).read_text()
     assert "2,000 tokens/s with k = 0, 1,250 by transformers 9.9 on cpu (2 threads): 1.60x." in text
     assert "2 of 24 continuations differ." in text
+
+
+def test_a_suite_has_a_table_by_category(run_dir):
+    bench = make_bench(ks=(0, 1)) | {"suite": "suites/mt[bench].jsonl", "prompt_lengths": [7, 1200]}
+    assert "By category" not in report.write_report(run_dir, bench, to_dict(TrainConfig())).read_text()
+    names = {"writing | prose": 3, "code": 9, None: 12}
+    bench["by_category"] = [
+        {**row, "category": category, "prompts": count, "speedup": row["speedup"] + count}
+        for row in bench["rows"]
+        for category, count in names.items()
+    ]
+    text = report.write_report(run_dir, bench, to_dict(TrainConfig())).read_text()
+    assert "24 prompts of mt[bench].jsonl (7 to 1200 tokens), 256 new tokens each" in text
+    table = report.category_markdown(bench)
+    assert table in text[text.index("### By category") :]
+    header, _, *rows = table.splitlines()
+    assert header == "| category | prompts | T | verifier | k | tokens/s | speed-up | tokens per forward | acceptance |"
+    labels = ["writing \\| prose", "code", "mean of categories"]
+    assert [row.removeprefix("| ").split(" | ")[0] for row in rows] == [label for label in labels for _ in range(6)]
+    assert rows[7] == "| code | 9 | 0 | greedy | 1 | 2,131 | 10.73x | 1.90 | 0.90 |"
+    stream = io.StringIO()
+    Console(file=stream, width=120).print(report.category_table(bench))
+    shown = stream.getvalue()
+    assert "By category of mt[bench].jsonl" in shown and "writing | prose" in shown and "10.73x" in shown
 
 
 def test_figures_draw_the_numbers():

@@ -98,6 +98,9 @@ def test_bench_decode_measures_and_reports(run, tmp_path, monkeypatch):
             }
             assert row["block_efficiency"] == 1 and max(plain, key=plain.__getitem__) == row["plain_dtype"]
             assert (row["speedup"] == row["verify_cost"] == 1) is (row["dtype"] == row["plain_dtype"])
+    assert {row["dtype"] for row in bench["next_token"]} == set(dtypes), "the target is marginal"
+    assert all(row["tokens_per_second"] > 0 and row["speedup_next_token"] > 0 for row in bench["next_token"])
+    assert min(row["speedup_next_token"] for row in bench["rows"]) > 0 and "(next-token table)" in output
     assert bench["prompts"] == 2 and bench["new_tokens"] == 12 and bench["parameters"]["trunk"] > 0
     assert json.loads((run.dir / "report.json").read_text()) == bench
     report = (run.dir / "report.md").read_text()
@@ -109,10 +112,12 @@ def test_bench_decode_measures_and_reports(run, tmp_path, monkeypatch):
 
 BENCH = {
     **{"prompts": 1, "prompt_tokens": 8, "new_tokens": 8, "repetitions": 1, "seed": 0, "device": "cpu"},
+    **{"suite": "", "by_category": [], "next_token": []},
     **{"versions": {}, "parameters": {}, "compile_seconds": 1.0, "prefill_seconds": 1.0, "hf": None},
     "rows": [
         {
             **{"batch": 1, "temperature": 0.0, "k": 0, "verifier": "greedy", "dtype": "float32", "speedup": 1.0},
+            **{"speedup_next_token": None},
             **{"tokens_per_second": 50.0, "block_efficiency": 1.0, "acceptance": [], "verify_cost": 1.0},
             **{"plain_dtype": "float32", "identical_to_plain": True, "rows_that_differ": 0, "logit_gap": None},
         }
