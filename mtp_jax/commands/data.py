@@ -18,7 +18,7 @@ from mtp_jax.commands.distill import hidden_command, regenerate_command
 from mtp_jax.data.config import DataConfig, SourceConfig
 from mtp_jax.decode.spans import visible
 from mtp_jax.registry import lookup
-from mtp_jax.validate import at_least, require
+from mtp_jax.validate import ConfigError, at_least, require
 
 SUBSCRIPTS = str.maketrans("0123456789", "₀₁₂₃₄₅₆₇₈₉")
 
@@ -68,7 +68,13 @@ class Prepare(SourceConfig):
             return self
         from mtp_jax.runs.layout import read_config, run_tokenizer
 
-        config = read_config(self.base)
+        try:
+            config = read_config(self.base)
+        except ConfigError as error:
+            raise ConfigError(
+                f"--base is {self.base!r}; it must be a run directory, which `mtp-jax import MODEL --out RUN` makes. "
+                f"{error}"
+            ) from error
         named = {"tokenizer": run_tokenizer(self.base, config).name, "end_of_document": config.data.end_of_document}
         return dataclasses.replace(self, base="", chat=False, **named)
 

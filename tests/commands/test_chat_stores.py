@@ -87,7 +87,7 @@ def test_plain_text_takes_the_tokenizer_of_a_base(base, tmp_path, capsys):
     "options, words",
     [
         (["--chat"], "--chat is given and --base is not: conversations are written by a model's own template"),
-        (["--chat", "--base", "nowhere"], "nowhere is not a run directory"),
+        (["--chat", "--base", "nowhere"], "--base is 'nowhere'; it must be a run directory, which `mtp-jax import"),
         (["--base", "BASE", "--tokenizer", "hf:x"], "--tokenizer is 'hf:x' and --base"),
         (["--base", "BASE", "--end-of-document", "<s>"], "--end-of-document is '<s>' and --base"),
     ],
@@ -96,6 +96,12 @@ def test_what_does_not_fit_is_refused(options, words, base, chats, tmp_path, ref
     options = [str(base) if option == "BASE" else option for option in options]
     assert words in refused("data", "prepare", "--source", chats, "--out", tmp_path / "out", *options)
     assert not (tmp_path / "out").exists()
+
+
+def test_conversations_that_are_taken_for_text_say_so(chats, tmp_path, refused):
+    message = refused("data", "prepare", "--source", chats, "--out", tmp_path / "out", "--processes", 1, status=1)
+    assert "there is no field 'text'; it has 'messages'" in message
+    assert "data prepare --chat reads conversations" in message
 
 
 def test_a_base_that_does_not_chat_is_refused(chats, tmp_path, refused):

@@ -277,6 +277,16 @@ def test_a_bad_record_is_left_out_and_named(name, tmp_path):
         prepare(config, tokenizer=tokenizer, chat=True)
 
 
+def test_prompts_alone_are_refused_with_the_first(tmp_path):
+    file = write_chats(tmp_path / "c.jsonl", [{"messages": [user("x")]}] * 9)
+    with pytest.raises(
+        DataError, match=r"9 of 9 documents are unreadable \(.*byte 0: it has no message of the assistant"
+    ):
+        prepare(
+            DataConfig(str(file)), tokenizer=chat_tokenizer(tmp_path / "tok", CHATML), out=tmp_path / "o", chat=True
+        )
+
+
 def test_special_tokens_that_make_no_turns_may_be_said(tmp_path):
     tokenizer = chat_tokenizer(tmp_path / "tok", CHATML)
     ((_, ids, mask),), _ = ChatEncoding(tokenizer).rows(turns("x", "git add <file>")["messages"])

@@ -91,9 +91,10 @@ def _string(value: Any, path: list[str]) -> str:
         if not isinstance(value, dict):
             raise ValueError(f"{where} is no JSON object but {type(value).__name__}")
         if key not in value:
+            chat = "; data prepare --chat reads conversations" * ("messages" in value or "conversations" in value)
             raise ValueError(
                 f"there is no field {'.'.join(path[: i + 1])!r}; {where} has {', '.join(map(repr, value)) or 'none'} "
-                "(DataConfig.field names the one to read)"
+                f"(DataConfig.field names the one to read{chat})"
             )
         value = value[key]
     if not isinstance(value, str):
