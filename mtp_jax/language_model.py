@@ -79,13 +79,19 @@ class LanguageModel(nnx.Module):
         unembed_VD = None if self.unembed_VD is None else self.unembed_VD[...]
         return Seen(x_BTD, tokens_BT, segments_BT, taps, self.embed, unembed_VD)
 
-    def loss(self, batch: dict[str, Array], weights_BTW: Array, key: Array | None = None) -> tuple[Array, Aux]:
+    def loss(
+        self,
+        batch: dict[str, Array],
+        weights_BTW: Array,
+        key: Array | None = None,
+        law_weights_BTW: Array | None = None,
+    ) -> tuple[Array, Aux]:
         """The training loss of a batch in nats, and sums to report; `Head.loss` says what the arguments are.
 
         With target `ntp` the next-token loss is added with `ntp_weight`, and is `loss_first_token`.
         """
         seen, targets_BTW = self.see(batch["tokens_BT"], batch["segments_BT"]), batch["targets_BTW"]
-        loss, aux = self.head.loss(seen, targets_BTW, weights_BTW, key)
+        loss, aux = self.head.loss(seen, targets_BTW, weights_BTW, key, law_weights_BTW)
         config = self.head.config
         if config.target == "marginal":
             return loss, {**aux, "loss_first_token": aux["loss_offset"][0]}
