@@ -140,7 +140,8 @@ def _in_tiles(
             if measure:
                 weigh = functools.partial(prefix_weights, terms.law)
                 log_alpha, pull_alpha = jax.vjp(weigh, latent, logp)
-                (loss, sums), d_log_alpha, u = measure(*at, logits, lse, log_alpha)
+                law_weights, number = at
+                (loss, sums), d_log_alpha, u = measure(law_weights, number, logits, lse, log_alpha)
                 value = value[0] + loss, value[1] | sums
                 more = pull_alpha(d_log_alpha)
                 d_latent, d_logp = jax.tree.map(jnp.add, (d_latent, d_logp), more)
