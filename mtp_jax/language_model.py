@@ -82,7 +82,13 @@ class LanguageModel(nnx.Module):
         return Seen(x_BTD, tokens_BT, segments_BT, taps, self.embed, unembed_VD)
 
     def loss(
-        self, batch: dict[str, Array], weights_BTW: Array, key: Array | None = None, *, own: bool = True
+        self,
+        batch: dict[str, Array],
+        weights_BTW: Array,
+        key: Array | None = None,
+        law_weights_BTW: Array | None = None,
+        *,
+        own: bool = True,
     ) -> tuple[Array, Aux]:
         """The training loss of a batch in nats, and sums to report; `Head.loss` says what the arguments are. With
         hidden states in the batch, `x_BTD`, the trunk is not run.
@@ -95,7 +101,7 @@ class LanguageModel(nnx.Module):
             seen = self.seen(batch["x_BTD"].astype(self.config.dtype), tokens_BT, (), segments_BT)
         else:
             seen = self.see(tokens_BT, segments_BT)
-        loss, aux = self.head.loss(seen, targets_BTW, weights_BTW, key)
+        loss, aux = self.head.loss(seen, targets_BTW, weights_BTW, key, law_weights_BTW)
         config = self.head.config
         if config.target == "marginal":
             return loss, {**aux, "loss_first_token": aux["loss_offset"][0]}

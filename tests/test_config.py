@@ -122,6 +122,22 @@ REFUSED = {
         lambda: LossBenchConfig(v=10, shortlist=11),
         ["shortlist is 11", "v is 10"],
     ),
+    "a head that learns nothing": (
+        lambda: HeadConfig(nll_weight=0.0),
+        ["HeadConfig.nll_weight is 0", "kl_weight, tv_weight, acceptance_weight, lk_weight", "one of them above 0"],
+    ),
+    "a law at some positions": (
+        lambda: HeadConfig(target="ntp", kl_weight=0.5, loss_fraction=0.25),
+        ["HeadConfig.loss_fraction is 0.25", "kl_weight is 0.5", "loss_fraction to 1"],
+    ),
+    "a law of the head's own": (
+        lambda: check_head(HeadConfig(kl_weight=0.5, tv_weight=0.25)),
+        ["HeadConfig.kl_weight is 0.5 and tv_weight is 0.25", "target is marginal", "target to ntp"],
+    ),
+    "a law without offsets": (
+        lambda: check_head(HeadConfig("none", 1, lk_weight=0.5, target="ntp")),
+        ["HeadConfig.lk_weight is 0.5", "kind is none", "kind to mixture, or lk_weight to 0"],
+    ),
     "valid_fraction_zero": (lambda: DataConfig(valid_fraction=0.0), ["valid_fraction is 0.0", "(0, 1)"]),
     "valid_fraction_one": (lambda: DataConfig(valid_fraction=1.0), ["valid_fraction is 1.0", "(0, 1)"]),
     "text_without_files": (lambda: DataConfig(source="text"), ["source is text", "files is empty", "--data.source '"]),
@@ -233,7 +249,7 @@ LEAST = {
     HeadConfig: {
         **{"window": 1, "rank": 1, "factor_width": 1},
         **{"ntp_weight": 0, "z_weight": 0, "balance_weight": 0, "init_noise": 0},
-        "shortlist": 0,
+        **{"shortlist": 0, "nll_weight": 0, "kl_weight": 0, "tv_weight": 0, "acceptance_weight": 0, "lk_weight": 0},
     },
     DataConfig: {"seq_len": 1, "batch_size": 1},
     DecodeConfig: {"max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0},
@@ -251,6 +267,7 @@ ALONG = {
     "num_heads": {"num_kv_heads": 1},
     "d_model": {"head_dim": 2},
     "steps": {"optimizer": OptimizerConfig(warmup_steps=0)},
+    "nll_weight": {"kl_weight": 0.1},
 }
 # Fields with a fixed set of values, and one that is not in it.
 CHOICES = [
@@ -268,7 +285,7 @@ FRACTIONS = {"decay_fraction": True, "final_lr_fraction": True, "beta1": False, 
 # Numbers that must be above 0.
 POSITIVE = [
     *((RopeScaling, "low_freq_factor"), (ModelConfig, "rope_theta"), (ModelConfig, "norm_eps")),
-    (OptimizerConfig, "eps"),
+    *((OptimizerConfig, "eps"), (HeadConfig, "temperature")),
 ]
 # The modules whose refusals are all tried here.
 CHECKING = (
@@ -369,6 +386,7 @@ def test_what_fits_is_accepted():
     assert ModelConfig(d_model=64, num_heads=4).head_width == 16
     for factors in ("shared", "lowrank"):
         check_head(HeadConfig(factors=factors, shortlist=9))
+    check_head(HeadConfig(nll_weight=0, kl_weight=1, target="ntp", encoder="token"))
     ToTheModel.check(HeadConfig("drafter", target="ntp"))
     TrainConfig(ModelConfig(vocab_size=257)).with_tokenizer(257)
     on_mesh(2, 2, 2, batch=8, parts=2)
@@ -433,7 +451,28 @@ def test_every_field_survives_json():
             remat="dots",
         ),
         HeadConfig(
-            "other", 3, "independent", 1, "shared", 5, "ntp", 0.5, 0.9, 1e-3, "switch", 0.2, 0.1, 0.5, 6, "token"
+            "other",
+            3,
+            "independent",
+            1,
+            "shared",
+            5,
+            "ntp",
+            0.5,
+            0.9,
+            1e-3,
+            "switch",
+            0.2,
+            0.1,
+            1.0,
+            6,
+            "token",
+            0.5,
+            0.1,
+            0.2,
+            0.3,
+            0.4,
+            0.7,
         ),
         DataConfig(
             "text", "*.txt", "<|end|>", "text", "", "train", 0.3, "/cache", "tok.json", "<|end|>", 17, 6, 5, max_bad=0.2
@@ -460,7 +499,7 @@ def test_every_field_survives_json():
     assert from_dict(TrainConfig, {}) == default
     # And the two differ in all that they hold.
     differing = {name: (here, there) for name, here, there in differences(config, default)}
-    alone = {"init_from", "model.attention", "data.field", "data.dataset", "data.split"}
+    alone = {"init_from", "model.attention", "data.field", "data.dataset", "data.split", "head.loss_fraction"}
     assert (
         differing.keys() | alone == {name for name, _ in leaves(to_dict(config))}
         and list(differences(config, config)) == []
@@ -474,7 +513,7 @@ def leaves(values, prefix=""):
 
 
 # Fields that do not go with other values than another field's default.
-ALONE = {"init_from", "attention", "field", "dataset", "split"}
+ALONE = {"init_from", "attention", "field", "dataset", "split", "loss_fraction"}
 
 
 def assert_no_default(config):

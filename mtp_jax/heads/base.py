@@ -61,6 +61,8 @@ class Head(nnx.Module):
     config: HeadConfig
     shortlists: ClassVar[bool] = False
     """Whether such a head can have a shortlist."""
+    learns_law: ClassVar[bool] = False
+    """Whether such a head has losses against the target's law."""
 
     def __init__(self, config: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -76,6 +78,17 @@ class Head(nnx.Module):
         require(
             config.shortlist == 0 or cls.shortlists,
             f"HeadConfig.shortlist is {config.shortlist} and kind is {config.kind}, which has none; set it to 0.",
+        )
+        zero = f"{' and '.join(config.against_target)} to 0"
+        require(
+            cls.learns_law or not config.against_target,
+            f"HeadConfig.{config.weights_against} and kind is {config.kind}, which has no loss against the target's "
+            f"law. Set kind to mixture, or {zero}.",
+        )
+        require(
+            config.target == "ntp" or not config.against_target,
+            f"HeadConfig.{config.weights_against} and target is {config.target}; what is learnt then is the model's "
+            f"own next-token law. Set target to ntp, or {zero}.",
         )
 
     @classmethod
@@ -98,7 +111,14 @@ class Head(nnx.Module):
         """Whether `init_cache` and `extend` do anything."""
         return False
 
-    def loss(self, seen: Seen, targets_BTW: Array, weights_BTW: Array, key: Array | None = None) -> tuple[Array, Aux]:
+    def loss(
+        self,
+        seen: Seen,
+        targets_BTW: Array,
+        weights_BTW: Array,
+        key: Array | None = None,
+        law_weights_BTW: Array | None = None,
+    ) -> tuple[Array, Aux]:
         """The training loss in nats, and sums to report, which add up over micro-batches.
 
         Args:
@@ -106,6 +126,9 @@ class Head(nnx.Module):
           targets_BTW: the next W tokens of each position.
           weights_BTW: 0 where a target is masked, else 1 / (valid targets of that offset in the whole optimizer batch).
           key: for what the config draws at random in training; without one the loss is exact.
+          law_weights_BTW: the same for losses against the target's law, which are also masked where the position before
+            the target, whose law it is, lies outside the row: 0, else 1 / (targets of that offset that are left in the
+            whole optimizer batch). Heads without such losses do not look at them.
 
         Returns:
           the loss, and sums by name; `loss_offset`, in nats, is always there: `[W]`, or `[W - 1]` of a head that leaves

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mtp_jax.validate import at_least, require, typed
+from mtp_jax.validate import at_least, positive, require, typed
+
+AGAINST_TARGET = ("kl_weight", "tv_weight", "acceptance_weight", "lk_weight")
+"""The fields of `HeadConfig` that weigh losses against the target's law."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,13 @@ class HeadConfig:
     just chose. The mixture is then over the offsets after it, the first one is the model's own, and `target` is `ntp`.
     With a `shortlist` n the offsets after the first know n token ids alone: the most frequent ones of the training
     data, which the run finds, or without data the ids 0..n-1. 0: all ids. The ids are an array among the parameters.
+    What a mixture learns is a weighted sum: `nll_weight` is on the log-likelihood of the text, and the others, which
+    need target `ntp`, on losses against the model's own law p of each next token, all of them on q(. | x_<s):
+    `kl_weight` on KL(p || q), `tv_weight` on total variation, `acceptance_weight` on -log sum min(p, q), `lk_weight` on
+    a blend of KL and total variation (`mtp_jax.losses.target_law`). They are means over the positions whose p lies in
+    their row.
+    `temperature` is that of the law that the head learns: p is taken at it, and a text that the model wrote for the
+    log-likelihood should have been sampled at it.
     """
 
     kind: str = "mixture"
@@ -51,11 +61,24 @@ class HeadConfig:
     loss_fraction: float = 1.0
     shortlist: int = 0
     encoder: str = "none"
+    nll_weight: float = 1.0
+    kl_weight: float = 0.0
+    tv_weight: float = 0.0
+    acceptance_weight: float = 0.0
+    lk_weight: float = 0.0
+    temperature: float = 1.0
 
     def __post_init__(self) -> None:
         typed(self)
         at_least(self, 1, "window", "rank", "factor_width")
         at_least(self, 0, "ntp_weight", "z_weight", "balance_weight", "init_noise", "shortlist")
+        at_least(self, 0, "nll_weight", *AGAINST_TARGET)
+        positive(self, "temperature")
+        require(
+            self.nll_weight > 0 or bool(self.against_target),
+            f"HeadConfig.nll_weight is 0 and so are {', '.join(AGAINST_TARGET)}; nothing would be learnt. Set one of "
+            "them above 0.",
+        )
         require(
             self.circuit != "independent" or self.rank == 1,
             f"HeadConfig.circuit is independent and rank is {self.rank}; independent offsets have rank 1. "
@@ -69,3 +92,18 @@ class HeadConfig:
             f"HeadConfig.shortlist is {self.shortlist} and window is {self.window}; a shortlist serves the offsets "
             "after the first. Set shortlist to 0.",
         )
+        require(
+            self.loss_fraction == 1 or not self.against_target,
+            f"HeadConfig.loss_fraction is {self.loss_fraction} and {self.weights_against}; these losses read the "
+            f"model's law at all positions. Set loss_fraction to 1, or {' and '.join(self.against_target)} to 0.",
+        )
+
+    @property
+    def against_target(self) -> dict[str, float]:
+        """The weights of losses against the target's law that are above 0, by field."""
+        return {name: getattr(self, name) for name in AGAINST_TARGET if getattr(self, name) > 0}
+
+    @property
+    def weights_against(self) -> str:
+        """The same as a message says them."""
+        return " and ".join(f"{name} is {weight}" for name, weight in self.against_target.items())

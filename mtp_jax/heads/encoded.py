@@ -24,6 +24,7 @@ class EncodedHead(Head):
     """q(x_1 | h) = p(x_1 | h), the model's own; q(x_2 .. x_W | h, x_1) is a mixture that reads encoder(h, x_1)."""
 
     shortlists = True
+    learns_law = True
 
     def __init__(self, config: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(config, model, rngs=rngs)
@@ -66,13 +67,25 @@ class EncodedHead(Head):
         """As mixtures do."""
         self.mixture.unstack(unembed_VD)
 
-    def loss(self, seen: Seen, targets_BTW: Array, weights_BTW: Array, key: Array | None = None) -> tuple[Array, Aux]:
+    def loss(
+        self,
+        seen: Seen,
+        targets_BTW: Array,
+        weights_BTW: Array,
+        key: Array | None = None,
+        law_weights_BTW: Array | None = None,
+    ) -> tuple[Array, Aux]:
         """That of the mixture over the offsets from 2 on; what it reports is of these, and the next-token loss is the
         model's."""
-        seen = self._encoded(seen, targets_BTW[..., 0])
-        loss, aux = self.mixture.loss(seen, targets_BTW[..., 1:], weights_BTW[..., 1:], key)
-        if "listed" in aux:  # the model's own law has all tokens
-            aux["listed"] = jnp.concatenate([jnp.sum(weights_BTW[..., :1], axis=(0, 1)), aux["listed"]])
+        x_BTD = self._encoded(seen, targets_BTW[..., 0]).x_BTD
+        later = None if law_weights_BTW is None else law_weights_BTW[..., 1:]
+        loss, aux = self.mixture.loss_reading(x_BTD, seen, targets_BTW[..., 1:], weights_BTW[..., 1:], key, later)
+        # The first offset is the model's own law, which has all tokens and is the target's.
+        first = {"listed": weights_BTW, "listed_before": law_weights_BTW, "overlap_offset": law_weights_BTW}
+        for name in aux.keys() & {*first, "kl_offset", "acceptance_offset", "lk_offset"}:
+            weights = first.get(name)
+            own_1 = jnp.zeros(1) if weights is None else jnp.sum(weights[..., :1], axis=(0, 1))
+            aux[name] = jnp.concatenate([own_1.astype(aux[name].dtype), aux[name]])
         return loss, aux
 
     def gate(self, seen: Seen, next_BT: Array) -> Array:

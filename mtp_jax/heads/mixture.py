@@ -19,8 +19,9 @@ from mtp_jax.heads.config import HeadConfig
 from mtp_jax.heads.factors import FACTORS, Factors, Flops, Tables
 from mtp_jax.heads.shortlist import SHORT, Shortlist, ShortlistForm, split
 from mtp_jax.losses.balance import balance_loss
-from mtp_jax.losses.mixture import Terms, conditionals, factor_scores, mixture_loss
+from mtp_jax.losses.mixture import Terms, conditionals, factor_scores, mixture_loss, mixture_loss_against
 from mtp_jax.losses.subsample import subsample
+from mtp_jax.losses.target_law import Against, TargetLaw
 from mtp_jax.model.config import ModelConfig
 from mtp_jax.registry import lookup
 from mtp_jax.sharding import gather
@@ -46,6 +47,7 @@ class MixtureHead(Head):
     """q(x_s | x_<s, h) = sum_r alpha_sr p_rs(x_s | h): the circuit says what alpha is, the factors what p is."""
 
     shortlists = True
+    learns_law = True
 
     def __init__(self, config: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(config, model, rngs=rngs)
@@ -114,32 +116,81 @@ class MixtureHead(Head):
         """log w_r(h), the components' weights at the first offset: `[B, T, R]` in float32, normalised."""
         return self.circuit.start(self.circuit.latent(x_BTD))[1]
 
-    def loss(self, seen: Seen, targets_BTW: Array, weights_BTW: Array, key: Array | None = None) -> tuple[Array, Aux]:
+    def loss(
+        self,
+        seen: Seen,
+        targets_BTW: Array,
+        weights_BTW: Array,
+        key: Array | None = None,
+        law_weights_BTW: Array | None = None,
+    ) -> tuple[Array, Aux]:
         """sum_s gamma^(s-1) * mean loss at offset s, plus the z and balance terms that the config asks for.
 
         What is reported beside `loss_offset`: `gate_entropy` nats, `gate_share` `[R]`, and with a shortlist `listed`
         `[W]`, the fraction of targets that it has. What it has not, and what comes after that in its window, counts as
-        a loss of 0 in these means.
+        a loss of 0 in these means. With losses against the target's law what `mixture_loss_against` says, and with a
+        shortlist `listed_before` `[W]`, the fraction of their targets whose window it has up to them, the others
+        counting as 0.
         """
-        x_BTD, config = seen.x_BTD, self.config
+        return self.loss_reading(seen.x_BTD, seen, targets_BTW, weights_BTW, key, law_weights_BTW)
+
+    def loss_reading(
+        self,
+        x_BTD: Array,
+        seen: Seen,
+        targets_BTW: Array,
+        weights_BTW: Array,
+        key: Array | None = None,
+        law_weights_BTW: Array | None = None,
+    ) -> tuple[Array, Aux]:
+        """`loss` of a mixture that reads `x_BTD` where the trunk saw `seen`."""
+        config = self.config
         chex.assert_rank([x_BTD, targets_BTW, weights_BTW], 3)
         chex.assert_equal_shape([targets_BTW, weights_BTW])
         latent = self.circuit.latent(x_BTD)
         log_w_BTR = self.circuit.start(latent)[1]
         columns_BTW, listed_BTW = self._columns(targets_BTW)
-        terms = Terms(type(self.circuit), config.gamma, config.z_weight, self.known, 1 - self.whole)
+        params, terms = self.params(seen.unembed_VD), self._terms()
         batch = x_BTD, latent, columns_BTW, jnp.where(listed_BTW, weights_BTW, 0.0)
         if key is not None and config.loss_fraction < 1:
             batch = subsample(jax.random.fold_in(key, 1), config.loss_fraction, *batch)
-        loss, nll_W = mixture_loss(self.form, terms, self.params(seen.unembed_VD), *batch)
+        if terms.against:
+            law = self._law(params, seen, listed_BTW, law_weights_BTW)
+            loss, sums = mixture_loss_against(self.form, terms, params, *batch, law)
+            if self.shortlist:
+                sums["listed_before"] = jnp.sum(law.weights_BTW, axis=(0, 1))
+        else:
+            loss, nll_W = mixture_loss(self.form, terms, params, *batch)
+            sums = {"loss_offset": nll_W}
         w_BTR, weight_BT1 = jnp.exp(log_w_BTR), weights_BTW[..., :1]
         share_R = jnp.sum(weight_BT1 * w_BTR, axis=(0, 1))
-        aux = {"loss_offset": nll_W, "gate_share": share_R, "gate_entropy": -jnp.sum(weight_BT1 * w_BTR * log_w_BTR)}
+        aux = {**sums, "gate_share": share_R, "gate_entropy": -jnp.sum(weight_BT1 * w_BTR * log_w_BTR)}
         if self.shortlist:
             aux["listed"] = jnp.sum(batch[-1], axis=(0, 1))
         if config.balance != "none" and config.balance_weight > 0:
             loss = loss + config.balance_weight * balance_loss(config.balance, log_w_BTR, weights_BTW[..., 0])
         return loss, aux
+
+    def _terms(self) -> Terms:
+        """What is static in the loss."""
+        config, against = self.config, None
+        if config.against_target:
+            columns = ("unembed_VD",)
+            if self.shortlist:
+                columns = *("unembed_VD",) * self.whole, f"{SHORT}unembed_VD"
+            weights = config.kl_weight, config.tv_weight, config.acceptance_weight, config.lk_weight
+            against = Against(*weights, config.temperature, columns)
+        before = 1 - self.whole
+        return Terms(type(self.circuit), config.gamma, config.z_weight, self.known, before, config.nll_weight, against)
+
+    def _law(self, params: Tables, seen: Seen, listed_BTW: Array, law_weights_BTW: Array | None) -> TargetLaw:
+        """The target's law of what was seen. Where a token before is not listed, the head has no law to compare."""
+        if law_weights_BTW is None:
+            raise ValueError("A loss against the target's law has weights of its own; give law_weights_BTW.")
+        first_BT1 = jnp.ones_like(listed_BTW[..., :1])
+        before_BTW = jnp.concatenate([first_BT1, listed_BTW[..., :-1]], axis=-1)
+        tables = {} if "unembed_VD" in params else {"unembed_VD": seen.unembed_VD}
+        return TargetLaw(tables, seen.x_BTD, jnp.where(before_BTW, law_weights_BTW, 0.0))
 
     def log_likelihood(self, seen: Seen, targets_BTW: Array) -> Array:
         """log q(x_s | x_<s, h), `[B, T, W]` in nats, in tiles; -inf from the first target on that is not listed."""
@@ -219,15 +270,19 @@ class MixtureHead(Head):
 
     @classmethod
     def flops(cls, config: HeadConfig, model: ModelConfig, frozen: bool) -> tuple[float, float]:
-        """Of factors at `loss_fraction` of the positions, and of the circuit at all of them."""
+        """Of factors at `loss_fraction` of the positions, and of the circuit at all of them.
+
+        Losses against the target's law form its logits once more, without a gradient.
+        """
         circuit, part = (
             lookup(CIRCUITS, config.circuit, "HeadConfig.circuit").flops(config, model),
             config.loss_fraction,
         )
+        law = 2 * model.d_model * (model.vocab_size + config.shortlist) if config.against_target else 0
         forward, states, table = _factor_flops(config, model)
         behind = frozen and config.encoder == "none"  # an encoder learns through the hidden states
         backward = 2 * forward - (table if frozen else 0) - (states if behind else 0)
-        return part * forward + circuit, part * backward + (1 if behind else 2) * circuit
+        return part * forward + circuit + law, part * backward + (1 if behind else 2) * circuit
 
 
 def _factors(config: HeadConfig) -> type[Factors]:

@@ -40,7 +40,14 @@ class NoHead(Head):
         """Its law is that of the model's table."""
         return True
 
-    def loss(self, seen: Seen, targets_BTW: Array, weights_BTW: Array, key: Array | None = None) -> tuple[Array, Aux]:
+    def loss(
+        self,
+        seen: Seen,
+        targets_BTW: Array,
+        weights_BTW: Array,
+        key: Array | None = None,
+        law_weights_BTW: Array | None = None,
+    ) -> tuple[Array, Aux]:
         """Nothing: the model adds the loss of its own next token."""
         return jnp.zeros(()), {"loss_offset": jnp.zeros(0)}
 

@@ -1,1 +1,1 @@
-"""Losses of a head: the tiled log-likelihood of a mixture of products, and load balancing."""
+"""Losses of a head: log-likelihood of a mixture of products, in tiles; against the target's law; load balancing."""

@@ -54,10 +54,11 @@ def tile_positions(positions: int, logits_bytes: int, rows: int) -> int:
 class Device:
     """What one device does with its part of a batch: inside `shard_map`."""
 
-    def __init__(self, form: Form, params: Any, specs: Any, x_BTD: Array, known: int | None):
+    def __init__(self, form: Form, params: Any, specs: Any, x_BTD: Array, known: int | None, beside: int = 0):
+        """`beside`: columns of another law's logits that a tile has, by position and, like a component, by offset."""
         self.form, self.params, self.specs, self.known = form, params, specs, known
-        whole = jax.tree.map(lambda w, spec: gather_local(w, spec, x_BTD.dtype), params, specs)
-        self.tables, self._pull = jax.vjp(form.tables, whole)
+        self.whole = jax.tree.map(lambda w, spec: gather_local(w, spec, x_BTD.dtype), params, specs)
+        self.tables, self._pull = jax.vjp(form.tables, self.whole)
         # The axes that split the vocabulary: the rules split nothing else of the head over this one.
         self.split = {"tensor"} & shares(axis for spec in jax.tree.leaves(specs) for axis in spec)
         working = varies(x_BTD) | self.split
@@ -67,6 +68,9 @@ class Device:
         # How many offsets each array of logits has.
         self.offsets = [logits.shape[3] for logits in jax.tree.leaves(one)]
         size = sum(logits.size * logits.dtype.itemsize for logits in jax.tree.leaves(one))
+        if beside:  # its own, and the probabilities of both laws at every offset
+            offsets = sum(logits.size // logits.shape[2] for logits in jax.tree.leaves(one))
+            size += (beside + 2 * offsets) * jax.tree.leaves(one)[0].dtype.itemsize
         rows = sum(logits.size // logits.shape[-1] for logits in jax.tree.leaves(one))
         self.width = tile_positions(x_BTD.shape[0] * x_BTD.shape[1], size, rows)
 
@@ -97,18 +101,27 @@ class Device:
         As plain matrices: M rows, one for each position, component and offset. XLA then works on them in place. Ids
         from `known` on, if it is given, are ruled out.
         """
-        parts = lax.axis_size("tensor") if self.split else 1
-
-        def known_MV(a_MV: Array) -> Array:
-            size = a_MV.shape[1]
-            if self.known is None or size * parts <= self.known:
-                return a_MV
-            return arrays.rule_out(a_MV, self.known, lax.axis_index("tensor") * size if self.split else 0)
 
         def logits_MV(tables: Any, x_BTD: Array) -> list[Array]:
-            return [known_MV(a.reshape(-1, a.shape[-1])) for a in jax.tree.leaves(self.form.logits(tables, x_BTD))]
+            return [self.rule_out(a.reshape(-1, a.shape[-1])) for a in jax.tree.leaves(self.form.logits(tables, x_BTD))]
 
         return jax.vjp(logits_MV, self.tables, vary(x_BTD))
+
+    def rule_out(self, logits_MV: Array) -> Array:
+        """The logits without ids from `known` on, if it is given."""
+        parts, size = lax.axis_size("tensor") if self.split else 1, logits_MV.shape[1]
+        if self.known is None or size * parts <= self.known:
+            return logits_MV
+        return arrays.rule_out(logits_MV, self.known, lax.axis_index("tensor") * size if self.split else 0)
+
+    def normaliser(self, logits_MV: Array) -> Array:
+        """The logarithm of the sum over the vocabulary of exp(logits), `[M, 1]`."""
+        most_M1 = self._most(logits_MV)
+        return most_M1 + jnp.log(self.total(jnp.sum(jnp.exp(logits_MV - most_M1), axis=1, keepdims=True)))
+
+    def total(self, parts: Any) -> Any:
+        """Sums over a device's part of the vocabulary, as sums over all of it."""
+        return lax.psum(parts, "tensor") if self.split else parts
 
     def scores(self, logits_MV: list[Array], columns_BTW: Array) -> tuple[Array, Array]:
         """log p_rs(x_s) and the log-normalisers, `[B, T, R, W]`, of the targets in these columns."""
@@ -127,15 +140,15 @@ class Device:
         rank = logits_MV.shape[0] // columns_BTW.size
         index_M1, here_M1 = self._locate(columns_BTW, logits_MV)
         found_M1 = jnp.where(here_M1, jnp.take_along_axis(logits_MV, index_M1, axis=1), 0.0)
-        most_M1 = jnp.max(logits_MV, axis=1, keepdims=True)
-        if self.split:
-            most_M1 = lax.pmax(most_M1, "tensor")
-        sum_M1 = jnp.sum(jnp.exp(logits_MV - most_M1), axis=1, keepdims=True)
-        if self.split:
-            sum_M1, found_M1 = lax.psum((sum_M1, found_M1), "tensor")
+        most_M1 = self._most(logits_MV)
+        sum_M1, found_M1 = self.total((jnp.sum(jnp.exp(logits_MV - most_M1), axis=1, keepdims=True), found_M1))
         lse_M1 = most_M1 + jnp.log(sum_M1)
         batch, time, window = columns_BTW.shape
         return tuple(a.reshape(batch, time, rank, window) for a in (found_M1 - lse_M1, lse_M1))  # type: ignore[return-value]
+
+    def _most(self, logits_MV: Array) -> Array:
+        most_M1 = jnp.max(logits_MV, axis=1, keepdims=True)
+        return lax.pmax(most_M1, "tensor") if self.split else most_M1
 
     def _d_logits(
         self, logits_MV: Array, lse_BTRW: Array, columns_BTW: Array, d_logp_BTRW: Array, d_lse_BTRW: Array

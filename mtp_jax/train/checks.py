@@ -11,6 +11,7 @@ from mtp_jax.config import TrainConfig
 from mtp_jax.data.mixture import Mixture
 from mtp_jax.data.store import Store
 from mtp_jax.data.tokenizers import Tokenizer, load_tokenizer
+from mtp_jax.heads.config import AGAINST_TARGET
 from mtp_jax.heads.registry import check_head
 from mtp_jax.mesh import make_mesh
 from mtp_jax.runs.base import FREE, Base
@@ -20,7 +21,10 @@ from mtp_jax.runs.paths import full_path
 from mtp_jax.validate import ConfigError, differences, require
 
 # Fields of model, head and data that a resumed run may change: they change no parameter's shape and no batch.
-_OF_HEAD = ("ntp_weight", "gamma", "z_weight", "balance", "balance_weight", "init_noise", "loss_fraction")
+_OF_HEAD = (
+    *("ntp_weight", "gamma", "z_weight", "balance", "balance_weight", "init_noise", "loss_fraction"),
+    *("nll_weight", *AGAINST_TARGET),
+)
 RESUMABLE = {
     *(f"model.{name}" for name in FREE),
     *(f"head.{name}" for name in _OF_HEAD),
@@ -31,6 +35,7 @@ FIXED = {
     "optimizer.name": "their states differ",
     "optimizer.skip_limit": "with and without one the optimizer's states differ",
     "ema_decay": "it keeps an average of its weights from its first step, or none",
+    "head.temperature": "the law that its head learns is at that temperature",
     "init_from": "a run begins once",
     "base": "a run begins once",
 }

@@ -51,12 +51,12 @@ def evaluate(
     Before each batch but the first `stop` is asked: if it says so, the sums of those that were made are returned, which
     tell no more than whether they are finite.
     """
-    count_W = target_counts(batches)
+    counts_2W = target_counts(batches)
     sums: list[Any] = []
     for batch in batches:
         if sums and stop():
             break
-        sums.append(loss(params, batch, count_W))
+        sums.append(loss(params, batch, counts_2W))
         # One batch is worked on while the next is begun, so that `stop` is asked at the pace of the devices.
         jax.block_until_ready(sums[-2:][0])
     value, aux = jax.tree.map(lambda *parts: sum(np.asarray(part) for part in parts), *sums)
@@ -133,7 +133,9 @@ def named(metrics: Any, window: int = 0) -> dict[str, float]:
     losses are named by their offsets all the same, and no `joint_loss` is made of them.
     `joint_loss` is the sum of the offsets' means: -log q of a whole window, where all windows are whole.
     With a shortlist, `loss_offset` is the mean over the targets that it has (and `joint_loss` the sum of those), and
-    `listed` their fraction; `loss` counts the others as 0, so it compares runs with one list alone.
+    `listed` their fraction; `loss` counts the others as 0, so it compares runs with one list alone. In the same way
+    `kl_offset`, `overlap_offset` and the others against the target's law are means over the targets that have no other
+    before them in their window, and `listed_before` is the fraction of those.
     `gate_effective`, of a mixture, is 1 / sum_r share_r^2: R if all components have the same mean weight, 1 if one has
     all of it.
     """
@@ -141,6 +143,10 @@ def named(metrics: Any, window: int = 0) -> dict[str, float]:
     if "listed" in metrics:
         listed = np.where(metrics["listed"], metrics["listed"], np.nan)
         metrics = metrics | {"loss_offset": metrics["loss_offset"] / listed}
+    if "listed_before" in metrics:
+        before = np.where(metrics["listed_before"], metrics["listed_before"], np.nan)
+        ours = metrics.keys() & {"kl_offset", "overlap_offset", "acceptance_offset", "lk_offset"}
+        metrics = metrics | {name: metrics[name] / before for name in ours}
     for name, value in metrics.items():
         value = np.asarray(value)
         if value.ndim == 0:

@@ -38,8 +38,8 @@ class Trainer:
 
     def compile(self, state: TrainState, batch: Batch) -> Trainer:
         """The same with step and evaluation compiled for a state and a batch like these. Neither is touched."""
-        count_W = target_counts([batch])
-        step, evaluate = self.step.lower(state, batch), self.evaluate.lower(state.whole, batch, count_W)  # type: ignore[attr-defined]
+        counts_2W = target_counts([batch])
+        step, evaluate = self.step.lower(state, batch), self.evaluate.lower(state.whole, batch, counts_2W)  # type: ignore[attr-defined]
         return dataclasses.replace(self, step=step.compile(), evaluate=evaluate.compile())
 
 
@@ -70,27 +70,45 @@ def make_trainer(config: TrainConfig, *, trunk: bool = True) -> Trainer:
 
 
 def target_counts(batches: Sequence[Batch]) -> Array:
-    """Valid targets at each offset in all of `batches` together, `[W]` in float32."""
-    return sum(jnp.sum(batch["valid_BTW"], axis=(0, 1), dtype=jnp.float32) for batch in batches)  # type: ignore[return-value]
+    """Valid targets at each offset in all of `batches` together, and those of them whose law lies in the row, `[2, W]`
+    in float32."""
+
+    def counts_2W(batch: Batch) -> Array:
+        each = (jnp.sum(valid_BTW, axis=(0, 1), dtype=jnp.float32) for valid_BTW in _valid(batch))
+        return jnp.stack([*each])
+
+    return sum(map(counts_2W, batches))  # type: ignore[return-value]
+
+
+def _valid(batch: Batch) -> tuple[Array, Array]:
+    """Which targets count, `[B, T, W]`: of the text, and for losses against the law of each, which the position before
+    it has: offset s of position t that of t + s - 1."""
+    valid_BTW = batch["valid_BTW"]
+    time, window = valid_BTW.shape[1:]
+    position_TW = jnp.arange(time, dtype=jnp.int32)[:, None] + jnp.arange(window, dtype=jnp.int32)[None]
+    return valid_BTW, valid_BTW & (position_TW < time)[None]
 
 
 def batch_loss(
     graph: nnx.GraphDef,
     params: dict[str, Any],
     batch: Batch,
-    count_W: Array,
+    counts_2W: Array,
     key: Array | None = None,
     *,
     own: bool = True,
 ) -> tuple[Array, Metrics]:
-    """The model's loss on a batch, and its sums; `count_W` is the number of valid targets that the means are over.
+    """The model's loss on a batch, and its sums; `counts_2W` is how many targets the means are over (`target_counts`).
 
     `key` is for what a head draws in training; without one the loss is exact. `own`: with that of the model's own next
     token.
     """
     model = nnx.merge(graph, params)
-    weights_BTW = batch["valid_BTW"].astype(jnp.float32) / jnp.maximum(count_W, 1)[None, None]
-    return model.loss(batch, weights_BTW, key, own=own)
+    weights_BTW, law_weights_BTW = (
+        valid_BTW.astype(jnp.float32) / jnp.maximum(count_W, 1)[None, None]
+        for valid_BTW, count_W in zip(_valid(batch), counts_2W, strict=True)
+    )
+    return model.loss(batch, weights_BTW, key, law_weights_BTW, own=own)
 
 
 def train_step(
@@ -102,7 +120,7 @@ def train_step(
     [W].
     """
     # Every target weighs the same, whichever part it is in: the counts are of the whole batch.
-    count_W = target_counts([batch])
+    counts_2W = target_counts([batch])
     trained, fixed = partition(state.params)
 
     def loss_of(trained: Any, *rest: Any) -> tuple[Array, Metrics]:
@@ -114,12 +132,12 @@ def train_step(
     key = jax.random.fold_in(random_key(config.seed), state.step)
 
     if parts == 1:
-        (loss, aux), grads = gradient(trained, batch, count_W, key)
+        (loss, aux), grads = gradient(trained, batch, counts_2W, key)
     else:
 
         def part(total: Any, numbered: tuple[Array, Batch]) -> tuple[Any, None]:
             number, batch = numbered
-            new = gradient(trained, batch, count_W, jax.random.fold_in(key, number))
+            new = gradient(trained, batch, counts_2W, jax.random.fold_in(key, number))
             return jax.tree.map(jnp.add, total, new), None
 
         def deal(array: Array) -> Array:
@@ -131,7 +149,7 @@ def train_step(
 
         dealt = jax.tree.map(deal, batch)
         first = jax.tree.map(lambda a: a[0], dealt)
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, trained, first, count_W, key))
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gradient, trained, first, counts_2W, key))
         ((loss, aux), grads), _ = lax.scan(part, zeros, (jnp.arange(parts, dtype=jnp.int32), dealt))
 
     updates, opt_state = _update(optimizer, grads, state.opt_state, trained)

@@ -114,13 +114,13 @@ def test_a_step_draws_anew_and_an_evaluation_does_not():
     config = tiny.train_config(head=head)
     trainer = make_trainer(config)
     state, batch = trainer.init(), tiny.make_batch(config)
-    count_W = target_counts([batch])
+    counts_2W = target_counts([batch])
     graph, _ = split(build_model(config, jax.random.key(0)))
     loss = jax.jit(functools.partial(batch_loss, graph))
-    first, second = (float(loss(state.params, batch, count_W, jax.random.key(seed))[0]) for seed in (0, 1))
-    exact = float(loss(state.params, batch, count_W)[0])
+    first, second = (float(loss(state.params, batch, counts_2W, jax.random.key(seed))[0]) for seed in (0, 1))
+    exact = float(loss(state.params, batch, counts_2W)[0])
     assert len({first, second, exact}) == 3
-    assert exact == float(trainer.evaluate(state.params, batch, count_W)[0])
+    assert exact == float(trainer.evaluate(state.params, batch, counts_2W)[0])
 
 
 @pytest.mark.slow

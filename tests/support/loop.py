@@ -49,7 +49,7 @@ class FakeTrainer:
         """Nothing: there is nothing to compile."""
         return self
 
-    def evaluate(self, params: Any, batch: Any, count_W: Any) -> tuple[np.float32, dict[str, np.ndarray]]:
+    def evaluate(self, params: Any, batch: Any, counts_2W: Any) -> tuple[np.float32, dict[str, np.ndarray]]:
         """The number of the step as the loss."""
         self.events.append("eval")
         loss = np.float32(params["head"][0])

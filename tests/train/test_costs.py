@@ -162,9 +162,27 @@ def test_training_is_three_times_the_forward_pass(head):
     graph, params = shapes(config)
     batch = tiny.make_batch(config)
     gradient = jax.grad(lambda params, batch, n: batch_loss(graph, params, batch, n)[0])
-    counted = dot_flops(gradient, params, batch, jnp.ones(5)) - 3 * per_batch(config)
+    counted = dot_flops(gradient, params, batch, jnp.ones((2, 5))) - 3 * per_batch(config)
     predicted = costs(dense(config), params)
     assert counted == BATCH * TIME * (predicted.trunk_flops + predicted.head_flops)
+
+
+@pytest.mark.parametrize("changes", [{}, {"shortlist": 9}, {"encoder": "token"}])
+def test_the_targets_law_is_formed_once_and_not_differentiated(changes):
+    """Of every position, and of those behind the last one that a tile reaches."""
+    config = make_config("lowrank with its own next-token head")
+    config = dataclasses.replace(config, head=dataclasses.replace(config.head, **changes))
+    learnt = dataclasses.replace(config, head=dataclasses.replace(config.head, kl_weight=1.0))
+    batch, found = tiny.make_batch(config), []
+    for one in (config, learnt):
+        graph, params = shapes(one)
+        gradient = jax.grad(
+            lambda params, batch, n, graph=graph: batch_loss(graph, params, batch, n)[0], allow_int=True
+        )
+        found.append(dot_flops(gradient, params, batch, jnp.ones((2, 5))))
+    more = np.diff([sum(MixtureHead.flops(one.head, one.model, frozen=False)) for one in (config, learnt)])
+    assert more == 2 * MODEL["d_model"] * (config.model.vocab_size + config.head.shortlist)
+    assert np.diff(found) == more * (BATCH * TIME + config.head.window - 1)
 
 
 def test_attention_is_counted_at_its_mean_length():

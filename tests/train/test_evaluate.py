@@ -111,8 +111,8 @@ def test_every_target_weighs_the_same_whichever_batch_it_is_in():
         {"valid_BTW": rng.random((2, 5, WINDOW)) < p, "nll_BTW": rng.random((2, 5, WINDOW))} for p in (0.1, 0.5, 0.9)
     ]
 
-    def loss(params, batch, count_W):
-        nll_W = (batch["nll_BTW"] * batch["valid_BTW"] / np.asarray(count_W)).sum((0, 1))
+    def loss(params, batch, counts_2W):
+        nll_W = (batch["nll_BTW"] * batch["valid_BTW"] / np.asarray(counts_2W[0])).sum((0, 1))
         return nll_W.sum(), {"loss_offset": nll_W, "gate_share": np.array([0.5, 0.5]) / len(batches)}
 
     found = evaluate(loss, None, batches)

@@ -85,8 +85,8 @@ def test_parameters_that_give_no_finite_loss_are_not_saved(config, fake, tmp_pat
     trainer = fake()
     finite = trainer.evaluate
 
-    def evaluate(params, batch, count_W):
-        loss, aux = finite(params, batch, count_W)
+    def evaluate(params, batch, counts_2W):
+        loss, aux = finite(params, batch, counts_2W)
         return (np.float32(np.nan) if loss >= 8 else loss), aux
 
     monkeypatch.setattr(trainer, "evaluate", evaluate)

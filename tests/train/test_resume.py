@@ -107,6 +107,7 @@ def test_a_run_is_not_resumed_on_other_data(config, fake, tmp_path):
     [
         ("model", {"dtype": "bfloat16", "remat": "full", "context_length": 64}),
         ("head", {"gamma": 0.5, "z_weight": 0.1, "balance": "switch", "balance_weight": 1.0}),
+        ("head", {"nll_weight": 0.5, "kl_weight": 0.1, "tv_weight": 0.1, "acceptance_weight": 0.1, "lk_weight": 0.1}),
         ("data", {"cache_dir": "elsewhere"}),
         ("optimizer", {"learning_rate": 1.0}),
         ("mesh", {"data": 8, "fsdp": 1, "tensor": 1}),
@@ -114,6 +115,11 @@ def test_a_run_is_not_resumed_on_other_data(config, fake, tmp_path):
 )
 def test_what_changes_no_shape_and_no_batch_may_change(config, part, changes):
     checks.check_same_run(change(config, part, **changes), config, epath.Path("run"))
+
+
+def test_the_temperature_of_the_law_that_a_head_learns_stays(config):
+    with pytest.raises(ConfigError, match=r"head.temperature is 0.7 .* trained with 1.0; the law that its head learns"):
+        checks.check_same_run(change(config, "head", temperature=0.7), config, epath.Path("run"))
 
 
 def test_what_may_change_are_fields_that_there_are(config):

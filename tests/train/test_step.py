@@ -143,9 +143,8 @@ def test_a_mean_of_the_parts_means_is_noticed(monkeypatch, initial, after_one_st
     """The usual mistake: every part is averaged over its own targets, and then the parts are."""
     right = step_module.batch_loss
 
-    def wrong(graph, params, batch, count_W, key, **own):
-        counts_W = 4 * jnp.sum(batch["valid_BTW"], axis=(0, 1), dtype=jnp.float32)
-        return right(graph, params, batch, counts_W, key, **own)
+    def wrong(graph, params, batch, counts_2W, key, **own):
+        return right(graph, params, batch, 4 * step_module.target_counts([batch]), key, **own)
 
     monkeypatch.setattr(step_module, "batch_loss", wrong)
     with pytest.raises(AssertionError, match="Not equal"):
@@ -227,8 +226,7 @@ def test_the_gradient_norm_is_that_before_clipping(initial, after_one_step):
 
 def test_evaluation_is_the_training_loss_at_the_same_parameters(trainer, initial, after_one_step):
     batch = uneven_batch()
-    count_W = jnp.sum(batch["valid_BTW"], axis=(0, 1), dtype=jnp.float32)
-    loss, aux = trainer.evaluate(fresh(initial).params, batch, count_W)
+    loss, aux = trainer.evaluate(fresh(initial).params, batch, step_module.target_counts([batch]))
     metrics = after_one_step[1]
     assert_close({"loss": loss, **aux}, {name: metrics[name] for name in ("loss", *aux)}, 1e-6)
 
