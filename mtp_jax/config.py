@@ -123,7 +123,8 @@ class TrainConfig:
     `init_from` is the directory of a run whose model, as last saved, this one begins with; the head is fresh.
     `base` is the directory of a run, or of an imported model, that stays as it is: this run trains a head on it, and
     saves that alone. What `model` does not say is the base's, and so is the tokenizer. All heads on a base with target
-    `ntp` preserve one law, the base's own.
+    `ntp` preserve one law, the base's own. Evaluations on a base say too how many tokens a forward is expected to give
+    at the `eval_temperatures`, on texts that the base writes once; the best checkpoint is that of the most.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -136,6 +137,7 @@ class TrainConfig:
     grad_accumulation: int = 1
     eval_every: int = 100
     eval_batches: int = 8
+    eval_temperatures: tuple[float, ...] = (0.0, 0.7)
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
     log_every: int = 10

@@ -26,7 +26,8 @@ class Eval(RunOptions):
     prompts: int = 16
     """Beginnings of held-out documents, at most, whose continuations are looked at."""
     prompt_tokens: int = 32
-    """Tokens of each of them, at most: half of the context, and less than each document has."""
+    """Tokens of each of them, at most: half of the context, and less than each document has. Conversations are answered
+    whole."""
     new_tokens: int = 64
     """Tokens of each continuation, at most: a text ends at a stop token, or where the context does."""
 
@@ -41,7 +42,8 @@ def main(args: list[str]) -> None:
     for temperature in options.temperatures:
         DecodeConfig(options.new_tokens, temperature)  # refused here, and not after the losses
     use_compilation_cache()
-    from mtp_jax.train.evaluate import beginnings, evaluate_run, expected_of_run, store_of
+    from mtp_jax.data.prompts import some_prompts
+    from mtp_jax.train.evaluate import evaluate_run, expected_of_run, store_of
     from mtp_jax.train.loggers import series
 
     run = options.load()
@@ -60,9 +62,10 @@ def main(args: list[str]) -> None:
             f"shares {' '.join(f'{share:.2f}' for share in shares)}, gate entropy {metrics['gate_entropy']:.3f} nats",
             highlight=False,
         )
-    prompts = beginnings(store, options.prompts, min(options.prompt_tokens, context // 2)) if window > 1 else []
+    longest = context // 2 if store.masked else min(options.prompt_tokens, context // 2)
+    prompts = some_prompts(store, options.prompts, longest) if window > 1 else []
     if prompts and options.temperatures:
-        new = min(options.new_tokens, context - len(prompts[0]))
+        new = min(options.new_tokens, context - max(map(len, prompts)))
         found = [expected_of_run(run, prompts, temperature, k, new) for temperature in options.temperatures]
         metrics["expected"] = found
         _print_expected(found, k)

@@ -51,13 +51,22 @@ class MixedDocuments:
         """The share `[V]` that each token has in what is read."""
         return np.average([part.frequencies(vocab_size) for part in self.parts], axis=0, weights=self.weights)
 
+    def mask_of(self, index: int) -> np.ndarray:
+        """Which tokens of a document are supervised: 1 or 0 for each."""
+        part, own = self._at(index)
+        return part.mask_of(own)
+
     def __len__(self) -> int:
         return sum(map(len, self.parts))
 
     def __getitem__(self, index: int) -> np.ndarray:
+        part, own = self._at(index)
+        return part[own]
+
+    def _at(self, index: int) -> tuple[Documents, int]:
         index, ends = range(len(self))[index], np.cumsum([len(part) for part in self.parts])
         store = np.searchsorted(ends, index, side="right")
-        return self.parts[store][index - ends[store]]  # counted from its end
+        return self.parts[store], int(index - ends[store])  # counted from its end
 
 
 @dataclass(frozen=True)
@@ -80,6 +89,18 @@ class Mixture:
     def masked(self) -> bool:
         """Whether any of them has a loss mask."""
         return any(store.masked for store in self.stores)
+
+    @property
+    def sampled(self) -> dict[str, Any] | None:
+        """The law that their texts were sampled from, if a model wrote them. Raises `ConfigError` if they differ."""
+        first = self.stores[0].sampled
+        for store in self.stores[1:]:
+            require(
+                store.sampled == first,
+                f"The stores {self.stores[0].path} and {store.path} are mixed, and their texts were sampled from "
+                f"different laws: {first} and {store.sampled}. A head learns one.",
+            )
+        return first
 
     @property
     def hidden(self) -> dict[str, Any] | None:

@@ -30,6 +30,20 @@ def held_out_prompts(store: Store | Mixture, count: int, length: int, seed: int 
     return [(documents.names[i], documents[i][:length]) for i in long[:count]]
 
 
+def some_prompts(store: Store | Mixture, count: int, length: int) -> list[np.ndarray]:
+    """What `count` held-out documents begin with, or what there is of that: conversations up to their first answer, if
+    that takes at most `length` tokens; of text the first `length` tokens, or fewer, so that each has one more."""
+    documents, lengths = store.valid, np.sort(store.valid.lengths)[::-1]
+    if store.masked:
+        spread = np.arange(min(count, len(documents))) * len(documents) // min(count, len(documents))
+        begins = ((i, int(np.argmax(documents.mask_of(i)))) for i in spread.tolist())
+        return [documents[i][:begin] for i, begin in begins if 0 < begin <= length]
+    count = min(count, int(np.sum(lengths > 1)))
+    if not count:
+        return []
+    return [ids for _, ids in held_out_prompts(store, count, min(length, int(lengths[count - 1]) - 1))]
+
+
 def file_prompts(files: str, tokenizer: Tokenizer, count: int, length: int, seed: int = 0) -> list[tuple[str, Any]]:
     """`count` of the files that a glob matches, chosen by `seed`: (name, first `length` tokens).
 

@@ -120,6 +120,12 @@ class Store:
         return bool(self.manifest.get("mask"))
 
     @property
+    def sampled(self) -> dict[str, Any] | None:
+        """The law that its texts were sampled from, if a model wrote them: temperature, top_k, top_p."""
+        found = self.manifest.get("sampled")
+        return found and {name: found[name] for name in ("temperature", "top_k", "top_p")}
+
+    @property
     def hidden(self) -> dict[str, Any] | None:
         """What its hidden states are, if it has some: seq_len, width, dtype, taps, and the base with its sha256."""
         return self.manifest.get("hidden")

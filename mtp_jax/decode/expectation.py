@@ -27,7 +27,7 @@ from mtp_jax import arrays
 from mtp_jax.arrays import NEVER
 from mtp_jax.decode.config import DecodeConfig, prompt_ids
 from mtp_jax.decode.decoding import bucket, put_rows, sampling_of
-from mtp_jax.decode.law import Sampling, process_logits
+from mtp_jax.decode.law import Sampling, as_learnt, process_logits
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.validate import ConfigError, require
 
@@ -70,7 +70,7 @@ def _ratio(count: float, of: float) -> float:
 
 
 def expectation(
-    model: LanguageModel, prompts: Sequence[Any], texts: Sequence[Any], config: DecodeConfig
+    model: LanguageModel, prompts: Sequence[Any], texts: Sequence[Any], config: DecodeConfig, states: Any = None
 ) -> Expectation:
     """What decoding would count on its way to these texts.
 
@@ -79,6 +79,7 @@ def expectation(
       prompts: token ids of each row.
       texts: the new tokens of each row, from the law that `config` samples; plain decoding writes such.
       config: temperature, top_k, top_p, k and max_new_tokens. The rest is not looked at.
+      states: what `hidden_states` gave of them, for those who ask again; the trunk is then not run.
 
     Raises:
       ConfigError: as decoding does; k is not one number of drafts; or a text is longer than max_new_tokens.
@@ -90,12 +91,9 @@ def expectation(
     limits = np.broadcast_to(config.max_new_tokens, len(texts))
     for i, (text, limit) in enumerate(zip(texts, limits, strict=True)):
         require(len(text) <= limit, f"Text {i} has {len(text)} tokens and max_new_tokens is {limit}.")
-    rows = [np.concatenate([prompt, text]).astype(np.int32) for prompt, text in zip(prompts, texts, strict=True)]
-    tokens_BT = np.zeros((len(rows), bucket(max(map(len, rows)))), np.int32)
-    for padded, row in zip(tokens_BT, rows, strict=True):
-        padded[: len(row)] = row
-    sampling, filtered = sampling_of(config, len(rows), model.config.vocab_size)
-    found = _chances(model, put_rows(tokens_BT), sampling, k=k, filtered=filtered)
+    sampling, filtered = sampling_of(config, len(texts), model.config.vocab_size)
+    states = hidden_states(model, prompts, texts) if states is None else states
+    found = _chances(model, states, _tokens(prompts, texts), sampling, k=k, filtered=filtered)
     chance_BTk, overlap_BTk = (np.asarray(a, np.float64) for a in jax.device_get(found))
     found = []
     for b, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
@@ -106,11 +104,32 @@ def expectation(
     return Expectation(*(np.array(column) for column in zip(*found, strict=True)))
 
 
+def hidden_states(model: LanguageModel, prompts: Sequence[Any], texts: Sequence[Any]) -> Any:
+    """The hidden states of texts behind their prompts, `[B, T, D]`, and the taps of the head, the mesh in scope."""
+    return _see(model, _tokens(prompts, texts))
+
+
+def _tokens(prompts: Sequence[Any], texts: Sequence[Any]) -> Array:
+    """The ids of texts behind their prompts, `[B, T]`, on the mesh in scope; zeros behind their ends."""
+    rows = [np.concatenate([prompt, text]).astype(np.int32) for prompt, text in zip(prompts, texts, strict=True)]
+    tokens_BT = np.zeros((len(rows), bucket(max(map(len, rows)))), np.int32)
+    for padded, row in zip(tokens_BT, rows, strict=True):
+        padded[: len(row)] = row
+    return put_rows(tokens_BT)
+
+
+@jax.jit
+def _see(model: LanguageModel, tokens_BT: Array) -> Any:
+    seen = model.see(tokens_BT)
+    return seen.x_BTD, seen.taps
+
+
 @functools.partial(jax.jit, static_argnames=("k", "filtered"))
-def _chances(model: LanguageModel, tokens_BT: Array, sampling: Sampling, *, k: int, filtered: bool) -> Any:
+def _chances(model: LanguageModel, states: Any, tokens_BT: Array, sampling: Sampling, *, k: int, filtered: bool) -> Any:
     """c_s and the overlap of p and q_s, `[B, T, k]`, of a block that is drafted from each position. Positions in turn:
     no more than k + 1 laws of each row are alive."""
-    seen, (batch, time) = model.see(tokens_BT), tokens_BT.shape
+    (x_BTD, taps), (batch, time) = states, tokens_BT.shape
+    seen = model.seen(x_BTD, tokens_BT, taps)
     next_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
     cache, _ = model.head.extend(
         model.head.init_cache(batch, time), seen, next_BT, jnp.zeros_like(tokens_BT[:, 0]), None
@@ -130,7 +149,7 @@ def _chances(model: LanguageModel, tokens_BT: Array, sampling: Sampling, *, k: i
         draft = model.head.begin(seen.at(index(t)), tokens[0], window=k + 1, cache=cache, position_B=index(t))
         chances, overlaps = [], []
         for s, (logp_BV, token_B) in enumerate(zip(ahead, tokens[1:], strict=True)):
-            logq_BV = law(model.head.next_log_probs(draft))
+            logq_BV = law(as_learnt(model.head.next_log_probs(draft), model.head.config.temperature))
             logq_B, logp_B = (arrays.log_prob(a[:, None], token_B[:, None])[:, 0] for a in (logq_BV, logp_BV))
             # A law that was rounded otherwise may rule out what was sampled; NEVER is finite.
             chance_B = jnp.where(logp_B > 0.5 * NEVER, jnp.exp(jnp.minimum(0.0, logq_B - logp_B)), 0.0)

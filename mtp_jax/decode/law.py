@@ -46,6 +46,12 @@ def process_logits(logp_BTV: Array, sampling: Sampling, *, filtered: bool) -> Ar
     return jnp.where(temperature > 0, logits_BTV, greedy_BTV)
 
 
+def as_learnt(logq_BTV: Array, temperature: float) -> Array:
+    """A head's law, unnormalised, as if it had learnt the model's own; `temperature` is that of the law it learnt.
+    Sampling at it then leaves the head's law as it is."""
+    return logq_BTV if temperature == 1 else temperature * logq_BTV
+
+
 def _filter(logits_BTV: Array, top_k: Array, top_p: Array) -> Array:
     """`NEVER` for what top-k, and then top-p, leave out. Both are sums and no sort: a split vocabulary stays split."""
     size, top = logits_BTV.shape[-1], jnp.max(logits_BTV, axis=-1, keepdims=True)

@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from mtp_jax import arrays
 from mtp_jax.decode.decoder import Decoder, Packed, unpacked
-from mtp_jax.decode.law import Sampling
+from mtp_jax.decode.law import Sampling, as_learnt
 from mtp_jax.decode.state import DecodeState
 from mtp_jax.decode.verify import get_verifier
 from mtp_jax.decode.verify.base import leading
@@ -265,7 +265,8 @@ def draft(plan: Plan, head: Head, state: DecodeState, drafting: Draft, sampling:
     verifier = get_verifier(plan.verifier)
     drafts, laws = [], []
     for i in range(plan.k):
-        logits_B1V = verifier.law(head.next_log_probs(drafting)[:, None], sampling, filtered=plan.filtered)
+        logq_B1V = as_learnt(head.next_log_probs(drafting)[:, None], head.config.temperature)
+        logits_B1V = verifier.law(logq_B1V, sampling, filtered=plan.filtered)
         noise_B1V = None if state.noise_BTV is None else state.noise_BTV[:, i : i + 1]
         drafts.append(verifier.choose(logits_B1V, noise_B1V)[:, 0])
         if verifier.keeps_q:

@@ -218,8 +218,11 @@ def array_handler(largest: int, *, on_host: bool = False) -> ocp.CompositeCheckp
 
 
 def loss_of(meta: dict[str, Any]) -> float:
-    """The held-out loss that the JSON of a step says; infinite where it says none."""
-    return float(meta["metrics"].get("loss", math.inf))
+    """The held-out loss that the JSON of a step says, or the negative of the expected tokens per forward where
+    it says those; infinite where it says neither."""
+    metrics = meta["metrics"]
+    expected = -float(metrics.get("expected_tokens", math.nan))
+    return expected if math.isfinite(expected) else float(metrics.get("loss", math.inf))
 
 
 def best_of(losses: dict[int, float], steps: list[int]) -> int | None:

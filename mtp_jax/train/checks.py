@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from etils import epath
@@ -135,6 +136,20 @@ def check_cache(config: TrainConfig, store: Store | Mixture, base: Base | None) 
             states[name] == here,
             f"{where} made with {name} {states[name]!r}, and {field} is {here!r}. Give the same, or cache them again.",
         )
+
+
+def learnt_from(config: TrainConfig, store: Store | Mixture) -> TrainConfig:
+    """The config of a head that learns from texts that were sampled: at their temperature. Refuses another one."""
+    sampled = store.sampled
+    if not sampled or not sampled["temperature"] or config.head.kind == "none":
+        return config
+    here, there = config.head.temperature, sampled["temperature"]
+    require(
+        here in (1.0, there),
+        f"HeadConfig.temperature is {here} and the texts in {store.path} were sampled at {there}, which a head learns "
+        "from them. Leave it out: it is theirs.",
+    )
+    return dataclasses.replace(config, head=dataclasses.replace(config.head, temperature=there))
 
 
 def check_same_data(store: Store | Mixture, meta: dict[str, Any], path: epath.Path) -> None:

@@ -16,7 +16,6 @@ from mtp_jax.data.batches import held_out_batches
 from mtp_jax.data.mixture import Mixture
 from mtp_jax.data.placement import place, shard_of
 from mtp_jax.data.preparation import prepare
-from mtp_jax.data.prompts import held_out_prompts
 from mtp_jax.data.store import Store
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.expectation import Expectation, expectation
@@ -77,16 +76,6 @@ def evaluate_run(run: LoadedRun, limit: int | None = None, store: Store | Mixtur
     with jax.set_mesh(run.mesh):
         batches = held_out(run.config, store or store_of(run), run.mesh, limit)
         return evaluate(jax.jit(functools.partial(batch_loss, graph)), params, batches)
-
-
-def beginnings(store: Store | Mixture, count: int, length: int) -> list[np.ndarray]:
-    """The first `length` tokens of `count` held-out documents; fewer documents where not so many have two tokens, and
-    fewer tokens, so that each of them has one more."""
-    lengths = np.sort(store.valid.lengths)[::-1]
-    count = min(count, int(np.sum(lengths > 1)))
-    if not count:
-        return []
-    return [ids for _, ids in held_out_prompts(store, count, min(length, int(lengths[count - 1]) - 1))]
 
 
 def expected_of_run(

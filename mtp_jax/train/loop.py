@@ -30,6 +30,7 @@ from mtp_jax.runs.layout import run_tokenizer, to_config, write_run
 from mtp_jax.runs.lock import one_writer
 from mtp_jax.runs.writer import CheckpointWriter
 from mtp_jax.state import TrainState
+from mtp_jax.train.acceptance import Texts, base_texts, expected_metrics
 from mtp_jax.train.checks import (
     check_cache,
     check_machine,
@@ -37,6 +38,7 @@ from mtp_jax.train.checks import (
     check_same_base,
     check_same_data,
     check_same_run,
+    learnt_from,
 )
 from mtp_jax.train.clock import Speedometer
 from mtp_jax.train.costs import Costs, costs
@@ -105,6 +107,7 @@ def train(
             with session.phase("preparing data", 0), session.signals.at_once():
                 store = prepare_data(config.data, print, tokenizer)
             check_cache(config, store, base)
+            config = learnt_from(config, store)
             trainer = make_trainer(config, trunk=store.hidden is None)
             held_out_batches = held_out(config, store, mesh, config.eval_batches)
             if meta:
@@ -120,6 +123,10 @@ def train(
             first = int(state.step)
             cost = costs(config, state.whole)
             describe(config, store, mesh, path, cost, first)
+            texts: list[Texts] = []
+            if base and config.head.window > 1 and config.eval_temperatures and jax.process_count() == 1:
+                with session.phase("writing texts", first):
+                    texts = base_texts(config, base, trainer, state, store, tokenizer, mesh)
             read = batches(store.train, seed=config.data.seed, start=first, **batch_sizes(config, store, mesh))
             data = (place(batch, mesh, config.data.batch_size) for batch in read)
             batch = next(data)
@@ -145,7 +152,9 @@ def train(
                 speed = Speedometer(session.clock, first, config, cost, mesh)
                 known = {"base": base.reference()} if base else {}
                 sha256 = store.sha256
-                run = TrainRun(config, session, trainer, held_out_batches, sha256, known, checkpoints, loggers, speed)
+                run = TrainRun(
+                    config, session, trainer, held_out_batches, texts, sha256, known, checkpoints, loggers, speed
+                )
                 return run.fit(state, batch, data, evaluated=evaluated)
 
 
@@ -160,6 +169,7 @@ class TrainRun:
     session: TrainSession
     trainer: Trainer
     held_out: list[Any]
+    texts: list[Texts]
     data_sha256: str
     known: dict[str, Any]
     checkpoints: CheckpointWriter
@@ -240,6 +250,8 @@ class TrainRun:
         """
         with self.session.phase("evaluating", step, patient=False):
             metrics = self._held_out_metrics(step, state.whole)
+            if self.texts and not self.session.signals.stop():
+                metrics |= expected_metrics(self.trainer.graph, state.whole, self.texts)
             if state.ema is not None and not self.session.signals.stop():
                 metrics["ema_loss"] = self._held_out_metrics(step, state.on_base(state.ema)).get("loss", math.nan)
         if self.session.signals.seen is not None:

@@ -29,9 +29,11 @@ Metrics = dict[str, Array]
 class Trainer:
     """The compiled functions of a run. Build it with `make_trainer` under `jax.set_mesh`.
 
-    `init` makes a fresh state; of a run on a base with a fresh base too, or with none: `init(base=False)`.
+    `graph` is the structure of the model. `init` makes a fresh state; of a run on a base with a fresh base too, or with
+    none: `init(base=False)`.
     """
 
+    graph: nnx.GraphDef
     init: Callable[..., TrainState]
     step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
     evaluate: Callable[[dict[str, Any], Batch, Array], tuple[Array, Metrics]]
@@ -66,7 +68,7 @@ def make_trainer(config: TrainConfig, *, trunk: bool = True) -> Trainer:
         return TrainState(jnp.zeros((), jnp.int32), params, opt_state, ema, given)
 
     step = jax.jit(functools.partial(train_step, config, graph, optimizer), donate_argnums=0)
-    return Trainer(init, step, jax.jit(functools.partial(batch_loss, graph)))
+    return Trainer(graph, init, step, jax.jit(functools.partial(batch_loss, graph)))
 
 
 def target_counts(batches: Sequence[Batch]) -> Array:
