@@ -154,7 +154,7 @@ class SharedFactors(Factors):
 
     def __init__(self, head: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         shape = (model.d_model, head.rank, head.window, model.d_model)
-        if head.encoder != "none":
+        if head.target == "ntp":  # it begins as the law that it drafts for
             self.map_DRWD = _identity(rngs, "map_DRWD", shape, NEAR * head.init_noise if head.rank > 1 else 0.0)
         else:
             self.map_DRWD = _copies(rngs, "map_DRWD", shape, head.init_noise)
@@ -181,7 +181,7 @@ class LowRankFactors(Factors):
     def __init__(self, head: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         d, r, w, e = model.d_model, head.rank, head.window, head.factor_width
         self.down_DRWE = init_weight(rngs, "down_DRWE", (d, r, w, e), head.init_noise)
-        if head.encoder != "none":  # corrections of zero, whose components differ after one step
+        if head.target == "ntp":  # as above, with corrections of zero, whose components differ after one step
             self.map_DWD, self.up_ED = _identity(rngs, "map_DWD", (d, w, d)), init_full("up_ED", (e, d))
         else:
             self.map_DWD, self.up_ED = init_weight(rngs, "map_DWD", (d, w, d)), init_weight(rngs, "up_ED", (e, d))
