@@ -496,7 +496,7 @@ def test_every_field_survives_json():
     assert from_dict(TrainConfig, {}) == default
     # And the two differ in all that they hold.
     differing = {name: (here, there) for name, here, there in differences(config, default)}
-    alone = {"model.attention", "data.field", "data.dataset", "data.split"}
+    alone = {"model.attention", "data.field", "data.dataset", "data.split", "head.loss_fraction"}
     assert (
         differing.keys() | alone == {name for name, _ in leaves(to_dict(config))}
         and list(differences(config, config)) == []
