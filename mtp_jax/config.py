@@ -162,6 +162,7 @@ class TrainConfig:
         )
         at_least(self, 1, "steps", "grad_accumulation", "eval_every", "eval_batches", "checkpoint_every")
         at_least(self, 1, "keep_checkpoints", "log_every")
+        at_least(self, 0, "eval_temperatures")
         batch, parts = self.data.batch_size, self.grad_accumulation
         require(
             batch % parts == 0,

@@ -43,7 +43,23 @@ OTHER = TrainConfig(
         attention="cudnn",
     ),
     HeadConfig(
-        "mixture", 2, "independent", 1, "lowrank", 4, "ntp", 0.5, 0.9, 1e-3, "switch", 0.1, 0.5, 0.5, 6, "token"
+        "mixture",
+        2,
+        "independent",
+        1,
+        "lowrank",
+        4,
+        "ntp",
+        0.5,
+        0.9,
+        1e-3,
+        "switch",
+        0.1,
+        0.5,
+        1.0,
+        6,
+        "token",
+        **dict(nll_weight=0.5, kl_weight=0.1, tv_weight=0.2, acceptance_weight=0.3, lk_weight=0.4, temperature=0.8),
     ),
     DataConfig(
         "tfds", "other/*.txt", "", "meta.text", "name", "test", 0.1, "elsewhere", "bytes", "", 24, 16, 5, max_bad=0.2
@@ -51,7 +67,15 @@ OTHER = TrainConfig(
     OptimizerConfig("muon", 3e-3, "wsd", 3, 0.3, 0.2, 0.05, 0.8, 0.9, 1e-6, 0.9, 0.5, 3, 2.0),
     MeshConfig(2, 2, 2),
     ProfileConfig("3:5"),
-    **dict(steps=20, grad_accumulation=2, eval_every=7, eval_batches=3, checkpoint_every=9, keep_checkpoints=4),
+    **dict(
+        steps=20,
+        grad_accumulation=2,
+        eval_every=7,
+        eval_batches=3,
+        eval_temperatures=(0.5,),
+        checkpoint_every=9,
+        keep_checkpoints=4,
+    ),
     **dict(log_every=6, log_to=("mlflow", "wandb"), ema_decay=0.9, base="runs/trunk", seed=11),
 )
 
@@ -70,6 +94,7 @@ def test_every_field_can_be_set(experiment, tmp_path, monkeypatch):
     before, fields = dict(flatten(to_dict(load_experiment(str(experiment))))), dict(flatten(to_dict(OTHER)))
     assert [name for name, value in fields.items() if before[name] == value] == [
         "head.kind",
+        "head.loss_fraction",
         "data.separator",
         "data.tokenizer",
         "data.end_of_document",

@@ -22,9 +22,11 @@ from support.chats import (
     CHATML,
     LLAMA,
     MERGING,
+    RECORDS,
     TAGGED,
     TAGGED_THINKING,
     THINKING,
+    answers,
     chat_tokenizer,
     spelt,
     supervised,
@@ -33,26 +35,6 @@ from support.chats import (
 )
 
 pytest.importorskip("jinja2", reason="chat templates are Jinja: pip install 'mtp_jax[hf]'")
-
-ANSWERS = ["hello!", "yes,\nof course 🙂", "no", "he said: hello\n\nhe!", "naïve he", "x", "<think>hm</think>so"]
-
-
-def record(i, count=None):
-    """Conversation `i`, of one to three answers, all different."""
-    count = count or i % 3 + 1
-    texts = [
-        text
-        for j in range(count)
-        for text in (f"question {i}.{j}: hello?", f"{ANSWERS[(i + j) % len(ANSWERS)]} {i}.{j}")
-    ]
-    return turns(*texts, system="Be brief" * (i % 2))
-
-
-RECORDS = [record(i) for i in range(60)]
-
-
-def answers(record):
-    return [message["content"] for message in record["messages"] if message["role"] == "assistant"]
 
 
 @pytest.fixture

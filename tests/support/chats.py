@@ -100,3 +100,25 @@ def supervised(documents: Documents, tokenizer: HFTokenizer) -> dict[str, list[s
         edges = np.flatnonzero(np.diff(np.concatenate([[0], mask.astype(int), [0]])))
         found[name] = [spelt(documents[i][a:b], tokenizer) for a, b in edges.reshape(-1, 2)]
     return found
+
+
+ANSWERS = ["hello!", "yes,\nof course 🙂", "no", "he said: hello\n\nhe!", "naïve he", "x", "<think>hm</think>so"]
+
+
+def record(i: int, count: int | None = None) -> dict[str, Any]:
+    """Conversation `i`, of one to three answers, all different."""
+    count = count or i % 3 + 1
+    texts = [
+        text
+        for j in range(count)
+        for text in (f"question {i}.{j}: hello?", f"{ANSWERS[(i + j) % len(ANSWERS)]} {i}.{j}")
+    ]
+    return turns(*texts, system="Be brief" * (i % 2))
+
+
+RECORDS = [record(i) for i in range(60)]
+
+
+def answers(record: dict[str, Any]) -> list[str]:
+    """What the assistant says in a record."""
+    return [message["content"] for message in record["messages"] if message["role"] == "assistant"]
