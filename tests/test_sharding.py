@@ -23,7 +23,7 @@ from mtp_jax.parameters import PARAMETERS, init_weight
 from mtp_jax.sharding import BATCH, RULES, Rules, gather
 from mtp_jax.state import TrainState
 from mtp_jax.train.optimizer import make_optimizer
-from mtp_jax.train.step import batch_loss, make_trainer
+from mtp_jax.train.step import batch_loss, make_trainer, target_counts
 from support import tiny
 from support.noise import random_params, shapes_of
 
@@ -268,7 +268,7 @@ def loss_and_gradients(shape):
         graph, params = random_params(config)
         batch = tiny.make_batch(config)
         gradient = jax.jit(jax.value_and_grad(functools.partial(batch_loss, graph), has_aux=True))
-        (loss, aux), grads = gradient(params, batch, jnp.sum(batch["valid_BTW"], axis=(0, 1), dtype=jnp.float32))
+        (loss, aux), grads = gradient(params, batch, target_counts([batch]))
         assert_placed(grads)
         for grad in jax.tree.leaves(grads):
             assert_held(grad)
@@ -341,7 +341,7 @@ def assert_traces_as_the_rules_say(kind="full"):
         graph, shapes = shapes_of(config)
         assert_placed(shapes)
         gradient = jax.grad(lambda *args: batch_loss(graph, *args)[0])
-        assert_placed(jax.eval_shape(gradient, shapes, tiny.make_batch(config), jnp.ones(tiny.WINDOW)))
+        assert_placed(jax.eval_shape(gradient, shapes, tiny.make_batch(config), jnp.ones((2, tiny.WINDOW))))
 
 
 @pytest.mark.parametrize("kind", MODELS)
