@@ -10,6 +10,7 @@ import pytest
 
 from mtp_jax.commands.experiment import load_experiment, load_sweep
 from mtp_jax.data.tokenizers import load_tokenizer
+from mtp_jax.heads.config import AGAINST_TARGET
 from mtp_jax.train.step import make_trainer
 from mtp_jax.validate import to_dict
 from support import REPOSITORY, tiny
@@ -110,9 +111,10 @@ def test_a_recipe_is_for_two_cores_and_for_a_gpu(recipe):
 
 
 def in_todays_names(head):
-    """What a file of results says of a head. Older ones call the circuit its kind, and none of them had draws or an
-    encoder."""
-    head = {"encoder": "none"} | head
+    """What a file of results says of a head. Older ones call the circuit its kind, and none of them had draws, an
+    encoder or a loss against the target's law."""
+    later = {"encoder": "none", "nll_weight": 1.0, "temperature": 1.0}
+    head = later | dict.fromkeys(AGAINST_TARGET, 0.0) | head
     if "circuit" in head:
         return head
     assert head["backward_draws"] == 0
