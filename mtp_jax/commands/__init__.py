@@ -30,7 +30,7 @@ class RunOptions:
     run: Annotated[str, tyro.conf.Positional]
     """The run directory."""
     step: int | Literal["latest", "best"] = "latest"
-    """Which checkpoint; best is the one with the lowest held-out loss."""
+    """Which checkpoint; best is the one with the lowest held-out loss, or on a base the most expected tokens."""
     weights: Literal["params", "ema"] = "params"
     """The parameters, or their average over the last steps, where the run kept it (ema_decay)."""
     base: str | None = None

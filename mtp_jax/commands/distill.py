@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from mtp_jax.commands import parse, use_compilation_cache
+from mtp_jax.config import MeshConfig
 from mtp_jax.data.config import SourceConfig
 from mtp_jax.distributed import Distributed, connect
 from mtp_jax.validate import ConfigError, at_least, require
@@ -93,7 +95,8 @@ def regenerate_command(args: list[str]) -> None:
 
     names = {field.name for field in dataclasses.fields(Regenerate)}
     config = Regenerate(**{name: value for name, value in vars(options).items() if name in names})
-    run, base = _base(options.base)
+    require(not os.path.lexists(os.path.expanduser(options.out)), f"{options.out} exists; give another --out.")
+    run, base = _base(options.base, decoding_only=True)
     require(
         options.text or bool(run.tokenizer.conventions.template) or options.source not in ("jsonl", "parquet"),
         f"The base {options.base} has no chat template, which conversations are written by. Give --text and --field "
@@ -110,7 +113,9 @@ def regenerate_command(args: list[str]) -> None:
         )
     with _progress("answering", "documents") as tell:
         regenerate(run, base, todo, options.out, config, source=source.files or source.source, log=print, progress=tell)
-    print(f"Train on it: --base {options.base} --data.source {options.out}")
+    fraction = options.valid_fraction
+    split = "" if fraction == SourceConfig.valid_fraction else f" --data.valid-fraction {fraction:g}"
+    print(f"Train on it: --base {options.base} --data.source {options.out}{split}")
 
 
 def hidden_command(args: list[str]) -> None:
@@ -120,21 +125,24 @@ def hidden_command(args: list[str]) -> None:
     from mtp_jax.data.store import Store
     from mtp_jax.distill.hidden import cache_hidden
 
-    run, base = _base(options.base)
+    require(not os.path.lexists(os.path.expanduser(options.out)), f"{options.out} exists; give another --out.")
+    store = Store.open(options.source)
+    run, base = _base(options.base, MeshConfig(-1, 1, 1))
     length = options.seq_len or run.config.data.seq_len
     with _progress("caching", "rows") as tell:
         made = {"seq_len": length, "dtype": options.dtype, "batch_size": options.batch_size}
-        store = Store.open(options.source)
         cache_hidden(run, base, store, options.out, **made, log=print, progress=lambda done, of: tell(done, of, 0))
-    print(f"Train on it: --base {options.base} --data.source {options.out} --data.seq-len {length}")
+    fraction = store.manifest["valid_fraction"]
+    split = "" if fraction == SourceConfig.valid_fraction else f" --data.valid-fraction {fraction:g}"
+    print(f"Train on it: --base {options.base} --data.source {options.out} --data.seq-len {length}{split}")
 
 
-def _base(path: str) -> tuple[LoadedRun, Base]:
+def _base(path: str, mesh: MeshConfig | None = None, decoding_only: bool = False) -> tuple[LoadedRun, Base]:
     from mtp_jax.runs.base import open_base
     from mtp_jax.runs.loading import load
 
     base = open_base(path)
-    return load(path, base.step), base
+    return load(path, base.step, mesh, decoding_only=decoding_only), base
 
 
 @contextlib.contextmanager

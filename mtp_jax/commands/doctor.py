@@ -50,6 +50,11 @@ def main(args: list[str]) -> None:
         return
     file, rest = split_file(args, "doctor")
     options = parse(Doctor, rest, f"doctor {file}", Doctor(_config(file)))
+    config = options.config
+    if config.base and config.base != file:  # what it does not say of the model is its base's
+        from mtp_jax.runs.base import open_base
+
+        config = open_base(config.base).resolve(config)
     use_compilation_cache()
 
     from mtp_jax.train.costs import ACCELERATORS
@@ -58,7 +63,7 @@ def main(args: list[str]) -> None:
     memory = lookup(ACCELERATORS, options.accelerator, "--accelerator").memory if options.accelerator else None
     if options.devices is None and not options.topology:
         _machine()
-    found = forecast(options.config, options.devices, options.topology, memory)
+    found = forecast(config, options.devices, options.topology, memory)
     _print(found, options.accelerator or found["device"])
     print(json.dumps(found))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,8 @@ from mtp_jax.data.sources.files import Files
 from mtp_jax.data.store import Store
 from mtp_jax.data.tokenizers import Tokenizer
 from mtp_jax.validate import require
+
+MANY = 4096  # conversations that are looked at for those that fit
 
 
 def held_out_prompts(store: Store | Mixture, count: int, length: int, seed: int = 0) -> list[tuple[str, Any]]:
@@ -35,9 +38,10 @@ def some_prompts(store: Store | Mixture, count: int, length: int) -> list[np.nda
     that takes at most `length` tokens; of text the first `length` tokens, or fewer, so that each has one more."""
     documents, lengths = store.valid, np.sort(store.valid.lengths)[::-1]
     if store.masked:
-        spread = np.arange(min(count, len(documents))) * len(documents) // min(count, len(documents))
-        begins = ((i, int(np.argmax(documents.mask_of(i)))) for i in spread.tolist())
-        return [documents[i][:begin] for i, begin in begins if 0 < begin <= length]
+        begins = ((i, int(np.argmax(documents.mask_of(i)))) for i in range(len(documents)))
+        fitting = [(i, begin) for i, begin in itertools.islice(begins, MANY) if 0 < begin <= length]
+        count = min(count, len(fitting))
+        return [documents[i][:begin] for i, begin in (fitting[n * len(fitting) // count] for n in range(count))]
     count = min(count, int(np.sum(lengths > 1)))
     if not count:
         return []

@@ -76,11 +76,14 @@ class Documents:
         return np.diff(self.offsets)
 
     def frequencies(self, vocab_size: int) -> np.ndarray:
-        """The share `[V]` that each token has."""
+        """The share `[V]` that each token has, among those that are supervised."""
         # In parts: counting makes a wide copy of what may be terabytes on disk.
-        parts = (self.tokens[i : i + 2**24] for i in range(0, len(self.tokens), 2**24))
-        counts_V = sum((np.bincount(part, minlength=vocab_size) for part in parts), np.zeros(vocab_size, int))
-        return counts_V / max(1, len(self.tokens))
+        counts_V = np.zeros(vocab_size, int)
+        for i in range(0, len(self.tokens), 2**24):
+            part = self.tokens[i : i + 2**24]
+            part = part if self.mask is None else part[self.mask[i : i + 2**24] == 1]
+            counts_V += np.bincount(part, minlength=vocab_size)
+        return counts_V / max(1, counts_V.sum())
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

@@ -75,7 +75,7 @@ def questions(record: Mapping[str, Any]) -> list[Message]:
         given = record.get("turns", record.get("prompt"))
         given = [given] if isinstance(given, str) else given
         if not isinstance(given, Sequence):
-            raise ValueError(f"field 'turns' is no list of texts but {type(given).__name__}")
+            raise ValueError(f"its turns or prompt are no list of texts but {type(given).__name__}")
         turns = [{"role": "user", "content": one} if isinstance(one, str) else one for one in given]
     else:
         turns = record.get("messages", record.get("conversations"))

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jax import Array
 
 from mtp_jax.data.placement import place
@@ -25,9 +26,10 @@ from mtp_jax.data.store import MANIFEST, SPLITS, Store
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.runs.base import Base
 from mtp_jax.runs.loading import LoadedRun
+from mtp_jax.runs.paths import replace_file
 from mtp_jax.validate import ConfigError, integer, require
 
-DONE = "done.json"
+DONE, ASKED = "done.json", "asked.json"
 
 
 def cache_hidden(
@@ -101,10 +103,11 @@ def cache_hidden(
                 kept_NTD[first:last] = _states(run, rows[split], first, batch_size, dtype)[: last - first]
                 kept_NTD.flush()
                 done[split] = last
-                (scratch / DONE).write_text(json.dumps(done))
+                replace_file(epath.Path(scratch / DONE), json.dumps(done))
                 progress(before + last, count)
             before += shape[0]
-    (scratch / DONE).unlink(missing_ok=True)
+    for file in (DONE, ASKED):
+        (scratch / file).unlink(missing_ok=True)
     (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2))
     scratch.rename(path)
     return path
@@ -112,7 +115,7 @@ def cache_hidden(
 
 def _begin(scratch: Path, store: Store, manifest: dict[str, Any]) -> dict[str, int]:
     """Make the directory, or go on with what is there if it is of the same; returns how many rows are done by split."""
-    wanted, asked = json.dumps(manifest, indent=2), scratch / "asked.json"
+    wanted, asked = json.dumps(manifest, indent=2), scratch / ASKED
     if asked.exists() and asked.read_text() == wanted:
         return json.loads((scratch / DONE).read_text()) if (scratch / DONE).exists() else {}
     shutil.rmtree(scratch, ignore_errors=True)

@@ -22,9 +22,10 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from mtp_jax.data.encoding import Encoded
-from mtp_jax.data.held_out import is_held_out
+from mtp_jax.data.held_out import is_held_out, require_both
 from mtp_jax.data.parts import PartWriter, join
 from mtp_jax.data.preparation import FORMAT
 from mtp_jax.data.store import MANIFEST, SPLITS, TOKENIZER_DIR
@@ -32,9 +33,10 @@ from mtp_jax.data.tokenizers import Tokenizer
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.slots import Slots
 from mtp_jax.distill.asks import Ask, Message
-from mtp_jax.distributed import from_all
+from mtp_jax.distributed import from_all, on_first
 from mtp_jax.runs.base import Base
 from mtp_jax.runs.loading import LoadedRun
+from mtp_jax.runs.paths import replace_file
 from mtp_jax.validate import ConfigError, at_least, fraction, require, typed
 
 FORWARDS = 16  # between two looks at what has ended
@@ -123,6 +125,7 @@ def regenerate(
     scratch = path.with_name(f".{path.name}.partial")
     require(not path.exists(), f"{path} exists; give another --out, or delete it.")
     made_of = {"tokenizer": run.tokenizer.to_json(), "sampled": config.law, "base": base.reference()}
+    require_both((ask.content for ask in todo if not ask.error), config.valid_fraction)
     _begin(scratch, made_of)
     known = _answered(scratch)
     index, count = jax.process_index(), jax.process_count()
@@ -137,21 +140,25 @@ def regenerate(
             done, tokens = done + 1, tokens + sum(sum(row["mask"]) for row in record["rows"])
             progress(done, len(own), tokens)
     from_all("")  # all are answered
+    made = {**made_of, "source": source}
+    said = on_first(lambda: _finish(scratch, path, todo, run.tokenizer, made, config.valid_fraction))
     if index == 0:
-        log(_finish(scratch, path, todo, run.tokenizer, {**made_of, "source": source}, config.valid_fraction))
-    from_all("")
+        log(said)
     return path
 
 
 def _begin(scratch: Path, made_of: dict[str, Any]) -> None:
     """Make the directory of what is in flight, or go on with what is there."""
     asked, wanted = scratch / "asked.json", json.dumps(made_of, indent=1, sort_keys=True)
-    if jax.process_index() == 0 and not asked.exists():
-        scratch.mkdir(parents=True, exist_ok=True)
-        asked.write_text(wanted)
-    from_all("")
+
+    def there() -> str:
+        if not asked.exists():
+            scratch.mkdir(parents=True, exist_ok=True)
+            replace_file(epath.Path(asked), wanted)
+        return asked.read_text()
+
     require(
-        asked.read_text() == wanted,
+        on_first(there) == wanted,
         f"{scratch} holds answers of another base or of other sampling settings: {asked} says which. Give the same, or "
         f"another --out, or delete {scratch}.",
     )
@@ -200,15 +207,17 @@ def _answers(run: LoadedRun, todo: Sequence[Ask], config: Regenerate) -> Iterato
         return ""
 
     while True:
+        failed = []
         with jax.set_mesh(run.mesh):
             while len(live) < 2 * config.batch_size and (ask := next(waiting, None)) is not None:
                 talk, problem = _open(run, ask, config)
-                problem = problem or submit(talk)
-                if problem:
-                    yield {"key": ask.key, "rows": [], "error": problem}
-            if not slots.busy:
-                return
-            stepped = slots.step(FORWARDS)
+                if problem := problem or submit(talk):
+                    failed.append({"key": ask.key, "rows": [], "error": problem})
+            busy = slots.busy
+            stepped = slots.step(FORWARDS) if busy else {}
+        yield from failed
+        if not busy:
+            return
         for number, step in stepped.items():
             talk = live[number]
             talk.add(step.tokens, sampled=True)
@@ -222,7 +231,9 @@ def _answers(run: LoadedRun, todo: Sequence[Ask], config: Regenerate) -> Iterato
             except ConfigError as error:
                 problem = f"{talk.ask.name}: {error}"
             if not more or problem:
-                rows = [*talk.rows, (talk.ids, talk.mask, talk.ended)] if not problem else []
+                # Of a conversation that cannot go on, what was answered stays; a question behind it goes.
+                last = int(np.max(np.flatnonzero(talk.mask), initial=-1)) + 1 if step.finite else 0
+                rows = talk.rows + [(talk.ids[:last], talk.mask[:last], talk.ended)] * bool(last)
                 found = [{"ids": ids.tolist(), "mask": mask.tolist(), "ended": ended} for ids, mask, ended in rows]
                 yield {"key": talk.ask.key, "rows": found, "error": problem}
 

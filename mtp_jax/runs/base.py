@@ -142,6 +142,13 @@ def open_base(run_dir: epath.PathLike, step: Step = "latest") -> Base:
     return Base(path, meta["step"], config, tokenizer, sha256, source)
 
 
+def step_of(meta: Mapping[str, Any], path: epath.PathLike) -> Step:
+    """Which step of its base a checkpoint's head was trained on, if that is kept in `path`; else the latest: a base
+    that was moved may have been imported again."""
+    kept = meta.get("base", {}).get("step")
+    return kept if kept in Checkpoints(path).steps() else "latest"
+
+
 def base_of(meta: Mapping[str, Any], run_dir: epath.PathLike, given: epath.PathLike | None = None) -> Base:
     """The base that a run's checkpoint names, or the same one where it is `given`, having been moved.
 
@@ -150,7 +157,7 @@ def base_of(meta: Mapping[str, Any], run_dir: epath.PathLike, given: epath.PathL
     kept = meta["base"]
     path = kept["path"] if given is None else given
     try:
-        found = open_base(path, kept["step"] if given is None else "latest")
+        found = open_base(path, kept["step"] if given is None else step_of(meta, path))
     except ConfigError as error:
         source = kept["source"].get("source")
         again = f" `mtp-jax import {source} --revision {kept['source'].get('revision')} --out DIR` makes it again."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,18 +29,26 @@ from mtp_jax.train.step import Trainer, make_trainer
 PROMPTS, PROMPT_TOKENS, TEXT_TOKENS, NEW_TOKENS = 16, 256, 32, 64  # at most
 
 
+NOTHING_EXPECTED = (
+    "evaluations say nothing of tokens per forward, and best is that of the lowest loss: they need one process, "
+    "eval_temperatures, a window above 1 and held-out prompts that fit; mtp-jax eval RUN may have them"
+)
+
+
 @dataclass(frozen=True)
 class Texts:
-    """What a base wrote at one temperature, and its `hidden_states`."""
+    """What a base wrote at one temperature, and its `hidden_states`. The first `count` are different texts."""
 
     config: DecodeConfig
     prompts: list[np.ndarray]
     texts: list[np.ndarray]
     states: Any
+    count: int
 
     def expected(self, model: LanguageModel) -> Expectation:
         """What drafting with the head of `model` would count."""
-        return expectation(model, self.prompts, self.texts, self.config, self.states)
+        found = expectation(model, self.prompts, self.texts, self.config, self.states)
+        return Expectation(*(getattr(found, field.name)[: self.count] for field in dataclasses.fields(Expectation)))
 
 
 def write_texts(
@@ -58,13 +67,14 @@ def write_texts(
     prompts = some_prompts(store, PROMPTS, min(PROMPT_TOKENS if store.masked else TEXT_TOKENS, context // 2))
     if not prompts:
         return []
-    prompts += prompts[:1] * (-len(prompts) % devices)
+    count = len(prompts)
+    prompts += prompts[:1] * (-count % devices)
     new = min(NEW_TOKENS, context - max(map(len, prompts)))
     decoder, found = for_decoding(model), []
     for temperature in temperatures:
         config = DecodeConfig(new, temperature, stop_tokens=tokenizer.stop_tokens)
         texts = generate(decoder, prompts, **{**vars(config), "k": 0}).tokens
-        found.append(Texts(config, prompts, texts, hidden_states(model, prompts, texts)))
+        found.append(Texts(config, prompts, texts, hidden_states(model, prompts, texts), count))
     return found
 
 

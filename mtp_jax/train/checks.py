@@ -139,9 +139,10 @@ def check_cache(config: TrainConfig, store: Store | Mixture, base: Base | None) 
 
 
 def learnt_from(config: TrainConfig, store: Store | Mixture) -> TrainConfig:
-    """The config of a head that learns from texts that were sampled: at their temperature. Refuses another one."""
+    """The config of a head that learns a base's law from texts that were sampled: at their temperature. Refuses another
+    one. What is the target itself, or is trained with it, learns the same law as it."""
     sampled = store.sampled
-    if not sampled or not sampled["temperature"] or config.head.kind == "none":
+    if not sampled or not sampled["temperature"] or not config.base or config.head.target != "ntp":
         return config
     here, there = config.head.temperature, sampled["temperature"]
     require(

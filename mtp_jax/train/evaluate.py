@@ -130,7 +130,8 @@ def named(metrics: Any, window: int = 0) -> dict[str, float]:
     """
     flat: dict[str, float] = {}
     if "listed" in metrics:
-        listed = np.where(metrics["listed"], metrics["listed"], np.nan)
+        listed = metrics["listed"][-len(metrics["loss_offset"]) :]  # steps on a base have no loss of the first offset
+        listed = np.where(listed, listed, np.nan)
         metrics = metrics | {"loss_offset": metrics["loss_offset"] / listed}
     if "listed_before" in metrics:
         before = np.where(metrics["listed_before"], metrics["listed_before"], np.nan)

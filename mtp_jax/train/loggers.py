@@ -308,6 +308,8 @@ def _eval_text(metrics: Mapping[str, float]) -> str:
         text += "  by offset " + " ".join(f"{loss:.2f}" for loss in by_offset)
     if "loss_first_token" in metrics:
         text += f"  first token {metrics['loss_first_token']:.2f}"
+    if "expected_tokens" in metrics:
+        text += f"  expected tokens per forward {metrics['expected_tokens']:.2f}"
     if "gate_effective" in metrics:
         text += f"  effective components {metrics['gate_effective']:.1f}/{len(series(metrics, 'gate_share_'))}"
     return text

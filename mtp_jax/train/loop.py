@@ -24,13 +24,13 @@ from mtp_jax.distributed import Distributed, on_first
 from mtp_jax.heads.registry import check_head
 from mtp_jax.heads.shortlist import most_frequent, put_listed
 from mtp_jax.mesh import on_mesh
-from mtp_jax.runs.base import open_base
+from mtp_jax.runs.base import open_base, step_of
 from mtp_jax.runs.checkpoints import Checkpoints
 from mtp_jax.runs.layout import run_tokenizer, to_config, write_run
 from mtp_jax.runs.lock import one_writer
 from mtp_jax.runs.writer import CheckpointWriter
 from mtp_jax.state import TrainState
-from mtp_jax.train.acceptance import Texts, base_texts, expected_metrics
+from mtp_jax.train.acceptance import NOTHING_EXPECTED, Texts, base_texts, expected_metrics
 from mtp_jax.train.checks import (
     check_cache,
     check_machine,
@@ -90,10 +90,11 @@ def train(
     with open_session(distributed or Distributed()) as session, one_writer(on_first(check)) as path:
         on_first(check)  # again: what was there may have changed until nobody else could write
         meta: dict[str, Any] = {}
-        base = open_base(config.base) if config.base else None
-        config = base.resolve(config) if base else config
         if resume:
             meta = Checkpoints(path).meta("latest" if resume_step is None else resume_step)
+        base = open_base(config.base, step_of(meta, config.base)) if config.base else None
+        config = base.resolve(config) if base else config
+        if resume:
             check_resumed(config, meta, path)
             if base:
                 check_same_base(base, meta, path)
@@ -127,6 +128,8 @@ def train(
             if base and config.head.window > 1 and config.eval_temperatures and jax.process_count() == 1:
                 with session.phase("writing texts", first):
                     texts = base_texts(config, base, trainer, state, store, tokenizer, mesh)
+            if base and not texts:
+                say(NOTHING_EXPECTED)
             read = batches(store.train, seed=config.data.seed, start=first, **batch_sizes(config, store, mesh))
             data = (place(batch, mesh, config.data.batch_size) for batch in read)
             batch = next(data)
@@ -338,7 +341,7 @@ def describe(
         f"trunk {cost.trunk_params:,} parameters, head {cost.head_params:,} ({check_head(head).describe(head)}), "
         f"embedding {cost.embedding_params:,}\n"
         f"predicted cost: {per_token}; a step costs {cost.step_ratio:.2f} times one with a plain next-token head"
-        + (f"\nreads {reads}" if config.base else "")
+        + (f"\nreads {reads}, in {config.model.dtype}" if config.base else "")
     )
     parts = store.train.parts if isinstance(store, Mixture) else (store.train,)
     found = [pack(part, config.data.seq_len) for part in parts if part.mask is not None]

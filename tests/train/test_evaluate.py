@@ -9,7 +9,8 @@ import pytest
 
 import mtp_jax
 from mtp_jax import cli
-from mtp_jax.train.evaluate import beginnings, evaluate, evaluate_run, expected_of_run, named, store_of
+from mtp_jax.data.prompts import some_prompts
+from mtp_jax.train.evaluate import evaluate, evaluate_run, expected_of_run, named, store_of
 from mtp_jax.train.loggers import read_metrics
 from support.loop import RANK, WINDOW
 
@@ -52,7 +53,7 @@ def test_eight_devices_evaluate_as_one_does(config, trained):
 def test_what_drafting_will_count_is_said(trained, capsys):
     """At temperature 0 it is what decoding counts; the texts are the same few for every head on the same trunk."""
     run, k = mtp_jax.load(trained), WINDOW - 1
-    prompts = beginnings(store_of(run), 3, 8)
+    prompts = some_prompts(store_of(run), 3, 8)
     assert {len(prompt) for prompt in prompts} == {8}
     found = expected_of_run(run, prompts, 0.0, k, 12)
     out = run.generate_tokens(prompts, max_new_tokens=12, k=k, stop_tokens=run.stop_tokens)
@@ -74,7 +75,7 @@ def test_what_drafting_will_count_is_said(trained, capsys):
 
 def test_texts_do_not_depend_on_how_many_are_looked_at_together(trained, config, monkeypatch):
     run = mtp_jax.load(trained)
-    prompts = (beginnings(store_of(run), 3, 8) * 2)[:5]
+    prompts = (some_prompts(store_of(run), 3, 8) * 2)[:5]
     found = expected_of_run(run, prompts, 0.9, WINDOW - 1, 12)
     monkeypatch.setattr("mtp_jax.train.evaluate.ROWS", 2)
     for loaded in (run, mtp_jax.load(trained, mesh=config.mesh)):
@@ -98,11 +99,11 @@ def test_short_documents_have_short_beginnings():
         def __getitem__(self, i):
             return np.arange(lengths[i])
 
-    store = SimpleNamespace(valid=Valid())
-    assert [len(ids) for ids in beginnings(store, 2, 8)] == [4, 4]
-    assert [len(ids) for ids in beginnings(store, 9, 8)] == [1, 1, 1]
+    store = SimpleNamespace(valid=Valid(), masked=False)
+    assert [len(ids) for ids in some_prompts(store, 2, 8)] == [4, 4]
+    assert [len(ids) for ids in some_prompts(store, 9, 8)] == [1, 1, 1]
     lengths[:] = 1
-    assert beginnings(store, 9, 8) == []
+    assert some_prompts(store, 9, 8) == []
 
 
 def test_every_target_weighs_the_same_whichever_batch_it_is_in():
