@@ -178,6 +178,7 @@ def compilations():
     jax.monitoring.unregister_event_duration_listener(counted)
 
 
+@pytest.mark.slow
 def test_nothing_is_compiled_while_time_is_taken(tmp_path, monkeypatch, compilations):
     """Prompts of four buckets, some with a cache that attention reads in part; k = 0, 2 and the plain table."""
     model = tiny.model_config(vocab_size=258, num_layers=1, context_length=2048)

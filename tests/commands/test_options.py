@@ -112,7 +112,7 @@ def test_every_field_can_be_set(experiment, tmp_path, monkeypatch):
         raise Begun(config)
 
     base = SimpleNamespace(resolve=lambda config: config, tokenizer=ByteTokenizer())
-    monkeypatch.setattr(loop, "open_base", lambda path: base)
+    monkeypatch.setattr(loop, "open_base", lambda *_: base)
     monkeypatch.setattr(loop, "check_sinks", lambda names: None)  # which may not be installed
     monkeypatch.setattr(loop, "check_machine", begin)
     monkeypatch.chdir(tmp_path)  # the cache directory is relative

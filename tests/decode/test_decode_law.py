@@ -199,6 +199,7 @@ def test_the_rule_gives_the_targets_joint_law_by_enumeration(name, used):
 # Pathwise.
 
 
+@pytest.mark.slow
 def test_coupled_output_is_the_same_function_of_the_seed_whatever_is_drafted():
     """Every draft and every k, token for token; `k` may differ between the rows."""
     plain = decode("bad", "coupled", k=0)

@@ -134,6 +134,7 @@ def uneven_batch(config, seed=0):
     return {**batch, "valid_BTW": tiny.shard(valid_BTW), "targets_BTW": tiny.shard(tokens)}
 
 
+@pytest.mark.slow
 def test_a_batch_in_parts_is_the_batch():
     config = make_config()
     found = []

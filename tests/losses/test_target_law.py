@@ -21,6 +21,15 @@ pytestmark = pytest.mark.usefixtures("mesh", "float64")
 SOME = int(2e4)  # bytes that make tiles of a few positions, which rows do not end with
 
 
+def pairs(first, second):
+    """All pairs, of which one for each value of `first` is fast enough for every change."""
+    return [
+        pytest.param(a, b, marks=() if i % len(second) == j else pytest.mark.slow)
+        for i, a in enumerate(first)
+        for j, b in enumerate(second)
+    ]
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_values_and_gradients_are_those_of_plain_autodiff(case, monkeypatch):
     set_tile_bytes(monkeypatch, SOME)
@@ -30,8 +39,7 @@ def test_values_and_gradients_are_those_of_plain_autodiff(case, monkeypatch):
     assert_close(got, reference(problem), 1e-10)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-@pytest.mark.parametrize("term", ALL)
+@pytest.mark.parametrize("term, temperature", pairs(list(ALL), [0.5, 1.0, 1.7]))
 def test_each_term_alone(term, temperature, monkeypatch):
     set_tile_bytes(monkeypatch, SOME)
     problem = make(nll_weight=0.0, temperature=temperature, **{term: 1.0})
@@ -42,8 +50,10 @@ def test_each_term_alone(term, temperature, monkeypatch):
     assert {"kl_offset", "overlap_offset"} <= sums.keys() and ("lk_offset" in sums) == (term == "lk")
 
 
-@pytest.mark.parametrize("case", ["shared", "shortlist", "encoder, shortlist", "encoder, full, rank 1"])
-@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 1, 4), (1, 4, 1)])
+@pytest.mark.parametrize(
+    "case, shape",
+    pairs(["shared", "shortlist", "encoder, shortlist", "encoder, full, rank 1"], [(2, 2, 2), (2, 1, 4), (1, 4, 1)]),
+)
 def test_eight_devices_have_what_one_has(case, shape, monkeypatch):
     want = reference(make(**CASES[case], **ALL))
     set_tile_bytes(monkeypatch, SOME // 8)
@@ -165,8 +175,7 @@ def test_memory_of_one_large_tile_is_seen(monkeypatch):
     assert lower().memory_analysis().temp_size_in_bytes > 2**30
 
 
-@pytest.mark.parametrize("against", [False, True])
-@pytest.mark.parametrize("factors", ["shared", "lowrank"])
+@pytest.mark.parametrize("factors, against", pairs(["shared", "lowrank"], [False, True]))
 def test_the_gradient_of_a_frozen_table_is_never_formed(factors, against):
     """No loop makes anything of its shape, and a third of the products with it is left out."""
     made, flops = {}, {}

@@ -128,7 +128,7 @@ def test_every_weight_starts_at_the_scale_of_its_inputs(monkeypatch):
     monkeypatch.setattr(
         jax.random, "normal", lambda key, shape, dtype, out_sharding: jnp.ones(shape, dtype, out_sharding=out_sharding)
     )
-    head = tiny.head_config(factors="lowrank", target="ntp", init_noise=0.25)
+    head = tiny.head_config(factors="lowrank", init_noise=0.25)
     model = build_model(tiny.train_config(tiny.model_config(num_layers=3, head_dim=6), head), jax.random.key(0))
     # D = 16, F = 32, N x H = 24. Branches that end in the residual stream are divided by sqrt(2 L).
     expected = {
@@ -165,7 +165,7 @@ def test_no_two_weights_are_drawn_from_one_key(monkeypatch):
     def fill(key, shape, dtype, out_sharding):
         return jnp.ones(shape, dtype, out_sharding=out_sharding) * jax.random.uniform(key)
 
-    head = tiny.head_config(factors="lowrank", target="ntp")
+    head = tiny.head_config(factors="lowrank")
     config = tiny.train_config(tiny.model_config(), head)
     drawn = []
     for draw in (fill, lambda key, shape, dtype, out_sharding: jnp.ones(shape, dtype, out_sharding=out_sharding)):

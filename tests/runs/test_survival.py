@@ -67,6 +67,7 @@ def test_a_run_that_is_killed_ends_as_one_that_was_not(root, kills, steps):
     assert_same_run(root / f"killed{kills}", root / f"straight{kills}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, status", [(signal.SIGTERM, 75), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )

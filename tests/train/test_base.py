@@ -134,7 +134,7 @@ def test_parts_are_put_together_again(target, tied):
 
 
 @pytest.mark.parametrize(
-    "factors", ["full", "shared", *(pytest.param(f, marks=pytest.mark.slow) for f in ("lowrank", "lora"))]
+    "factors", ["shared", *(pytest.param(f, marks=pytest.mark.slow) for f in ("full", "lowrank", "lora"))]
 )
 def test_nothing_goes_back_through_a_base(factors):
     """Matrix products in the text of the compiled step: one in a loop counts once."""
@@ -204,6 +204,7 @@ def test_a_run_without_a_next_token_table_is_refused(trunk, tmp_path, factors):
         assert checkpoints.steps() == [1]
 
 
+@pytest.mark.slow
 def test_one_table_may_stand_for_two(trunk, tmp_path):
     """A head that is not tied may begin from a run that is."""
     tied = dataclasses.replace(trunk[0].model, tie_embeddings=True)
@@ -227,6 +228,7 @@ def apart(trunk, tmp_path_factory):
     return tied, path
 
 
+@pytest.mark.slow
 def test_a_tied_table_that_is_the_embedding_alone_stays_what_it_is(trunk, apart, tmp_path):
     tied, source = apart
     head = tiny.head_config(rank=1, window=2, factors="shared")

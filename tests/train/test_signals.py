@@ -133,3 +133,23 @@ def test_ctrl_c_reaches_a_real_run(config, tmp_path):
     assert logged(tmp_path / "run", "train") == list(range(1, step + 1))
     run = mtp_jax.load(tmp_path / "run")
     assert run.step == step and run.config == endless.with_tokenizer(257)
+
+
+def test_an_evaluation_that_was_logged_is_not_made_again(config, fake, tmp_path, monkeypatch):
+    """A notice between an evaluation and the next step, where no save is due."""
+    log = loop.Loggers.log
+
+    def preempted(loggers, kind, step, metrics):
+        log(loggers, kind, step, metrics)
+        if (kind, step) == ("eval", 4):
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(loop.Loggers, "log", preempted)
+    fake()
+    rarely = dataclasses.replace(config, checkpoint_every=8)
+    with pytest.raises(PreemptedError, match="Step 4 is saved"):
+        loop.train(rarely, tmp_path / "run")
+    monkeypatch.setattr(loop.Loggers, "log", log)
+    fake()
+    loop.train(rarely, tmp_path / "run", resume=True)
+    assert logged(tmp_path / "run", "eval") == [4, 8]
