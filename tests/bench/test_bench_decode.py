@@ -365,8 +365,9 @@ def test_two_decoders_are_timed_in_turn(monkeypatch):
     "own, faster",
     [
         (("float32", "float32"), ("float32", "float32", "bfloat16", "float32")),
-        (("float32", "float32"), ("float32", "float32", "float32", "bfloat16")),  # with drafts alone
-        (("float32", "bfloat16"), ("float32", "float32", "bfloat16", "bfloat16")),
+        # With drafts alone.
+        pytest.param(("float32", "float32"), ("float32", "float32", "float32", "bfloat16"), marks=pytest.mark.slow),
+        pytest.param(("float32", "bfloat16"), ("float32", "float32", "bfloat16", "bfloat16"), marks=pytest.mark.slow),
     ],
 )
 def test_runs_that_are_measured_together_have_the_same_cells(monkeypatch, own, faster):

@@ -70,7 +70,8 @@ def test_any_processes_learn_what_one_learns_and_others_go_on(root, alone, count
             assert some.wait() == [0] * others and f"resuming at step {steps - 2}" in some.said(0), some.said()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_notice_to_one_stops_all_at_one_step_and_the_same_command_goes_on(root, together, number):
     run_dir, file = root / f"preempted-{number}", experiment(root, f"preempted-{number}")
     with Processes(file, run_dir, "--auto-resume", "--steps", "200") as two:

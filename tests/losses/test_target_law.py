@@ -30,7 +30,9 @@ def pairs(first, second):
     ]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if case in ("rank 1", "encoder") else ()) for case in CASES]
+)
 def test_values_and_gradients_are_those_of_plain_autodiff(case, monkeypatch):
     set_tile_bytes(monkeypatch, SOME)
     problem = make(**CASES[case], **ALL)
