@@ -105,14 +105,16 @@ class Mixture:
     @property
     def hidden(self) -> dict[str, Any] | None:
         """What their hidden states are, if they have some. Raises `ConfigError` if they differ in that."""
-        first = self.stores[0].hidden
-        for store in self.stores[1:]:
+        first, *others = (
+            store.hidden and {**store.hidden, "base": store.hidden["base"]["sha256"]} for store in self.stores
+        )
+        for store, hidden in zip(self.stores[1:], others, strict=True):
             require(
-                store.hidden == first,
+                hidden == first,
                 f"The stores {self.stores[0].path} and {store.path} are mixed, and their hidden states differ in "
                 "kind, or one has none. Cache both with one base and one seq_len.",
             )
-        return first
+        return self.stores[0].hidden
 
     @classmethod
     def open(cls, files: str) -> Mixture:

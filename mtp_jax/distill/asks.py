@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mtp_jax.data.chat import ROLES
 from mtp_jax.data.config import SourceConfig
 from mtp_jax.data.sources import RECORDS, documents, load_records, load_source
 from mtp_jax.data.sources.base import Record, Unreadable
 
-ROLES = {"human": "user", "gpt": "assistant"}
 FIELDS = ("messages", "conversations", "prompt", "turns")
 Message = dict[str, str]
 

@@ -307,7 +307,7 @@ def _finish(
         (store / TOKENIZER_DIR / name).write_bytes(data)
     counts = {"answers": total, "ended": ended, "failed": len(failed)}
     manifest = {"format": FORMAT, "valid_fraction": valid_fraction, "dtype": dtype.str, "mask": True}
-    manifest |= {"splits": splits, "fingerprint": {}, "chat": None, **made_of, **counts}
+    manifest |= {"splits": splits, **made_of, **counts}
     (store / MANIFEST).write_text(json.dumps(manifest, indent=2))
     store.rename(path)
     shutil.rmtree(scratch)

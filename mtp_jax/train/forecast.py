@@ -33,8 +33,8 @@ from mtp_jax.state import TrainState, build_model
 from mtp_jax.train.advice import advice
 from mtp_jax.train.collectives import count_collectives
 from mtp_jax.train.costs import accelerator, costs, tree_bytes
-from mtp_jax.train.freeze import partition
 from mtp_jax.train.step import Batch, make_trainer
+from mtp_jax.train.trained import partition
 from mtp_jax.validate import ConfigError, require
 
 CPU_NOTE = (

@@ -18,8 +18,8 @@ from jax.sharding import PartitionSpec as P
 from mtp_jax.arrays import random_key
 from mtp_jax.config import TrainConfig
 from mtp_jax.state import TrainState, build_model, split
-from mtp_jax.train.freeze import merge, partition
 from mtp_jax.train.optimizer import make_optimizer, make_schedule
+from mtp_jax.train.trained import merge, partition
 
 Batch = dict[str, Array]
 Metrics = dict[str, Array]

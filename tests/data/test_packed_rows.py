@@ -65,14 +65,6 @@ def test_targets_count_as_far_as_all_before_them_are_supervised():
     assert batch["valid_BTW"][0, 2].tolist() == [True] * 3 and batch["targets_BTW"][0, 2].tolist() == [4, 5, 6]
 
 
-def test_a_mask_that_is_one_off_is_another():
-    """A target counts by its own mask, not by its input's."""
-    masks = ["000111001100", "001110011000"]
-    shifted = [next(batches(documents([12], [map(int, m)]), seq_len=T, window=W, batch_size=1, seed=0, rows=True))
-               for m in masks]  # fmt: skip
-    assert not np.array_equal(*(batch["valid_BTW"] for batch in shifted))
-
-
 def test_an_epoch_is_a_permutation_of_the_rows_and_batches_are_functions_of_their_number():
     found = documents([9 + i % 8 for i in range(20)])
     count, sizes = len(pack(found, T)), dict(seq_len=T, window=W, batch_size=2, seed=3, rows=True)

@@ -11,6 +11,7 @@ import pytest
 
 import mtp_jax
 from mtp_jax.config import OptimizerConfig, TrainConfig
+from mtp_jax.data.mixture import Mixture
 from mtp_jax.data.preparation import prepare
 from mtp_jax.data.store import Store
 from mtp_jax.distill import hidden
@@ -173,3 +174,15 @@ def test_devices_share_the_rows(setting, tmp_path):
     cache_hidden(run, open_base(setting.base), setting.store, tmp_path / "out", seq_len=T, batch_size=3)
     ours, theirs = (Store.open(path).train.hidden for path in (tmp_path / "out", setting.cached))
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_caches_of_one_base_are_mixed_wherever_it_lay(setting, tmp_path):
+    for name, changes in (("moved", {"path": "elsewhere"}), ("other", {"sha256": "0"})):
+        shutil.copytree(setting.cached, tmp_path / name)
+        manifest = json.loads((tmp_path / name / "manifest.json").read_text())
+        manifest["hidden"]["base"] |= changes
+        (tmp_path / name / "manifest.json").write_text(json.dumps(manifest))
+    states = Store.open(setting.cached).hidden
+    assert Mixture.open(f"1:{setting.cached},1:{tmp_path / 'moved'}").hidden == states
+    with pytest.raises(ConfigError, match="are mixed, and their hidden states differ in kind"):
+        _ = Mixture.open(f"1:{setting.cached},1:{tmp_path / 'other'}").hidden

@@ -16,10 +16,10 @@ from mtp_jax.runs.checkpoints import Checkpoints
 from mtp_jax.runs.loading import load
 from mtp_jax.state import split
 from mtp_jax.train.costs import costs
-from mtp_jax.train.freeze import merge, partition
 from mtp_jax.train.loggers import read_metrics
 from mtp_jax.train.loop import train
 from mtp_jax.train.step import make_trainer
+from mtp_jax.train.trained import merge, partition
 from mtp_jax.validate import ConfigError
 from support import tiny
 from support.compilation import quick
