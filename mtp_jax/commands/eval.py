@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,10 @@ class Eval(RunOptions):
     whole."""
     new_tokens: int = 64
     """Tokens of each continuation, at most: a text ends at a stop token, or where the context does."""
+    gates: bool = False
+    """Also look whether the head may be believed: its law before the first step, a negative control, the cached states
+    it learnt from, decoding beside what is expected, and greedy texts with and without drafts. The exit status is 1 if
+    one fails."""
 
 
 def main(args: list[str]) -> None:
@@ -49,6 +54,7 @@ def main(args: list[str]) -> None:
     run = options.load()
     window, context = run.config.head.window, run.config.model.context_length
     k = window - 1 if options.k is None else options.k
+    require(not options.gates or window > 1, "--gates: the head's window is 1, so it drafts nothing. Leave it out.")
     require(k < window or window == 1, f"--k is {k} and the head's window is {window}; it must lie in 1..{window - 1}.")
     store = store_of(run)
     metrics: dict[str, Any] = dict(evaluate_run(run, options.batches, store))
@@ -64,12 +70,30 @@ def main(args: list[str]) -> None:
         )
     longest = context // 2 if store.masked else min(options.prompt_tokens, context // 2)
     prompts = some_prompts(store, options.prompts, longest) if window > 1 else []
+    require(
+        not options.gates or bool(prompts),
+        f"--gates: no held-out prompt of at most {longest} tokens, behind which texts could be written. Hold out more "
+        "(data.valid_fraction).",
+    )
+    new = min(options.new_tokens, context - max(map(len, prompts), default=0))
     if prompts and options.temperatures:
-        new = min(options.new_tokens, context - max(map(len, prompts)))
         found = [expected_of_run(run, prompts, temperature, k, new) for temperature in options.temperatures]
         metrics["expected"] = found
         _print_expected(found, k)
+    passed = True
+    if options.gates:
+        from mtp_jax.train.gates import gates
+
+        looked = []
+        for gate in gates(run, store, prompts, options.temperatures, k, new):
+            sign = {True: "[green]passed[/]", False: "[red]FAILED[/]", None: "[dim]no need[/]"}[gate.passed]
+            console().print(f"gate {gate.name}: {sign}: {gate.found}", highlight=False)
+            looked.append(dataclasses.asdict(gate))
+            passed = passed and gate.passed is not False
+        metrics["gates"] = looked
     print(json.dumps({"run": options.run, "step": run.step, **metrics}))
+    if not passed:
+        raise SystemExit(1)
 
 
 def _print_expected(found: list[dict[str, Any]], k: int) -> None:

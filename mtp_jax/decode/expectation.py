@@ -13,8 +13,10 @@ and every count is a sum over v. At temperature 0 it is what decoding counts, ex
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +30,7 @@ from mtp_jax.arrays import NEVER
 from mtp_jax.decode.config import DecodeConfig, prompt_ids
 from mtp_jax.decode.decoding import bucket, put_rows, sampling_of
 from mtp_jax.decode.law import Sampling, as_learnt, process_logits
+from mtp_jax.heads.base import Seen
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.validate import ConfigError, require
 
@@ -38,7 +41,8 @@ class Expectation:
 
     `emitted_B`: tokens behind the first new one. `forwards_B`: target forwards, prefill excluded. `accepted_Bk`,
     `drafted_Bk`: drafts by offset. `overlap_Bk`: the sum of sum_x min(p(x), q_s(x)) over the `positions_B` of a text
-    whose offsets all lie in it.
+    whose offsets all lie in it. `limits_B`: the most tokens that each may have. `chances`: of each text, c_s of a block
+    that starts behind each of its tokens, `[n, k]`.
     """
 
     emitted_B: np.ndarray
@@ -47,6 +51,19 @@ class Expectation:
     drafted_Bk: np.ndarray
     overlap_Bk: np.ndarray
     positions_B: np.ndarray
+    limits_B: np.ndarray
+    chances: list[np.ndarray]
+
+    @classmethod
+    def together(cls, parts: Sequence[Expectation]) -> Expectation:
+        """Those of several batches of texts as one."""
+        columns = {field.name: [getattr(part, field.name) for part in parts] for field in dataclasses.fields(cls)}
+        chances = list(itertools.chain.from_iterable(columns.pop("chances")))
+        return cls(**{name: np.concatenate(arrays) for name, arrays in columns.items()}, chances=chances)
+
+    def first(self, count: int) -> Expectation:
+        """That of the first `count` texts."""
+        return Expectation(*(getattr(self, field.name)[:count] for field in dataclasses.fields(self)))
 
     @property
     def tokens_per_forward(self) -> float:
@@ -93,23 +110,26 @@ def expectation(
         require(len(text) <= limit, f"Text {i} has {len(text)} tokens and max_new_tokens is {limit}.")
     sampling, filtered = sampling_of(config, len(texts), model.config.vocab_size)
     states = hidden_states(model, prompts, texts) if states is None else states
-    found = _chances(model, states, _tokens(prompts, texts), sampling, k=k, filtered=filtered)
+    found = _chances(model, states, padded(prompts, texts), sampling, k=k, filtered=filtered)
     chance_BTk, overlap_BTk = (np.asarray(a, np.float64) for a in jax.device_get(found))
-    found = []
+    found, chances = [], []
     for b, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
         begin, count = len(prompt) - 1, len(text)
         inside = max(0, count - k)
-        counts = _counts(chance_BTk[b, begin : begin + count], int(limits[b]))
+        chances.append(chance_BTk[b, begin : begin + count])
+        counts = _counts(chances[b], int(limits[b]))
         found.append((*counts, overlap_BTk[b, begin : begin + inside].sum(0), inside))
-    return Expectation(*(np.array(column) for column in zip(*found, strict=True)))
+    emitted_B, forwards_B, *by_offset, positions_B = (np.array(column) for column in zip(*found, strict=True))
+    accepted_Bk, drafted_Bk, overlap_Bk = by_offset
+    return Expectation(emitted_B, forwards_B, accepted_Bk, drafted_Bk, overlap_Bk, positions_B, limits, chances)
 
 
 def hidden_states(model: LanguageModel, prompts: Sequence[Any], texts: Sequence[Any]) -> Any:
     """The hidden states of texts behind their prompts, `[B, T, D]`, and the taps of the head, the mesh in scope."""
-    return _see(model, _tokens(prompts, texts))
+    return _see(model, padded(prompts, texts))
 
 
-def _tokens(prompts: Sequence[Any], texts: Sequence[Any]) -> Array:
+def padded(prompts: Sequence[Any], texts: Sequence[Any]) -> Array:
     """The ids of texts behind their prompts, `[B, T]`, on the mesh in scope; zeros behind their ends."""
     rows = [np.concatenate([prompt, text]).astype(np.int32) for prompt, text in zip(prompts, texts, strict=True)]
     tokens_BT = np.zeros((len(rows), bucket(max(map(len, rows)))), np.int32)
@@ -124,45 +144,87 @@ def _see(model: LanguageModel, tokens_BT: Array) -> Any:
     return seen.x_BTD, seen.taps
 
 
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of drafts on texts whose hidden states are known, in a compiled function. Positions are those of `[B, T]`;
+    behind the last one stands the last one again."""
+
+    model: LanguageModel
+    seen: Seen
+    cache: Any
+
+    @classmethod
+    def of(cls, model: LanguageModel, states: Any, tokens_BT: Array) -> Blocks:
+        """`states` as `hidden_states` gives them."""
+        seen = model.seen(states[0], tokens_BT, states[1])
+        next_BT, start_B = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1))), jnp.zeros_like(tokens_BT[:, 0])
+        cache, _ = model.head.extend(model.head.init_cache(*tokens_BT.shape), seen, next_BT, start_B, None)
+        return cls(model, seen, cache)
+
+    def _index(self, t: Array) -> Array:
+        tokens_BT = self.seen.tokens_BT
+        return jnp.zeros_like(tokens_BT[:, 0]) + jnp.minimum(t, tokens_BT.shape[1] - 1)
+
+    def target(self, t: Array) -> Array:
+        """The target's log-probabilities behind position t, `[B, V]`."""
+        return self.model.target(self.seen.at(self._index(t)))[0][:, 0]
+
+    def drafts(self, t: Array, k: int) -> Iterator[tuple[Array, Array]]:
+        """The head's law of each of k drafts behind position t, `[B, V]`, as it learnt it, and the text's token there.
+        The text's token stands in front of them too, and each draft is the text's."""
+        head, index_B = self.model.head, self._index(t)
+        tokens = [arrays.at(self.seen.tokens_BT, self._index(t + s)) for s in range(1, k + 2)]
+        draft = head.begin(self.seen.at(index_B), tokens[0], window=k + 1, cache=self.cache, position_B=index_B)
+        for s, token_B in enumerate(tokens[1:], 1):
+            yield head.next_log_probs(draft), token_B
+            if s < k:
+                draft = head.condition(draft, token_B)
+
+
 @functools.partial(jax.jit, static_argnames=("k", "filtered"))
 def _chances(model: LanguageModel, states: Any, tokens_BT: Array, sampling: Sampling, *, k: int, filtered: bool) -> Any:
     """c_s and the overlap of p and q_s, `[B, T, k]`, of a block that is drafted from each position. Positions in turn:
     no more than k + 1 laws of each row are alive."""
-    (x_BTD, taps), (batch, time) = states, tokens_BT.shape
-    seen = model.seen(x_BTD, tokens_BT, taps)
-    next_BT = jnp.pad(tokens_BT[:, 1:], ((0, 0), (0, 1)))
-    cache, _ = model.head.extend(
-        model.head.init_cache(batch, time), seen, next_BT, jnp.zeros_like(tokens_BT[:, 0]), None
-    )
-
-    def index(t: Array) -> Array:
-        return jnp.zeros_like(tokens_BT[:, 0]) + jnp.minimum(t, time - 1)
+    blocks = Blocks.of(model, states, tokens_BT)
 
     def law(logp_BV: Array) -> Array:
         return jax.nn.log_softmax(process_logits(logp_BV[:, None], sampling, filtered=filtered)[:, 0], axis=-1)
 
-    def target(t: Array) -> Array:
-        return law(model.target(seen.at(index(t)))[0][:, 0])
-
     def block(ahead: tuple[Array, ...], t: Array) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
-        tokens = [arrays.at(tokens_BT, index(t + s)) for s in range(1, k + 2)]
-        draft = model.head.begin(seen.at(index(t)), tokens[0], window=k + 1, cache=cache, position_B=index(t))
         chances, overlaps = [], []
-        for s, (logp_BV, token_B) in enumerate(zip(ahead, tokens[1:], strict=True)):
-            logq_BV = law(as_learnt(model.head.next_log_probs(draft), model.head.config.temperature))
+        for logp_BV, (logq_BV, token_B) in zip(ahead, blocks.drafts(t, k), strict=True):
+            logq_BV = law(as_learnt(logq_BV, model.head.config.temperature))
             logq_B, logp_B = (arrays.log_prob(a[:, None], token_B[:, None])[:, 0] for a in (logq_BV, logp_BV))
             # A law that was rounded otherwise may rule out what was sampled; NEVER is finite.
             chance_B = jnp.where(logp_B > 0.5 * NEVER, jnp.exp(jnp.minimum(0.0, logq_B - logp_B)), 0.0)
             chances.append(chance_B)
             overlaps.append(jnp.sum(jnp.exp(jnp.minimum(logp_BV, logq_BV)), axis=-1))
-            if s + 1 < k:
-                draft = model.head.condition(draft, token_B)
         found = jnp.stack(chances, axis=-1), jnp.stack(overlaps, axis=-1)
-        return (*ahead[1:], target(t + k + 1)), found
+        return (*ahead[1:], law(blocks.target(t + k + 1))), found
 
-    first = tuple(target(jnp.asarray(s, jnp.int32)) for s in range(1, k + 1))
-    _, found = lax.scan(block, first, jnp.arange(time, dtype=jnp.int32))
+    first = tuple(law(blocks.target(jnp.asarray(s, jnp.int32))) for s in range(1, k + 1))
+    _, found = lax.scan(block, first, jnp.arange(tokens_BT.shape[1], dtype=jnp.int32))
     return jax.tree.map(lambda a_TBk: jnp.moveaxis(a_TBk, 0, 1), found)
+
+
+def draw(found: Expectation, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Decode the texts `count` times, drawing which drafts are accepted: (forwards, accepted by offset, drafted by
+    offset) of all texts together, `[count]`, `[count, k]` and `[count, k]`. Their means are what is expected."""
+    rng, k = np.random.default_rng(seed), found.accepted_Bk.shape[1]
+    forwards_N, accepted_Nk, drafted_Nk = np.zeros(count), np.zeros((count, k)), np.zeros((count, k))
+    offset_k = np.arange(k)
+    for chance_nk, limit in zip(found.chances, found.limits_B, strict=True):
+        last, at_N = len(chance_nk) - 1, np.zeros(count, int)
+        while (live_N := at_N < last).any():
+            here_N = np.minimum(at_N, last)
+            drafted = (offset_k < (limit - here_N - 2)[:, None]) & live_N[:, None]
+            inside = drafted & (offset_k < (last - here_N)[:, None])
+            accepted = np.cumprod(inside & (rng.random((count, k)) < chance_nk[here_N]), axis=1)
+            forwards_N += live_N
+            drafted_Nk += drafted
+            accepted_Nk += accepted
+            at_N += np.where(live_N, accepted.sum(1) + 1, 0)
+    return forwards_N, accepted_Nk, drafted_Nk
 
 
 def _counts(chance_nk: np.ndarray, limit: int) -> tuple[float, float, np.ndarray, np.ndarray]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,8 +46,7 @@ class Texts:
 
     def expected(self, model: LanguageModel) -> Expectation:
         """What drafting with the head of `model` would count."""
-        found = expectation(model, self.prompts, self.texts, self.config, self.states)
-        return Expectation(*(getattr(found, field.name)[: self.count] for field in dataclasses.fields(Expectation)))
+        return expectation(model, self.prompts, self.texts, self.config, self.states).first(self.count)
 
 
 def write_texts(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -92,18 +92,13 @@ def expected_of_run(
     Raises:
       ConfigError: as decoding does.
     """
-    parts: list[list[np.ndarray]] = []
+    parts: list[Expectation] = []
     with jax.set_mesh(run.mesh):
-        devices = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-        for first in range(0, len(prompts), devices * ROWS):
-            some = prompts[first : first + devices * ROWS]
-            count = len(some)
-            some += some[:1] * (-count % devices)  # the devices divide them
+        for first, some, count in groups(run, prompts):
             config = DecodeConfig(new_tokens, temperature, row=first, k=0, stop_tokens=run.stop_tokens)
             texts = generate(run.decoder, some, **vars(config)).tokens
-            found = expectation(run.model, some, texts, dataclasses.replace(config, k=k))
-            parts.append([getattr(found, field.name)[:count] for field in dataclasses.fields(Expectation)])
-    whole = Expectation(*map(np.concatenate, zip(*parts, strict=True)))
+            parts.append(expectation(run.model, some, texts, dataclasses.replace(config, k=k)).first(count))
+    whole = Expectation.together(parts)
     return {
         "temperature": temperature,
         "verifier": "token",
@@ -113,6 +108,15 @@ def expected_of_run(
         "acceptance": whole.acceptance,
         "overlap": whole.overlap,
     }
+
+
+def groups(run: LoadedRun, prompts: list[np.ndarray]) -> Iterator[tuple[int, list[np.ndarray], int]]:
+    """Prompts as they are looked at together: the number of the first, some of them, filled up with copies of it to
+    what the devices divide, and how many are not copies."""
+    devices = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
+    for first in range(0, len(prompts), devices * ROWS):
+        some = prompts[first : first + devices * ROWS]
+        yield first, some + some[:1] * (-len(some) % devices), len(some)
 
 
 def named(metrics: Any, window: int = 0) -> dict[str, float]:

@@ -124,3 +124,20 @@ def test_above_they_are_what_decoding_counts_in_the_mean(models, law, monkeypatc
     counts = expected._counts
     monkeypatch.setattr(expected, "_counts", lambda chance_nk, limit: counts(np.roll(chance_nk, 1, axis=0), limit))
     assert errors().max() > 6
+
+
+def test_what_is_drawn_has_the_expected_mean():
+    """100,000 draws of what decoding would count, within 5 standard errors; at chances of 0 and 1 exactly."""
+    rng = np.random.default_rng(0)
+    k, lengths, limits = 3, [9, 1, 0, 6], np.array([12, 4, 5, 6])
+    for sure, count in ((False, 100_000), (True, 3)):
+        chances = [rng.random((n, k)) for n in lengths]
+        chances = [np.round(chance_nk) for chance_nk in chances] if sure else chances
+        columns = zip(*(expected._counts(c, int(n)) for c, n in zip(chances, limits, strict=True)), strict=True)
+        zeros = np.zeros((len(lengths), k)), np.zeros(len(lengths))
+        found = expected.Expectation(*map(np.array, columns), *zeros, limits, chances)
+        drawn = expected.draw(found, count)
+        means = found.forwards_B.sum(), found.accepted_Bk.sum(0), found.drafted_Bk.sum(0)
+        for values, mean in zip(drawn, means, strict=True):
+            error = 5 * values.std(0) / np.sqrt(count) + 1e-9
+            assert np.all(np.abs(values.mean(0) - mean) <= error) and (sure or np.all(mean > 0))

@@ -58,6 +58,14 @@ def text_data(root: Path, documents: int = 40, valid_fraction: float = 0.2) -> D
     return DataConfig("text", files, valid_fraction=valid_fraction, batch_size=8, seq_len=16, cache_dir=cache)
 
 
+def head_on(base: tuple[Path, DataConfig], data: DataConfig | None = None, **changes: Any) -> TrainConfig:
+    """A run of 4 steps, evaluated and saved every 2, of a head on the base run in `base[0]`, on its data `base[1]`."""
+    head = head_config(target="ntp", encoder="token", factors="lowrank", rank=2, shortlist=64)
+    every = dict(steps=4, eval_every=2, eval_batches=1, checkpoint_every=2)
+    values = dict(head=head, optimizer=OptimizerConfig(warmup_steps=0), **every)
+    return TrainConfig(ModelConfig(), data=data or base[1], base=str(base[0]), **{**values, **changes})
+
+
 def text_run(data: DataConfig, **changes: Any) -> TrainConfig:
     """A run of 8 steps on `text_data`, with a head of rank 2 and window 3, evaluated and saved every 4."""
     model, head = model_config(vocab_size=258), head_config(window=3, rank=2)

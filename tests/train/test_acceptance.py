@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import mtp_jax
-from mtp_jax.config import OptimizerConfig, TrainConfig
 from mtp_jax.data.preparation import prepare
 from mtp_jax.data.store import Store
 from mtp_jax.decode.config import DecodeConfig
@@ -17,17 +16,14 @@ from mtp_jax.decode.decoder import for_decoding
 from mtp_jax.decode.expectation import expectation
 from mtp_jax.decode.generate import generate
 from mtp_jax.distill.hidden import cache_hidden
-from mtp_jax.model.config import ModelConfig
 from mtp_jax.runs.base import open_base
 from mtp_jax.runs.checkpoints import Checkpoints, loss_of
 from mtp_jax.train.acceptance import write_texts
 from mtp_jax.train.loggers import read_metrics
 from mtp_jax.train.loop import train
 from mtp_jax.validate import ConfigError
-from support import tiny
 from support.compilation import quick
-
-T = 32
+from support.tiny import head_on
 
 
 @pytest.fixture(autouse=True)
@@ -36,39 +32,12 @@ def quick_compilation():
         yield
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """A base, and the config of a head on it."""
-    root = tmp_path_factory.mktemp("base")
-    data = dataclasses.replace(tiny.text_data(root), seq_len=T)
-    head = tiny.head_config(circuit="independent", rank=1, window=1, balance="none", target="ntp", factors="shared")
-    model = tiny.model_config(vocab_size=264)
-    with quick():
-        train(TrainConfig(model, head, data, OptimizerConfig(warmup_steps=0), steps=4, eval_batches=1), root / "run")
-    return root / "run", data
-
-
-def on(base, data=None, **changes):
-    head = tiny.head_config(target="ntp", encoder="token", factors="lowrank", rank=2, shortlist=64)
-    values = dict(head=head, optimizer=OptimizerConfig(warmup_steps=0), steps=4, eval_every=2, eval_batches=1,
-                  checkpoint_every=2)  # fmt: skip
-    return TrainConfig(ModelConfig(), data=data or base[1], base=str(base[0]), **{**values, **changes})
-
-
-@pytest.fixture(scope="module")
-def run(base, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("head") / "run"
-    with quick():
-        train(on(base, keep_checkpoints=5), run_dir)
-    return run_dir
-
-
-def test_every_evaluation_says_how_many_tokens_a_forward_gives(base, run):
-    steps = [row for row in read_metrics(run) if row["kind"] == "train"]
+def test_every_evaluation_says_how_many_tokens_a_forward_gives(base, head_run):
+    steps = [row for row in read_metrics(head_run) if row["kind"] == "train"]
     assert all(
         "loss_offset_1" not in row and {"loss_offset_2", "loss_offset_4", "listed_4"} <= row.keys() for row in steps
     )
-    rows = [row for row in read_metrics(run) if row["kind"] == "eval"]
+    rows = [row for row in read_metrics(head_run) if row["kind"] == "eval"]
     assert [row["step"] for row in rows] == [2, 4]
     for row in rows:
         found = [row[f"expected_tokens_at_{t}"] for t in ("0", "0.7")]
@@ -76,15 +45,15 @@ def test_every_evaluation_says_how_many_tokens_a_forward_gives(base, run):
         assert {f"expected_acceptance_at_0.7_{s}" for s in (1, 2, 3)} <= row.keys()
 
 
-def test_it_is_what_is_expected_of_the_same_texts_with_the_trunk(base, run):
+def test_it_is_what_is_expected_of_the_same_texts_with_the_trunk(base, head_run):
     """And at T = 0 what decoding counts on them."""
-    loaded = mtp_jax.load(run)
+    loaded = mtp_jax.load(head_run)
     with jax.set_mesh(loaded.mesh):
         texts = write_texts(loaded.model, prepare(base[1]), loaded.tokenizer, (0.0, 0.7), 8)
         for one in texts:
             at = f"expected_tokens_at_{one.config.temperature:g}"
             again = expectation(loaded.model, one.prompts[: one.count], one.texts[: one.count], one.config)
-            said = next(row[at] for row in read_metrics(run) if row["kind"] == "eval" and row["step"] == 4)
+            said = next(row[at] for row in read_metrics(head_run) if row["kind"] == "eval" and row["step"] == 4)
             assert again.tokens_per_forward == pytest.approx(one.expected(loaded.model).tokens_per_forward, rel=1e-6)
             assert said == pytest.approx(again.tokens_per_forward, rel=1e-4)
         greedy = texts[0]
@@ -95,8 +64,8 @@ def test_it_is_what_is_expected_of_the_same_texts_with_the_trunk(base, run):
     assert expected.tokens_per_forward == pytest.approx(made.block_efficiency)
 
 
-def test_the_best_checkpoint_is_that_of_the_most_tokens(run):
-    with Checkpoints(run) as checkpoints:
+def test_the_best_checkpoint_is_that_of_the_most_tokens(head_run):
+    with Checkpoints(head_run) as checkpoints:
         metas = {step: checkpoints.meta(step) for step in checkpoints.steps()}
         worth = {step: meta["metrics"]["expected_tokens"] for step, meta in metas.items()}
         assert checkpoints.best_step() == max(worth, key=lambda step: (worth[step], step))
@@ -104,20 +73,20 @@ def test_the_best_checkpoint_is_that_of_the_most_tokens(run):
     assert loss_of({"metrics": {"loss": 3.0}}) == 3.0 and math.isinf(loss_of({"metrics": {}}))
 
 
-def test_training_from_a_cache_expects_the_same(base, run, tmp_path):
+def test_training_from_a_cache_expects_the_same(base, head_run, tmp_path):
     loaded = mtp_jax.load(base[0])
-    cache_hidden(loaded, open_base(base[0]), prepare(base[1]), tmp_path / "cache", seq_len=T)
+    cache_hidden(loaded, open_base(base[0]), prepare(base[1]), tmp_path / "cache", seq_len=base[1].seq_len)
     data = dataclasses.replace(base[1], source="store", files=str(tmp_path / "cache"))
-    train(on(base, data), tmp_path / "run")
+    train(head_on(base, data), tmp_path / "run")
     ours, theirs = (
         [row["expected_tokens"] for row in read_metrics(path) if row["kind"] == "eval"]
-        for path in (tmp_path / "run", run)
+        for path in (tmp_path / "run", head_run)
     )
     assert ours == pytest.approx(theirs, rel=1e-4)
 
 
 def test_a_run_that_is_not_asked_expects_nothing(base, tmp_path):
-    train(on(base, eval_temperatures=(), steps=2), tmp_path / "run")
+    train(head_on(base, eval_temperatures=(), steps=2), tmp_path / "run")
     assert not any("expected_tokens" in row for row in read_metrics(tmp_path / "run"))
 
 
@@ -132,10 +101,10 @@ def test_a_head_learns_at_the_temperature_of_its_texts(base, tmp_path):
     (tmp_path / "own" / "manifest.json").write_text(json.dumps({**manifest, "sampled": sampled}))
     assert Store.open(tmp_path / "own").sampled == sampled
     data = dataclasses.replace(base[1], source="store", files=str(tmp_path / "own"))
-    train(on(base, data, steps=2), tmp_path / "run")
+    train(head_on(base, data, steps=2), tmp_path / "run")
     loaded = mtp_jax.load(tmp_path / "run")
     assert loaded.config.head.temperature == 0.5
-    other = on(base, data, head=dataclasses.replace(on(base).head, temperature=0.9))
+    other = head_on(base, data, head=dataclasses.replace(head_on(base).head, temperature=0.9))
     with pytest.raises(
         ConfigError, match=r"HeadConfig.temperature is 0\.9 and the texts in .*own were sampled at 0\.5"
     ):
