@@ -180,18 +180,19 @@ def _answers(run: LoadedRun, todo: Sequence[Ask], config: Regenerate) -> Iterato
     """The records of what is asked, as they are done."""
     if not todo:
         return
+    opened = [(ask, *_open(run, ask, config)) for ask in todo]
     with jax.set_mesh(run.mesh):
         slots = Slots(
             run.decoder,
             size=min(config.batch_size, len(todo)),
-            max_prompt=min(config.max_prompt_tokens, run.config.model.context_length - 1),
+            max_prompt=_longest(opened, min(config.max_prompt_tokens, run.config.model.context_length - 1)),
             max_new=min(config.max_new_tokens, run.config.model.context_length - 1),
             temperature=config.temperature,
             top_k=config.top_k,
             top_p=config.top_p,
             stop_tokens=run.stop_tokens,
         )
-    waiting, live = iter(todo), {}
+    waiting, live = iter(opened), {}
 
     def submit(talk: _Talk) -> str:
         """Put a conversation into the queue, or say why it cannot be."""
@@ -209,8 +210,8 @@ def _answers(run: LoadedRun, todo: Sequence[Ask], config: Regenerate) -> Iterato
     while True:
         failed = []
         with jax.set_mesh(run.mesh):
-            while len(live) < 2 * config.batch_size and (ask := next(waiting, None)) is not None:
-                talk, problem = _open(run, ask, config)
+            while len(live) < 2 * config.batch_size and (one := next(waiting, None)) is not None:
+                ask, talk, problem = one
                 if problem := problem or submit(talk):
                     failed.append({"key": ask.key, "rows": [], "error": problem})
             busy = slots.busy
@@ -236,6 +237,14 @@ def _answers(run: LoadedRun, todo: Sequence[Ask], config: Regenerate) -> Iterato
                 rows = talk.rows + [(talk.ids[:last], talk.mask[:last], talk.ended)] * bool(last)
                 found = [{"ids": ids.tolist(), "mask": mask.tolist(), "ended": ended} for ids, mask, ended in rows]
                 yield {"key": talk.ask.key, "rows": found, "error": problem}
+
+
+def _longest(opened: Sequence[tuple[Ask, _Talk, str]], most: int) -> int:
+    """The tokens that come before an answer, at most: a slot that held more would be read for nothing. What comes
+    before a later turn is not known yet."""
+    if any(talk.heard < len(talk.ask.messages) for _, talk, _ in opened):
+        return most
+    return max((len(talk.ids) for _, talk, _ in opened if len(talk.ids) <= most), default=1)
 
 
 def _open(run: LoadedRun, ask: Ask, config: Regenerate) -> tuple[_Talk, str]:
