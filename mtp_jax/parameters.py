@@ -65,6 +65,9 @@ PARAMETERS: dict[str, Parameter] = {
     "join_down_FD": Parameter(P("tensor", "fsdp"), (0,), (1,)),
     # Circuits.
     "gate_DR": Parameter(P("fsdp", None), (0,), (1,), matrix=False, exact=True),
+    "trans_DMRR": Parameter(P("fsdp", None, None, None), (0,), (3,), matrix=False),
+    "trans_down_DE": Parameter(P("fsdp", None), (0,), (1,), matrix=False),
+    "trans_EMRR": Parameter(P(None, None, None, None), (0,), (3,), matrix=False),
 }
 
 

@@ -78,9 +78,10 @@ def like(d: Array, a: Array) -> Array:
     return lax.psum(d.astype(jnp.promote_types(d.dtype, jnp.float32)), axes).astype(d.dtype) if axes else d
 
 
-def gather_local(w: Array, spec: P, dtype: jnp.dtype) -> Array:
-    """The parameter `w` whole along `fsdp`, rounded to `dtype` (in which it travels) and given back in float32."""
-    w = vary(w.astype(dtype))
+def gather_local(w: Array, spec: P, dtype: jnp.dtype, but: Iterable[str] = ()) -> Array:
+    """The parameter `w` whole along `fsdp`, rounded to `dtype` (in which it travels) and given back in float32; each
+    device's own, but along the axes of `but`."""
+    w = vary(w.astype(dtype), but)
     for dim in _gathered(spec):
         w = lax.all_gather(w, "fsdp", axis=dim, tiled=True)
     return w.astype(jnp.promote_types(dtype, jnp.float32))

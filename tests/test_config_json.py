@@ -40,6 +40,7 @@ def test_every_field_survives_json():
             3,
             "independent",
             1,
+            2,
             "shared",
             5,
             "ntp",

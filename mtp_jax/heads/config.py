@@ -19,7 +19,9 @@ class HeadConfig:
     the model's width every table of V x D weighs, and `lowrank` has one for all offsets.
 
     `kind` names a family of `mtp_jax.heads.registry.HEADS`. A `mixture` has `rank` components: `circuit` names how they
-    hang together (`mtp_jax.heads.circuits.CIRCUITS`): `independent` is rank 1, `cpd` a mixture of products.
+    hang together (`mtp_jax.heads.circuits.CIRCUITS`): `independent` is rank 1, `cpd` a mixture of products; in `hmm`
+    the component changes from offset to offset, in `btree` from half to half of the window. Their transitions are a
+    linear map of the hidden state, of rank `circuit_width` (0: full), which is cheaper where the model is wide.
     `factors` names what they are made of (`mtp_jax.heads.factors.FACTORS`): `full` has an unembedding per (rank,
     offset); `shared` a D x D map per (rank, offset) under the model's table; `lowrank` a D x D map per offset plus a
     correction of width `factor_width` per rank, under that table; `lora` an unembedding per offset plus such a
@@ -49,6 +51,7 @@ class HeadConfig:
     window: int = 4
     circuit: str = "cpd"
     rank: int = 8
+    circuit_width: int = 0
     factors: str = "lora"
     factor_width: int = 16
     target: Literal["marginal", "ntp"] = "marginal"
@@ -71,7 +74,7 @@ class HeadConfig:
     def __post_init__(self) -> None:
         typed(self)
         at_least(self, 1, "window", "rank", "factor_width")
-        at_least(self, 0, "ntp_weight", "z_weight", "balance_weight", "init_noise", "shortlist")
+        at_least(self, 0, "ntp_weight", "z_weight", "balance_weight", "init_noise", "shortlist", "circuit_width")
         at_least(self, 0, "nll_weight", *AGAINST_TARGET)
         positive(self, "temperature")
         require(

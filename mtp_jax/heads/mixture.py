@@ -60,7 +60,7 @@ class MixtureHead(Head):
     def check(cls, config: HeadConfig) -> None:
         """Refuse names that no registry has, and a shortlist where factors have no table to take its rows from."""
         super().check(config)
-        lookup(CIRCUITS, config.circuit, "HeadConfig.circuit")
+        lookup(CIRCUITS, config.circuit, "HeadConfig.circuit").check(config)
         factors = _factors(config)
         through = [name for name, found in FACTORS.items() if found.THROUGH_TABLE]
         require(
@@ -113,8 +113,8 @@ class MixtureHead(Head):
         return self.log_weights(seen.x_BTD)
 
     def log_weights(self, x_BTD: Array) -> Array:
-        """log w_r(h), the components' weights at the first offset: `[B, T, R]` in float32, normalised."""
-        return self.circuit.start(self.circuit.latent(x_BTD))[1]
+        """log w_r(h), the weights of the circuit's first component: `[B, T, R]` in float32, normalised."""
+        return self.circuit.latent(x_BTD)
 
     def loss(
         self,
@@ -147,11 +147,10 @@ class MixtureHead(Head):
         config = self.config
         chex.assert_rank([x_BTD, targets_BTW, weights_BTW], 3)
         chex.assert_equal_shape([targets_BTW, weights_BTW])
-        latent = self.circuit.latent(x_BTD)
-        log_w_BTR = self.circuit.start(latent)[1]
+        log_w_BTR = self.log_weights(x_BTD)
         columns_BTW, listed_BTW = self._columns(targets_BTW)
-        params, terms = self.params(seen.unembed_VD), self._terms()
-        batch = x_BTD, latent, columns_BTW, jnp.where(listed_BTW, weights_BTW, 0.0)
+        params, terms = {**self.params(seen.unembed_VD), **self.circuit.tables()}, self._terms()
+        batch = x_BTD, log_w_BTR, columns_BTW, jnp.where(listed_BTW, weights_BTW, 0.0)
         if key is not None and config.loss_fraction < 1:
             batch = subsample(jax.random.fold_in(key, 1), config.loss_fraction, *batch)
         if terms.against:
@@ -196,7 +195,7 @@ class MixtureHead(Head):
         """log q(x_s | x_<s, h), `[B, T, W]` in nats, in tiles; -inf from the first target on that is not listed."""
         columns_BTW, listed_BTW = self._columns(targets_BTW)
         logp_BTRW, _ = factor_scores(self.form, self.params(seen.unembed_VD), seen.x_BTD, columns_BTW, self.known)
-        found_BTW = conditionals(type(self.circuit), self.circuit.latent(seen.x_BTD), logp_BTRW)
+        found_BTW = conditionals(type(self.circuit), self._unfolded(seen.x_BTD), logp_BTRW)
         return jnp.where(listed_BTW, found_BTW, -jnp.inf)
 
     def logits(self, seen: Seen, start: int = 0, stop: int | None = None) -> tuple[Array, ...]:
@@ -222,11 +221,12 @@ class MixtureHead(Head):
     def marginal(self, seen: Seen) -> tuple[Array, Array]:
         """The law of the first token, and log p_r1 `[B, T, R, V]`, which `begin` needs again."""
         first_BTRV = jax.nn.log_softmax(self.logits(seen, stop=1)[0], axis=-1)
-        return jax.nn.logsumexp(self.log_weights(seen.x_BTD)[..., None] + first_BTRV, axis=2), first_BTRV
+        log_alpha_BTR = self.circuit.start(self._unfolded(seen.x_BTD))[1]
+        return jax.nn.logsumexp(log_alpha_BTR[..., None] + first_BTRV, axis=2), first_BTRV
 
     def joint(self, seen: Seen, window: int, first_BRV: Array | None = None) -> Joint:
         """The joint law of the next `window` tokens after one position of each row; `first_BRV`: log p_r1 if known."""
-        carry, log_alpha_B1R = self.circuit.start(self.circuit.latent(seen.x_BTD))
+        carry, log_alpha_B1R = self.circuit.start(self._unfolded(seen.x_BTD))
         known = () if first_BRV is None else (first_BRV,)
         logits = self.logits(seen, len(known), window)
         logp_BRV = tuple(jax.nn.log_softmax(logits_B1RV[:, 0], axis=-1) for logits_B1RV in logits)
@@ -261,6 +261,10 @@ class MixtureHead(Head):
         score_BR = jnp.sum(jnp.where(hit_BV[:, None], logp_BRV, 0.0), axis=-1)
         carry, log_alpha_BR = self.circuit.advance(draft.carry, score_BR, draft.offset + 1)
         return Joint(carry, log_alpha_BR, draft.logp_BRV, draft.offset + 1)
+
+    def _unfolded(self, x_BTD: Array) -> Any:
+        """What the circuit starts from."""
+        return self.circuit.unfold(jax.tree.map(gather, self.circuit.tables()), self.circuit.latent(x_BTD), x_BTD)
 
     def _columns(self, targets_BTW: Array) -> tuple[Array, Array]:
         """Where each target is in the logits of its offset, and whether it and those before it have such a place."""

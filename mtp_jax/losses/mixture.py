@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtp_jax.losses.target_law import Against, Measure, TargetLaw
 from mtp_jax.losses.tiles import Device, Form
-from mtp_jax.sharding import like, vary
+from mtp_jax.sharding import gather_local, like, reduce_local, vary
 
 if TYPE_CHECKING:
     from mtp_jax.heads.circuits import Circuit
@@ -61,7 +61,8 @@ def mixture_loss(
       terms: the circuit's law and weights of the parts.
       params: any tree of arrays, as they are stored (split over `fsdp` and `tensor`); differentiated.
       x_BTD: hidden states, differentiated. Products are in their dtype, with float32 sums.
-      latent: the circuit's, a tree of float32 arrays with B and T in front; differentiated.
+      latent: the circuit's, `[B, T, R]` in float32; differentiated. What it unfolds to is formed in the tile, from the
+        circuit's own tables among `params`.
       targets_BTW: the column of each target in its logits (a token id, but for a shortlist). A masked target masks (by
         its weight) itself only, so mask all offsets after it too.
       weights_BTW: weight of every target, 0 where masked.
@@ -97,7 +98,7 @@ def _mixture_loss(
     form: Form, terms: Terms, params: Any, x: Array, latent: Any, targets: Array, weights: Array, law: TargetLaw | None
 ) -> Any:
     """(loss, sums by name) where no gradient is asked for: forward only."""
-    if law is not None:
+    if law is not None or terms.law.TABLES:
         return _in_tiles(form, terms, False, params, x, latent, targets, weights, law)[0]
     logp, lse = factor_scores(form, params, x, targets, terms.known)
     return _objective(terms, logp, lse, latent, weights)
@@ -123,7 +124,12 @@ def _in_tiles(
     def local(params: Any, x: Array, latent: Any, targets: Array, weights: Array, law: TargetLaw | None) -> Any:
         against = terms.against if law else None
         beside = against.beside({**params, **law.tables}) if against and law else 0
-        device, measure = Device(form, params, specs[0], x, terms.known, beside), None
+        own = {name: params[name] for name in terms.law.TABLES if name in params}
+        factors, split = ({n: a for n, a in of.items() if n not in own} if own else of for of in (params, specs[0]))
+        more = latent.dtype.itemsize * terms.law.unfolds(own)
+        device, measure = Device(form, factors, split, x, terms.known, beside, more), None
+        # Alike on the devices that share the vocabulary, as the scores are.
+        tables = {name: gather_local(w, specs[0][name], x.dtype, device.split) for name, w in own.items()}
         tiles = device.tiles((x, latent, targets, weights / device.copies))
         if against and law:
             gamma_W = terms.gamma_W(window, weights.dtype)
@@ -134,34 +140,39 @@ def _in_tiles(
             x, latent, targets, weights, *at = arrays
             logits, pull = device.logits(x)
             logp, lse = device.scores(logits, targets)
+            unfolded, fold = jax.vjp(terms.law.unfold, tables, latent, vary(x, but=device.split))
             objective = jax.value_and_grad(functools.partial(_objective, terms), argnums=(0, 1, 2), has_aux=True)
-            value, (d_logp, d_lse, d_latent) = objective(logp, lse, latent, weights)
+            value, (d_logp, d_lse, d_unfolded) = objective(logp, lse, unfolded, weights)
             u = None
             if measure:
                 weigh = functools.partial(prefix_weights, terms.law)
-                log_alpha, pull_alpha = jax.vjp(weigh, latent, logp)
+                log_alpha, pull_alpha = jax.vjp(weigh, unfolded, logp)
                 law_weights, number = at
                 (loss, sums), d_log_alpha, u = measure(law_weights, number, logits, lse, log_alpha)
                 value = value[0] + loss, value[1] | sums
                 more = pull_alpha(d_log_alpha)
-                d_latent, d_logp = jax.tree.map(jnp.add, (d_latent, d_logp), more)
+                d_unfolded, d_logp = jax.tree.map(jnp.add, (d_unfolded, d_logp), more)
                 d_lse = d_lse - d_log_alpha
             if not gradient:
                 return jax.tree.map(jnp.add, carry, (None, value)), None
             d_logits = device.d_logits(logits, lse, targets, d_logp, d_lse)
-            d_tables, d_x = pull(d_logits if u is None else jax.tree.map(jnp.add, d_logits, u))
-            d_latent = jax.tree.map(like, d_latent, latent)
-            return jax.tree.map(jnp.add, carry, (d_tables, value)), (like(d_x, x), d_latent)
+            d_form, d_x = pull(d_logits if u is None else jax.tree.map(jnp.add, d_logits, u))
+            d_own, d_latent, d_x_own = fold(d_unfolded)
+            d_x = like(d_x, x) + like(d_x_own, x) if own else like(d_x, x)
+            return jax.tree.map(jnp.add, carry, ((d_form, d_own), value)), (d_x, like(d_latent, latent))
 
         zeros_W = jnp.zeros(window, weights.dtype)
         value = zeros_W[0], dict.fromkeys(("loss_offset", *(against.reported if against else ())), zeros_W)
         value = jax.tree.map(lambda a: vary(a, but=device.split), value)
-        (d_tables, value), d = lax.scan(tile, ((device.zeros() if gradient else None), value), tiles)
+        zeros: Any = (device.zeros(), jax.tree.map(jnp.zeros_like, tables)) if gradient else None
+        (d_tables, value), d = lax.scan(tile, (zeros, value), tiles)
         value = jax.tree.map(lambda a: like(a, jnp.zeros((), jnp.float32)), value)
         if not gradient:
             return value, None
-        d_x, d_latent = jax.tree.map(functools.partial(device.untile, like_BT=x), d)
-        return value, (device.d_params(d_tables), d_x, d_latent)
+        d_x, d_latent = (device.untile(a, like_BT=x) for a in d)
+        d_own = {name: reduce_local(a, own[name], specs[0][name]) for name, a in d_tables[1].items()}
+        d_params = device.d_params(d_tables[0])
+        return value, ({**d_params, **d_own} if own else d_params, d_x, d_latent)
 
     return local(params, *arrays, law)
 

@@ -54,8 +54,11 @@ def tile_positions(positions: int, logits_bytes: int, rows: int) -> int:
 class Device:
     """What one device does with its part of a batch: inside `shard_map`."""
 
-    def __init__(self, form: Form, params: Any, specs: Any, x_BTD: Array, known: int | None, beside: int = 0):
-        """`beside`: columns of another law's logits that a tile has, by position and, like a component, by offset."""
+    def __init__(
+        self, form: Form, params: Any, specs: Any, x_BTD: Array, known: int | None, beside: int = 0, more: int = 0
+    ):
+        """`beside`: columns of another law's logits that a tile has, by position and, like a component, by offset;
+        `more`: bytes of what else it has at a position."""
         self.form, self.params, self.specs, self.known = form, params, specs, known
         self.whole = jax.tree.map(lambda w, spec: gather_local(w, spec, x_BTD.dtype), params, specs)
         self.tables, self._pull = jax.vjp(form.tables, self.whole)
@@ -67,7 +70,7 @@ class Device:
         one = jax.eval_shape(lambda tables, x: form.logits(tables, vary(x)), self.tables, x_BTD[:1, :1])
         # How many offsets each array of logits has.
         self.offsets = [logits.shape[3] for logits in jax.tree.leaves(one)]
-        size = sum(logits.size * logits.dtype.itemsize for logits in jax.tree.leaves(one))
+        size = more + sum(logits.size * logits.dtype.itemsize for logits in jax.tree.leaves(one))
         if beside:  # its own, and the probabilities of both laws at every offset
             offsets = sum(logits.size // logits.shape[2] for logits in jax.tree.leaves(one))
             size += (beside + 2 * offsets) * jax.tree.leaves(one)[0].dtype.itemsize

@@ -44,9 +44,10 @@ OTHER = TrainConfig(
     ),
     HeadConfig(
         "mixture",
+        4,
+        "hmm",
         2,
-        "independent",
-        1,
+        5,
         "lowrank",
         4,
         "ntp",

@@ -20,6 +20,8 @@ CASES = {
     "full, one component": dict(factors="full", circuit="independent", rank=1),
     "lora": dict(factors="lora"),
     "shortlist": dict(factors="shared", shortlist=3),
+    "hmm": dict(factors="full", circuit="hmm"),
+    "btree": dict(factors="lowrank", circuit="btree"),
 }
 every_case = pytest.mark.parametrize("case", CASES)
 

@@ -31,6 +31,8 @@ HEADS = {
     "next-token target": dict(rank=2, factors="lowrank", target="ntp"),
     "token": dict(rank=2, factors="shared", target="ntp", encoder="token"),
     "token, shortlist": dict(rank=2, factors="lowrank", target="ntp", encoder="token", shortlist=7),
+    "hmm": dict(circuit="hmm", rank=3, factors="full"),
+    "token, btree": dict(circuit="btree", rank=2, factors="lowrank", target="ntp", encoder="token", circuit_width=4),
     "tally": dict(kind="tally", target="ntp"),
 }
 TOLERANCE = 2e-5  # sums of another order

@@ -25,6 +25,8 @@ CASES = {
     "shortlist": dict(factors="lowrank", shortlist=3),
     "encoder": dict(factors="lowrank", encoder="token"),
     "encoder, shortlist": dict(factors="shared", shortlist=3, encoder="token"),
+    "hmm": dict(factors="full", circuit="hmm"),
+    "encoder, btree": dict(factors="shared", circuit="btree", encoder="token"),
     "encoder, full, one component": dict(factors="full", circuit="independent", rank=1, encoder="token"),
 }
 BATCH, TIME, TEMPERATURE, GAMMA = 2, 6, 0.7, 0.8

@@ -1,5 +1,6 @@
 """The tiled loss against plain autodiff and against the formula, at any tile size."""
 
+import dataclasses
 import functools
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from mtp_jax.heads.circuits import CPD
+from mtp_jax.heads.circuits import CIRCUITS, CPD
 from mtp_jax.heads.factors import FACTORS
 from mtp_jax.losses import mixture
 from mtp_jax.losses import tiles as tiles_module
@@ -19,6 +20,7 @@ from support import tiny
 from support.mixture_losses import (
     GAMMA,
     POSITION,
+    PROBLEMS,
     TERMS,
     TILES,
     B,
@@ -41,13 +43,18 @@ from support.mixture_losses import (
 pytestmark = pytest.mark.usefixtures("mesh", "float64")
 
 
-@pytest.fixture(scope="module", params=FACTORS)
+@pytest.fixture(scope="module", params=PROBLEMS)
 def problem(request):
     """Parameters, arrays, and the reference's loss and gradients, in float64."""
+    factors, circuit = PROBLEMS[request.param]
     with tiny.mesh(), jax.enable_x64(True):
-        form, params, arrays = FACTORS[request.param], make_params(request.param), make_arrays()
-        want = differentiate(reference_loss, None, params, arrays)
-        return SimpleNamespace(factors=request.param, form=form, params=params, arrays=arrays, want=want)
+        terms = dataclasses.replace(TERMS, law=CIRCUITS[circuit.removeprefix("narrow ")])
+        make = functools.partial(make_params, factors, circuit=circuit)
+        params, arrays = make(), make_arrays()
+        want = differentiate(reference_loss, None, params, arrays, terms)
+        return SimpleNamespace(
+            factors=factors, form=FACTORS[factors], terms=terms, make=make, params=params, arrays=arrays, want=want
+        )
 
 
 # The bar is 1e-12 relative.
@@ -56,7 +63,7 @@ def problem(request):
 @pytest.mark.parametrize("tiles", TILES)
 def test_loss_and_gradient_are_those_of_plain_autodiff(problem, tiles, monkeypatch):
     set_tiles(monkeypatch, tiles)
-    got = differentiate(mixture_loss, problem.form, problem.params, problem.arrays)
+    got = differentiate(mixture_loss, problem.form, problem.params, problem.arrays, problem.terms)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(got)} == {"float64"}
     assert_close(got, problem.want, 1e-12)
 
@@ -83,8 +90,8 @@ def test_gradients_on_eight_devices_are_those_of_one(problem, shape, monkeypatch
     """Batch over data and fsdp, vocabulary over tensor, several tiles; and split as the parameters are."""
     set_tile_bytes(monkeypatch, 3 * POSITION // 4)
     with tiny.mesh(*shape):
-        params = make_params(problem.factors)
-        loss = functools.partial(mixture_loss, problem.form, TERMS)
+        params = problem.make()
+        loss = functools.partial(mixture_loss, problem.form, problem.terms)
         compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
         got = compiled(params, *on_mesh(problem.arrays))
         specs = [jax.tree.map(lambda a: a.sharding.spec, tree) for tree in (got[1][0], params)]
@@ -104,7 +111,7 @@ def test_devices_that_do_the_same_work_do_not_add_up(problem):
             problem.arrays.targets_BTW,
             problem.arrays.weights_BTW,
         )
-        loss = functools.partial(mixture_loss, problem.form, TERMS)
+        loss = functools.partial(mixture_loss, problem.form, problem.terms)
         compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
         got = compiled(params, *(jax.device_put(a, everywhere) for a in arrays))
         assert_close(jax.device_get(got), problem.want, 1e-12)
@@ -207,7 +214,7 @@ def test_fault_is_caught(fault, monkeypatch):
 
 def test_every_factor_gets_a_gradient(problem):
     """Of its own: each rank and each offset."""
-    d_params, *_ = differentiate(mixture_loss, problem.form, problem.params, problem.arrays)[1]
+    d_params, *_ = differentiate(mixture_loss, problem.form, problem.params, problem.arrays, problem.terms)[1]
     d_own = {"full": "u_DRWV", "shared": "map_DRWD"}.get(problem.factors, "down_DRWE")
     norm_RW = np.sqrt((d_params[d_own] ** 2).sum((0, 3)))
     assert norm_RW.shape == (R, W)
@@ -221,7 +228,7 @@ def test_masked_targets_contribute_nothing(problem, monkeypatch):
     garbage = np.random.default_rng(9).integers(0, V, other.targets_BTW.shape).astype(np.int32)
     other.targets_BTW = np.where(other.valid_BTW, other.targets_BTW, garbage)
     assert (other.targets_BTW != problem.arrays.targets_BTW).any()
-    loss = functools.partial(mixture_loss, problem.form, Terms(CPD, GAMMA))
+    loss = functools.partial(mixture_loss, problem.form, dataclasses.replace(problem.terms, z_weight=0.0))
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
     runs = [compiled(problem.params, *on_mesh(arrays)) for arrays in (problem.arrays, other)]
     jax.tree.map(np.testing.assert_array_equal, *runs)
@@ -239,8 +246,12 @@ def test_forward_only_is_the_value_that_is_differentiated(problem, monkeypatch):
         np.asarray,
         jax.jit(
             lambda params, *arrays: (
-                mixture_loss(problem.form, TERMS, params, *arrays),
-                conditionals(CPD, arrays[1], factor_scores(problem.form, params, arrays[0], arrays[2])[0]),
+                mixture_loss(problem.form, problem.terms, params, *arrays),
+                conditionals(
+                    problem.terms.law,
+                    problem.terms.law.unfold(params, arrays[1], arrays[0]),
+                    factor_scores(problem.form, params, arrays[0], arrays[2])[0],
+                ),
             )
         )(problem.params, *arrays),
     )
@@ -252,7 +263,7 @@ def test_forward_only_is_the_value_that_is_differentiated(problem, monkeypatch):
 
 
 def test_cotangent_scales_the_gradient(problem):
-    scaled = differentiate(mixture_loss, problem.form, problem.params, problem.arrays, times=-2.5)
+    scaled = differentiate(mixture_loss, problem.form, problem.params, problem.arrays, problem.terms, times=-2.5)
     assert_close(scaled[1], jax.tree.map(lambda g: -2.5 * g, problem.want[1]), 1e-12)
 
 

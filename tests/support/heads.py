@@ -8,9 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mtp_jax.heads.circuits.transitions import STAY
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.language_model import LanguageModel
 from support import tiny
+from support.circuits import assignments
 
 V, W, R, D, E = 4, 4, 3, 8, 3
 WINDOWS_NW = np.array(list(itertools.product(range(V), repeat=W)), np.int32)
@@ -118,12 +120,19 @@ def brute_logits(model, x_ND):
 
 
 def brute_law(model, x_ND):
-    """The gate, the factors and the joint law `[N, V, V, V, V]` after each hidden state."""
-    x_ND = x_ND.astype(np.float64)
-    gate_DR = parameters(model).get("gate_DR", np.zeros((x_ND.shape[-1], 1)))
+    """The gate, the factors and the joint law `[N, V, V, V, V]` after each hidden state: a sum over all assignments of
+    components to the nodes of the circuit."""
+    x_ND, found = x_ND.astype(np.float64), parameters(model)
+    gate_DR = found.get("gate_DR", np.zeros((x_ND.shape[-1], 1)))
     w_NR = np.exp(log_softmax(x_ND @ gate_DR))
     p_NRWV = np.exp(log_softmax(brute_logits(model, x_ND)))
-    joint = np.einsum("nr,nra,nrb,nrc,nrd->nabcd", w_NR, *(p_NRWV[:, :, s] for s in range(W)), optimize=False)
+    log_T = None
+    if "trans_DMRR" in found:
+        begin_RR = np.log((1 - STAY) * np.eye(R) + STAY / R)
+        log_T = log_softmax(np.einsum("nd,dmij->nmij", x_ND, found["trans_DMRR"]) + begin_RR)
+    log_weight_NA, component_AW = assignments(model.head.config.circuit, np.log(w_NR), log_T, W)
+    each = [p_NRWV[:, component_AW[:, s], s] for s in range(W)]
+    joint = np.einsum("na,nab,nac,nad,nae->nbcde", np.exp(log_weight_NA), *each, optimize=False)
     return SimpleNamespace(w_NR=w_NR, p_NRWV=p_NRWV, joint=joint)
 
 

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mtp_jax.heads.circuits import CPD
+from mtp_jax.heads.circuits import CIRCUITS, CPD
+from mtp_jax.heads.circuits.transitions import STAY
 from mtp_jax.heads.factors import FACTORS
 from mtp_jax.losses import tiles as tiles_module
 from mtp_jax.losses.mixture import Terms, mixture_loss
 from mtp_jax.parameters import PARAMETERS
 from mtp_jax.sharding import RULES
 from support import tiny
+from support.circuits import prefixes
 
 Params = dict[str, jax.Array]
 B, T, W, R, D, V, E = 4, 7, 4, 3, 8, 12, 5
@@ -62,7 +64,21 @@ SHAPES = {
 }
 
 
-def make_params(factors: str, seed: int = 0) -> Params:
+PROBLEMS = {name: (name, "cpd") for name in FACTORS} | {
+    "hmm": ("full", "hmm"),
+    "btree": ("shared", "btree"),
+    "narrow hmm": ("lowrank", "narrow hmm"),
+}
+"""Factors and a circuit."""
+TRANSITIONS = {
+    "cpd": {},
+    "hmm": {"trans_DMRR": (D, W - 1, R, R)},
+    "btree": {"trans_DMRR": (D, W - 2, R, R)},
+    "narrow hmm": {"trans_down_DE": (D, 2), "trans_EMRR": (2, W - 1, R, R)},
+}
+
+
+def make_params(factors: str, seed: int = 0, circuit: str = "cpd") -> Params:
     """Parameters on the mesh, split as those of a model are."""
     rng = np.random.default_rng(seed)
 
@@ -70,7 +86,7 @@ def make_params(factors: str, seed: int = 0) -> Params:
         sharding = jax.NamedSharding(jax.sharding.get_mesh(), PARAMETERS[name].spec)
         return jax.device_put(rng.standard_normal(shape) / 2, sharding)
 
-    return {name: place(name, shape) for name, shape in SHAPES[factors].items()}
+    return {name: place(name, shape) for name, shape in (SHAPES[factors] | TRANSITIONS[circuit]).items()}
 
 
 class Identity:
@@ -101,6 +117,18 @@ def reference_logits(params: Params, x_BTD: jax.Array) -> jax.Array:
     return shared_BTWV[:, :, None] + jnp.einsum(*own)
 
 
+def reference_transitions(params: Params, x_BTD: jax.Array) -> jax.Array | None:
+    """The logarithms of the transitions of a circuit that has some."""
+    if "trans_DMRR" in params:
+        z_BTMRR = jnp.einsum("btd,dmij->btmij", x_BTD, params["trans_DMRR"])
+    elif "trans_EMRR" in params:
+        z_BTMRR = jnp.einsum("btd,de,emij->btmij", x_BTD, params["trans_down_DE"], params["trans_EMRR"])
+    else:
+        return None
+    begin_RR = jnp.log((1 - STAY) * jnp.eye(R) + STAY / R)
+    return jax.nn.log_softmax(z_BTMRR + begin_RR[None, None, None], axis=-1)
+
+
 def reference_loss(
     form: Callable | None,
     terms: Terms,
@@ -114,12 +142,11 @@ def reference_loss(
     logits_BTRWV = (form or reference_logits)(params, x_BTD)
     lse_BTRW = jax.nn.logsumexp(logits_BTRWV, axis=-1)
     hit_BTWV = jax.nn.one_hot(targets_BTW, logits_BTRWV.shape[-1], dtype=logits_BTRWV.dtype)
-    joint_BTR, before_BT, nll = log_w_BTR, 0.0, []
-    for s in range(logits_BTRWV.shape[3]):
-        joint_BTR = joint_BTR + (logits_BTRWV[:, :, :, s] * hit_BTWV[:, :, None, s]).sum(-1) - lse_BTRW[..., s]
-        after_BT = jax.nn.logsumexp(joint_BTR, axis=2)
-        nll.append(-jnp.sum(weights_BTW[..., s] * (after_BT - before_BT)))
-        before_BT = after_BT
+    logp_BTRW = (logits_BTRWV * hit_BTWV[:, :, None]).sum(-1) - lse_BTRW
+    circuit = next(name for name, law in CIRCUITS.items() if law is terms.law)
+    after_BTW = prefixes(circuit, log_w_BTR, reference_transitions(params, x_BTD), logp_BTRW)
+    before_BTW = jnp.concatenate([jnp.zeros_like(after_BTW[..., :1]), after_BTW[..., :-1]], axis=-1)
+    nll = [*-jnp.sum(weights_BTW * (after_BTW - before_BTW), axis=(0, 1))]
     z = jnp.sum(weights_BTW * jnp.mean(lse_BTRW**2, axis=2))
     loss = sum(terms.gamma**s * nll_s for s, nll_s in enumerate(nll)) + terms.z_weight * z
     return loss, jnp.stack(nll)

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mtp_jax.heads.circuits import CPD, Independent
+from mtp_jax.heads.circuits import CIRCUITS, Independent
 from mtp_jax.heads.factors import FACTORS
 from mtp_jax.heads.shortlist import ShortlistForm
 from mtp_jax.losses.mixture import Terms, mixture_loss_against
 from mtp_jax.losses.target_law import Against, TargetLaw
 from support import tiny
-from support.mixture_losses import B, D, R, T, V, W, log_softmax, make_params
+from support.mixture_losses import B, D, R, T, V, W, log_softmax, make_params, reference_transitions
 
 IDS = np.array([0, 2, 3, 5, 6, 7, 8, 9])
 KNOWN, GAMMA = V - 2, 0.8
@@ -29,6 +29,8 @@ CASES = {
     "encoder": dict(factors="lowrank", before=1),
     "encoder, shortlist": dict(factors="shared", shortlist=True, before=1),
     "encoder, full, rank 1": dict(factors="full", rank=1, before=1),
+    "hmm": dict(factors="full", circuit="hmm"),
+    "encoder, btree": dict(factors="shared", circuit="btree", before=1),
 }
 
 
@@ -37,13 +39,14 @@ def make(
     rank: int = R,
     shortlist: bool = False,
     before: int = 0,
+    circuit: str = "cpd",
     nll_weight: float = 0.5,
     temperature: float = 0.7,
     **weights: float,
 ) -> SimpleNamespace:
     """A problem on the mesh in scope: windows end early and at the rows' ends, and two ids are ruled out."""
     rng = np.random.default_rng(3)
-    params = make_params(factors)
+    params = make_params(factors, circuit=circuit)
     table = params.get("unembed_VD", make_params("shared")["unembed_VD"])
     at = {"map_DRWD": 1, "down_DRWE": 1, "u_DRWV": 1}
     if rank < R:
@@ -72,7 +75,7 @@ def make(
     x_BTD, log_w_BTR = rng.standard_normal((B, T, D)), log_softmax(rng.standard_normal((B, T, rank)))
     law_BTD = rng.standard_normal((B, T, D)) if before else x_BTD
     terms = Terms(
-        CPD if rank > 1 else Independent,
+        CIRCUITS[circuit] if rank > 1 else Independent,
         GAMMA,
         z_weight=0.3 if weights == ALL else 0.0,
         known=KNOWN,
@@ -134,15 +137,21 @@ def reference(problem: SimpleNamespace, fault: str = "") -> Any:
 
     def loss(params, x_BTD, log_w_BTR):
         joint_BTR, total, sums = log_w_BTR, 0.0, {}
+        # What components that change weigh is checked where circuits are (tests/heads/test_circuits.py).
+        moving = terms.law.TABLES and terms.law.start((log_w_BTR, reference_transitions(params, x_BTD)))
         for s, logits_BTRV in enumerate(factor_logits(problem, params, x_BTD)):
             lse_BTR = jax.nn.logsumexp(logits_BTRV, axis=-1)
             logp_BTRV = logits_BTRV - lse_BTR[..., None]
             # The gate comes normalised: that is not part of what is differentiated.
             before_BT1 = jax.nn.logsumexp(joint_BTR, axis=-1, keepdims=True) if s and log_w_BTR.shape[-1] > 1 else 0.0
-            logq_BTV = jax.nn.logsumexp((joint_BTR - before_BT1)[..., None] + logp_BTRV, axis=2)
+            log_alpha_BTR = moving[1] if moving else joint_BTR - before_BT1
+            logq_BTV = jax.nn.logsumexp(log_alpha_BTR[..., None] + logp_BTRV, axis=2)
             hit_BTV = jax.nn.one_hot(targets_BTW[..., s], logp_BTRV.shape[-1], dtype=logp_BTRV.dtype)
             found = {"loss_offset": -jnp.sum(weights_BTW[..., s] * jnp.sum(hit_BTV * logq_BTV, axis=-1))}
-            if log_w_BTR.shape[-1] > 1:  # one component has weight 1 at all offsets, and nothing to say of it
+            if moving:
+                score_BTR = jnp.sum(hit_BTV[:, :, None] * logp_BTRV, axis=-1)
+                moving = terms.law.advance(moving[0], score_BTR, s + 1)
+            elif log_w_BTR.shape[-1] > 1:  # one component has weight 1 at all offsets, and nothing to say of it
                 joint_BTR = joint_BTR + jnp.sum(hit_BTV[:, :, None] * logp_BTRV, axis=-1)
             listed = IDS if problem.shortlist and s >= problem.whole else np.arange(KNOWN)
             each = []
