@@ -46,7 +46,7 @@ OTHER = TrainConfig(
         "mixture",
         4,
         "hmm",
-        2,
+        3,
         5,
         "lowrank",
         4,
