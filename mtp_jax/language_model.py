@@ -110,7 +110,7 @@ class LanguageModel(nnx.Module):
         params, latent_BT1 = {"unembed_VD": seen.unembed_VD}, Independent.latent(seen.x_BTD)
         first = targets_BTW[..., :1], weights_BTW[..., :1]
         first_loss, nll_1 = mixture_loss(
-            NextToken,
+            NextToken(),
             Terms(Independent, 1.0, config.z_weight, self.config.known),
             params,
             seen.x_BTD,
@@ -124,7 +124,7 @@ class LanguageModel(nnx.Module):
     def next_token(self, x_BTD: Array) -> Array:
         """The model's own law of the next token: log-probabilities `[B, T, V]` in float32."""
         assert self.unembed_VD is not None
-        logits_BT11V = NextToken.logits({"unembed_VD": gather(self.unembed_VD[...])}, x_BTD)
+        logits_BT11V = NextToken().logits({"unembed_VD": gather(self.unembed_VD[...])}, x_BTD)
         return jax.nn.log_softmax(arrays.rule_out(logits_BT11V[:, :, 0, 0], self.config.known), axis=-1)
 
     def target(self, seen: Seen) -> tuple[Array, Any]:

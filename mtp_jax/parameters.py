@@ -63,6 +63,7 @@ PARAMETERS: dict[str, Parameter] = {
     "join_gate_CF": Parameter(P("fsdp", "tensor"), (0,), (1,)),
     "join_up_CF": Parameter(P("fsdp", "tensor"), (0,), (1,)),
     "join_down_FD": Parameter(P("tensor", "fsdp"), (0,), (1,)),
+    "join_CD": Parameter(P("fsdp", None), (0,), (1,)),
     # Circuits.
     "gate_DR": Parameter(P("fsdp", None), (0,), (1,), matrix=False, exact=True),
     "trans_DMRR": Parameter(P("fsdp", None, None, None), (0,), (3,), matrix=False),

@@ -76,7 +76,7 @@ class BenchConfig:
 class LossBenchConfig:
     """What `mtp-jax bench loss` measures: loss and gradient of a head of `rank` x `window` factors over a vocabulary of
     `v`, on `tokens` positions of width `d`, on one device. `factor_width` is that of `lowrank` and `lora`, `shortlist`
-    the number of tokens that the offsets after the first know."""
+    the number of tokens that the offsets after the first know. Another `circuit` than cpd is compared with that too."""
 
     d: int = 256
     v: int = 32768
@@ -87,6 +87,8 @@ class LossBenchConfig:
     factors: str = "shared"
     factor_width: int = 64
     shortlist: int = 0
+    circuit: str = "cpd"
+    circuit_width: int = 0
     repetitions: int = 5
 
     def __post_init__(self) -> None:
@@ -106,6 +108,8 @@ class LossBenchConfig:
             factors=self.factors,
             factor_width=self.factor_width,
             shortlist=self.shortlist,
+            circuit=self.circuit,
+            circuit_width=self.circuit_width,
             init_noise=1.0,
         )
 

@@ -19,7 +19,7 @@ from mtp_jax.arrays import random_key
 from mtp_jax.bench.config import LossBenchConfig
 from mtp_jax.bench.timing import interleave, ratio, summary
 from mtp_jax.config import MeshConfig
-from mtp_jax.heads.circuits import CPD
+from mtp_jax.heads.circuits import CIRCUITS, CPD, Circuit
 from mtp_jax.heads.mixture import MixtureHead
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.losses.mixture import Terms, conditionals, mixture_loss
@@ -29,6 +29,7 @@ from mtp_jax.model.config import ModelConfig
 from mtp_jax.runs.layout import versions
 from mtp_jax.sharding import RULES
 
+CPD_TOO = {"circuit": "cpd", "circuit_width": 0}
 Arrays = tuple[dict[str, Array], Array, Array, Array, Array]
 
 
@@ -37,23 +38,27 @@ def bench_loss(config: LossBenchConfig, progress: Callable[[str], None] = lambda
 
     `ours` is `mixture_loss`; `matmuls` a loop over tiles with all matrix products of the exact loss over the whole
     vocabulary and nothing else; `naive` plain autodiff with the logits of all positions at once in float32, left out
-    where it does not fit in memory.
+    where it does not fit in memory. `cpd` is `mixture_loss` of the same factors under that circuit, where the config
+    has another.
     `grad_errors` are the relative errors of each gradient (in the Frobenius norm) against float64, `grad_error` the
     largest of them.
     """
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         form, arrays = _problem(config, config.tokens)
-        exact = dataclasses.replace(config, shortlist=0)
+        exact = dataclasses.replace(config, shortlist=0, **CPD_TOO)
         whole_form, whole = _problem(exact, config.tokens) if config.shortlist else (form, arrays)
-        ours = jax.jit(jax.value_and_grad(functools.partial(_ours, form), argnums=(0, 1, 2)))
+        ours, cpd = (_gradient(functools.partial(_ours, form, law)) for law in (_law(config), CPD))
         matmuls = jax.jit(functools.partial(_matmuls, whole_form))
         progress("compiling")
         compiled = {"ours": ours.lower(*arrays).compile(), "matmuls": matmuls.lower(*whole).compile()}
         inputs = {"ours": arrays, "matmuls": whole}
+        if _law(config) is not CPD:
+            inputs["cpd"] = _problem(dataclasses.replace(config, **CPD_TOO), config.tokens)[1]
+            compiled["cpd"] = cpd.lower(*inputs["cpd"]).compile()
     # Plain arrays without a mesh: XLA does as it likes best.
     inputs["naive"] = jax.device_put(jax.device_get(arrays), jax.devices()[0])
-    naive = jax.jit(jax.value_and_grad(functools.partial(_naive, form), argnums=(0, 1, 2)))
+    naive = _gradient(functools.partial(_naive, form, _law(config)))
     room = free_bytes()
     # Autodiff keeps two arrays of logits at the least. Compiling may run trials, so that is asked first.
     scratch = {"naive": 8 * config.tokens * _logits(config)}
@@ -75,6 +80,7 @@ def bench_loss(config: LossBenchConfig, progress: Callable[[str], None] = lambda
         "seconds": {name: summary(found) for name, found in seconds.items()},
         "time_ratio_to_matmuls": ratio(seconds, "ours", "matmuls"),
         "time_ratio_to_naive": ratio(seconds, "ours", "naive") if fits else None,
+        "time_ratio_to_cpd": ratio(seconds, "ours", "cpd") if "cpd" in runs else None,
         "temp_bytes": scratch["ours"],
         "naive_temp_bytes": scratch["naive"],
         "matmuls_temp_bytes": scratch["matmuls"],
@@ -109,6 +115,7 @@ def _problem(config: LossBenchConfig, tokens: int) -> tuple[Form, Arrays]:
     assert isinstance(mixture, MixtureHead)
     # Numbers that all dtypes here have.
     found = mixture.params(None if table is None else table[...])  # pyright: ignore[reportIndexIssue]
+    found |= mixture.circuit.tables()
     params = jax.tree.map(lambda w: w.astype(config.dtype).astype(jnp.float32), found)
     keys, shape, spec = jax.random.split(random_key(1), 3), (1, tokens), RULES.x_BTD
     x_BTD = jax.random.normal(keys[0], (*shape, config.d), jnp.float32, out_sharding=spec).astype(config.dtype)
@@ -125,11 +132,21 @@ def _problem(config: LossBenchConfig, tokens: int) -> tuple[Form, Arrays]:
     )
 
 
-def _ours(form: Form, params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Array:
-    return mixture_loss(form, Terms(CPD), params, x, log_w, targets, weights)[0]
+def _law(config: LossBenchConfig) -> type[Circuit]:
+    return CIRCUITS[config.circuit]
 
 
-def _naive(form: Form, params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Array:
+def _gradient(loss: Callable[..., Array]) -> Any:
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2)))
+
+
+def _ours(form: Form, law: type[Circuit], params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Array:
+    return mixture_loss(form, Terms(law), params, x, log_w, targets, weights)[0]
+
+
+def _naive(
+    form: Form, law: type[Circuit], params: Any, x: Array, log_w: Array, targets: Array, weights: Array
+) -> Array:
     """All logits at once, in float32 from operands in x's dtype."""
     wide = jnp.promote_types(x.dtype, jnp.float32)
     whole = jax.tree.map(lambda w: w.astype(x.dtype).astype(wide), params)
@@ -137,7 +154,8 @@ def _naive(form: Form, params: Any, x: Array, log_w: Array, targets: Array, weig
     for logits_BTRWV in jax.tree.leaves(form.logits(form.tables(whole), x.astype(wide))):
         own_BT1W1 = targets[:, :, None, offset : (offset := offset + logits_BTRWV.shape[3]), None]
         found.append(jnp.take_along_axis(jax.nn.log_softmax(logits_BTRWV, axis=-1), own_BT1W1, axis=-1)[..., 0])
-    return -jnp.sum(weights * conditionals(CPD, log_w, jnp.concatenate(found, axis=-1)))
+    unfolded = law.unfold(whole, log_w, x.astype(wide))
+    return -jnp.sum(weights * conditionals(law, unfolded, jnp.concatenate(found, axis=-1)))
 
 
 def _matmuls(form: Form, params: Any, x: Array, log_w: Array, targets: Array, weights: Array) -> Any:
@@ -168,7 +186,7 @@ def _errors(config: LossBenchConfig, mesh: Mesh) -> dict[str, Any]:
     """Gradient errors of both methods against float64, at as many positions as a gigabyte of its logits holds."""
     with jax.set_mesh(mesh):
         form, arrays = _problem(config, max(1, min(config.tokens, 2**30 // (8 * _logits(config)))))
-        losses = functools.partial(_ours, form), functools.partial(_naive, form)
+        losses = (functools.partial(loss, form, _law(config)) for loss in (_ours, _naive))
         ours, naive = (jax.jit(jax.grad(loss, argnums=(0, 1, 2))) for loss in losses)
         found = jax.device_get(ours(*arrays))
     plain = jax.device_get(arrays)

@@ -48,6 +48,18 @@ class Seen:
         return dataclasses.replace(self, x_BTD=x_BTD, tokens_BT=tokens_BT, segments_BT=segments_BT, taps=taps)
 
 
+def with_own_first(aux: Aux, weights_BTW: Array, law_weights_BTW: Array | None) -> Aux:
+    """What is reported of the offsets from 2 on, with the first one in front, whose law is the model's own: it has all
+    tokens, and the target's law."""
+    first = {"listed": weights_BTW, "listed_before": law_weights_BTW, "overlap_offset": law_weights_BTW}
+    found = dict(aux)
+    for name in aux.keys() & {*first, "kl_offset", "acceptance_offset", "lk_offset"}:
+        weights = first.get(name)
+        own_1 = jnp.zeros(1) if weights is None else jnp.sum(weights[..., :1], axis=(0, 1))
+        found[name] = jnp.concatenate([own_1.astype(aux[name].dtype), aux[name]])
+    return found
+
+
 class Head(nnx.Module):
     """A law of the next W tokens, given what the trunk saw up to a position: q(x_1..x_W | seen).
 
@@ -63,6 +75,8 @@ class Head(nnx.Module):
     """Whether such a head can have a shortlist."""
     learns_law: ClassVar[bool] = False
     """Whether such a head has losses against the target's law."""
+    modular: ClassVar[bool] = False
+    """Whether such a head has modules along the window."""
 
     def __init__(self, config: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config
@@ -78,6 +92,11 @@ class Head(nnx.Module):
         require(
             config.shortlist == 0 or cls.shortlists,
             f"HeadConfig.shortlist is {config.shortlist} and kind is {config.kind}, which has none; set it to 0.",
+        )
+        require(
+            cls.modular or not (config.attention or config.per_offset),
+            f"HeadConfig.attention is {config.attention}, per_offset is {config.per_offset} and kind is {config.kind}, "
+            "which has no modules along the window. Set both to False, or kind to sequential.",
         )
         zero = f"{' and '.join(config.against_target)} to 0"
         require(

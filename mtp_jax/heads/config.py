@@ -43,6 +43,8 @@ class HeadConfig:
     `kl_weight` on KL(p || q), `tv_weight` on total variation, `acceptance_weight` on -log sum min(p, q), `lk_weight` on
     a blend of KL and total variation (`mtp_jax.losses.target_law`). They are means over the positions whose p lies in
     their row.
+    A `sequential` head has a module that is applied from offset to offset, fed with the token before: one for all, or
+    with `per_offset` one for each; with `attention` it is a transformer block with a cache of its own.
     `temperature` is that of the law that the head learns: p is taken at it, and a text that the model wrote for the
     log-likelihood should have been sampled at it.
     """
@@ -70,6 +72,8 @@ class HeadConfig:
     acceptance_weight: float = 0.0
     lk_weight: float = 0.0
     temperature: float = 1.0
+    attention: bool = False
+    per_offset: bool = False
 
     def __post_init__(self) -> None:
         typed(self)

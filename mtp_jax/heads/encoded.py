@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from mtp_jax.heads.base import Aux, Head, Seen
+from mtp_jax.heads.base import Aux, Head, Seen, with_own_first
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.heads.encoder import ENCODERS
 from mtp_jax.heads.mixture import Joint, MixtureHead
@@ -80,13 +80,7 @@ class EncodedHead(Head):
         x_BTD = self._encoded(seen, targets_BTW[..., 0]).x_BTD
         later = None if law_weights_BTW is None else law_weights_BTW[..., 1:]
         loss, aux = self.mixture.loss_reading(x_BTD, seen, targets_BTW[..., 1:], weights_BTW[..., 1:], key, later)
-        # The first offset is the model's own law, which has all tokens and is the target's.
-        first = {"listed": weights_BTW, "listed_before": law_weights_BTW, "overlap_offset": law_weights_BTW}
-        for name in aux.keys() & {*first, "kl_offset", "acceptance_offset", "lk_offset"}:
-            weights = first.get(name)
-            own_1 = jnp.zeros(1) if weights is None else jnp.sum(weights[..., :1], axis=(0, 1))
-            aux[name] = jnp.concatenate([own_1.astype(aux[name].dtype), aux[name]])
-        return loss, aux
+        return loss, with_own_first(aux, weights_BTW, law_weights_BTW)
 
     def gate(self, seen: Seen, next_BT: Array) -> Array:
         """That of the mixture, given the next tokens."""
@@ -95,7 +89,7 @@ class EncodedHead(Head):
     def log_likelihood(self, seen: Seen, targets_BTW: Array) -> Array:
         """log q(x_s | x_<s), `[B, T, W]` in nats; the first is the model's own."""
         table = {"unembed_VD": seen.unembed_VD}
-        first_BT11, _ = factor_scores(NextToken, table, seen.x_BTD, targets_BTW[..., :1], self.known)
+        first_BT11, _ = factor_scores(NextToken(), table, seen.x_BTD, targets_BTW[..., :1], self.known)
         later = self.mixture.log_likelihood(self._encoded(seen, targets_BTW[..., 0]), targets_BTW[..., 1:])
         return jnp.concatenate([first_BT11[:, :, 0], later], axis=-1)
 

@@ -53,7 +53,8 @@ class NoHead(Head):
 
     def log_likelihood(self, seen: Seen, targets_BTW: Array) -> Array:
         """log p of each next token, `[B, T, 1]`: the model's own."""
-        logp_BT1W, _ = factor_scores(NextToken, {"unembed_VD": seen.unembed_VD}, seen.x_BTD, targets_BTW, self.known)
+        params: dict[str, Array] = {"unembed_VD": seen.unembed_VD}
+        logp_BT1W, _ = factor_scores(NextToken(), params, seen.x_BTD, targets_BTW, self.known)
         return logp_BT1W[:, :, 0]
 
     @classmethod

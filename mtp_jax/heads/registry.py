@@ -7,10 +7,12 @@ from mtp_jax.heads.config import HeadConfig
 from mtp_jax.heads.encoded import EncodedHead
 from mtp_jax.heads.mixture import MixtureHead
 from mtp_jax.heads.none import NoHead
+from mtp_jax.heads.sequential import SequentialHead
 from mtp_jax.registry import lookup
 
 HEADS: dict[str, type[Head]] = {
     "mixture": MixtureHead,
+    "sequential": SequentialHead,
     "none": NoHead,
 }
 

@@ -1,7 +1,8 @@
-"""Next-token law of the model itself, as a form of the tiled loss."""
+"""Law of a token through the vocabulary table, as a form of the tiled loss."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from jax import Array
@@ -9,15 +10,17 @@ from jax import Array
 from mtp_jax.model.layers import product
 
 
+@dataclass(frozen=True)
 class NextToken:
-    """The form (`losses.tiles.Form`) of the model's own next-token law: R = W = 1, and its table is all there is."""
+    """The form (`losses.tiles.Form`) of one law of one token, softmax(U x): the model's own of the next token. `table`
+    names U among the parameters."""
 
-    @staticmethod
-    def tables(params: Any) -> Any:
+    table: str = "unembed_VD"
+
+    def tables(self, params: Any) -> Any:
         """The table itself."""
         return params
 
-    @staticmethod
-    def logits(tables: Any, x_BTD: Array) -> Array:
+    def logits(self, tables: Any, x_BTD: Array) -> Array:
         """`[B, T, 1, 1, V]` in float32."""
-        return product("btd,vd->btv", x_BTD, tables["unembed_VD"])[:, :, None, None]
+        return product("btd,vd->btv", x_BTD, tables[self.table])[:, :, None, None]

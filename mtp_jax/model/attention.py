@@ -73,6 +73,33 @@ def attend_cached(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_B1TS: Array)
     return y_BTKGH.reshape(batch, time, num_heads, width, out_sharding=RULES.qkv_BTNH).astype(q_BTNH.dtype)
 
 
+def attend_chain(q_BTNH: Array, past: LayerCache, mask_B1TS: Array, chain: tuple[tuple[Array, Array], ...]) -> Array:
+    """Attention over the cache and over a chain of entries that each position has of its own, `[B, T, N, H]`.
+
+    `past`: keys and values `[B, K, S, H]`, of which `mask_B1TS` says what is seen. `chain`: keys and values
+    `[B, T, K, H]` of each further entry, all of which are seen.
+    """
+    heads, cached = RULES.qkv_BTNH, RULES.cache_BKSH
+    specs = heads, (cached, cached), RULES.mask_B1TS, ((heads, heads),) * len(chain)
+
+    @functools.partial(jax.shard_map, in_specs=specs, out_specs=heads)
+    def local(q: Array, past: LayerCache, mask: Array, chain: tuple[tuple[Array, Array], ...]) -> Array:
+        k_BKSH, v_BKSH = past
+        batch, time, num_heads, width = q.shape
+        kv_heads, slots, dtype = k_BKSH.shape[1], k_BKSH.shape[2], k_BKSH.dtype
+        q_BTKGH = (q.astype(dtype) * width**-0.5).reshape(batch, time, kv_heads, num_heads // kv_heads, width)
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        scores = [jnp.where(mask[:, :, None], product("btkgh,bksh->bkgts", q_BTKGH, k_BKSH), -jnp.inf)]
+        scores += [product("btkgh,btkh->bkgt", q_BTKGH, k.astype(dtype))[..., None] for k, _ in chain]
+        weights_BKGTS = jax.nn.softmax(jnp.concatenate(scores, axis=-1), axis=-1).astype(dtype)
+        y_BTKGH = jnp.einsum("bkgts,bksh->btkgh", weights_BKGTS[..., :slots], v_BKSH)
+        for i, (_, v) in enumerate(chain):
+            y_BTKGH += jnp.einsum("bkgt,btkh->btkgh", weights_BKGTS[..., slots + i], v.astype(dtype))
+        return y_BTKGH.reshape(batch, time, num_heads, width).astype(q.dtype)
+
+    return local(q_BTNH, past, mask_B1TS, chain)
+
+
 class Attention(nnx.Module):
     """Projections to heads, rotary embedding, attention, and back to the model width."""
 
@@ -92,6 +119,16 @@ class Attention(nnx.Module):
             self.k_norm = RMSNorm(h, config.norm_eps)
         self.config = config
 
+    def project(self, x_BTD: Array, rope: Rotary) -> tuple[Array, Array, Array]:
+        """Queries `[B, T, N, H]`, and keys and values `[B, T, K, H]`, turned to their positions."""
+        q_BTNH, k_BTKH, v_BTKH = (linear(x_BTD, w[...]) for w in (self.wq_DNH, self.wk_DKH, self.wv_DKH))
+        if self.config.qkv_bias:
+            biased = (q_BTNH, self.bq_NH), (k_BTKH, self.bk_KH), (v_BTKH, self.bv_KH)
+            q_BTNH, k_BTKH, v_BTKH = (y + b[...].astype(x_BTD.dtype)[None, None] for y, b in biased)
+        if self.config.qk_norm:
+            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
+        return rotate(q_BTNH, rope), rotate(k_BTKH, rope), v_BTKH
+
     def __call__(
         self,
         x_BTD: Array,
@@ -104,13 +141,7 @@ class Attention(nnx.Module):
 
         Returns the output `[B, T, D]` and the cache as written.
         """
-        q_BTNH, k_BTKH, v_BTKH = (linear(x_BTD, w[...]) for w in (self.wq_DNH, self.wk_DKH, self.wv_DKH))
-        if self.config.qkv_bias:
-            biased = (q_BTNH, self.bq_NH), (k_BTKH, self.bk_KH), (v_BTKH, self.bv_KH)
-            q_BTNH, k_BTKH, v_BTKH = (y + b[...].astype(x_BTD.dtype)[None, None] for y, b in biased)
-        if self.config.qk_norm:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        q_BTNH, k_BTKH = rotate(q_BTNH, rope), rotate(k_BTKH, rope)
+        q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, rope)
         if cache is not None:
             assert start_B is not None
             k_BKSH, v_BKSH = cache = write(cache[0], k_BTKH, start_B), write(cache[1], v_BTKH, start_B)

@@ -26,14 +26,17 @@ from support import tiny
 SMALL = {"d": 16, "v": 64, "window": 3, "rank": 2, "tokens": 24, "factor_width": 4, "repetitions": 2}
 
 
-@pytest.mark.parametrize("options", [*({"factors": f} for f in FACTORS), {"shortlist": 20}], ids=str)
+@pytest.mark.parametrize(
+    "options", [*({"factors": f} for f in FACTORS), {"shortlist": 20}, {"circuit": "hmm"}], ids=str
+)
 def test_all_methods_solve_one_problem(options):
     """What is timed as ours and as naive gives the same loss and gradients."""
     config = LossBenchConfig(**SMALL, **options)
     with jax.set_mesh(make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])):
         form, arrays = bench_loss_module._problem(config, config.tokens)
-        losses = functools.partial(bench_loss_module._ours, form), functools.partial(bench_loss_module._naive, form)
-        ours, naive = (jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2))) for loss in losses)
+        both = bench_loss_module._ours, bench_loss_module._naive
+        law = bench_loss_module._law(config)
+        ours, naive = (bench_loss_module._gradient(functools.partial(loss, form, law)) for loss in both)
         ours = jax.device_get(ours(*arrays))
     naive = jax.device_get(naive(*jax.device_get(arrays)))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * np.abs(b).max()), ours, naive)
@@ -47,6 +50,11 @@ def test_figures_of_the_loss():
     assert bench["temp_bytes"] > 0 and bench["naive_temp_bytes"] > 0
     assert 1e-5 < bench["grad_error"] < 0.02 and 1e-5 < bench["naive_grad_error"] < 0.02
     assert bench["tile_positions"] == 24
+
+
+def test_another_circuit_is_compared_with_cpd():
+    bench = bench_loss(LossBenchConfig(**SMALL, circuit="btree"))
+    assert set(bench["seconds"]) == {"ours", "cpd", "naive", "matmuls"} and bench["time_ratio_to_cpd"] > 0
 
 
 def test_a_naive_loss_that_does_not_fit_is_left_out(monkeypatch, capsys):

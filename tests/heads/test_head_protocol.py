@@ -5,11 +5,13 @@ each draft was drawn from is compared with the head's likelihood of the committe
 """
 
 import itertools
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mtp_jax import Slots
 from mtp_jax.decode import loop
@@ -18,6 +20,8 @@ from mtp_jax.decode.decoder import for_decoding
 from mtp_jax.decode.decoding import Decoding
 from mtp_jax.heads.base import Head
 from mtp_jax.heads.encoded import EncodedHead
+from mtp_jax.parameters import last_name
+from mtp_jax.state import split
 from mtp_jax.validate import ConfigError
 from support import tiny
 from support.tally import TallyHead, laws, register
@@ -33,6 +37,10 @@ HEADS = {
     "token, shortlist": dict(rank=2, factors="lowrank", target="ntp", encoder="token", shortlist=7),
     "hmm": dict(circuit="hmm", rank=3, factors="full"),
     "token, btree": dict(circuit="btree", rank=2, factors="lowrank", target="ntp", encoder="token", circuit_width=4),
+    "sequential": dict(kind="sequential", target="ntp", shortlist=7),
+    "sequential, per offset": dict(kind="sequential", target="ntp", per_offset=True),
+    "attention": dict(kind="sequential", target="ntp", attention=True),
+    "attention, per offset": dict(kind="sequential", target="ntp", attention=True, per_offset=True, shortlist=9),
     "tally": dict(kind="tally", target="ntp"),
 }
 TOLERANCE = 2e-5  # sums of another order
@@ -42,10 +50,23 @@ def make(head):
     """A model whose head drafts now and then what the model says, and the same to decode with."""
     config = tiny.train_config(tiny.model_config(vocab_size=SIZE), tiny.head_config(**head))
     model = tiny.make_model(config, seed=3)
-    if config.head.encoder != "none":  # which begins without an effect
-        down_FD = model.head.encoder.join_down_FD
-        down_FD[...] = jax.random.normal(jax.random.key(4), down_FD.shape)
+    model = wake(model)
     return model, for_decoding(model)
+
+
+def wake(model):
+    """Give values to the matrices of a head that begin as zero, and so without an effect."""
+    graph, params = split(model)
+
+    def fill(path, weight):
+        name = last_name(path)
+        if name == "listed_n" or np.asarray(weight).any():
+            return weight
+        key = jax.random.fold_in(jax.random.key(4), zlib.crc32(name.encode()))
+        scale = 1.0 if name == "join_down_FD" else weight.shape[-2] ** -0.5
+        return jax.device_put(scale * jax.random.normal(key, weight.shape), weight.sharding)
+
+    return nnx.merge(graph, {**params, "head": jax.tree_util.tree_map_with_path(fill, params["head"])})
 
 
 def check_laws(model, state, live_B):

@@ -27,6 +27,8 @@ CASES = {
     "encoder, shortlist": dict(factors="shared", shortlist=3, encoder="token"),
     "hmm": dict(factors="full", circuit="hmm"),
     "encoder, btree": dict(factors="shared", circuit="btree", encoder="token"),
+    "sequential": dict(kind="sequential"),
+    "sequential, shortlist": dict(kind="sequential", shortlist=3, per_offset=True),
     "encoder, full, one component": dict(factors="full", circuit="independent", rank=1, encoder="token"),
 }
 BATCH, TIME, TEMPERATURE, GAMMA = 2, 6, 0.7, 0.8
@@ -35,6 +37,11 @@ BATCH, TIME, TEMPERATURE, GAMMA = 2, 6, 0.7, 0.8
 def model_of(case, **changes):
     values = dict(target="ntp", balance="none", temperature=TEMPERATURE, gamma=GAMMA, **WEIGHTS)
     return make(**{**values, **CASES[case], **changes})
+
+
+def own_first(config):
+    """Whether the first offset is the model's own law."""
+    return config.encoder != "none" or config.kind == "sequential"
 
 
 def weights_of(targets_BTW, weights_BTW):
@@ -49,7 +56,7 @@ def drafted(model, x_BTD, targets_BTW):
     head, tokens_NW = model.head, targets_BTW.reshape(-1, W, out_sharding=P(BATCH_AXES, None))
     given = seen(model, x_BTD.reshape(-1, 1, x_BTD.shape[-1], out_sharding=RULES.x_BTD))
     p_BTV = jax.nn.log_softmax(model.next_token(x_BTD) / TEMPERATURE, axis=-1)
-    if head.config.encoder == "none":
+    if not own_first(head.config):
         draft, laws = head.joint(given, W), []
     else:
         draft, laws = head.begin(given, tokens_NW[:, 0], window=W), [model.next_token(given.x_BTD)[:, 0]]
@@ -80,7 +87,7 @@ def test_what_is_learnt_is_what_is_drafted(case):
         law_weights_BTW,
     )
     p, q = np.exp(logp.astype(np.float64)), np.exp(logq.astype(np.float64))
-    own = int(model.head.config.encoder != "none")
+    own = int(own_first(model.head.config))
     if own:  # the first offset is the model's own law
         p[:, :, 0] = q[:, :, 0]
     listed_BTWV = q > 0
@@ -100,7 +107,7 @@ def test_what_is_learnt_is_what_is_drafted(case):
     want = {name: (weights * value).sum((0, 1)) for name, value in each.items()}
     for name, value in want.items():
         np.testing.assert_allclose(aux[name], value, atol=2e-5, err_msg=name)
-    assert (want["overlap_offset"][own:] > 0.1).all() and (want["kl_offset"][own:] > 0.01).all()
+    assert (want["overlap_offset"][own:] > 0.05).all() and (want["kl_offset"][own:] > 0.01).all()
     tv = weights.sum((0, 1)) - want["overlap_offset"]
     against = 0.7 * want["kl_offset"] + 0.3 * tv + 0.2 * want["acceptance_offset"] + 0.4 * want["lk_offset"]
     nll = np.concatenate([np.zeros(own), aux["loss_offset"]])

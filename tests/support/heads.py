@@ -68,7 +68,7 @@ def parameters(model):
 
 def seen(model, x_BTD):
     """What a head is given, of hidden states alone."""
-    return model.seen(x_BTD, jnp.zeros(x_BTD.shape[:2], jnp.int32))
+    return model.seen(x_BTD, jnp.zeros_like(x_BTD[..., 0], jnp.int32))
 
 
 def hidden(seed, *shape):
