@@ -54,6 +54,7 @@ PARAMETERS: dict[str, Parameter] = {
     "u_DRWV": Parameter(P("fsdp", None, None, "tensor"), (0,), (3,)),
     "u_DWV": Parameter(P("fsdp", None, "tensor"), (0,), (2,)),
     "map_DRWD": Parameter(P("fsdp", None, None, None), (0,), (3,)),
+    "residual_DRWD": Parameter(P("fsdp", None, None, None), (0,), (3,)),
     "map_DWD": Parameter(P("fsdp", None, None), (0,), (2,)),
     "down_DRWE": Parameter(P("fsdp", None, None, None), (0,), (3,)),
     "up_ED": Parameter(P(None, "fsdp"), (0,), (1,)),

@@ -23,7 +23,8 @@ class HeadConfig:
     the component changes from offset to offset, in `btree` from half to half of the window. Their transitions are a
     linear map of the hidden state, of rank `circuit_width` (0: full), which is cheaper where the model is wide.
     `factors` names what they are made of (`mtp_jax.heads.factors.FACTORS`): `full` has an unembedding per (rank,
-    offset); `shared` a D x D map per (rank, offset) under the model's table; `lowrank` a D x D map per offset plus a
+    offset); `shared` a D x D map per (rank, offset) under the model's table; `residual` a residual block in its place
+    (one component of which is Medusa); `lowrank` a D x D map per offset plus a
     correction of width `factor_width` per rank, under that table; `lora` an unembedding per offset plus such a
     correction, for vocabularies below D.
     `target` is the law that decoding preserves: `marginal` is the head's own first-token marginal, `ntp` the model's

@@ -1,14 +1,15 @@
-"""Factors p_rs(x_s | h) of a mixture: four ways to give R x W logits vectors of size V to one hidden state.
+"""Factors p_rs(x_s | h) of a mixture: five ways to give R x W logits vectors of size V to one hidden state.
 
 | factors | logits at (r, s) | forward FLOPs per position |
 | --- | --- | --- |
 | `full` | U_rs h | 2 R W V D |
 | `shared` | U A_rs h | 2 R W V D + 2 R W D^2 |
+| `residual` | U (h + silu(A_rs h)) | as `shared` |
 | `lowrank` | U A_s h + (U B) C_rs h | 2 W V (D + R E) + 2 W D (D + R E); U B once per call, or once for decoding |
 | `lora` | U_s h + B C_rs h | 2 W V (D + R E) + 2 W D R E |
 
 U is the model's vocabulary table. Components are drawn per offset, copied over R and told apart by a little noise.
-Behind an encoder maps begin as the identity, and drafts of `shared` and `lowrank` factors with them as the model's law.
+With target `ntp` maps begin as the identity, and those of `residual` as zero: drafts begin as the model's own law.
 """
 
 from __future__ import annotations
@@ -172,6 +173,34 @@ class SharedFactors(Factors):
         return Flops(maps + table, maps, table)
 
 
+class ResidualFactors(Factors):
+    """A residual block for each (rank, offset) under one unembedding; with one component, Medusa (arXiv 2401.10774)."""
+
+    STACKED: ClassVar[dict[str, int]] = {"residual_DRWD": 2}
+    THROUGH_TABLE: ClassVar[bool] = True
+
+    def __init__(self, head: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+        shape = (model.d_model, head.rank, head.window, model.d_model)
+        if head.target == "ntp":  # it begins as the law that it drafts for
+            noise = NEAR * head.init_noise if head.rank > 1 else 0.0
+            self.residual_DRWD = init_weight(rngs, "residual_DRWD", shape, noise)
+        else:
+            self.residual_DRWD = _copies(rngs, "residual_DRWD", shape, head.init_noise)
+
+    @staticmethod
+    def logits(tables: Tables, x_BTD: Array) -> Array:
+        """`[B, T, R, W, V]` in float32."""
+        added_BTRWD = jax.nn.silu(_by_offset("btd,drwe->btrwe", x_BTD, tables["residual_DRWD"]))
+        rows_BTRWD = (x_BTD.astype(added_BTRWD.dtype)[:, :, None, None] + added_BTRWD).astype(x_BTD.dtype)
+        return product("btrwd,vd->btrwv", rows_BTRWD, tables["unembed_VD"])
+
+    @staticmethod
+    def flops(head: HeadConfig, model: ModelConfig) -> Flops:
+        """The work of one position."""
+        maps, table = (2 * head.rank * head.window * model.d_model * n for n in (model.d_model, model.vocab_size))
+        return Flops(maps + table, maps, table)
+
+
 class LowRankFactors(Factors):
     """A D x D map for each offset, shared by all components, plus a correction of width E for each of them."""
 
@@ -259,6 +288,7 @@ class LoRAFactors(Factors):
 FACTORS: dict[str, type[Factors]] = {
     "full": FullFactors,
     "shared": SharedFactors,
+    "residual": ResidualFactors,
     "lowrank": LowRankFactors,
     "lora": LoRAFactors,
 }

@@ -60,13 +60,14 @@ def turned(model):
     ]
 
 
-@pytest.mark.parametrize("factors", ["full", "shared", "lowrank", "lora"])
+@pytest.mark.parametrize("factors", ["full", "shared", "residual", "lowrank", "lora"])
 def test_one_cpu_turns_every_matrix(factors):
     head = tiny.head_config(factors=factors)
     layers = ["wq_DNH", "wk_DKH", "wv_DKH", "wo_NHD", "w_gate_DF", "w_up_DF", "w_down_FD"] * 2
     offsets = {
         "full": ["u_DRWV"] * 4,
         "shared": ["map_DRWD"] * 4,
+        "residual": ["residual_DRWD"] * 4,
         "lowrank": ["map_DWD", "down_DRWE"] * 4,
         "lora": ["u_DWV", "down_DRWE"] * 4,
     }[factors]
@@ -93,7 +94,7 @@ def test_a_few_rows_in_float32_leave_the_weight_on_the_left(monkeypatch):
             assert "f32[48,4]" in jax.jit(few_rows).lower(x, w_NK).compile().as_text()
 
 
-@pytest.mark.parametrize("factors", ["full", "shared", "lowrank", "lora"])
+@pytest.mark.parametrize("factors", ["full", "shared", "residual", "lowrank", "lora"])
 def test_a_model_that_is_laid_out_has_the_laws_that_it_had(factors):
     tokens_BT = tiny.shard(np.random.default_rng(0).integers(0, tiny.VOCAB, (2, 5)).astype(np.int32))
     found = []

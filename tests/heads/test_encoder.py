@@ -17,6 +17,7 @@ pytestmark = pytest.mark.usefixtures("mesh")
 
 CASES = {
     "shared": dict(factors="shared"),
+    "residual": dict(factors="residual"),
     "lowrank": dict(factors="lowrank"),
     "full, one component": dict(factors="full", circuit="independent", rank=1),
     "lora": dict(factors="lora"),
@@ -109,7 +110,17 @@ def test_only_the_offsets_are_weighed_by_gamma(case):
 
 
 @pytest.mark.parametrize(
-    "case, rank", [("shared", 1), ("shared", 3), ("lowrank", 1), ("lowrank", 3), ("shortlist", 1), ("shortlist", 3)]
+    "case, rank",
+    [
+        ("shared", 1),
+        ("shared", 3),
+        ("residual", 1),
+        ("residual", 3),
+        ("lowrank", 1),
+        ("lowrank", 3),
+        ("shortlist", 1),
+        ("shortlist", 3),
+    ],
 )
 def test_drafts_begin_as_the_models_own_law(case, rank):
     """Before the first step the token behind h is drafted as the model itself would have it there: exactly, but for
@@ -135,7 +146,7 @@ def test_drafts_begin_as_the_models_own_law(case, rank):
     assert exact or np.abs(draft_BV - own_BV).max() > 1e-4
 
 
-@pytest.mark.parametrize("factors", ["shared", "lowrank"])
+@pytest.mark.parametrize("factors", ["shared", "residual", "lowrank"])
 def test_components_differ_after_a_step(factors):
     head = tiny.head_config(factors=factors, rank=3, encoder="token", target="ntp", window=3)
     config = tiny.train_config(head=head)

@@ -60,7 +60,7 @@ def test_tied_embeddings_are_the_table_of_the_vocabulary():
     ],
     ids=str,
 )
-@pytest.mark.parametrize("factors", ["full", "shared", "lowrank", "lora"])
+@pytest.mark.parametrize("factors", ["full", "shared", "residual", "lowrank", "lora"])
 def test_sizes_of_one_can_be_traced_in_training_and_in_decoding(changes, factors):
     head = tiny.head_config(factors=factors, **({"window": 1, "rank": 1} if "d_ff" in changes else {}))
     graph, params = random_params(tiny.train_config(tiny.model_config(**changes), head))

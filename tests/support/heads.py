@@ -110,6 +110,9 @@ def brute_logits(model, x_ND):
             return x_ND @ p["u_DRWV"][:, r, s]
         if config.factors == "shared":
             return x_ND @ p["map_DRWD"][:, r, s] @ p["unembed_VD"].T
+        if config.factors == "residual":
+            z_ND = x_ND @ p["residual_DRWD"][:, r, s]
+            return (x_ND + z_ND / (1 + np.exp(-z_ND))) @ p["unembed_VD"].T
         if config.factors == "lora":
             return x_ND @ p["u_DWV"][:, s] + x_ND @ p["down_DRWE"][:, r, s] @ p["up_EV"]
         correction_VE = p["unembed_VD"] @ p["up_ED"].T

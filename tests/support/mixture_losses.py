@@ -59,6 +59,7 @@ def on_mesh(arrays: SimpleNamespace) -> list[jax.Array]:
 SHAPES = {
     "full": {"u_DRWV": (D, R, W, V)},
     "shared": {"map_DRWD": (D, R, W, D), "unembed_VD": (V, D)},
+    "residual": {"residual_DRWD": (D, R, W, D), "unembed_VD": (V, D)},
     "lowrank": {"map_DWD": (D, W, D), "down_DRWE": (D, R, W, E), "up_ED": (E, D), "unembed_VD": (V, D)},
     "lora": {"u_DWV": (D, W, V), "down_DRWE": (D, R, W, E), "up_EV": (E, V)},
 }
@@ -109,6 +110,9 @@ def reference_logits(params: Params, x_BTD: jax.Array) -> jax.Array:
         return jnp.einsum("btd,drwv->btrwv", x_BTD, params["u_DRWV"])
     if "map_DRWD" in params:
         return jnp.einsum("btd,drwe,ve->btrwv", x_BTD, params["map_DRWD"], params["unembed_VD"])
+    if "residual_DRWD" in params:
+        added_BTRWD = jax.nn.silu(jnp.einsum("btd,drwe->btrwe", x_BTD, params["residual_DRWD"]))
+        return jnp.einsum("btrwd,vd->btrwv", x_BTD[:, :, None, None] + added_BTRWD, params["unembed_VD"])
     if "u_DWV" in params:
         own_BTRWV = jnp.einsum("btd,drwe,ev->btrwv", x_BTD, params["down_DRWE"], params["up_EV"])
         return jnp.einsum("btd,dwv->btwv", x_BTD, params["u_DWV"])[:, :, None] + own_BTRWV

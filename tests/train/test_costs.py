@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.heads.factors import FACTORS, SharedFactors
 from mtp_jax.heads.mixture import MixtureHead
+from mtp_jax.heads.registry import check_head
 from mtp_jax.model.config import ModelConfig
 from mtp_jax.state import build_model, split
 from mtp_jax.train.costs import (
@@ -37,6 +38,9 @@ MODEL = dict(vocab_size=34, d_model=20, d_ff=28, num_layers=3, num_heads=6, num_
 HEADS = {
     "full": dict(factors="full"),
     "shared": dict(factors="shared"),
+    "residual": dict(factors="residual"),
+    "hmm": dict(circuit="hmm"),
+    "btree": dict(circuit="btree", circuit_width=3),
     "lowrank": dict(factors="lowrank"),
     "lora": dict(factors="lora"),
     "full with its own next-token head": dict(factors="full", target="ntp"),
@@ -156,6 +160,29 @@ def test_what_backward_saves_on_a_frozen_trunk(factors, encoder):
     assert counted - 2 * per_batch(config) == rows * (3 * forward - table - (0 if encoder else states))
 
 
+@pytest.mark.parametrize("attention", [False, True])
+def test_the_flops_of_a_sequential_head_are_those_of_its_matrix_products(attention):
+    """But for attention, which is little beside the rest, and the entries of the positions before, which are made once
+    more."""
+    head = HeadConfig(kind="sequential", window=5, target="ntp", attention=attention)
+    config = dataclasses.replace(make_config(), head=head)
+    graph, params = shapes(config)
+    batch = tiny.make_batch(config)
+
+    def loss(params, x_BTD, batch):
+        model = nnx.merge(graph, params)
+        seen = model.seen(x_BTD, batch["tokens_BT"])
+        return model.head.loss(seen, batch["targets_BTW"], batch["valid_BTW"] / 1.0)[0]
+
+    counted = dot_flops(loss, params, tiny.shard(np.ones((BATCH, TIME, 20), np.float32)), batch)
+    forward = check_head(head).flops(head, config.model, frozen=False)[0]
+    if attention:
+        entry = 2 * (2 * 20 * 20 + 20 * 10 * (6 + 2 * 2))
+        queries = sum(2 * 2 * 6 * 10 * (TIME + chain) for chain in range(4))
+        forward += entry + queries
+    assert counted == BATCH * TIME * forward
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_training_is_three_times_the_forward_pass(head):
     config = make_config(head)
@@ -209,6 +236,9 @@ BLOCK = D * N * H + 2 * D * K * H + N * H * D + 3 * D * F + 2 * D
 HEAD_PARAMS = {
     "full": D * R * W * V + D * R,
     "shared": D * R * W * D + D * R,
+    "residual": D * R * W * D + D * R,
+    "hmm": D * R * W * V + D * R + D * (W - 1) * R * R,
+    "btree": D * R * W * V + D * R + 3 * (D + (W - 2) * R * R),
     "lowrank": W * D * D + D * R * W * E + E * D + D * R,
     "lora": D * W * V + D * R * W * E + E * V + D * R,
     "full with its own next-token head": D * R * W * V + D * R,
@@ -216,7 +246,7 @@ HEAD_PARAMS = {
     "independent": D * W * V,
 }
 # Heads without a table beside the input embedding.
-ONE_TABLE = {"full", "lora", "independent"}
+ONE_TABLE = {"full", "lora", "independent", "hmm", "btree"}
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -44,6 +44,7 @@ GATE = {"head.circuit.gate_DR": VECTOR}
 FACTORS = {
     "full": {"head.factors.u_DRWV": ((0,), (3,))},
     "shared": {"head.factors.map_DRWD": ((0,), (3,))},
+    "residual": {"head.factors.residual_DRWD": ((0,), (3,))},
     "lowrank": {
         "head.factors.map_DWD": ((0,), (2,)),
         "head.factors.down_DRWE": ((0,), (3,)),
