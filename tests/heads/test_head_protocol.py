@@ -43,6 +43,10 @@ HEADS = {
     "attention, per offset": dict(kind="sequential", target="ntp", attention=True, per_offset=True, shortlist=9),
     "tally": dict(kind="tally", target="ntp"),
 }
+QUICK = {"cpd", "token, shortlist", "token, btree", "sequential, per offset", "attention, per offset", "tally"}
+every_head = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in HEADS]
+)
 TOLERANCE = 2e-5  # sums of another order
 
 
@@ -95,7 +99,7 @@ def check_loop(model, decoder, prompts=PROMPTS):
     return out
 
 
-@pytest.mark.parametrize("name", HEADS)
+@every_head
 def test_every_draft_is_drawn_from_the_heads_likelihood_of_the_text(name, monkeypatch):
     register(monkeypatch)
     with tiny.mesh():

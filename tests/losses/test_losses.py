@@ -85,7 +85,9 @@ def test_batch_of_one_sequence(tiles, time, monkeypatch):
     assert_close(got, differentiate(reference_loss, None, params, arrays), 1e-12)
 
 
-@pytest.mark.parametrize("shape", [(2, 2, 2), (2, 1, 4), (1, 4, 1)])
+@pytest.mark.parametrize(
+    "shape", [(2, 2, 2), *(pytest.param(shape, marks=pytest.mark.slow) for shape in ((2, 1, 4), (1, 4, 1)))]
+)
 def test_gradients_on_eight_devices_are_those_of_one(problem, shape, monkeypatch):
     """Batch over data and fsdp, vocabulary over tensor, several tiles; and split as the parameters are."""
     set_tile_bytes(monkeypatch, 3 * POSITION // 4)

@@ -88,7 +88,7 @@ def test_states_of_another_row_fail(run, cache):
         assert gates.cached(run, wrong).passed is False
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
+@pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_decoding_with_another_head_fails(temperature, mesh, monkeypatch):
     """Drafts behind a token that was not chosen cost acceptance, and no token."""
     model = build(mesh)
