@@ -26,6 +26,7 @@ from mtp_jax.data.store import MANIFEST, SPLITS, Store
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.runs.base import Base
 from mtp_jax.runs.loading import LoadedRun
+from mtp_jax.runs.lock import one_maker
 from mtp_jax.runs.paths import replace_file
 from mtp_jax.validate import ConfigError, integer, require
 
@@ -58,6 +59,7 @@ def cache_hidden(
       progress: told after each batch how many rows of all are done.
 
     Raises:
+      BusyError: another command makes it.
       ConfigError: the store has another tokenizer or is a cache itself, a row does not fit the context, `out` is there,
         there is no room, or a state is not finite in that dtype.
     """
@@ -76,23 +78,39 @@ def cache_hidden(
         seq_len <= model.context_length,
         f"seq_len is {seq_len} and the base's context_length is {model.context_length}; a row must fit.",
     )
+    kept = {"seq_len": seq_len, "width": model.d_model, "dtype": dtype, "computed_in": model.dtype, "taps": []}
+    with one_maker(path):
+        _make(run, store, path, {**kept, "base": base.reference()}, batch_size, log, progress)
+    return path
+
+
+def _make(
+    run: LoadedRun,
+    store: Store,
+    path: Path,
+    kept: dict[str, Any],
+    batch_size: int,
+    log: Callable[[str], None],
+    progress: Callable[[int, int], None],
+) -> None:
+    """Make what `kept` says."""
+    seq_len, dtype, width = kept["seq_len"], kept["dtype"], kept["width"]
     rows = {split: pack(getattr(store, split), seq_len) for split in SPLITS}
-    states = {"seq_len": seq_len, "width": model.d_model, "dtype": dtype, "computed_in": model.dtype, "taps": []}
-    manifest = {**store.manifest, "hidden": {**states, "base": base.reference()}}
+    manifest = {**store.manifest, "hidden": kept}
     scratch = path.with_name(f".{path.name}.partial")
     done = _begin(scratch, store, manifest)
     count, kind = sum(map(len, rows.values())), np.dtype(jnp.dtype(dtype))
-    size = count * seq_len * model.d_model * kind.itemsize
-    left = size - sum(done.values()) * seq_len * model.d_model * kind.itemsize
+    size = count * seq_len * width * kind.itemsize
+    left = size - sum(done.values()) * seq_len * width * kind.itemsize
     free = shutil.disk_usage(scratch).free
-    log(f"{count:,} rows of {seq_len} x {model.d_model} in {dtype}: {size / 1e9:.3f} GB")
+    log(f"{count:,} rows of {seq_len} x {width} in {dtype}: {size / 1e9:.3f} GB")
     require(left < free, f"{path.parent} has {free / 1e9:.2f} GB free, and {left / 1e9:.2f} GB are needed. Make room.")
     before = 0
     with jax.set_mesh(run.mesh):
         each = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
         batch_size = -(-batch_size // each) * each
         for split in SPLITS:
-            shape = (len(rows[split]), seq_len, model.d_model)
+            shape = (len(rows[split]), seq_len, width)
             file = scratch / f"{split}.hidden.bin"
             kept_NTD = np.memmap(file, kind, "r+" if file.exists() else "w+", shape=shape) if shape[0] else None
             if kept_NTD is None:
@@ -110,7 +128,6 @@ def cache_hidden(
         (scratch / file).unlink(missing_ok=True)
     (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2))
     scratch.rename(path)
-    return path
 
 
 def _begin(scratch: Path, store: Store, manifest: dict[str, Any]) -> dict[str, int]:

@@ -36,6 +36,7 @@ from mtp_jax.distill.asks import Ask, Message
 from mtp_jax.distributed import from_all, on_first
 from mtp_jax.runs.base import Base
 from mtp_jax.runs.loading import LoadedRun
+from mtp_jax.runs.lock import one_maker
 from mtp_jax.runs.paths import replace_file
 from mtp_jax.validate import ConfigError, at_least, fraction, require, typed
 
@@ -119,6 +120,7 @@ def regenerate(
       progress: told how many of this process's are done, of how many, and how many tokens were sampled.
 
     Raises:
+      BusyError: another command makes it.
       ConfigError: `out` is there, or holds answers of another base or law; or nothing could be answered.
     """
     path = Path(os.path.expanduser(out)).absolute()
@@ -126,22 +128,23 @@ def regenerate(
     require(not path.exists(), f"{path} exists; give another --out, or delete it.")
     made_of = {"tokenizer": run.tokenizer.to_json(), "sampled": config.law, "base": base.reference()}
     require_both((ask.content for ask in todo if not ask.error), config.valid_fraction)
-    _begin(scratch, made_of)
-    known = _answered(scratch)
-    index, count = jax.process_index(), jax.process_count()
-    own = [ask for ask in todo if int(ask.key[:8], 16) % count == index]
-    left = [ask for ask in own if ask.key not in known]
-    done, tokens = len(own) - len(left), 0
-    progress(done, len(own), 0)
-    with (scratch / f"answers-{index}.jsonl").open("a") as file:
-        for record in _answers(run, left, config):
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            done, tokens = done + 1, tokens + sum(sum(row["mask"]) for row in record["rows"])
-            progress(done, len(own), tokens)
-    from_all("")  # all are answered
-    made = {**made_of, "source": source}
-    said = on_first(lambda: _finish(scratch, path, todo, run.tokenizer, made, config.valid_fraction))
+    with one_maker(path):
+        _begin(scratch, made_of)
+        known = _answered(scratch)
+        index, count = jax.process_index(), jax.process_count()
+        own = [ask for ask in todo if int(ask.key[:8], 16) % count == index]
+        left = [ask for ask in own if ask.key not in known]
+        done, tokens = len(own) - len(left), 0
+        progress(done, len(own), 0)
+        with (scratch / f"answers-{index}.jsonl").open("a") as file:
+            for record in _answers(run, left, config):
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                done, tokens = done + 1, tokens + sum(sum(row["mask"]) for row in record["rows"])
+                progress(done, len(own), tokens)
+        from_all("")  # all are answered
+        made = {**made_of, "source": source}
+        said = on_first(lambda: _finish(scratch, path, todo, run.tokenizer, made, config.valid_fraction))
     if index == 0:
         log(said)
     return path

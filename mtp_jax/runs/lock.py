@@ -46,6 +46,34 @@ def one_writer(run_dir: epath.PathLike) -> Iterator[epath.Path]:
         lock.release()
 
 
+@contextlib.contextmanager
+def one_maker(path: Path) -> Iterator[None]:
+    """A context in which no other command makes the directory `path`. All processes enter it, and process 0 locks a
+    file beside it, which the system lets go of when the process ends.
+
+    Raises `BusyError` if another command makes it.
+    """
+    file = path.with_name(f".{path.name}.lock")
+    lock = filelock.FileLock(file)
+
+    def take() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise BusyError(
+                f"Another command makes {path}: it holds {file}. Let it end, stop it, or give another --out."
+            ) from None
+
+    on_first(take)
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            file.unlink(missing_ok=True)
+            lock.release()
+
+
 class _Lock:
     def __init__(self, run_dir: epath.Path):
         self.run_dir, self._file, self._made = run_dir, run_dir / LOCK, list[epath.Path]()

@@ -18,11 +18,12 @@ from mtp_jax.distill import hidden
 from mtp_jax.distill.hidden import cache_hidden
 from mtp_jax.model.config import ModelConfig
 from mtp_jax.runs.base import open_base
+from mtp_jax.runs.lock import one_maker
 from mtp_jax.train import loop
 from mtp_jax.train.checks import check_cache
 from mtp_jax.train.loggers import read_metrics
 from mtp_jax.train.loop import train
-from mtp_jax.validate import ConfigError
+from mtp_jax.validate import BusyError, ConfigError
 from support import tiny
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -167,6 +168,11 @@ def test_what_cannot_be_cached_is_refused(setting, tmp_path):
         run.model.trunk.norm.scale[...] = jax.numpy.full(16, 1e30)
     with pytest.raises(ConfigError, match="Row 0 of the train split has states that are not finite in float16"):
         cache_hidden(run, open_base(setting.base), setting.store, tmp_path / "x", seq_len=T, dtype="float16")
+
+
+def test_a_second_start_is_refused_while_the_first_one_lives(setting, tmp_path):
+    with one_maker(tmp_path / "states"), pytest.raises(BusyError, match=r"Another command makes .*states: it holds"):
+        setting.cache(tmp_path / "states")
 
 
 def test_devices_share_the_rows(setting, tmp_path):

@@ -1,5 +1,6 @@
 """A base's own answers: sampled as decoding samples, whatever is beside them, kept as they were sampled, continued."""
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -17,7 +18,8 @@ from mtp_jax.distill.asks import Ask, asks, questions
 from mtp_jax.distill.regenerate import Regenerate, _next_turn, _Talk, regenerate
 from mtp_jax.interop.importing import import_run
 from mtp_jax.runs.base import open_base
-from mtp_jax.validate import ConfigError
+from mtp_jax.runs.lock import one_maker
+from mtp_jax.validate import BusyError, ConfigError
 from support import pretrained
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -127,6 +129,7 @@ def test_a_kill_loses_what_is_in_flight_and_the_same_command_goes_on(base, todo,
 def test_processes_share_what_is_asked(base, todo, straight, tmp_path, monkeypatch):
     """Each answers its part, and the first one joins them."""
     monkeypatch.setattr(module, "from_all", lambda text: [text])
+    monkeypatch.setattr(module, "one_maker", lambda path: contextlib.nullcontext())
     monkeypatch.setattr(module, "on_first", lambda work: work() if jax.process_index() == 0 else wanted)
     made_of = {"tokenizer": base[0].tokenizer.to_json(), "sampled": CONFIG.law, "base": base[1].reference()}
     wanted = json.dumps(made_of, indent=1, sort_keys=True)
@@ -153,6 +156,13 @@ def test_answers_of_another_law_are_not_mixed(base, todo, tmp_path):
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match="there exists; give another --out"):
         regenerate(*base, todo, tmp_path / "there", CONFIG)
+
+
+def test_a_second_start_is_refused_while_the_first_one_lives(base, todo, straight, tmp_path):
+    with one_maker(tmp_path / "own"), pytest.raises(BusyError, match=r"Another command makes .*own: it holds .*\.lock"):
+        regenerate(*base, todo, tmp_path / "own", CONFIG)
+    assert contents(regenerate(*base, todo, tmp_path / "own", CONFIG)) == contents(straight)
+    assert [path.name for path in tmp_path.iterdir()] == ["own"]
 
 
 def talk_of(run, messages, answer, end=END):
