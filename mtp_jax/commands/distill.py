@@ -53,7 +53,7 @@ class RegenerateOptions(SourceConfig):
     """Answers at a time."""
     limit: int | None = None
     """Ask no more than so many, the first of the source."""
-    distributed: Distributed = dataclasses.field(default_factory=Distributed)
+    distributed: Distributed = dataclasses.field(default_factory=Distributed.from_environment)
 
 
 @dataclass(frozen=True, kw_only=True)

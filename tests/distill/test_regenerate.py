@@ -4,6 +4,10 @@ import contextlib
 import copy
 import dataclasses
 import json
+import os
+import re
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -21,6 +25,7 @@ from mtp_jax.runs.base import open_base
 from mtp_jax.runs.lock import one_maker
 from mtp_jax.validate import BusyError, ConfigError
 from support import pretrained
+from support.processes import free_port
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 CONFIG = Regenerate(max_new_tokens=12, max_prompt_tokens=64, batch_size=3, valid_fraction=0.3)
@@ -278,3 +283,26 @@ def test_the_command_makes_a_store_that_is_trained_on(base, tmp_path, capsys):
     assert "reads hidden states of" in capsys.readouterr().out
     run = mtp_jax.load(run_dir)
     assert run.config.head.temperature == 0.7 and isinstance(run.generate("hi", max_new_tokens=3), str)
+
+
+@pytest.mark.slow
+def test_two_real_processes_make_the_store_that_one_makes(base, tmp_path):
+    """Each answers its part, on a device of its own; the first one makes the store."""
+    asked = tmp_path / "asks.jsonl"
+    write(asked, [{"messages": [{"role": "user", "content": f"What is {i}?"}]} for i in range(10)])
+    options = ["--base", str(base[1].path), "--source", str(asked), "--max-new-tokens", "12", "--valid-fraction", "0.3"]
+
+    def start(out, index, count, port):
+        where = {"MTP_JAX_COORDINATOR": f"localhost:{port}", "MTP_JAX_PROCESS_ID": str(index)}
+        several = {**where, "MTP_JAX_NUM_PROCESSES": str(count)} if count > 1 else {}
+        command = [sys.executable, "-m", "mtp_jax", "data", "regenerate", *options, "--out", str(tmp_path / out)]
+        return subprocess.Popen(command, env={**os.environ, **several}, text=True, stdout=subprocess.PIPE)
+
+    for out, count in (("one", 1), ("two", 2)):
+        port = free_port()
+        running = [start(out, index, count, port) for index in range(count)]
+        said = [process.communicate(timeout=300)[0] for process in running]
+        assert [process.returncode for process in running] == [0] * count, said
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    shares = [re.search(r"of (\d+) documents", text)[1] for text in said]
+    assert sum(map(int, shares)) == 10 and "0" not in shares and "Wrote" in said[0] and "Wrote" not in said[1]
