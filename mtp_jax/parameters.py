@@ -73,6 +73,10 @@ PARAMETERS: dict[str, Parameter] = {
 }
 
 
+STACKS = ("blocks", "stages")
+"""The modules whose parameters are stacked on an L axis in front."""
+
+
 def row(name: str) -> Parameter:
     """The row of a parameter. Raises `KeyError`, which says where to add it, if there is none."""
     if name not in PARAMETERS:

@@ -102,7 +102,7 @@ REFUSED = {
     "gamma_above": (lambda: HeadConfig(gamma=1.5), ["gamma is 1.5", "(0, 1]"]),
     "a shortlist under tables of their own": (
         lambda: check_head(HeadConfig(factors="full", shortlist=9)),
-        ["shortlist is 9", "factors is full", "shared, lowrank", "shortlist to 0"],
+        ["shortlist is 9", "factors is full", "shared, residual, lowrank", "shortlist to 0"],
     ),
     "a shortlist that the mesh does not divide": (
         lambda: on_mesh(1, 1, 2, factors="shared", shortlist=3),
@@ -219,7 +219,11 @@ REFUSED = {
     ),
     "a shortlist under lora": (
         lambda: check_head(HeadConfig(factors="lora", shortlist=9)),
-        ["shortlist is 9", "factors is lora", "shared, lowrank"],
+        ["shortlist is 9", "factors is lora", "shared, residual, lowrank"],
+    ),
+    "modules of a mixture": (
+        lambda: check_head(HeadConfig(attention=True)),
+        ["attention is True", "per_offset is False", "kind is mixture", "kind to sequential"],
     ),
     "tokenizer": (
         lambda: TrainConfig(model=ModelConfig(vocab_size=100)).with_tokenizer(256),

@@ -87,6 +87,7 @@ def test_every_field_survives_json():
     # And the two differ in all that they hold.
     differing = {name: (here, there) for name, here, there in differences(config, default)}
     alone = {"init_from", "model.attention", "data.field", "data.dataset", "data.split", "head.loss_fraction"}
+    alone |= {"head.attention", "head.per_offset"}
     assert (
         differing.keys() | alone == {name for name, _ in leaves(to_dict(config))}
         and list(differences(config, config)) == []
@@ -100,7 +101,7 @@ def leaves(values, prefix=""):
 
 
 # Fields that do not go with other values than another field's default.
-ALONE = {"init_from", "attention", "field", "dataset", "split", "loss_fraction"}
+ALONE = {"init_from", "attention", "per_offset", "field", "dataset", "split", "loss_fraction"}
 
 
 def assert_no_default(config):

@@ -1,6 +1,7 @@
 """Every experiment file says how it is run and what to expect, fits one device, and its step can be traced."""
 
 import ast
+import dataclasses
 import json
 import re
 import runpy
@@ -17,6 +18,7 @@ from support import REPOSITORY, tiny
 
 SCRIPTS = {"checkpoint_cost", "gpu_check", "iteration_cost", "plain_loop"}  # what is run with Python, and has no CONFIG
 SHARED = {"setting"}  # what recipes import
+ON_BASE = {"head_on_base"}  # whose model is that of the base which the command names
 FILES = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "experiments").glob("*.py"))
 FILES = [path for path in FILES if path.stem not in SCRIPTS | SHARED]
 RECIPES = [path for path in FILES if "SWEEPS = " in (REPOSITORY / path).read_text()]
@@ -29,6 +31,14 @@ def file(request, monkeypatch):
     """An experiment file, as it is called from the root of the repository."""
     monkeypatch.chdir(REPOSITORY)
     return request.param
+
+
+def load(file):
+    """The config of an experiment, on a small model where it has none of its own."""
+    config = load_experiment(str(file))
+    if file.stem in ON_BASE:
+        config = dataclasses.replace(config, model=tiny.model_config(vocab_size=8192, context_length=512))
+    return config
 
 
 def test_there_are_experiments():
@@ -45,7 +55,7 @@ def test_an_experiment_says_how_it_is_run_what_it_costs_and_what_to_expect(file)
 
 
 def test_an_experiment_fits_its_tokenizer_and_one_device(file):
-    config = load_experiment(str(file))
+    config = load(file)
     kind, _, path = config.data.tokenizer.partition(":")
     if kind == "bytes":
         config.with_tokenizer(load_tokenizer("bytes").vocab_size)
@@ -56,7 +66,7 @@ def test_an_experiment_fits_its_tokenizer_and_one_device(file):
 
 
 def test_the_step_of_an_experiment_can_be_traced(file):
-    config = load_experiment(str(file))
+    config = load(file)
     with tiny.mesh():
         trainer = make_trainer(config)
         state = jax.eval_shape(trainer.init)
@@ -113,7 +123,8 @@ def test_a_recipe_is_for_two_cores_and_for_a_gpu(recipe):
 def in_todays_names(head):
     """What a file of results says of a head. Older ones call the circuit its kind, and none of them had draws, an
     encoder or a loss against the target's law."""
-    later = {"encoder": "none", "nll_weight": 1.0, "temperature": 1.0}
+    later = {"encoder": "none", "nll_weight": 1.0, "temperature": 1.0, "circuit_width": 0}
+    later |= {"attention": False, "per_offset": False}
     head = later | dict.fromkeys(AGAINST_TARGET, 0.0) | head
     if "circuit" in head:
         return head

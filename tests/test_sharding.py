@@ -36,7 +36,14 @@ MODELS = {
     "token": ({}, dict(factors="shared", encoder="token", target="ntp")),
 }
 # And one parameter that is never trained.
-PLACED = {**MODELS, "shortlist": ({}, dict(factors="lowrank", shortlist=8))}
+PLACED = {
+    **MODELS,
+    "shortlist": ({}, dict(factors="lowrank", shortlist=8)),
+    "residual": ({}, dict(factors="residual")),
+    "hmm": ({}, dict(factors="full", circuit="hmm")),
+    "narrow hmm": ({}, dict(factors="full", circuit="hmm", circuit_width=2)),
+    "sequential": ({}, dict(kind="sequential", target="ntp", attention=True, per_offset=True)),
+}
 
 
 # What is compared here is what the partitioner does; faster code would take twice as long to compile.
@@ -70,7 +77,7 @@ SPECS = {name: row.spec for name, row in PARAMETERS.items()}
 
 def expected_spec(path):
     spec = SPECS[path.split(".")[-1]]
-    return P(None, *spec) if path.startswith("trunk.blocks.") else spec
+    return P(None, *spec) if path.startswith(("trunk.blocks.", "head.stages.")) else spec
 
 
 def assert_placed(params):

@@ -11,7 +11,7 @@ from jax import Array
 from optax.contrib import MuonDimensionNumbers, muon
 
 from mtp_jax.config import OptimizerConfig
-from mtp_jax.parameters import row
+from mtp_jax.parameters import STACKS, row
 
 SETTLED = 20  # steps after which the gradient's mean norm is known
 
@@ -25,7 +25,7 @@ def dimension_numbers(params: Any) -> Any:
 
     def of(path: tuple[Any, ...], _: Array) -> MuonDimensionNumbers | None:
         names = [key.key for key in path]
-        found, stacked = row(names[-1]), int("blocks" in names)
+        found, stacked = row(names[-1]), int(any(name in STACKS for name in names))
         if not found.matrix:
             return None
         return MuonDimensionNumbers(*(tuple(axis + stacked for axis in axes) for axes in (found.inputs, found.outputs)))

@@ -96,6 +96,8 @@ def test_every_field_can_be_set(experiment, tmp_path, monkeypatch):
     assert [name for name, value in fields.items() if before[name] == value] == [
         "head.kind",
         "head.loss_fraction",
+        "head.attention",
+        "head.per_offset",
         "data.separator",
         "data.tokenizer",
         "data.end_of_document",
@@ -103,6 +105,8 @@ def test_every_field_can_be_set(experiment, tmp_path, monkeypatch):
     ]
     options = []
     for name, value in fields.items():
+        if value is False:  # what is not switched on
+            continue
         words = value if isinstance(value, tuple) else [] if value is True else [value]
         options += ["--" + name.replace("_", "-"), *map(str, words)]
 

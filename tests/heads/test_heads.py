@@ -416,7 +416,10 @@ def test_balance_enters_the_loss_with_its_weight(form):
 UNKNOWN = {
     "kind": ("mixtur", r"HeadConfig.kind is 'mixtur'; did you mean 'mixture'\?"),
     "circuit": ("cdp", r"HeadConfig.circuit is 'cdp'; did you mean 'cpd'\?.*btree, cpd, hmm, independent"),
-    "factors": ("low-rank", r"HeadConfig.factors is 'low-rank'; did you mean 'lowrank'\?.*full, lora, lowrank, shared"),
+    "factors": (
+        "low-rank",
+        r"HeadConfig.factors is 'low-rank'; did you mean 'lowrank'\?.*full, lora, lowrank, residual, shared",
+    ),
 }
 
 

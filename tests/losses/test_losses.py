@@ -217,7 +217,7 @@ def test_fault_is_caught(fault, monkeypatch):
 def test_every_factor_gets_a_gradient(problem):
     """Of its own: each rank and each offset."""
     d_params, *_ = differentiate(mixture_loss, problem.form, problem.params, problem.arrays, problem.terms)[1]
-    d_own = {"full": "u_DRWV", "shared": "map_DRWD"}.get(problem.factors, "down_DRWE")
+    d_own = {"full": "u_DRWV", "shared": "map_DRWD", "residual": "residual_DRWD"}.get(problem.factors, "down_DRWE")
     norm_RW = np.sqrt((d_params[d_own] ** 2).sum((0, 3)))
     assert norm_RW.shape == (R, W)
     assert (norm_RW > 1e-3).all()

@@ -67,12 +67,32 @@ GROUPS["token"] = {
     "head.encoder.join_up_CF": ((0,), (1,)),
     "head.encoder.join_down_FD": ((0,), (1,)),
 }
+GROUPS["hmm"] = {**GROUPS["full"], "head.circuit.trans_DMRR": VECTOR}
+GROUPS["narrow hmm"] = {
+    **GROUPS["full"],
+    "head.circuit.trans_down_DE": VECTOR,
+    "head.circuit.trans_EMRR": VECTOR,
+}
+BLOCK = {path.removeprefix("trunk.blocks."): found for path, found in TRUNK.items() if path.startswith("trunk.blocks.")}
+GROUPS["sequential"] = {
+    **TRUNK,
+    **{f"head.stages.block.{path}": found for path, found in BLOCK.items()},
+    "head.stages.hidden_norm.scale": VECTOR,
+    "head.stages.token_norm.scale": VECTOR,
+    "head.stages.join_CD": ((1,), (2,)),
+}
+HEADS = {
+    "token": dict(factors="shared", encoder="token"),
+    "hmm": dict(factors="full", circuit="hmm"),
+    "narrow hmm": dict(factors="full", circuit="hmm", circuit_width=2),
+    "sequential": dict(kind="sequential", attention=True, per_offset=True),
+}
 
 
 def shapes_of(kind):
     """The shapes of all parameters of a model with everything."""
     model = tiny.model_config(qkv_bias=True, qk_norm=True)
-    head = dict(factors="shared", encoder="token") if kind == "token" else dict(factors=kind)
+    head = HEADS.get(kind, dict(factors=kind))
     config = tiny.train_config(model, tiny.head_config(**head, target="ntp"))
     return split(jax.eval_shape(lambda: build_model(config, jax.random.key(0))))[1]
 
@@ -112,7 +132,7 @@ def test_a_matrix_maps_its_inputs_to_its_outputs(kind):
         if GROUPS[kind][path] is VECTOR:
             continue
         inputs, outputs = GROUPS[kind][path]
-        letters = "L" * path.startswith("trunk.blocks.") + path.rsplit("_", 1)[1]
+        letters = "L" * path.startswith(("trunk.blocks.", "head.stages.")) + path.rsplit("_", 1)[1]
         assert len(letters) == leaf.ndim
         batch = {letters[axis] for axis in range(leaf.ndim) if axis not in inputs + outputs}
         assert batch == set(letters) & set("LRW"), path
