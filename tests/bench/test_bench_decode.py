@@ -361,6 +361,7 @@ def test_two_decoders_are_timed_in_turn(monkeypatch):
 # A model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "own, faster",
     [

@@ -91,6 +91,7 @@ def test_a_bench_without_ranks_is_refused():
         TrainBenchConfig(ranks=())
 
 
+@pytest.mark.slow
 def test_the_command_of_the_training_step(tmp_path, capsys):
     (tmp_path / "small.py").write_text(
         "from support import tiny\nCONFIG = tiny.train_config(tiny.model_config(vocab_size=257))\n"

@@ -167,7 +167,7 @@ def test_what_a_tpu_spreads_over_fusions_counts_once():
 # What is foreseen and what is there
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_a_forecast_is_what_a_real_run_uses(optimizer):
     config = tiny.train_config(optimizer=OptimizerConfig(optimizer, warmup_steps=0), mesh=MeshConfig(2, 2, 2))
     found = forecast(dataclasses.replace(config, model=tiny.model_config(vocab_size=264)))
@@ -258,7 +258,8 @@ ADVISED = tiny.train_config(
 )
 
 
-@pytest.mark.parametrize("mesh, least", [pytest.param((4, 2, 1), 4, marks=pytest.mark.slow), ((1, 8, 1), 3)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh, least", [((4, 2, 1), 4), ((1, 8, 1), 3)])
 def test_what_is_advised_helps(mesh, least, tmp_path):
     config = dataclasses.replace(ADVISED, mesh=MeshConfig(*mesh))
     before = forecast(config, memory=1000)
@@ -301,7 +302,7 @@ BIG = {
 }
 
 
-@pytest.mark.parametrize("name", ["8B", pytest.param("70B", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) for name in ("8B", "70B")])
 def test_a_large_model_is_compiled_for_256_devices_here(name):
     config, least = BIG[name]
     found = forecast(config, devices=256)

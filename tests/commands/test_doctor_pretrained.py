@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compilation")
 FROZEN = dict(base="runs/base")
 
 
-@pytest.mark.parametrize("mesh", [(8, 1, 1), (1, 4, 2)])
+@pytest.mark.parametrize("mesh", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (1, 4, 2)])
 def test_a_frozen_trunk_keeps_its_dtype_and_has_nothing_else(mesh):
     """Two bytes a weight, no moments, and no gradient, which is among the temporaries of a run that has one."""
     shape = dict(vocab_size=264, num_layers=6, d_model=64, d_ff=256)

@@ -350,6 +350,7 @@ def test_a_store_does_not_depend_on_where_the_file_is(config, tmp_path):
         assert tokenizer.decode(store.train[i]) == (tmp_path / "corpus" / name).read_text()
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_tokenizer(config, tmp_path, capsys, quick_compilation):
     run_dir, file = tmp_path / "run", tmp_path / "tokenizer.json"
     loop.train(config, run_dir)

@@ -107,7 +107,9 @@ def test_the_law_holds_where_rows_draft_as_many_tokens_as_they_like(verifier):
         assert drafted_Bk[:, most:].sum() == 0 and (drafted_Bk[:, :most].sum(0) > 0).all()
 
 
-@pytest.mark.parametrize("verifier", SAMPLERS)
+@pytest.mark.parametrize(
+    "verifier", [pytest.param(name, marks=pytest.mark.slow if name == "coupled" else ()) for name in SAMPLERS]
+)
 def test_a_row_does_not_depend_on_how_many_drafts_its_neighbours_have(verifier):
     number_B = np.arange(FEWER_ROWS)
     mixed = np.stack(stepwise(verifier, "bad", k=number_B % WINDOW).tokens)

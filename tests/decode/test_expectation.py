@@ -52,7 +52,9 @@ def test_at_temperature_0_they_are_what_decoding_counts(models, k):
         same_counts(models.stacked, models.ready, k, [int(stop)])
 
 
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("shortlist", "cached") else pytest.mark.slow) for n in HEADS]
+)
 def test_of_every_head(name, mesh, monkeypatch):
     register(monkeypatch)
     config = tiny.train_config(tiny.model_config(vocab_size=12), tiny.head_config(**HEADS[name]))
@@ -77,6 +79,7 @@ def test_at_temperature_0_the_overlap_is_the_mean_of_the_chances(models, monkeyp
     np.testing.assert_allclose(found.overlap, np.concatenate(inside).mean(0))
 
 
+@pytest.mark.slow
 def test_on_many_devices_they_are_those_of_one(models):
     texts = generate(models.ready, PROMPTS, k=0, max_new_tokens=16, temperature=0.8, top_p=0.9).tokens
     config = DecodeConfig(16, 0.8, top_p=0.9, k=3)
@@ -102,7 +105,7 @@ def test_what_is_not_expected_is_refused(models, options, texts, words):
         expectation(models.stacked, [[5]], texts, DecodeConfig(2, **options))
 
 
-@pytest.mark.parametrize("law", [(1.0, 0, 1.0), (0.8, 6, 0.95)])
+@pytest.mark.parametrize("law", [pytest.param((1.0, 0, 1.0), marks=pytest.mark.slow), (0.8, 6, 0.95)])
 def test_above_they_are_what_decoding_counts_in_the_mean(models, law, monkeypatch):
     """1,024 texts of plain decoding against 1,024 rows of other seeds that draft, within 4.5 standard errors; chances
     of the position before are further away."""

@@ -101,6 +101,7 @@ def test_short_prompts_are_read_at_once(model):
     assert loop._part(model, 1024, 4096) == loop.LEAST
 
 
+@pytest.mark.slow
 def test_how_much_is_decoded_does_not_compile_the_reading_anew(model):
     """Nor does k, or what is sampled: a reading is compiled for a batch and a bucket of prompts alone."""
     loop.read.clear_cache()

@@ -110,7 +110,7 @@ def test_rows_of_the_verifiers_that_compare_probabilities_do_not_depend_on_their
         assert same(out.tokens, [cut(row, stop) for row in expected.tokens])
 
 
-@pytest.mark.parametrize("verifier", ["token", "block"])
+@pytest.mark.parametrize("verifier", ["token", pytest.param("block", marks=pytest.mark.slow)])
 def test_a_row_alone_is_what_it_is_in_a_batch(model, verifier):
     options = dict(max_new_tokens=NEW, temperature=0.8, verifier=verifier)
     batch = generate(model, PROMPTS, seed=5, **options)

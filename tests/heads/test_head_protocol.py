@@ -117,7 +117,7 @@ def parts(monkeypatch):
     loop.read.clear_cache()
 
 
-@pytest.mark.parametrize("name", ["cpd", "tally"])
+@pytest.mark.parametrize("name", [pytest.param("cpd", marks=pytest.mark.slow), "tally"])
 def test_behind_prompts_that_are_read_in_parts_too(name, monkeypatch, parts):
     """Rows end just behind a part, at its end and in its middle; a part's last entry knows the token of the next."""
     register(monkeypatch)
@@ -246,6 +246,7 @@ def test_a_layer_that_is_not_there_is_refused(monkeypatch):
         make(HEADS["tally"])
 
 
+@pytest.mark.slow
 def test_a_prompt_that_is_read_in_parts_fills_the_cache_as_at_once(monkeypatch):
     """The trunk's cache and the head's, each behind what was read before."""
     register(monkeypatch)

@@ -107,7 +107,10 @@ def close(got, want):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5 * max(1e-3, np.abs(b).max())), got, want)
 
 
-@every_case
+@pytest.mark.parametrize(
+    "case",
+    ["one", pytest.param("per offset", marks=pytest.mark.slow), pytest.param("shortlist", marks=pytest.mark.slow)],
+)
 def test_the_loss_and_its_gradient_are_those_of_plain_autodiff(case):
     model = attending(case, gamma=0.7)
     x_BTD, (targets_BTW, weights_BTW) = hidden(1, 2, TIME, D), make_targets(1, 2, TIME)
@@ -118,6 +121,7 @@ def test_the_loss_and_its_gradient_are_those_of_plain_autodiff(case):
     assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(want) if np.size(leaf) > 1)
 
 
+@pytest.mark.slow
 def test_eight_devices_have_the_loss_and_the_gradient_of_one():
     head = tiny.head_config(kind="sequential", target="ntp", attention=True, per_offset=True, shortlist=16)
     config = tiny.train_config(head=head)

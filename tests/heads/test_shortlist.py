@@ -203,6 +203,7 @@ def test_the_most_frequent_tokens():
     assert ids.tolist() == [0, 1] and share == 0
 
 
+@pytest.mark.slow
 def test_a_run_finds_its_list_keeps_it_and_goes_on(tmp_path, capsys):
     text = "abcabcabcabd" * 40
     (tmp_path / "corpus").mkdir()

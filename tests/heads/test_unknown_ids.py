@@ -88,7 +88,7 @@ CASES = [
     pytest.param(name, WHERE[where], id=f"{name}-{where}", marks=pytest.mark.slow if alike else ())
     for name in HEADS
     for where in WHERE
-    for alike in [name not in ("full", "shortlist", "lowrank") or (where, name) == ("one device", "lowrank")]
+    for alike in [name not in ("full", "shortlist", "lowrank") or (name == "full") == (where == "a split vocabulary")]
 ]
 
 
@@ -110,7 +110,9 @@ def test_the_loss_and_its_gradient_are_those_of_a_model_without_them(name, shape
     assert parts and not any(part.any() for part in parts)
 
 
-@every_head
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in ("full", "shortlist", "lowrank") else pytest.mark.slow) for n in HEADS]
+)
 def test_no_law_gives_them_anything(name):
     (config, params), (plain_config, plain) = made(name)
 
@@ -134,7 +136,7 @@ def test_no_law_gives_them_anything(name):
 
 
 @pytest.mark.parametrize(
-    "verifier", [pytest.param(v, marks=pytest.mark.slow if v in ("greedy", "token") else ()) for v in VERIFIERS]
+    "verifier", [pytest.param(v, marks=() if v == "coupled" else pytest.mark.slow) for v in VERIFIERS]
 )
 def test_they_are_never_sampled(verifier):
     """At a temperature at which every id that has a probability comes."""

@@ -115,7 +115,9 @@ def numbers(run_dir):
 # Resuming
 
 
-@pytest.mark.parametrize("optimizer", MESHES)
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param(name, marks=pytest.mark.slow if name == "muon" else ()) for name in MESHES]
+)
 def test_a_resumed_run_is_the_straight_one_bit_for_bit(train, optimizer, tmp_path, caplog):
     straight = train(optimizer)
     assert on_disk(straight.path) == ["4", "8"]

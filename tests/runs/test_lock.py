@@ -126,6 +126,7 @@ def test_a_holder_elsewhere_that_is_heard_of_is_not_disturbed(run_dir, quick_bea
     assert "looking for" in capsys.readouterr().out and not run_dir.exists()
 
 
+@pytest.mark.slow
 def test_several_processes_have_one_lock_and_a_second_start_of_all_is_refused(root):
     file, options = (
         experiment(root, "many"),

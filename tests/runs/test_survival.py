@@ -94,6 +94,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(root, number, status):
     assert_same_run(run_dir, straight)
 
 
+@pytest.mark.slow
 def test_a_signal_before_the_first_step_ends_with_75(root):
     """While it imports, initialises or compiles: as soon as that returns. Nothing was saved, so it starts again."""
     file = experiment(root, "early")

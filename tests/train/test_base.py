@@ -108,6 +108,7 @@ def test_a_run_on_a_base_goes_on_as_if_it_had_not_stopped(trunk, heads, tmp_path
         train(whole, tmp_path / "run", resume=True)
 
 
+@pytest.mark.slow
 def test_a_model_that_begins_with_another_goes_on_learning(trunk, tmp_path):
     config = on_trunk(trunk, base="", init_from=trunk[1], model=trunk[0].model, steps=1)
     train(config, tmp_path / "run")
@@ -184,7 +185,8 @@ def test_a_run_without_the_parameters_is_refused(trunk, tmp_path, changes, words
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("factors", [pytest.param("full", marks=pytest.mark.slow), "shared"])
+@pytest.mark.slow
+@pytest.mark.parametrize("factors", ["full", "shared"])
 def test_a_run_without_a_next_token_table_is_refused(trunk, tmp_path, factors):
     """It has none, or one that only its factors go through."""
     mixed = dataclasses.replace(trunk[0], head=tiny.head_config(rank=2, window=2, factors=factors), steps=1)

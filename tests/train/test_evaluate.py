@@ -73,6 +73,7 @@ def test_what_drafting_will_count_is_said(trained, capsys):
         assert wrong[0].strip("-").rstrip("s").replace("-", "_") in capsys.readouterr().err.replace("-", "_")
 
 
+@pytest.mark.slow
 def test_texts_do_not_depend_on_how_many_are_looked_at_together(trained, config, monkeypatch):
     run = mtp_jax.load(trained)
     prompts = (some_prompts(store_of(run), 3, 8) * 2)[:5]

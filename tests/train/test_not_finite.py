@@ -72,6 +72,7 @@ def test_steps_that_are_not_finite_are_skipped_up_to_the_limit(config, fake, tmp
         assert found == {**dict.fromkeys(range(1, 9), 0), 6: 1, 7: 2}
 
 
+@pytest.mark.slow
 def test_a_run_with_a_limit_counts_what_it_skips(config, tmp_path):
     """A real one, whose every step is a spike once the norm is known."""
     config = change(config, "optimizer", skip_limit=99, skip_above=1 + 1e-6)

@@ -56,6 +56,7 @@ def fresh(initial):
     return jax.tree.map(lambda a: jax.device_put(np.array(a), a.sharding), initial)
 
 
+@pytest.mark.slow
 def test_the_average_is_the_mean_of_all_steps_and_then_exponential(initial):
     """The initial parameters have no weight, and the parameters do not depend on the average."""
     decay, trainer = 0.75, make_trainer(make_config(ema_decay=0.75))
