@@ -28,7 +28,6 @@ HEADS = {
     "next-token target": dict(factors="lowrank", target="ntp"),
     "shortlist": dict(factors="shared", shortlist=8),
 }
-every_head = pytest.mark.parametrize("name", HEADS)
 
 
 def rows_of(params, change):
