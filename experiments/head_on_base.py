@@ -10,8 +10,8 @@ Data: the model's own answers to your prompts, sampled at 0.7; JSON lines with `
 Shape: what the head reads of the chosen token weighs more than anything else; two components, and among the 8,192 most
 frequent tokens alone.
 
-Cost: on two cores, with SmolLM2-135M in float32 and 1,400 prompts (256,223 tokens of answers): 27 minutes of answering,
-10 of caching 0.9 GB of hidden states, and 27 of training.
+Cost: on two cores, with SmolLM2-135M (of its GGUF) in float32 and 1,400 prompts (256,223 tokens of answers): 27 minutes
+of answering, 10 of caching 0.9 GB of hidden states, and 27 of training.
 Expect: held-out loss by offset 2.28 3.44 4.00 nats per token behind the model's own 0.77, and 1.76 tokens per forward
 (the mean of T = 0 and 0.7) on held-out prompts of the same kind, of which most were of mathematics. On 48 others, a
 third each instructions, code and mathematics: 1.61 at T = 0.7 and 1.71 at T = 0.

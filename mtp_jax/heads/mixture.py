@@ -17,7 +17,7 @@ from mtp_jax.heads.base import Aux, Head, Seen
 from mtp_jax.heads.circuits import CIRCUITS
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.heads.factors import FACTORS, Factors, Flops, Tables
-from mtp_jax.heads.shortlist import SHORT, Shortlist, ShortlistForm, split
+from mtp_jax.heads.shortlist import SHORT, Shortlist, ShortlistForm, behind_listed, columns, split
 from mtp_jax.losses.balance import balance_loss
 from mtp_jax.losses.mixture import Terms, conditionals, factor_scores, mixture_loss, mixture_loss_against
 from mtp_jax.losses.subsample import subsample
@@ -148,7 +148,7 @@ class MixtureHead(Head):
         chex.assert_rank([x_BTD, targets_BTW, weights_BTW], 3)
         chex.assert_equal_shape([targets_BTW, weights_BTW])
         log_w_BTR = self.log_weights(x_BTD)
-        columns_BTW, listed_BTW = self._columns(targets_BTW)
+        columns_BTW, listed_BTW = columns(self.shortlist, targets_BTW)
         params, terms = {**self.params(seen.unembed_VD), **self.circuit.tables()}, self._terms()
         batch = x_BTD, log_w_BTR, columns_BTW, jnp.where(listed_BTW, weights_BTW, 0.0)
         if key is not None and config.loss_fraction < 1:
@@ -172,13 +172,11 @@ class MixtureHead(Head):
 
     def _terms(self) -> Terms:
         """What is static in the loss."""
-        config, against = self.config, None
-        if config.against_target:
-            columns = ("unembed_VD",)
-            if self.shortlist:
-                columns = *("unembed_VD",) * self.whole, f"{SHORT}unembed_VD"
-            weights = config.kl_weight, config.tv_weight, config.acceptance_weight, config.lk_weight
-            against = Against(*weights, config.temperature, columns)
+        config = self.config
+        names = ("unembed_VD",)
+        if self.shortlist:
+            names = *("unembed_VD",) * self.whole, f"{SHORT}unembed_VD"
+        against = against_target(config, names)
         before = 1 - self.whole
         return Terms(type(self.circuit), config.gamma, config.z_weight, self.known, before, config.nll_weight, against)
 
@@ -186,14 +184,12 @@ class MixtureHead(Head):
         """The target's law of what was seen. Where a token before is not listed, the head has no law to compare."""
         if law_weights_BTW is None:
             raise ValueError("A loss against the target's law has weights of its own; give law_weights_BTW.")
-        first_BT1 = jnp.ones_like(listed_BTW[..., :1])
-        before_BTW = jnp.concatenate([first_BT1, listed_BTW[..., :-1]], axis=-1)
         tables = {} if "unembed_VD" in params else {"unembed_VD": seen.unembed_VD}
-        return TargetLaw(tables, seen.x_BTD, jnp.where(before_BTW, law_weights_BTW, 0.0))
+        return TargetLaw(tables, seen.x_BTD, behind_listed(listed_BTW, law_weights_BTW))
 
     def log_likelihood(self, seen: Seen, targets_BTW: Array) -> Array:
         """log q(x_s | x_<s, h), `[B, T, W]` in nats, in tiles; -inf from the first target on that is not listed."""
-        columns_BTW, listed_BTW = self._columns(targets_BTW)
+        columns_BTW, listed_BTW = columns(self.shortlist, targets_BTW)
         logp_BTRW, _ = factor_scores(self.form, self.params(seen.unembed_VD), seen.x_BTD, columns_BTW, self.known)
         found_BTW = conditionals(type(self.circuit), self._unfolded(seen.x_BTD), logp_BTRW)
         return jnp.where(listed_BTW, found_BTW, -jnp.inf)
@@ -266,12 +262,6 @@ class MixtureHead(Head):
         """What the circuit starts from."""
         return self.circuit.unfold(jax.tree.map(gather, self.circuit.tables()), self.circuit.latent(x_BTD), x_BTD)
 
-    def _columns(self, targets_BTW: Array) -> tuple[Array, Array]:
-        """Where each target is in the logits of its offset, and whether it and those before it have such a place."""
-        if self.shortlist is None:
-            return targets_BTW, jnp.ones_like(targets_BTW, bool)
-        return self.shortlist.targets(targets_BTW)
-
     @classmethod
     def flops(cls, config: HeadConfig, model: ModelConfig, frozen: bool) -> tuple[float, float]:
         """Of factors at `loss_fraction` of the positions, and of the circuit at all of them.
@@ -287,6 +277,12 @@ class MixtureHead(Head):
         behind = frozen and config.encoder == "none"  # an encoder learns through the hidden states
         backward = 2 * forward - (table if frozen else 0) - (states if behind else 0)
         return part * forward + circuit + law, part * backward + (1 if behind else 2) * circuit
+
+
+def against_target(config: HeadConfig, columns: tuple[str, ...]) -> Against | None:
+    """The losses against the target's law that a config weighs, if there are any; `columns` as `Against` has them."""
+    weights = config.kl_weight, config.tv_weight, config.acceptance_weight, config.lk_weight
+    return Against(*weights, config.temperature, columns) if config.against_target else None
 
 
 def _factors(config: HeadConfig) -> type[Factors]:

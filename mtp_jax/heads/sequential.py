@@ -29,10 +29,11 @@ from mtp_jax.heads.base import Aux, Head, Seen, with_own_first
 from mtp_jax.heads.circuits import Independent
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.heads.encoder import TokenEncoder
-from mtp_jax.heads.shortlist import SHORT, Shortlist
+from mtp_jax.heads.mixture import against_target
+from mtp_jax.heads.shortlist import SHORT, Shortlist, behind_listed, columns
 from mtp_jax.losses.mixture import Terms, factor_scores, mixture_loss, mixture_loss_against
 from mtp_jax.losses.next_token import NextToken
-from mtp_jax.losses.target_law import Against, TargetLaw
+from mtp_jax.losses.target_law import TargetLaw
 from mtp_jax.model.attention import attend_chain, cache_mask, causal_mask
 from mtp_jax.model.block import Block
 from mtp_jax.model.cache import Cache, init_cache, write
@@ -224,26 +225,21 @@ class SequentialHead(Head):
     ) -> tuple[Array, Aux]:
         """That of the offsets from 2 on, as a mixture behind an encoder reports it; the next-token loss is the
         model's."""
-        config, columns, listed = self.config, targets_BTW[..., 1:], jnp.ones_like(targets_BTW[..., 1:], bool)
-        if self.shortlist:
-            columns, listed = self.shortlist.targets(columns)
+        config = self.config
+        columns_BTL, listed_BTL = columns(self.shortlist, targets_BTW[..., 1:])  # L: the later offsets
         params = self._table(seen.unembed_VD)
         (name,) = params
-        before = jnp.concatenate([jnp.ones_like(listed[..., :1]), listed[..., :-1]], axis=-1)
         tables = {} if name == "unembed_VD" else {"unembed_VD": seen.unembed_VD}
-        weights = jnp.where(listed, weights_BTW[..., 1:], 0.0)
-        law_weights = None
-        against = None
-        if config.against_target:
+        weights = jnp.where(listed_BTL, weights_BTW[..., 1:], 0.0)
+        law_weights, against = None, against_target(config, (name,))
+        if against:
             if law_weights_BTW is None:
                 raise ValueError("A loss against the target's law has weights of its own; give law_weights_BTW.")
-            law_weights = jnp.where(before, law_weights_BTW[..., 1:], 0.0)
-            of = config.kl_weight, config.tv_weight, config.acceptance_weight, config.lk_weight
-            against = Against(*of, config.temperature, (name,))
+            law_weights = behind_listed(listed_BTL, law_weights_BTW[..., 1:])
         total, found = jnp.zeros(()), list[dict[str, Array]]()
         for i, g_BTD in enumerate(self._stream(seen, targets_BTW)):
             one = slice(i, i + 1)
-            batch = params, g_BTD, Independent.latent(g_BTD), columns[..., one], weights[..., one]
+            batch = params, g_BTD, Independent.latent(g_BTD), columns_BTL[..., one], weights[..., one]
             terms = Terms(Independent, config.gamma, config.z_weight, self.known, i + 1, config.nll_weight, against)
             form: Any = NextToken(name)
             if law_weights is not None:
@@ -263,16 +259,14 @@ class SequentialHead(Head):
     def log_likelihood(self, seen: Seen, targets_BTW: Array) -> Array:
         """log q(x_s | x_<s), `[B, T, W]` in nats; the first is the model's own. -inf from the first target on that is
         not listed."""
-        columns, listed = targets_BTW[..., 1:], jnp.ones_like(targets_BTW[..., 1:], bool)
-        if self.shortlist:
-            columns, listed = self.shortlist.targets(columns)
+        columns_BTL, listed_BTL = columns(self.shortlist, targets_BTW[..., 1:])
         params = self._table(seen.unembed_VD)
         (name,) = params
         own = {"unembed_VD": seen.unembed_VD}
         found = [factor_scores(NextToken(), own, seen.x_BTD, targets_BTW[..., :1], self.known)[0][:, :, 0]]
         for i, g_BTD in enumerate(self._stream(seen, targets_BTW)):
-            scores, _ = factor_scores(NextToken(name), params, g_BTD, columns[..., i : i + 1], self.known)
-            found.append(jnp.where(listed[..., i : i + 1], scores[:, :, 0], -jnp.inf))
+            scores, _ = factor_scores(NextToken(name), params, g_BTD, columns_BTL[..., i : i + 1], self.known)
+            found.append(jnp.where(listed_BTL[..., i : i + 1], scores[:, :, 0], -jnp.inf))
         return jnp.concatenate(found, axis=-1)
 
     # Drafting.

@@ -95,6 +95,19 @@ class Shortlist(nnx.Module):
         return columns_V.at[self.listed_n[...]].set(jnp.arange(count, dtype=jnp.int32), unique_indices=True)
 
 
+def columns(shortlist: Shortlist | None, targets_BTW: Array) -> tuple[Array, Array]:
+    """Where each target is in the logits of its offset, and whether it and those before it have such a place."""
+    if shortlist is None:
+        return targets_BTW, jnp.ones_like(targets_BTW, bool)
+    return shortlist.targets(targets_BTW)
+
+
+def behind_listed(listed_BTW: Array, weights_BTW: Array) -> Array:
+    """Weights, 0 where a token before is not listed: a head has no law there to compare with another."""
+    first_BT1 = jnp.ones_like(listed_BTW[..., :1])
+    return jnp.where(jnp.concatenate([first_BT1, listed_BTW[..., :-1]], axis=-1), weights_BTW, 0.0)
+
+
 def put_listed(params: dict[str, Any], ids: np.ndarray) -> dict[str, Any]:
     """The parameters of a model with these ids as its shortlist."""
 

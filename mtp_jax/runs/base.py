@@ -72,7 +72,7 @@ class Base:
         require(
             self.config.head.kind != "none" or not wide,
             f"HeadConfig.factors is {config.head.factors}, which has a vocabulary table for each offset, and the base "
-            f"{self.path} is a pretrained model. Set factors to lowrank or shared, which go through its own.",
+            f"{self.path} is a pretrained model. Set factors to lowrank, shared or residual, which go through its own.",
         )
         # A tied table of a run whose head gives the next token is its embedding alone.
         apart = own.tie_embeddings and self.config.head.target == "marginal"

@@ -92,13 +92,19 @@ def gates(
             exact = in_dtype(run.model, "float32")
             decoder = for_decoding(exact)
         plain, drafted = (_decode(run, decoder, prompts, 0.0, each, new_tokens) for each in (0, k))
-        texts = at[hot[-1]] if hot else drafted
-        yield start(run, texts, k)
-        yield shuffled(run, texts, k)
-        yield cached(run, store)
-        for temperature, decoded in {0.0: drafted, **at}.items():
-            yield decoding(run.model if temperature else exact, decoded, temperature)
-        yield greedy(plain, drafted)
+    texts = at[hot[-1]] if hot else drafted
+    decodings = [(run.model if t else exact, decoded, t) for t, decoded in {0.0: drafted, **at}.items()]
+    looks = [
+        lambda: start(run, texts, k),
+        lambda: shuffled(run, texts, k),
+        lambda: cached(run, store),
+        *(functools.partial(decoding, *one) for one in decodings),
+        lambda: greedy(plain, drafted),
+    ]
+    for look in looks:
+        with jax.set_mesh(run.mesh):  # and not while the caller looks at what was found
+            found = look()
+        yield found
 
 
 @dataclass(frozen=True)

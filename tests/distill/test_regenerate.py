@@ -15,11 +15,13 @@ import pytest
 
 import mtp_jax
 from mtp_jax import cli
+from mtp_jax.commands.distill import RegenerateOptions
 from mtp_jax.data.config import SourceConfig
 from mtp_jax.data.store import SPLITS, Store
 from mtp_jax.distill import regenerate as module
 from mtp_jax.distill.asks import Ask, asks, questions
 from mtp_jax.distill.regenerate import Regenerate, _next_turn, _Talk, regenerate
+from mtp_jax.distributed import Distributed
 from mtp_jax.interop.importing import import_run
 from mtp_jax.runs.base import open_base
 from mtp_jax.runs.lock import one_maker
@@ -168,6 +170,26 @@ def test_a_second_start_is_refused_while_the_first_one_lives(base, todo, straigh
         regenerate(*base, todo, tmp_path / "own", CONFIG)
     assert contents(regenerate(*base, todo, tmp_path / "own", CONFIG)) == contents(straight)
     assert [path.name for path in tmp_path.iterdir()] == ["own"]
+
+
+def test_slots_are_as_long_as_what_is_asked(base, todo, tmp_path):
+    """A prompt that is longer than what is read counts for nothing; what comes before a later turn is not known."""
+    run, _ = base
+    opened = [(ask, *module._open(run, ask, CONFIG)) for ask in todo]
+    lengths = [len(talk.ids) for _, talk, _ in opened]
+    assert module._longest(opened, 1000) == max(lengths) < 64
+    opened[0][1].ids = np.zeros(2000, np.int32)
+    assert module._longest(opened, 1000) == max(lengths[1:])
+    two = [{"role": "user", "content": text} for text in ("a", "b")]
+    (longer,) = write(tmp_path / "two.jsonl", [{"messages": two}])
+    assert module._longest([*opened, (longer, *module._open(run, longer, CONFIG))], 1000) == 1000
+
+
+def test_the_command_reads_the_processes_of_the_environment(monkeypatch):
+    for name, value in (("COORDINATOR", "localhost:1"), ("NUM_PROCESSES", "2"), ("PROCESS_ID", "1")):
+        monkeypatch.setenv(f"MTP_JAX_{name}", value)
+    options = RegenerateOptions(source="asks.jsonl", base="base", out="own")
+    assert options.distributed == Distributed("localhost:1", 2, 1)
 
 
 def talk_of(run, messages, answer, end=END):
