@@ -284,6 +284,7 @@ def test_text_is_continued(base, tmp_path):
         assert not mask[:6].any() and mask[6:].all()
 
 
+@pytest.mark.slow
 def test_the_command_makes_a_store_that_is_trained_on(base, tmp_path, capsys):
     source = tmp_path / "asks.jsonl"
     write(source, [{"prompt": f"{i}"} for i in range(12)])

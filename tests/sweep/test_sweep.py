@@ -338,7 +338,14 @@ def test_a_run_is_a_process_of_its_own_with_a_log(file, tmp_path):
     assert "mtp-jax: error: rank=1,seed=0 needs trunk" in place.log("rank=1,seed=0").read_text()
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, status",
+    [
+        (signal.SIGTERM, 75),
+        pytest.param(signal.SIGUSR1, 75, marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_stops_the_run_that_goes_on_and_says_start_again(file, tmp_path, number, status):
     """It is sent to the sweep alone."""
     command = [sys.executable, "-m", "mtp_jax", "sweep", f"{file}@tiny", "--dir", str(tmp_path)]
