@@ -58,12 +58,13 @@ class LanguageModel(nnx.Module):
         """The hidden states `[B, T, D]` that the head reads, after the final norm. Arguments as in `see`."""
         return self.see(tokens_BT, segments_BT).x_BTD
 
-    def see(self, tokens_BT: Array, segments_BT: Array | None = None) -> Seen:
+    def see(self, tokens_BT: Array, segments_BT: Array | None = None, layers: tuple[int, ...] | None = None) -> Seen:
         """Run the trunk.
 
         Args:
           tokens_BT: token ids.
           segments_BT: the document of each position; positions see only their own. One document if not given.
+          layers: those that are tapped, where they are others than the head's.
         """
         chex.assert_rank(tokens_BT, 2)
         # In a notebook the tokens may come from anywhere; under jit this says where they are already.
@@ -73,7 +74,7 @@ class LanguageModel(nnx.Module):
         own_BT = jax.reshard(given_BT, RULES.tokens_BT)
         if not isinstance(self.trunk, Trunk):
             raise ConfigError("This model is laid out for decoding. Load the run without decoding_only=True.")
-        x_BTD, taps = self.trunk(self.embed(tokens_BT), own_BT, self.head.taps)
+        x_BTD, taps = self.trunk(self.embed(tokens_BT), own_BT, self.head.taps if layers is None else layers)
         return self.seen(x_BTD, tokens_BT, taps, own_BT)
 
     def seen(self, x_BTD: Array, tokens_BT: Array, taps: Any = (), segments_BT: Array | None = None) -> Seen:
@@ -97,8 +98,9 @@ class LanguageModel(nnx.Module):
         False, for a model that stays as it is.
         """
         tokens_BT, segments_BT, targets_BTW = (batch[name] for name in ("tokens_BT", "segments_BT", "targets_BTW"))
-        if "x_BTD" in batch:
-            seen = self.seen(batch["x_BTD"].astype(self.config.dtype), tokens_BT, (), segments_BT)
+        if "x_BTD" in batch:  # and the taps behind them, in one array
+            x_BTD, *taps = jnp.split(batch["x_BTD"].astype(self.config.dtype), 1 + len(self.head.taps), axis=-1)
+            seen = self.seen(x_BTD, tokens_BT, tuple(taps), segments_BT)
         else:
             seen = self.see(tokens_BT, segments_BT)
         loss, aux = self.head.loss(seen, targets_BTW, weights_BTW, key, law_weights_BTW)

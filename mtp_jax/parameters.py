@@ -60,7 +60,7 @@ PARAMETERS: dict[str, Parameter] = {
     "up_ED": Parameter(P(None, "fsdp"), (0,), (1,)),
     "up_EV": Parameter(P(None, "tensor"), (0,), (1,)),
     "listed_n": Parameter(P(None), matrix=False, exact=True, trained=False),
-    # Encoders: C is what is joined, two widths.
+    # Encoders: C is what is joined, two widths or more.
     "join_gate_CF": Parameter(P("fsdp", "tensor"), (0,), (1,)),
     "join_up_CF": Parameter(P("fsdp", "tensor"), (0,), (1,)),
     "join_down_FD": Parameter(P("tensor", "fsdp"), (0,), (1,)),

@@ -225,6 +225,16 @@ REFUSED = {
         lambda: check_head(HeadConfig(attention=True)),
         ["attention is True", "per_offset is False", "kind is mixture", "kind to sequential"],
     ),
+    "taps without an encoder that reads them": (
+        lambda: HeadConfig(taps=(2,)),
+        ["taps is (2,)", "encoder is none", "encoder to block"],
+    ),
+    "encoder layers without a block": (
+        lambda: HeadConfig(encoder="token", encoder_layers=2),
+        ["encoder_layers is 2", "encoder is token", "encoder to block"],
+    ),
+    "a tap twice": (lambda: HeadConfig(encoder="block", taps=(1, 2, 1)), ["taps is (1, 2, 1)", "a layer twice"]),
+    "the tap of no layer": (lambda: HeadConfig(encoder="block", taps=(0,)), ["taps is 0", "at least 1"]),
     "tokenizer": (
         lambda: TrainConfig(model=ModelConfig(vocab_size=100)).with_tokenizer(256),
         ["vocab_size is 100", "has 256", "'bytes'"],

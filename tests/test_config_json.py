@@ -52,13 +52,15 @@ def test_every_field_survives_json():
             0.1,
             1.0,
             6,
-            "token",
+            "block",
             0.5,
             0.1,
             0.2,
             0.3,
             0.4,
             0.7,
+            encoder_layers=2,
+            taps=(1, 3),
         ),
         DataConfig(
             "text", "*.txt", "<|end|>", "text", "", "train", 0.3, "/cache", "tok.json", "<|end|>", 17, 6, 5, max_bad=0.2

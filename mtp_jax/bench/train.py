@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -12,11 +13,15 @@ import numpy as np
 from mtp_jax.bench.config import TrainBenchConfig
 from mtp_jax.bench.timing import interleave, ratio, summary
 from mtp_jax.config import TrainConfig
+from mtp_jax.data.batches import batches
 from mtp_jax.data.placement import place
+from mtp_jax.data.store import Store
 from mtp_jax.heads.config import HeadConfig
+from mtp_jax.heads.shortlist import most_frequent, put_listed
 from mtp_jax.runs.layout import versions
 from mtp_jax.train.checks import check_machine
 from mtp_jax.train.costs import costs, peak_flops
+from mtp_jax.train.evaluate import batch_sizes
 from mtp_jax.train.step import make_trainer
 
 NEXT_TOKEN = "next token"
@@ -57,16 +62,20 @@ def next_token(config: TrainConfig) -> TrainConfig:
 
 
 def measure_steps(
-    configs: Mapping[str, TrainConfig], repetitions: int, progress: Callable[[str], None] = lambda _: None
+    configs: Mapping[str, TrainConfig],
+    repetitions: int,
+    progress: Callable[[str], None] = lambda _: None,
+    stores: Mapping[str, Store] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any]]:
     """Steps of several runs on random tokens, interleaved in one process: what is known of each beforehand (`tokens`,
-    `flops`, bytes), its times by `rounds`, and their median and quartiles, `seconds`."""
+    `flops`, bytes), its times by `rounds`, and their median and quartiles, `seconds`. Those that `stores` names read
+    the first batch of their data, which has the hidden states of a base."""
     rows, steps = {}, {}
     for name, config in configs.items():
         mesh = check_machine(config)
         with jax.set_mesh(mesh):
             progress(f"compiling {name}")
-            rows[name], steps[name] = _prepare(config, mesh)
+            rows[name], steps[name] = _prepare(config, mesh, stores.get(name))
     progress("measuring")
     rounds = interleave(steps, repetitions)
     for name, row in rows.items():
@@ -74,23 +83,31 @@ def measure_steps(
     return rows
 
 
-def _prepare(config: TrainConfig, mesh: Any) -> tuple[dict[str, Any], Callable[[], Any]]:
-    """What is known of a run's step beforehand, and a function that takes one."""
+def _random_batch(config: TrainConfig) -> dict[str, np.ndarray]:
     data, window = config.data, config.head.window
     rng = np.random.default_rng(0)
     tokens = rng.integers(0, config.model.vocab_size, (data.batch_size, data.seq_len + window), dtype=np.int32)
     ahead = np.arange(data.seq_len)[:, None] + np.arange(1, window + 1)[None]
-    batch = place(
-        {
-            "tokens_BT": tokens[:, : data.seq_len],
-            "targets_BTW": tokens[:, ahead],
-            "valid_BTW": np.ones((data.batch_size, data.seq_len, window), bool),
-            "segments_BT": np.zeros((data.batch_size, data.seq_len), np.int32),
-        },
-        mesh,
-    )
-    trainer = make_trainer(config)
+    return {
+        "tokens_BT": tokens[:, : data.seq_len],
+        "targets_BTW": tokens[:, ahead],
+        "valid_BTW": np.ones((data.batch_size, data.seq_len, window), bool),
+        "segments_BT": np.zeros((data.batch_size, data.seq_len), np.int32),
+    }
+
+
+def _prepare(config: TrainConfig, mesh: Any, store: Store | None) -> tuple[dict[str, Any], Callable[[], Any]]:
+    """What is known of a run's step beforehand, and a function that takes one."""
+    data = config.data
+    trainer = make_trainer(config, trunk=store is None)
     state = trainer.init()
+    if store is None:
+        batch = place(_random_batch(config), mesh)
+    else:
+        batch = place(next(batches(store.train, seed=data.seed, **batch_sizes(config, store, mesh))), mesh)
+        if config.head.shortlist:  # tokens that it has not are no work
+            ids, _ = most_frequent(store.train.frequencies(config.model.vocab_size), config.head.shortlist)
+            state = dataclasses.replace(state, params=put_listed(state.params, ids))
     step = trainer.step.lower(state, batch).compile()  # type: ignore[attr-defined]
     memory, cost = step.memory_analysis(), costs(config, state.whole)
     held = [state]

@@ -73,6 +73,8 @@ class HiddenOptions:
     """Tokens in a row, as training will have it (data.seq_len); by default the base's."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     """Of what is kept; by default what the base computes in."""
+    taps: tuple[int, ...] = ()
+    """Layers, counted from 1, whose outputs are kept too, for heads with head.taps."""
     batch_size: int = 8
     """Rows at a time."""
 
@@ -130,7 +132,7 @@ def hidden_command(args: list[str]) -> None:
     run, base = _base(options.base, MeshConfig(-1, 1, 1))
     length = options.seq_len or run.config.data.seq_len
     with _progress("caching", "rows") as tell:
-        made = {"seq_len": length, "dtype": options.dtype, "batch_size": options.batch_size}
+        made = {"seq_len": length, **{name: getattr(options, name) for name in ("dtype", "taps", "batch_size")}}
         cache_hidden(run, base, store, options.out, **made, log=print, progress=lambda done, of: tell(done, of, 0))
     fraction = store.manifest["valid_fraction"]
     split = "" if fraction == SourceConfig.valid_fraction else f" --data.valid-fraction {fraction:g}"

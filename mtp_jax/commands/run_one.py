@@ -8,14 +8,18 @@ from typing import Any
 import jax
 
 from mtp_jax.commands import train
+from mtp_jax.config import TrainConfig
 from mtp_jax.runs.layout import read_config, versions
 from mtp_jax.sweep.config import COSTS, NamedSweep
-from mtp_jax.sweep.measure import costs, measure
+from mtp_jax.sweep.costs import costs
+from mtp_jax.sweep.measure import measure
 from mtp_jax.sweep.records import Place, machine
 from mtp_jax.train.loggers import read_metrics, series
 from mtp_jax.train.signals import STOPS, leave, listening
 from mtp_jax.validate import BusyError, ConfigError, PreemptedError, differences, require
 
+LEARNT = ("model.num_tokens", "head.temperature")
+"""Fields that a run has from its tokenizer and its data."""
 SAVING_SECONDS = 60.0  # how long a run is waited for that somebody else has: it may be told to end, and save
 
 
@@ -43,7 +47,7 @@ def _run_one(named: NamedSweep, name: str, place: Place) -> None:
     try:
         if name == COSTS:
             begun = time.perf_counter()
-            found: dict[str, Any] = {"costs": costs(named.sweep, say)}
+            found: dict[str, Any] = {"costs": costs(named.sweep, _shapes(named, place), say)}
             seconds["measuring"] = time.perf_counter() - begun
         else:
             begun = time.perf_counter()
@@ -68,6 +72,10 @@ def _run_one(named: NamedSweep, name: str, place: Place) -> None:
         name,
         {"state": "done", "seconds": seconds, "machine": machine(device), "versions": versions(), **found},
     )
+
+
+def _shapes(named: NamedSweep, place: Place) -> dict[str, TrainConfig]:
+    return {name: place.config(named, name) for name, variant in named.sweep.variants.items() if variant.whole}
 
 
 def _train(named: NamedSweep, name: str, place: Place) -> None:
@@ -101,14 +109,14 @@ def curve(run_dir: Any) -> list[dict[str, Any]]:
 
 
 def _check(named: NamedSweep, name: str, place: Place) -> None:
-    config = named.config(name, place.directory)
+    config = place.config(named, name)
     try:
         saved = read_config(place.run(name))
     except ConfigError:
         saved = config  # there is none yet
     for field, here, there in differences(config, saved):
         require(
-            field in ("data.cache_dir", "model.num_tokens"),  # the run has the second from its tokenizer
+            field in LEARNT or field == "data.cache_dir",
             f"{place.run(name)} is a run with {field} {there!r}, and the sweep has {here!r}; delete it, or "
             "give another --dir.",
         )

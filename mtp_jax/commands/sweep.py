@@ -110,7 +110,7 @@ def _progress(named: NamedSweep, place: Place) -> SweepProgress:
     from mtp_jax.train.costs import training_flops
 
     for name in named.runs:
-        check_head(named.config(name).head)
+        check_head(named.config(name, place.directory).head)
 
     def work(config) -> float:
         return sum(training_flops(config)) * config.steps * config.data.batch_size * config.data.seq_len

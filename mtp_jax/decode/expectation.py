@@ -65,6 +65,14 @@ class Expectation:
         """That of the first `count` texts."""
         return Expectation(*(getattr(self, field.name)[:count] for field in dataclasses.fields(self)))
 
+    def with_drafts(self, k: int) -> Expectation:
+        """That of the first k drafts of each block alone. Overlaps stay means over the same positions."""
+        chances = [chance_nk[:, :k] for chance_nk in self.chances]
+        counts = [_counts(*pair) for pair in zip(chances, self.limits_B.tolist(), strict=True)]
+        emitted_B, forwards_B, accepted_Bk, drafted_Bk = (np.array(column) for column in zip(*counts, strict=True))
+        of_texts = emitted_B, forwards_B, accepted_Bk, drafted_Bk, self.overlap_Bk[:, :k]
+        return Expectation(*of_texts, self.positions_B, self.limits_B, chances)
+
     @property
     def tokens_per_forward(self) -> float:
         """Tokens emitted per target forward; NaN where there was none."""

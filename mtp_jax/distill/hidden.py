@@ -41,6 +41,7 @@ def cache_hidden(
     *,
     seq_len: int,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    taps: tuple[int, ...] = (),
     batch_size: int = 8,
     log: Callable[[str], None] = lambda _: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -54,6 +55,7 @@ def cache_hidden(
       out: the directory to make.
       seq_len: tokens in a row (T): that of the training to come.
       dtype: of what is kept; by default what the base computes in, so that nothing is lost.
+      taps: layers, counted from 1, whose outputs are kept too, for a head that reads them.
       batch_size: rows at a time.
       log: told the bytes before the first is written.
       progress: told after each batch how many rows of all are done.
@@ -78,7 +80,10 @@ def cache_hidden(
         seq_len <= model.context_length,
         f"seq_len is {seq_len} and the base's context_length is {model.context_length}; a row must fit.",
     )
-    kept = {"seq_len": seq_len, "width": model.d_model, "dtype": dtype, "computed_in": model.dtype, "taps": []}
+    outside = [n for n in taps if not 1 <= n <= model.num_layers]
+    require(not outside, f"taps has {outside} and the base has the layers 1..{model.num_layers}; give some of those.")
+    kept: dict[str, Any] = {"seq_len": seq_len, "width": (1 + len(taps)) * model.d_model, "dtype": dtype}
+    kept |= {"computed_in": model.dtype, "taps": [*taps]}
     with one_maker(path):
         _make(run, store, path, {**kept, "base": base.reference()}, batch_size, log, progress)
     return path
@@ -118,7 +123,7 @@ def _make(
             for first in range(done.get(split, 0), shape[0], batch_size):
                 assert kept_NTD is not None
                 last = min(first + batch_size, shape[0])
-                kept_NTD[first:last] = _states(run, rows[split], first, batch_size, dtype)[: last - first]
+                kept_NTD[first:last] = _states(run, rows[split], first, batch_size, kept)[: last - first]
                 kept_NTD.flush()
                 done[split] = last
                 replace_file(epath.Path(scratch / DONE), json.dumps(done))
@@ -141,11 +146,12 @@ def _begin(scratch: Path, store: Store, manifest: dict[str, Any]) -> dict[str, i
     return {}
 
 
-def _states(run: LoadedRun, rows: Rows, first: int, count: int, dtype: str) -> np.ndarray:
-    """The hidden states of `count` rows from `first` on, `[count, T, D]`."""
+def _states(run: LoadedRun, rows: Rows, first: int, count: int, kept: dict[str, Any]) -> np.ndarray:
+    """The hidden states of `count` rows from `first` on, `[count, T, D]`, and taps behind each."""
+    dtype = kept["dtype"]
     tokens_BT, pieces_BT, _ = rows.read(np.arange(first, first + count))
     batch = place({"tokens_BT": tokens_BT, "pieces_BT": pieces_BT.astype(np.int32)}, run.mesh)
-    x_BTD, finite_B = _see(run.model, batch["tokens_BT"], batch["pieces_BT"], dtype)
+    x_BTD, finite_B = _see(run.model, batch["tokens_BT"], batch["pieces_BT"], dtype, (*kept["taps"],))
     if not (finite_B := np.asarray(finite_B)).all():
         bad = first + int(np.argmin(finite_B))
         raise ConfigError(
@@ -155,9 +161,12 @@ def _states(run: LoadedRun, rows: Rows, first: int, count: int, dtype: str) -> n
     return np.asarray(x_BTD)
 
 
-def _hidden(model: LanguageModel, tokens_BT: Array, segments_BT: Array, dtype: str) -> tuple[Array, Array]:
-    x_BTD = model.see(tokens_BT, segments_BT).x_BTD.astype(dtype)
+def _hidden(
+    model: LanguageModel, tokens_BT: Array, segments_BT: Array, dtype: str, taps: tuple[int, ...]
+) -> tuple[Array, Array]:
+    seen = model.see(tokens_BT, segments_BT, taps)
+    x_BTD = jnp.concatenate([seen.x_BTD, *seen.taps], axis=-1).astype(dtype)
     return x_BTD, jnp.all(jnp.isfinite(x_BTD), axis=(1, 2))
 
 
-_see = jax.jit(_hidden, static_argnames="dtype")
+_see = jax.jit(_hidden, static_argnames=("dtype", "taps"))

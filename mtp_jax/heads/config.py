@@ -36,7 +36,9 @@ class HeadConfig:
     With a `loss_fraction` so many of the positions, drawn anew in every step, have the loss of the offsets: less work,
     with gradients that are right on average.
     `encoder` is what a mixture reads: `none` is the last hidden state; `token` is that and the token that the target
-    just chose. The mixture is then over the offsets after it, the first one is the model's own, and `target` is `ntp`.
+    just chose; `block` is the same through `encoder_layers` transformer blocks with a cache of their own, over these
+    and over the outputs of the trunk's layers `taps`, counted from 1. The mixture is then over the offsets after the
+    chosen token, the first one is the model's own, and `target` is `ntp`.
     With a `shortlist` n the offsets after the first know n token ids alone: the most frequent ones of the training
     data, which the run finds, or without data the ids 0..n-1. 0: all ids. The ids are an array among the parameters.
     What a mixture learns is a weighted sum: `nll_weight` is on the log-likelihood of the text, and the others, which
@@ -75,10 +77,21 @@ class HeadConfig:
     temperature: float = 1.0
     attention: bool = False
     per_offset: bool = False
+    encoder_layers: int = 1
+    taps: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         typed(self)
-        at_least(self, 1, "window", "rank", "factor_width")
+        at_least(self, 1, "window", "rank", "factor_width", "encoder_layers", "taps")
+        require(
+            self.encoder == "block" or (not self.taps and self.encoder_layers == 1),
+            f"HeadConfig.taps is {self.taps}, encoder_layers is {self.encoder_layers} and encoder is {self.encoder}, "
+            "which reads the last hidden state alone. Set taps to () and encoder_layers to 1, or encoder to block.",
+        )
+        require(
+            len(set(self.taps)) == len(self.taps),
+            f"HeadConfig.taps is {self.taps}, with a layer twice; name each once.",
+        )
         at_least(self, 0, "ntp_weight", "z_weight", "balance_weight", "init_noise", "shortlist", "circuit_width")
         at_least(self, 0, "nll_weight", *AGAINST_TARGET)
         positive(self, "temperature")

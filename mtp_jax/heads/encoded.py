@@ -63,9 +63,20 @@ class EncodedHead(Head):
         """The law of the first offset goes through the model's vocabulary table."""
         return True
 
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """Those of the encoder."""
+        return self.encoder.taps
+
+    @property
+    def has_cache(self) -> bool:
+        """Where the encoder has one."""
+        return self.encoder.has_cache
+
     def unstack(self, unembed_VD: Any) -> None:
-        """As mixtures do."""
+        """As mixtures do, and the encoder."""
         self.mixture.unstack(unembed_VD)
+        self.encoder.unstack()
 
     def loss(
         self,
@@ -93,6 +104,14 @@ class EncodedHead(Head):
         later = self.mixture.log_likelihood(self._encoded(seen, targets_BTW[..., 0]), targets_BTW[..., 1:])
         return jnp.concatenate([first_BT11[:, :, 0], later], axis=-1)
 
+    def init_cache(self, batch: int, slots: int) -> Any:
+        """That of the encoder."""
+        return self.encoder.init_cache(batch, slots)
+
+    def extend(self, cache: Any, seen: Seen, next_BT: Array, start_B: Array, memo: Any) -> tuple[Any, Any]:
+        """Write what the encoder keeps; with it comes what it says of these positions."""
+        return self.encoder.extend(cache, seen, next_BT, start_B) if self.has_cache else (cache, memo)
+
     def begin(
         self,
         seen: Seen,
@@ -104,7 +123,14 @@ class EncodedHead(Head):
         memo: Any = None,
     ) -> Joint:
         """The joint law of the offsets from 2 on, given the token at the first."""
-        return self.mixture.joint(self._encoded(seen, token_B[:, None]), window - 1)
+        if not self.has_cache:
+            seen = self._encoded(seen, token_B[:, None])
+        elif memo is not None:
+            seen = dataclasses.replace(seen, x_BTD=memo[:, None])
+        else:
+            assert position_B is not None
+            seen = dataclasses.replace(seen, x_BTD=self.encoder.again(cache, seen, token_B, position_B))
+        return self.mixture.joint(seen, window - 1)
 
     def next_log_probs(self, draft: Joint) -> Array:
         """As mixtures do."""
@@ -115,12 +141,12 @@ class EncodedHead(Head):
         return self.mixture.condition(draft, token_B)
 
     def _encoded(self, seen: Seen, next_BT: Array) -> Seen:
-        return dataclasses.replace(seen, x_BTD=self.encoder(seen.x_BTD, seen.embed(next_BT)))
+        return dataclasses.replace(seen, x_BTD=self.encoder.encode(seen, next_BT))
 
     @classmethod
     def flops(cls, config: HeadConfig, model: ModelConfig, frozen: bool) -> tuple[float, float]:
         """Those of the mixture and of the encoder."""
-        own = lookup(ENCODERS, config.encoder, "HeadConfig.encoder").flops(model)
+        own = lookup(ENCODERS, config.encoder, "HeadConfig.encoder").flops(config, model)
         forward, backward = MixtureHead.flops(_later(config), model, frozen)
         return forward + own, backward + 2 * own
 

@@ -31,11 +31,11 @@ from mtp_jax.heads.config import HeadConfig
 from mtp_jax.heads.encoder import TokenEncoder
 from mtp_jax.heads.mixture import against_target
 from mtp_jax.heads.shortlist import SHORT, Shortlist, behind_listed, columns
+from mtp_jax.heads.stages import block_flops, silent_block, stacked, stage, unstacked
 from mtp_jax.losses.mixture import Terms, factor_scores, mixture_loss, mixture_loss_against
 from mtp_jax.losses.next_token import NextToken
 from mtp_jax.losses.target_law import TargetLaw
 from mtp_jax.model.attention import attend_chain, cache_mask, causal_mask
-from mtp_jax.model.block import Block
 from mtp_jax.model.cache import Cache, init_cache, write
 from mtp_jax.model.config import ModelConfig
 from mtp_jax.model.layers import RMSNorm, linear
@@ -54,10 +54,7 @@ class BlockModule(nnx.Module):
         d = model.d_model
         self.hidden_norm, self.token_norm = RMSNorm(d, model.norm_eps), RMSNorm(d, model.norm_eps)
         self.join_CD = init_full("join_CD", (2 * d, d))
-        self.block = Block(model, rngs=rngs)
-        # What the block adds begins as zero, and so does not hide what the trunk says.
-        self.block.attention.wo_NHD = init_full("wo_NHD", (model.num_heads, model.head_width, d))
-        self.block.feed_forward.w_down_FD = init_full("w_down_FD", (model.d_ff, d))
+        self.block = silent_block(model, rngs=rngs)
 
     def join(self, g_BTD: Array, token_BTD: Array) -> Array:
         """z `[B, T, D]`, from what was there and the embeddings of the tokens behind it."""
@@ -110,9 +107,7 @@ class SequentialHead(Head):
         super().__init__(config, model, rngs=rngs)
         make = BlockModule if config.attention else TokenEncoder
         self.count = config.window - 1 if config.per_offset else 1
-        keys = jax.random.split(rngs.params(), self.count)
-        # Stacked, as the layers of the trunk are; a list where the head is laid out for decoding.
-        self.stages: Any = jax.vmap(lambda key: make(config, model, rngs=nnx.Rngs(key)))(keys)
+        self.stages: Any = stacked(lambda rngs: make(config, model, rngs=rngs), self.count, rngs)
         self.shortlist = Shortlist(config.shortlist, model, 0) if config.shortlist else None
         self.model_config, self.known = model, model.known
 
@@ -149,15 +144,10 @@ class SequentialHead(Head):
 
     def unstack(self, unembed_VD: Any) -> None:
         """Give each module its own arrays, and make the rows of the listed tokens once, for decoding."""
-        self.stages = nnx.List([self._stage(i) for i in range(self.count)])
+        self.stages = unstacked(self.stages, self.count)
         if self.shortlist:
             self.short_unembed_VD = nnx.Param(self.shortlist.rows(unembed_VD))
             self.shortlist.unstack()
-
-    def _stage(self, index: int) -> Any:
-        if isinstance(self.stages, nnx.List):
-            return self.stages[index]
-        return jax.tree.map(lambda w: w[index], self.stages)
 
     def _table(self, unembed_VD: Any) -> dict[str, Any]:
         """The table of the drafts, by the name that it has in the loss."""
@@ -172,7 +162,7 @@ class SequentialHead(Head):
         """One offset more, given the embeddings of the tokens at the last one."""
         offset = chain.offset + 1
         index = offset - 2 if self.config.per_offset else 0
-        module = self._stage(index)
+        module = stage(self.stages, index)
         if not self.config.attention:
             return Chain(module(chain.g_BTD, token_BTD), offset)
         z_BTD = module.join(chain.g_BTD, token_BTD)
@@ -192,7 +182,7 @@ class SequentialHead(Head):
     def _past(self, seen: Seen, next_BT: Array, position_BT: Array) -> list[Entry]:
         """The entries of offset 2 by module, each `[B, T, K, H]`."""
         token_BTD, rope = seen.embed(next_BT), rotary(self.model_config, position_BT)
-        modules = map(self._stage, range(self.count))
+        modules = (stage(self.stages, i) for i in range(self.count))
         return [module.entry(module.join(seen.x_BTD, token_BTD), rope)[1] for module in modules]
 
     # Training.
@@ -324,9 +314,8 @@ class SequentialHead(Head):
     @classmethod
     def flops(cls, config: HeadConfig, model: ModelConfig, frozen: bool) -> tuple[float, float]:
         """Of W - 1 steps of a module, and of as many products with the table."""
-        steps, d, f = config.window - 1, model.d_model, model.d_ff
-        heads = model.head_width * (2 * model.num_heads + 2 * model.num_kv_heads)
-        block = 2 * (2 * d * d + d * heads + 3 * d * f) if config.attention else TokenEncoder.flops(model)
+        steps, d = config.window - 1, model.d_model
+        block = 4 * d * d + block_flops(model) if config.attention else TokenEncoder.flops(config, model)
         table = 2 * (config.shortlist or model.vocab_size) * d
         law = 2 * d * (model.vocab_size + config.shortlist) if config.against_target else 0
         return steps * (block + table + law), steps * (2 * block + (1 if frozen else 2) * table)

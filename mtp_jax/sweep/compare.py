@@ -73,8 +73,9 @@ def over(pairs: Sequence[tuple[Units, ...]], combine: Callable[..., Any], looks:
     values = [float(combine(*(a.sum() / b.sum() for a, b in units))) for units in pairs]
     pooled = [tuple(np.sum([units[i][j] for units in pairs], axis=0) for j in (0, 1)) for i in range(len(pairs[0]))]
     drawn_BD = resample(len(pooled[0][0]))
-    means = [a[drawn_BD].sum(1) / b[drawn_BD].sum(1) for a, b in pooled]
-    return estimated(values, len(pooled[0][0]), float(np.std(combine(*means))), looks)
+    with np.errstate(invalid="ignore"):  # where all that are drawn have nothing to divide by
+        means = [a[drawn_BD].sum(1) / b[drawn_BD].sum(1) for a, b in pooled]
+    return estimated(values, len(pooled[0][0]), float(np.nanstd(combine(*means))), looks)
 
 
 # Metrics: of a run and a reading the units that its mean is over, or None where it was not measured.

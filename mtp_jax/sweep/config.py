@@ -33,9 +33,14 @@ class MeasureConfig:
     them, `prompt_tokens` long, each continued by `new_tokens` in batches of `batch_size`: of every checkpoint at the
     first of `temperatures` with each k in 1..W-1, and at the end with W-1 drafts at the other temperatures too. By
     default that is 10,000 verification steps of a window of 4 even where all drafts are accepted.
+    With a `suite`, a file of prompts by category as `mtp-jax bench decode --suite` takes it, the runs are heads on a
+    base with target `ntp`. Acceptance is then expected, without decoding, on texts that the base writes behind
+    `prompts` of each category: of every checkpoint at every temperature with each k.
+    `ks` are the numbers of drafts that are measured, beside W-1; none for all.
     Training steps of one run of those that differ in their seed alone and of next-token models are timed in turn, in
-    one process, for `rounds` rounds, and so are iterations of decoding one prompt at the first temperature, with each
-    k: speeds are what an iteration gives over what it takes.
+    one process, for `rounds` rounds, and so are iterations of decoding one prompt at the first temperature (with a
+    suite at each), with each k: speeds are what an iteration gives over what it takes. Heads that are trained from a
+    base's cached hidden states are timed as they are, with no next-token model beside them.
     """
 
     held_out_sequences: int = 48
@@ -45,6 +50,8 @@ class MeasureConfig:
     batch_size: int = 40
     temperatures: tuple[float, ...] = (0.7, 0.0, 1.0)
     rounds: int = 40
+    suite: str = ""
+    ks: tuple[int, ...] = ()
     lengths: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,6 +65,10 @@ class MeasureConfig:
         require(
             self.prompts % self.batch_size == 0,
             f"MeasureConfig.prompts is {self.prompts} and batch_size {self.batch_size}; it must divide them.",
+        )
+        require(
+            min(self.ks, default=1) >= 1,
+            f"MeasureConfig.ks is {self.ks}; give numbers of drafts, each at least 1, or none for all.",
         )
         for name, fraction in self.lengths.items():
             require(0 < fraction <= 1, f"MeasureConfig.lengths has {name} at {fraction}; it must lie in (0, 1].")
@@ -107,6 +118,15 @@ class Sweep:
     def __post_init__(self) -> None:
         clash = self.first.keys() & {*self.variants, COSTS}
         require(not clash, f"Sweep.first has the names {sorted(clash)}, which the sweep has for others; rename them.")
+
+        for name, variant in self.variants.items() if self.measure.suite else ():
+            config = variant.config
+            require(
+                bool(config.base) and config.head.target == "ntp" and config.head.window > 1,
+                f"MeasureConfig.suite is {self.measure.suite!r}, and the run {name!r} has base {config.base!r}, "
+                f"head.target {config.head.target} and head.window {config.head.window}: what is expected on a base's "
+                "texts is of heads on a base, with target ntp, that draft. Leave suite out, or change the run.",
+            )
 
     @property
     def fields(self) -> list[str]:

@@ -29,9 +29,15 @@ def held_out_losses(run: LoadedRun, store: Store | Mixture, sequences: int) -> d
             batch = place(one_sequence(tokens, window), run.mesh)
             found.append(jax.device_get(_held_out(run.model, batch)))
             of.append(document)
-    sums = {name: by_document(of, np.concatenate([row[name] for row in found])) for name in found[0]}
-    losses_DW, counts_DW = sums["loss_BW"], sums["count_BW"]
-    windows_D, joint_D, first_D = sums["windows_B"], losses_DW.sum(1), sums["first_B"]
+    return losses_of({name: by_document(of, np.concatenate([row[name] for row in found])) for name in found[0]})
+
+
+def losses_of(sums: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """What a results file has of held-out losses, from sums over the windows of each document: losses by offset and how
+    many targets they are of, `[D, W]`, windows and the target's loss, `[D]`, and of a mixture `gate` `[D, R]` and its
+    `entropy`."""
+    losses_DW, counts_DW = sums["loss_W"], sums["count_W"]
+    windows_D, joint_D, first_D = sums["windows"], losses_DW.sum(1), sums["first"]
     return {
         "loss": {
             "joint": ratio_interval(joint_D, windows_D),
@@ -42,7 +48,7 @@ def held_out_losses(run: LoadedRun, store: Store | Mixture, sequences: int) -> d
             name: rounded(values)
             for name, values in (("joint", joint_D), ("first_token", first_D), ("windows", windows_D))
         },
-        **({"gate": _gate(sums, windows_D)} if "gate_BR" in sums else {}),
+        **({"gate": _gate(sums, windows_D)} if "gate_R" in sums else {}),
     }
 
 
@@ -54,18 +60,18 @@ def _held_out(model: LanguageModel, batch: dict[str, Array]) -> dict[str, Array]
     nll_BTW = -model.head.log_likelihood(seen, targets_BTW)
     listed_BTW = nll_BTW != jnp.inf
     found = {
-        "loss_BW": jnp.sum(jnp.where(listed_BTW, nll_BTW, 0.0), axis=1),
-        "count_BW": jnp.sum(listed_BTW, axis=1, dtype=jnp.int32),
-        "windows_B": jnp.sum(jnp.ones_like(targets_BTW[..., 0]), axis=1, dtype=jnp.int32),
-        "first_B": -jnp.sum(arrays.log_prob(model.target(seen)[0], targets_BTW[..., 0]), axis=1),
+        "loss_W": jnp.sum(jnp.where(listed_BTW, nll_BTW, 0.0), axis=1),
+        "count_W": jnp.sum(listed_BTW, axis=1, dtype=jnp.int32),
+        "windows": jnp.sum(jnp.ones_like(targets_BTW[..., 0]), axis=1, dtype=jnp.int32),
+        "first": -jnp.sum(arrays.log_prob(model.target(seen)[0], targets_BTW[..., 0]), axis=1),
     }
     log_w_BTR = model.head.gate(seen, targets_BTW[..., 0])
     if log_w_BTR is None:
         return found
     w_BTR = jnp.exp(log_w_BTR)
     return found | {
-        "gate_BR": jnp.sum(w_BTR, axis=1),
-        "entropy_B": -jnp.sum(w_BTR * log_w_BTR, axis=(1, 2)),
+        "gate_R": jnp.sum(w_BTR, axis=1),
+        "entropy": -jnp.sum(w_BTR * log_w_BTR, axis=(1, 2)),
     }
 
 
@@ -100,9 +106,9 @@ def stretches(store: Store | Mixture, count: int, length: int, more: int) -> lis
 
 
 def _gate(sums: Mapping[str, np.ndarray], windows_D: np.ndarray) -> dict[str, Any]:
-    shares_R = sums["gate_BR"].sum(0) / windows_D.sum()
+    shares_R = sums["gate_R"].sum(0) / windows_D.sum()
     return {
-        "entropy": float(sums["entropy_B"].sum() / windows_D.sum()),
+        "entropy": float(sums["entropy"].sum() / windows_D.sum()),
         "effective": float(1 / np.sum(shares_R**2)),
         "shares": rounded(shares_R),
     }

@@ -19,7 +19,9 @@ from typing import Any
 
 from etils import epath
 
-from mtp_jax.runs.layout import CHECKPOINTS_DIR
+from mtp_jax.config import TrainConfig
+from mtp_jax.runs.base import open_base
+from mtp_jax.runs.layout import CHECKPOINTS_DIR, holds_run
 from mtp_jax.runs.manifest import MANIFEST, sealed_steps
 from mtp_jax.runs.paths import is_local, replace_file
 from mtp_jax.sweep.config import COSTS, NamedSweep
@@ -49,6 +51,17 @@ class Place:
     def record(self, name: str) -> epath.Path:
         """What was measured of a run."""
         return self.directory / "records" / f"{name}.json"
+
+    def config(self, named: NamedSweep, name: str) -> TrainConfig:
+        """The config of a run as it is trained: with what its base says, where that is there.
+
+        Raises `ConfigError` if its base is no run of the sweep, and is not there or does not fit.
+        """
+        config = named.config(name, self.directory)
+        own = [str(self.run(first)) for first in named.sweep.first]
+        if not config.base or (config.base in own and not holds_run(config.base)):
+            return config
+        return open_base(config.base).resolve(config)
 
     def read(self, named: NamedSweep, name: str) -> dict[str, Any] | None:
         """The record of a run, if its `subject` is that of now."""

@@ -26,7 +26,8 @@ widened for the number of variants: the best of many looks better than it is. Lo
 given the ones before; tokens per forward are with W-1 drafts; tokens/s at batch 1 are the tokens of a forward with k
 drafts over the median time of such an iteration, at the k that is best and in the dtype that is fastest for it, and
 over plain decoding is the ratio to those of k = 0. Iterations of all variants are timed in one process, in turn;
-speeds have no interval."""
+speeds have no interval. Of heads on a base, tokens per forward are expected ones, on texts of the base's, whose prompts
+are the documents."""
 CAPTION = "Differences to the reference, with intervals of 95%. Hollow: of one seed."
 
 
@@ -78,35 +79,47 @@ def _section(results: Results) -> str:
 
 def _row(results: Results, point: Point, reading: str) -> dict[str, str]:
     """The cells of a variant by column, "-" where nothing is known."""
-    is_reference, runs, t = results.reference(point) == point, results.of(point), _temperature(results)
+    is_reference, runs = results.reference(point) == point, results.of(point)
     changes = [f"{name} = {value}" for name, value in runs[0].raw["changes"].items() if name != SEED]
     ends = [at for run in runs if (at := run.at(reading))]
-    drafted = [found for run in runs if (found := decoding(run, reading, t))]
-    rates, cost = speeds(results, point, reading), runs[0].raw["cost"]
-    k, over = max(rates, key=rates.__getitem__, default=0), cost["over_reference"]
+    cost = runs[0].raw["cost"]
+    over, steps = cost["over_reference"], [step for run in runs if (step := run.raw["readings"].get(reading))]
 
     def cell(metric: Metric) -> str:
         e = (estimate if is_reference else compare)(results, point, reading, metric)
         return "-" if e is None else f"{e:.3f}" if is_reference else f"{e:+.3f}"
 
+    def tempered(t: float) -> dict[str, str]:
+        drafted = [found for run in runs if (found := decoding(run, reading, t))]
+        rates = speeds(results, point, reading, t)
+        k = max(rates, key=rates.__getitem__, default=0)
+        return {
+            f"tokens per forward, T = {t:g}": cell(tokens_per_forward(t)),
+            f"kept by offset, T = {t:g}": _means([[e["mean"] for e in found["acceptance"]] for found in drafted]),
+            f"tokens/s, T = {t:g}": f"{rates[k]:,.0f} (k = {k})" if rates else "-",
+            f"over plain decoding, T = {t:g}": f"{rates[k] / rates[0]:.2f}" if rates else "-",
+        }
+
     step = f"{1e3 * cost['seconds']:.0f} ms" if is_reference else f"{over['measured']:.2f}x +- {over['error']:.2f}"
+    timed = dict.fromkeys([_temperature(results), *(row["temperature"] for row in cost["decoding"])])
+    by_temperature = {name: text for t in timed for name, text in tempered(t).items()}
     return {
         "run": ", ".join(changes) or runs[0].name,
         "seeds": f"{len(runs)}" + ", **reference**" * is_reference,
         "joint loss": cell(joint_loss),
         "loss by offset": _means([[e["mean"] for e in at["loss"]["offsets"]] for at in ends]),
-        f"tokens per forward, T = {t:g}": cell(tokens_per_forward(t)),
-        "kept by offset": _means([[e["mean"] for e in found["acceptance"]] for found in drafted]),
-        f"tokens/s, T = {t:g}": f"{rates[k]:,.0f} (k = {k})" if rates else "-",
-        "over plain decoding": f"{rates[k] / rates[0]:.2f}" if rates else "-",
+        **by_temperature,
+        "head": f"{cost['head_parameters'] / 1e6:.1f}M" if "head_parameters" in cost else "-",
         "training step": step,
+        "training": f"{np.mean(steps) * cost['seconds']:,.0f} s" if steps else "-",
         "components in effect": _means([at["gate"]["effective"] for at in ends if "gate" in at]),
     }
 
 
-def speeds(results: Results, point: Point, reading: str) -> dict[int, float]:
-    """Tokens per second at batch 1 by k: tokens of a forward over the time of an iteration, in the faster dtype."""
-    t, found = _temperature(results), {}
+def speeds(results: Results, point: Point, reading: str, t: float) -> dict[int, float]:
+    """Tokens per second at batch 1 and a temperature by k: tokens of a forward over the time of an iteration, in the
+    faster dtype."""
+    found: dict[int, float] = {}
     for row in results.of(point)[0].raw["cost"]["decoding"]:  # which does not depend on the seed
         tokens = estimate(results, point, reading, tokens_per_forward(t, k=row["k"]))
         if tokens and row["temperature"] == t:

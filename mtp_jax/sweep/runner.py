@@ -38,7 +38,7 @@ class SweepProgress:
         self.rows: dict[str, Row] = {}
         self.begun: float | None = None
         for name in named.runs:
-            self.rows[name] = row = Row(name, "waiting", work(named.config(name, place.directory)))
+            self.rows[name] = row = Row(name, "waiting", work(place.config(named, name)))
             record = place.read(named, name)
             if record and record["state"] == "done":
                 row.state, row.seconds = "done", sum(record["seconds"].values())

@@ -130,7 +130,11 @@ def check_cache(config: TrainConfig, store: Store | Mixture, base: Base | None) 
         f"{where} of a base with sha256 {made['sha256'][:12]} ({made['path']}), and {base.path} has "
         f"{base.sha256[:12]}. Give its own base, or cache them again.",
     )
-    for name, here in (("seq_len", config.data.seq_len), ("computed_in", config.model.dtype), ("taps", [])):
+    for name, here in (
+        ("seq_len", config.data.seq_len),
+        ("computed_in", config.model.dtype),
+        ("taps", [*config.head.taps]),
+    ):
         field = {"seq_len": "data.seq_len", "computed_in": "model.dtype"}.get(name, "the head's taps")
         require(
             states[name] == here,

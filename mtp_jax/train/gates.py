@@ -238,6 +238,7 @@ def cached(run: LoadedRun, store: Store | Mixture) -> Gate:
 def _moved(model: LanguageModel, tokens_BT: Array, segments_BT: Array, x_BTD: Array) -> Array:
     """KL in nats, `[B, T]`, of the next token's law from given hidden states behind that from the trunk's."""
     own_BTD = model.see(tokens_BT, segments_BT).x_BTD
+    x_BTD = x_BTD[..., : own_BTD.shape[-1]]  # taps lie behind them
     some = math.gcd(own_BTD.shape[1], POSITIONS)
     laws = ([*jnp.split(a_BTD, a_BTD.shape[1] // some, axis=1)] for a_BTD in (own_BTD, x_BTD.astype(own_BTD.dtype)))
     own, kept = (jnp.stack(parts) for parts in laws)

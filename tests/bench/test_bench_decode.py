@@ -26,7 +26,7 @@ from mtp_jax.decode.decoder import for_decoding
 from mtp_jax.decode.decoding import ENDLESS
 from mtp_jax.decode.generate import generate
 from mtp_jax.state import build_model
-from mtp_jax.sweep.measure import untrained
+from mtp_jax.sweep.costs import untrained
 from mtp_jax.validate import ConfigError
 from support import tiny
 from support.generations import generation

@@ -16,7 +16,7 @@ from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.decoding import Decoding
 from mtp_jax.interop.importing import import_run
 from mtp_jax.runs.loading import load
-from mtp_jax.sweep.measure import untrained
+from mtp_jax.sweep.costs import untrained
 from mtp_jax.validate import ConfigError
 from support import pretrained, tiny
 

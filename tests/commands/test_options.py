@@ -59,8 +59,17 @@ OTHER = TrainConfig(
         0.5,
         1.0,
         6,
-        "token",
-        **dict(nll_weight=0.5, kl_weight=0.1, tv_weight=0.2, acceptance_weight=0.3, lk_weight=0.4, temperature=0.8),
+        "block",
+        **dict(
+            encoder_layers=2,
+            taps=(1, 2),
+            nll_weight=0.5,
+            kl_weight=0.1,
+            tv_weight=0.2,
+            acceptance_weight=0.3,
+            lk_weight=0.4,
+            temperature=0.8,
+        ),
     ),
     DataConfig(
         "tfds", "other/*.txt", "", "meta.text", "name", "test", 0.1, "elsewhere", "bytes", "", 24, 16, 5, max_bad=0.2

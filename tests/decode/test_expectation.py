@@ -1,6 +1,5 @@
 """Expected acceptance against decoding: the same counts at temperature 0, and above it the same in the mean."""
 
-import jax
 import numpy as np
 import pytest
 
@@ -12,6 +11,7 @@ from mtp_jax.decode.expectation import expectation
 from mtp_jax.validate import ConfigError
 from support import tiny
 from support.decoding import PROMPTS, build
+from support.heads import wake
 from support.tally import register
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
@@ -22,6 +22,7 @@ HEADS = {
     "shortlist": dict(rank=2, factors="lowrank", target="ntp", shortlist=9),
     "token": dict(rank=2, factors="shared", target="ntp", encoder="token"),
     "cached": dict(kind="tally", target="ntp"),
+    "block": dict(rank=2, factors="shared", target="ntp", encoder="block", encoder_layers=2, taps=(1,)),
 }
 
 
@@ -61,10 +62,19 @@ def test_of_every_head(name, mesh, monkeypatch):
     model = tiny.make_model(config, seed=3)
     prompts = [[5, 1, 9], [4, 3, 6, 7, 8, 2, 10, 11], [3], [7, 11] * 7]
     if config.head.encoder != "none":  # which begins without an effect
-        down_FD = model.head.encoder.join_down_FD
-        down_FD[...] = jax.random.normal(jax.random.key(4), down_FD.shape)
+        model = wake(model)
     out = same_counts(model, for_decoding(model), 3, (), prompts, [16] * 4)
     assert out.accepted.sum() > 0
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_of_fewer_drafts_it_is_that_of_the_first_ones(models, k):
+    texts = generate(models.ready, PROMPTS, k=0, max_new_tokens=LIMITS).tokens
+    most, few = (expectation(models.stacked, PROMPTS, texts, DecodeConfig(LIMITS, k=n)) for n in (3, k))
+    found = most.with_drafts(k)
+    for name in ("emitted_B", "forwards_B", "accepted_Bk", "drafted_Bk"):
+        np.testing.assert_allclose(getattr(found, name), getattr(few, name), atol=1e-9)
+    assert found.acceptance == pytest.approx(few.acceptance) and len(found.overlap) == k
 
 
 def test_at_temperature_0_the_overlap_is_the_mean_of_the_chances(models, monkeypatch):

@@ -96,6 +96,26 @@ def test_training_from_the_cache_is_training_with_the_trunk(setting, tmp_path, m
     assert run.generate("The", max_new_tokens=4)
 
 
+@pytest.mark.slow
+def test_a_head_that_taps_inner_layers_has_them_from_the_cache(setting, tmp_path):
+    taps, found = (2, 1), {}
+    cached = setting.cache(tmp_path / "tapped", taps=taps)
+    head = tiny.head_config(target="ntp", encoder="block", taps=taps, factors="lowrank", rank=2)
+    for name, source in (("trunk", setting.store.path), ("cache", cached)):
+        train(dataclasses.replace(setting.config(source), head=head), tmp_path / name)
+        found[name] = np.array([row[2] for row in losses(tmp_path / name)])
+    np.testing.assert_allclose(found["cache"], found["trunk"], atol=1e-6)
+    assert mtp_jax.load(tmp_path / "cache").generate("The", max_new_tokens=4)
+
+
+def test_a_cache_without_the_layers_that_a_head_taps_is_refused(setting, tmp_path):
+    head = tiny.head_config(target="ntp", encoder="block", taps=(1,), factors="lowrank")
+    with pytest.raises(ConfigError, match=r"made with taps \[\], and the head's taps is \[1\]"):
+        train(dataclasses.replace(setting.config(setting.cached), head=head), tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"taps has \[3\] and the base has the layers 1\.\.2; give some of those"):
+        setting.cache(tmp_path / "deep", taps=(1, 3))
+
+
 def test_a_run_says_what_it_reads(setting, tmp_path, capsys):
     train(setting.config(setting.cached, steps=1), tmp_path / "run")
     assert f"reads hidden states of {setting.base} from {setting.cached}" in capsys.readouterr().out

@@ -5,13 +5,11 @@ each draft was drawn from is compared with the head's likelihood of the committe
 """
 
 import itertools
-import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
 from mtp_jax import Slots
 from mtp_jax.decode import loop
@@ -20,10 +18,9 @@ from mtp_jax.decode.decoder import for_decoding
 from mtp_jax.decode.decoding import Decoding
 from mtp_jax.heads.base import Head
 from mtp_jax.heads.encoded import EncodedHead
-from mtp_jax.parameters import last_name
-from mtp_jax.state import split
 from mtp_jax.validate import ConfigError
 from support import tiny
+from support.heads import wake
 from support.tally import TallyHead, laws, register
 
 W, K, NEW, SIZE = tiny.WINDOW, tiny.WINDOW - 1, 14, 12
@@ -41,9 +38,13 @@ HEADS = {
     "sequential, per offset": dict(kind="sequential", target="ntp", per_offset=True),
     "attention": dict(kind="sequential", target="ntp", attention=True),
     "attention, per offset": dict(kind="sequential", target="ntp", attention=True, per_offset=True, shortlist=9),
+    "block": dict(rank=2, factors="shared", target="ntp", encoder="block", taps=(2,), shortlist=9),
+    "block, two layers": dict(
+        circuit="hmm", rank=2, factors="lowrank", target="ntp", encoder="block", encoder_layers=2
+    ),
     "tally": dict(kind="tally", target="ntp"),
 }
-QUICK = {"cpd", "token, shortlist", "token, btree", "sequential, per offset", "attention, per offset", "tally"}
+QUICK = {"cpd", "block", "token, shortlist", "token, btree", "sequential, per offset", "attention, per offset", "tally"}
 every_head = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in HEADS]
 )
@@ -56,21 +57,6 @@ def make(head):
     model = tiny.make_model(config, seed=3)
     model = wake(model)
     return model, for_decoding(model)
-
-
-def wake(model):
-    """Give values to the matrices of a head that begin as zero, and so without an effect."""
-    graph, params = split(model)
-
-    def fill(path, weight):
-        name = last_name(path)
-        if name == "listed_n" or np.asarray(weight).any():
-            return weight
-        key = jax.random.fold_in(jax.random.key(4), zlib.crc32(name.encode()))
-        scale = 1.0 if name == "join_down_FD" else weight.shape[-2] ** -0.5
-        return jax.device_put(scale * jax.random.normal(key, weight.shape), weight.sharding)
-
-    return nnx.merge(graph, {**params, "head": jax.tree_util.tree_map_with_path(fill, params["head"])})
 
 
 def check_laws(model, state, live_B):
@@ -230,6 +216,29 @@ def test_another_token_than_the_chosen_one_is_caught(monkeypatch):
     monkeypatch.setattr("mtp_jax.heads.registry.EncodedHead", Behind)
     with tiny.mesh(), pytest.raises(AssertionError, match="Not equal to tolerance"):
         check_loop(*make(HEADS["token"]))
+
+
+class Held(EncodedHead):
+    """Drafting reads what the encoder said of the position before the last committed one."""
+
+    def extend(self, cache, seen, next_BT, start_B, memo):
+        cache, memo = super().extend(cache, seen, next_BT, start_B, memo)
+        return cache, jnp.roll(memo, 1, axis=1)
+
+
+class Unwritten(EncodedHead):
+    """The encoder's cache is that of the prompt."""
+
+    def extend(self, cache, seen, next_BT, start_B, memo):
+        written, memo = super().extend(cache, seen, next_BT, start_B, memo)
+        return (written if next_BT.shape[1] > W else cache), memo
+
+
+@pytest.mark.parametrize("fault", [Held, Unwritten])
+def test_an_encoder_that_is_a_position_off_is_caught(fault, monkeypatch):
+    monkeypatch.setattr("mtp_jax.heads.registry.EncodedHead", fault)
+    with tiny.mesh(), pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check_loop(*make(HEADS["block"]))
 
 
 class Deep(TallyHead):

@@ -1,6 +1,7 @@
 """Heads on a vocabulary small enough to list all windows, and their laws by brute force, in float64."""
 
 import itertools
+import zlib
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +12,8 @@ from flax import nnx
 from mtp_jax.heads.circuits.transitions import STAY
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.language_model import LanguageModel
+from mtp_jax.parameters import last_name
+from mtp_jax.state import split
 from support import tiny
 from support.circuits import assignments
 
@@ -56,6 +59,21 @@ def make_fresh(factors):
 
     # This generator compiles in a fifth of the default one's time.
     return SimpleNamespace(**jax.jit(build)(jax.random.key(0, impl="rbg")))
+
+
+def wake(model):
+    """Give values to the matrices of a head that begin as zero, and so without an effect."""
+    graph, params = split(model)
+
+    def fill(path, weight):
+        name = last_name(path)
+        if name == "listed_n" or np.asarray(weight).any():
+            return weight
+        key = jax.random.fold_in(jax.random.key(4), zlib.crc32(name.encode()))
+        scale = 1.0 if name == "join_down_FD" else weight.shape[-2] ** -0.5
+        return jax.device_put(scale * jax.random.normal(key, weight.shape), weight.sharding)
+
+    return nnx.merge(graph, {**params, "head": jax.tree_util.tree_map_with_path(fill, params["head"])})
 
 
 def parameters(model):

@@ -186,7 +186,7 @@ def test_speeds_are_of_iterations_that_were_timed_together(load, tmp_path):
     value = results(ranks=(1, 4), noise=0.0)
     (found,) = load(value)
     for point in found.points:
-        rates = speeds(found, point, "seconds")
+        rates = speeds(found, point, "seconds", 0.7)
         assert list(rates) == [0, 1, 2, 3] and rates[0] == pytest.approx(1 / (0.0019 * 1.03))  # in the faster dtype
         run = found.of(point)[0]
         (row,) = [row for row in run.at("seconds")["decoding"] if row["k"] == 3]
@@ -195,7 +195,7 @@ def test_speeds_are_of_iterations_that_were_timed_together(load, tmp_path):
         assert rates[3] == pytest.approx(tokens / np.median(timed["iteration_seconds"]))
     k = max(rates, key=rates.get)
     page = report(tmp_path, value)
-    assert "| tokens/s, T = 0.7 | over plain decoding |" in page
+    assert "| tokens/s, T = 0.7 | over plain decoding, T = 0.7 |" in page
     assert f"| {rates[k]:,.0f} (k = {k}) | {rates[k] / rates[0]:.2f} |" in page
 
 

@@ -418,6 +418,9 @@ def test_a_reading_gives_no_run_more_than_its_share_and_no_less():
     cost = {"over_reference": {"predicted": 2.0, "measured": 0.9}}
     found = measuring.readings_of(100, 100, MeasureConfig(lengths={"third": 1 / 3}), cost)
     assert found == pytest.approx({"steps": 100, "flops": 50, "seconds": 100, "third": 100 / 3})
+    longer, shorter = (measuring.readings_of(steps, 100, MeasureConfig(), cost) for steps in (300, 60))
+    assert longer == pytest.approx({"steps": 100, "flops": 50, "seconds": 100 / 0.9})
+    assert shorter == pytest.approx({"flops": 50, "seconds": 60})
     assert measuring.saved_step([20, 40, 60], 20, 59) == 40
     assert measuring.saved_step([20, 40, 60], 20, 59.5) == 60  # within a hundredth
     assert measuring.saved_step(list(range(1, 121)), 1, 110.4) == 110  # the nearest, not the latest that may be

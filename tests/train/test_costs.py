@@ -14,6 +14,7 @@ from jax.interpreters import partial_eval
 from jax.sharding import PartitionSpec as P
 
 from mtp_jax.heads.config import HeadConfig
+from mtp_jax.heads.encoder import ENCODERS
 from mtp_jax.heads.factors import FACTORS, SharedFactors
 from mtp_jax.heads.mixture import MixtureHead
 from mtp_jax.heads.registry import check_head
@@ -181,6 +182,24 @@ def test_the_flops_of_a_sequential_head_are_those_of_its_matrix_products(attenti
         queries = sum(2 * 2 * 6 * 10 * (TIME + chain) for chain in range(4))
         forward += entry + queries
     assert counted == BATCH * TIME * forward
+
+
+@pytest.mark.parametrize("layers, taps", [(1, ()), (2, (1,))])
+def test_the_flops_of_the_block_encoder_are_those_of_its_matrix_products(layers, taps):
+    """But for the scores of attention."""
+    head = HeadConfig(window=5, target="ntp", encoder="block", encoder_layers=layers, taps=taps)
+    config = dataclasses.replace(make_config(), head=head)
+    graph, params = shapes(config)
+    batch = tiny.make_batch(config)
+
+    def encode(params, x_BTD, batch):
+        model = nnx.merge(graph, params)
+        seen = model.seen(x_BTD, batch["tokens_BT"], (x_BTD,) * len(taps))
+        return model.head.encoder.encode(seen, batch["targets_BTW"][..., 0])
+
+    counted = dot_flops(encode, params, tiny.shard(np.ones((BATCH, TIME, 20), np.float32)), batch)
+    scores = layers * 2 * 2 * 6 * 10 * TIME
+    assert counted == BATCH * TIME * (ENCODERS["block"].flops(head, config.model) + scores)
 
 
 @pytest.mark.parametrize("head", HEADS)

@@ -81,7 +81,18 @@ GROUPS["sequential"] = {
     "head.stages.token_norm.scale": VECTOR,
     "head.stages.join_CD": ((1,), (2,)),
 }
+GROUPS["block"] = {
+    **TRUNK,
+    **{f"head.encoder.stages.{path}": found for path, found in BLOCK.items()},
+    "head.mixture.circuit.gate_DR": VECTOR,
+    "head.mixture.factors.map_DRWD": ((0,), (3,)),
+    "head.encoder.hidden_norm.scale": VECTOR,
+    "head.encoder.token_norm.scale": VECTOR,
+    "head.encoder.tap_norm.scale": VECTOR,
+    "head.encoder.join_CD": ((0,), (1,)),
+}
 HEADS = {
+    "block": dict(factors="shared", encoder="block", encoder_layers=2, taps=(1,)),
     "token": dict(factors="shared", encoder="token"),
     "hmm": dict(factors="full", circuit="hmm"),
     "narrow hmm": dict(factors="full", circuit="hmm", circuit_width=2),
@@ -132,7 +143,9 @@ def test_a_matrix_maps_its_inputs_to_its_outputs(kind):
         if GROUPS[kind][path] is VECTOR:
             continue
         inputs, outputs = GROUPS[kind][path]
-        letters = "L" * path.startswith(("trunk.blocks.", "head.stages.")) + path.rsplit("_", 1)[1]
+        letters = (
+            "L" * path.startswith(("trunk.blocks.", "head.stages.", "head.encoder.stages.")) + path.rsplit("_", 1)[1]
+        )
         assert len(letters) == leaf.ndim
         batch = {letters[axis] for axis in range(leaf.ndim) if axis not in inputs + outputs}
         assert batch == set(letters) & set("LRW"), path

@@ -1,0 +1,64 @@
+"""Which loss for a head on a pretrained model? Log-likelihood alone, the LK loss, and a sum of the two.
+
+    mtp-jax import HuggingFaceTB/SmolLM2-135M-Instruct --out runs/base
+    mtp-jax data regenerate --base runs/base --source prompts.jsonl --out data/own --max-new-tokens 256
+    mtp-jax data hidden --base runs/base --source data/own --out data/states --seq-len 512
+    mtp-jax sweep experiments/losses.py
+    mtp-jax report experiments/results/losses-cpu.json --out reports/losses
+
+`@gpu` for one GPU, with ten times the steps. The suite, `data/dev.jsonl`, has prompts that the data has not, with a
+`category` each. The log-likelihood needs no law of the model, whose logits cost more than all of the head: with the
+others a run has half the steps, and they are compared at equal wall-clock.
+There are no results yet.
+"""
+
+from dataclasses import replace
+
+from head_on_base import CONFIG
+
+from mtp_jax import MeasureConfig, OptimizerConfig, Sweep, TrainConfig
+
+ON_STATES = replace(
+    CONFIG,
+    base="runs/base",
+    head=replace(CONFIG.head, shortlist=4096),
+    data=replace(CONFIG.data, source="data/states", batch_size=2),
+    optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=20, weight_decay=0.0),
+    checkpoint_every=20,
+    eval_temperatures=(),
+    ema_decay=0.95,
+)
+MEASURE = MeasureConfig(
+    suite="data/dev.jsonl",
+    prompts=16,
+    batch_size=16,
+    prompt_tokens=32,
+    new_tokens=128,
+    temperatures=(0.7, 0.0),
+    ks=(1, 3),
+    rounds=5,
+)
+
+
+def on_gpu(config: TrainConfig) -> TrainConfig:
+    """The run with larger batches."""
+    return replace(config, data=replace(config.data, batch_size=32), checkpoint_every=200)
+
+
+def losses(base: TrainConfig, steps: int) -> Sweep:
+    """All three, of three seeds."""
+    half = {"steps": steps // 2}
+    return Sweep(
+        replace(base, steps=steps, eval_every=steps // 2, keep_checkpoints=steps // base.checkpoint_every),
+        {"seed": (0, 1, 2)},
+        {
+            "nll": {"head.lk_weight": 0.0},
+            "lk": {"head.nll_weight": 0.0, "head.lk_weight": 1.0, **half},
+            "nll + lk": {"head.lk_weight": 1.0, **half},
+        },
+        reference={"case": "nll"},
+        measure=MEASURE,
+    )
+
+
+SWEEPS = {"cpu": losses(ON_STATES, 400), "gpu": losses(on_gpu(ON_STATES), 4000)}
