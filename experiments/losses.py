@@ -24,12 +24,13 @@ ON_STATES = replace(
     head=replace(CONFIG.head, shortlist=4096),
     data=replace(CONFIG.data, source="data/states", batch_size=2),
     optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=20, weight_decay=0.0),
-    checkpoint_every=20,
+    checkpoint_every=30,
     eval_temperatures=(),
     ema_decay=0.95,
 )
 MEASURE = MeasureConfig(
     suite="data/dev.jsonl",
+    held_out_sequences=24,
     prompts=16,
     batch_size=16,
     prompt_tokens=32,
@@ -42,7 +43,7 @@ MEASURE = MeasureConfig(
 
 def on_gpu(config: TrainConfig) -> TrainConfig:
     """The run with larger batches."""
-    return replace(config, data=replace(config.data, batch_size=32), checkpoint_every=200)
+    return replace(config, data=replace(config.data, batch_size=32), checkpoint_every=300)
 
 
 def losses(base: TrainConfig, steps: int) -> Sweep:
@@ -61,4 +62,4 @@ def losses(base: TrainConfig, steps: int) -> Sweep:
     )
 
 
-SWEEPS = {"cpu": losses(ON_STATES, 400), "gpu": losses(on_gpu(ON_STATES), 4000)}
+SWEEPS = {"cpu": losses(ON_STATES, 300), "gpu": losses(on_gpu(ON_STATES), 3000)}

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 from mtp_jax.commands import console, parse, use_compilation_cache
 from mtp_jax.commands.experiment import load_sweep, split_file
 from mtp_jax.processes import end_with_input
-from mtp_jax.runs.paths import check_writable, given_path
+from mtp_jax.runs.paths import check_writable, given_path, write_json
 from mtp_jax.sweep.config import NamedSweep
-from mtp_jax.sweep.records import Place, collect, write_json
+from mtp_jax.sweep.records import Place, collect
 from mtp_jax.train.signals import STOPS, leave, listening
 from mtp_jax.validate import ConfigError, PreemptedError, require
 

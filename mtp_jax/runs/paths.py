@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib.util
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import fsspec.config
 from etils import epath
@@ -118,3 +120,9 @@ def replace_file(path: epath.Path, data: str | bytes) -> None:
     aside.write_bytes(data.encode() if isinstance(data, str) else data)
     if aside != path:
         aside.replace(path)
+
+
+def write_json(path: epath.Path, values: Any) -> None:
+    """Write a JSON file, and its folder where there is none, in one go."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, json.dumps(values, indent=1) + "\n")

@@ -52,7 +52,7 @@ def measure(
         for name, step in readings_of(variant.config.steps, reference_steps, config, cost).items()
     }
     main = max(readings.values())
-    measured, texts = {}, dict[float, BaseTexts]()
+    measured, texts, texts_dir = {}, dict[float, BaseTexts](), epath.Path(run_dir).parent / "texts"
     for step in sorted(set(readings.values()), reverse=True):
         run = load(run_dir, step, weights="ema" if variant.config.ema_decay else "params")
         store = prepare(run.config.data, tokenizer=run.tokenizer, reading=True)
@@ -64,7 +64,7 @@ def measure(
             if config.suite:
                 if temperature not in texts:
                     progress(f"the base writes at T = {temperature:g}")
-                    texts[temperature] = base_texts(run, config, temperature)
+                    texts[temperature] = base_texts(run, config, temperature, texts_dir / f"{temperature:g}.json")
                 progress(f"step {step}: expected acceptance at T = {temperature:g}")
                 found["decoding"] += texts[temperature].expected(run, ks)
                 continue

@@ -7,12 +7,14 @@ of drafts on them needs no decoding: differences between heads are then those of
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from mtp_jax.bench.config import BenchConfig
 from mtp_jax.bench.suite import chosen_records, read_suite
@@ -24,6 +26,7 @@ from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.expectation import Expectation, expectation, hidden_states
 from mtp_jax.decode.generate import generate
 from mtp_jax.runs.loading import LoadedRun
+from mtp_jax.runs.paths import write_json
 from mtp_jax.state import split
 from mtp_jax.sweep.config import MeasureConfig
 from mtp_jax.sweep.held_out import losses_of
@@ -100,20 +103,31 @@ class BaseTexts:
         return found
 
 
-def base_texts(run: LoadedRun, config: MeasureConfig, temperature: float) -> BaseTexts:
+def base_texts(run: LoadedRun, config: MeasureConfig, temperature: float, kept: epath.Path) -> BaseTexts:
     """Let the base of `run` answer the suite, without drafts. Prompt i, by length, is sampled as row i.
+
+    The answers are kept in the file `kept`, and read from it where they are of the same base, prompts and numbers.
 
     Raises `ConfigError` as the suite's records do: one is not readable, or leaves no room for an answer.
     """
     bench = BenchConfig(suite=config.suite, prompts=config.prompts, new_tokens=config.new_tokens)
     records = chosen_records(read_suite(config.suite), bench)
     prompts = sorted((record.encode(run, config.new_tokens) for record in records), key=len)  # little is padded
+    base = {name: run.meta["base"][name] for name in ("sha256", "step")}
+    of = {**base, "dtype": run.config.model.dtype, "temperature": temperature, "new_tokens": config.new_tokens}
+    of |= {"batch_size": config.batch_size, "prompts": [prompt.tolist() for prompt in prompts]}
+    found = json.loads(kept.read_text()) if kept.exists() else {}
+    answers = [np.array(ids, np.int32) for ids in found["texts"]] if found.get("of") == of else []
     parts = []
     with jax.set_mesh(run.mesh):
-        for first in range(0, len(prompts), config.batch_size):
+        for first in range(0, 0 if answers else len(prompts), config.batch_size):
             some = prompts[first : first + config.batch_size]
             plain = DecodeConfig(config.new_tokens, temperature, row=first, k=0, stop_tokens=run.stop_tokens)
-            texts = generate(run.decoder, some, **vars(plain)).tokens
+            answers += generate(run.decoder, some, **vars(plain)).tokens
+        if found.get("of") != of:
+            write_json(kept, {"of": of, "texts": [ids.tolist() for ids in answers]})
+        for first in range(0, len(prompts), config.batch_size):
+            some, texts = (values[first : first + config.batch_size] for values in (prompts, answers))
             decode = DecodeConfig(config.new_tokens, temperature, stop_tokens=run.stop_tokens)
             parts.append((some, texts, decode, hidden_states(run.model, some, texts)))
     return BaseTexts(temperature, parts)

@@ -3,6 +3,7 @@
 DIR/RUN/               a run directory, as `mtp-jax train` makes it
 DIR/records/RUN.json   what was measured of the run, or why it failed
 DIR/logs/RUN.log       what it printed, if `mtp-jax sweep` started it
+DIR/texts/T.json       what a base wrote behind the prompts of a suite at temperature T
 
 DIR may be in a bucket; logs grow, which files in a bucket do not, and are then in logs/BUCKET/... here.
 """
@@ -23,7 +24,7 @@ from mtp_jax.config import TrainConfig
 from mtp_jax.runs.base import open_base
 from mtp_jax.runs.layout import CHECKPOINTS_DIR, holds_run
 from mtp_jax.runs.manifest import MANIFEST, sealed_steps
-from mtp_jax.runs.paths import is_local, replace_file
+from mtp_jax.runs.paths import is_local, write_json
 from mtp_jax.sweep.config import COSTS, NamedSweep
 from mtp_jax.sweep.results import FORMATS
 from mtp_jax.validate import to_dict
@@ -116,12 +117,6 @@ def _sha256(path: epath.Path) -> str:
 def plain(config: Any) -> Any:
     """A config as what JSON makes of it."""
     return json.loads(json.dumps(to_dict(config)))
-
-
-def write_json(path: epath.Path, values: Any) -> None:
-    """Write a JSON file in one go, so that a kill right here leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(path, json.dumps(values, indent=1) + "\n")
 
 
 def collect(named: NamedSweep, place: Place) -> dict[str, Any]:

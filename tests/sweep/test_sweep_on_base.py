@@ -108,7 +108,7 @@ def test_both_are_trained_on_the_base_and_measured_on_its_texts(done):
 
 def test_at_temperature_0_what_is_expected_is_what_decoding_counts(done, run, file):
     measure = load_sweep(f"{file}@tiny").sweep.measure
-    texts = base_texts(run, measure, 0.0)
+    texts = base_texts(run, measure, 0.0, done.place.directory / "texts" / "0.json")
     for row in texts.expected(run, [3, 1]):
         parts = [
             run.generate_tokens(prompts, k=row["k"], max_new_tokens=24, temperature=0.0) for prompts, *_ in texts.parts
