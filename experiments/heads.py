@@ -21,10 +21,11 @@ has prompts that the data has not, with a `category` each. Seeds come one after 
 | eagle | the same with attention and a cache (arXiv 2401.15077, 2412.19437) |
 | block-R | a mixture behind a block with attention |
 
-Those that are cheap have more steps than `cpd-4`, so that all can be read at its wall-clock.
+Each has as many steps as ten minutes hold, and all are read at the wall-clock of `medusa`.
 There are no results yet.
 """
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -42,65 +43,54 @@ def one(factors: str) -> dict[str, Any]:
     return {"head.circuit": "independent", "head.rank": 1, "head.factors": factors, "head.balance": "none"}
 
 
-def cases(steps: int) -> dict[str, dict[str, Any]]:
-    """All heads; `steps` are those of a mixture of four."""
-    more = {"steps": 3 * steps}
-    return {
-        "cpd-4": {"head.rank": 4},
-        "medusa": {**one("residual"), **more},
-        "gloeckle": {**one("shared"), **more},
-        "cpd-8": {"head.rank": 8},
-        "cpd-4-token": {"head.rank": 4, **TOKEN},
-        "cpd-8-token": {"head.rank": 8, **TOKEN},
-        "hmm-4-token": {"head.rank": 4, "head.circuit": "hmm", **TOKEN},
-        "btree-4-token": {"head.rank": 4, "head.circuit": "btree", **TOKEN},
-        "hydra": {**SEQUENTIAL, **more},
-        "eagle": {**SEQUENTIAL, "head.attention": True, **more},
-        "block-4": {"head.rank": 4, "head.encoder": "block"},
-    }
+HEADS: dict[str, dict[str, Any]] = {
+    "medusa": one("residual"),
+    "gloeckle": one("shared"),
+    "cpd-4": {"head.rank": 4},
+    "cpd-8": {"head.rank": 8},
+    "cpd-4-token": {"head.rank": 4, **TOKEN},
+    "cpd-8-token": {"head.rank": 8, **TOKEN},
+    "hmm-4-token": {"head.rank": 4, "head.circuit": "hmm", **TOKEN},
+    "btree-4-token": {"head.rank": 4, "head.circuit": "btree", **TOKEN},
+    "hydra": SEQUENTIAL,
+    "eagle": {**SEQUENTIAL, "head.attention": True},
+    "block-4": {"head.rank": 4, "head.encoder": "block"},
+}
+# Steps of ten minutes on two cores, on SmolLM2. Behind no encoder a component has the whole vocabulary once.
+STEPS = {"cpd-4": 90, "cpd-8": 50, "cpd-8-token": 130, "medusa": 340, "gloeckle": 340, "hydra": 360, "eagle": 300}
+KINDS = "cpd-4", "cpd-4-token", "hydra", "eagle"
 
 
-def sweep(base: TrainConfig, measure: MeasureConfig, first: dict[str, TrainConfig]) -> Sweep:
-    """All of them, against the mixture of four that reads the hidden state alone."""
-    return Sweep(base, {"seed": (0, 1, 2)}, cases(base.steps), {"case": "cpd-4"}, first, measure)
+def timed(names: Iterable[str], share: float) -> dict[str, dict[str, Any]]:
+    """These heads, each with a share of the steps of ten minutes."""
+    return {name: {**HEADS[name], "steps": round(share * STEPS.get(name, 220) / 10) * 10} for name in names}
 
 
-def rates(base: TrainConfig, measure: MeasureConfig) -> Sweep:
-    """Three rates for one of each kind, in a third of the steps."""
-    steps = base.steps // 3
-    short = replace(base, steps=steps, eval_every=steps, checkpoint_every=steps // 3)
-    some = {name: case for name, case in cases(steps).items() if name in ("cpd-4", "cpd-4-token", "hydra", "eagle")}
-    own = base.optimizer.learning_rate
-    grid = {"optimizer.learning_rate": (own / 2, own, 2 * own), "seed": (0,)}
-    return Sweep(short, grid, some, {"optimizer.learning_rate": own}, measure=measure)
+def on(base: TrainConfig, **model: Any) -> TrainConfig:
+    """Runs of W = 8, saved every ten steps."""
+    return replace(base, **model, eval_every=100, checkpoint_every=10, keep_checkpoints=36)
 
 
-ON_SMOLLM2 = replace(
-    ON_STATES,
-    head=replace(ON_STATES.head, window=8, encoder="none"),
-    steps=360,
-    eval_every=180,
-    checkpoint_every=40,
-    keep_checkpoints=27,
+ON_SMOLLM2 = on(ON_STATES, head=replace(ON_STATES.head, window=8, encoder="none"))
+ON_BYTES = on(
+    HEADS_CPU, head=replace(HEADS_CPU.head, window=8, factors="lora", factor_width=16, init_noise=1.0), steps=360
 )
-ON_BYTES = replace(
-    HEADS_CPU,
-    head=replace(HEADS_CPU.head, window=8, factors="lora", factor_width=16, init_noise=1.0),
-    steps=360,
-    eval_every=120,
-    checkpoint_every=40,
-    keep_checkpoints=27,
-)
+ON_GPU = replace(on_gpu(ON_SMOLLM2), checkpoint_every=100)
 ON_TEXTS = replace(MEASURE, ks=(1, 3, 5))
+SEEDS = {"seed": (0, 1, 2)}
+MEDUSA = {"case": "medusa"}
+OWN = ON_STATES.optimizer.learning_rate
+RATES = {"optimizer.learning_rate": (OWN / 2, OWN, 2 * OWN), "seed": (0,)}
 SWEEPS = {
-    "cpu": sweep(ON_SMOLLM2, ON_TEXTS, {}),
-    "gpu": sweep(
-        replace(on_gpu(ON_SMOLLM2), steps=3600, eval_every=1800, checkpoint_every=400),
-        ON_TEXTS,
-        {},
-    ),
-    "rates": rates(ON_SMOLLM2, replace(MEASURE, ks=(3,), rounds=3)),
-    "bytes": sweep(
-        ON_BYTES, MeasureConfig(prompts=80, temperatures=(0.7, 0.0), ks=(1, 3, 5), rounds=10), {"trunk": TRUNK_CPU}
+    "cpu": Sweep(ON_SMOLLM2, SEEDS, timed(HEADS, 1), MEDUSA, measure=ON_TEXTS),
+    "gpu": Sweep(ON_GPU, SEEDS, timed(HEADS, 10), MEDUSA, measure=ON_TEXTS),
+    "rates": Sweep(ON_SMOLLM2, RATES, timed(KINDS, 1 / 3), {"optimizer.learning_rate": OWN}, measure=ON_TEXTS),
+    "bytes": Sweep(
+        ON_BYTES,
+        SEEDS,
+        HEADS,
+        MEDUSA,
+        first={"trunk": TRUNK_CPU},
+        measure=MeasureConfig(prompts=80, temperatures=(0.7, 0.0), ks=(1, 3, 5), rounds=10),
     ),
 }

@@ -12,7 +12,7 @@ from mtp_jax.config import TrainConfig
 from mtp_jax.runs.layout import read_config, versions
 from mtp_jax.sweep.config import COSTS, NamedSweep
 from mtp_jax.sweep.costs import costs
-from mtp_jax.sweep.measure import measure
+from mtp_jax.sweep.measure import Steps, measure
 from mtp_jax.sweep.records import Place, machine
 from mtp_jax.train.loggers import read_metrics, series
 from mtp_jax.train.signals import STOPS, leave, listening
@@ -57,7 +57,8 @@ def _run_one(named: NamedSweep, name: str, place: Place) -> None:
         if name in named.sweep.variants:
             begun, variant = time.perf_counter(), named.sweep.variants[name]
             cost = (place.read(named, COSTS) or {})["costs"][variant.shape]
-            steps = named.sweep.variants[variant.reference].config.steps
+            each = {name: other.config.steps for name, other in named.sweep.variants.items()}
+            steps = Steps(variant.config.steps, each[variant.reference], min(each.values()))
             found |= measure(place.run(name), variant, steps, cost, named.sweep.measure, say)
             seconds["measuring"] = time.perf_counter() - begun
     except (PreemptedError, BusyError):

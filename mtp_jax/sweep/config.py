@@ -27,8 +27,9 @@ CASE, SEED, COSTS = "case", "seed", "costs"
 class MeasureConfig:
     """What is measured of every run of a sweep, alike.
 
-    The checkpoints are those at the end, at equal training FLOPs and at equal wall-clock of training as the whole run
-    of the reference, and after each of `lengths`, which names fractions of the steps.
+    The checkpoints are those at equal steps (of the run that has the fewest), at equal training FLOPs and at equal
+    wall-clock of training as the whole run of the reference, and after each of `lengths`, which names fractions of the
+    steps.
     Losses are over `held_out_sequences` sequences of all held-out documents. Acceptance is over `prompts` stretches of
     them, `prompt_tokens` long, each continued by `new_tokens` in batches of `batch_size`: of every checkpoint at the
     first of `temperatures` with each k in 1..W-1, and at the end with W-1 drafts at the other temperatures too. By

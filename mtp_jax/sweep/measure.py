@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -27,17 +28,26 @@ from mtp_jax.validate import require
 SLACK = 0.01  # of its steps, by which a reading may be late
 
 
+@dataclass(frozen=True)
+class Steps:
+    """How many steps a run has, the one that it is compared with, and the run of the sweep that has the fewest."""
+
+    own: int
+    reference: int
+    least: int
+
+
 def measure(
     run_dir: epath.PathLike,
     variant: Variant,
-    reference_steps: int,
+    steps: Steps,
     cost: Mapping[str, Any],
     config: MeasureConfig,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """The `readings` and what was `measured` of a finished run, as a results file has them, and its training tokens.
 
-    `cost` is that of its shape, from `costs`, and `reference_steps` how many the run has that it is compared with.
+    `cost` is that of its shape, from `costs`.
     Measured are the averaged parameters where the run keeps them. Nothing of `run_dir` is changed.
 
     Raises:
@@ -47,10 +57,7 @@ def measure(
     with Checkpoints(run_dir) as checkpoints:
         kept, every = checkpoints.steps(), variant.config.checkpoint_every
         data_sha256 = checkpoints.meta()["data_sha256"]
-    readings = {
-        name: saved_step(kept, every, step)
-        for name, step in readings_of(variant.config.steps, reference_steps, config, cost).items()
-    }
+    readings = {name: saved_step(kept, every, step) for name, step in readings_of(steps, config, cost).items()}
     main = max(readings.values())
     measured, texts, texts_dir = {}, dict[float, BaseTexts](), epath.Path(run_dir).parent / "texts"
     for step in sorted(set(readings.values()), reverse=True):
@@ -82,14 +89,14 @@ def _decoded(config: MeasureConfig, most: int, at_end: bool) -> list[tuple[float
     return [(first, ks), *((t, ks if config.suite else [most]) for t in others if at_end or config.suite)]
 
 
-def readings_of(steps: int, reference_steps: int, config: MeasureConfig, cost: Mapping[str, Any]) -> dict[str, float]:
+def readings_of(steps: Steps, config: MeasureConfig, cost: Mapping[str, Any]) -> dict[str, float]:
     """How many steps a run is read after, at most, by what is equal: steps, training FLOPs, wall-clock of training."""
-    over, budget = cost["over_reference"], reference_steps
+    over = cost["over_reference"]
     return {
-        **({"steps": budget} if steps >= budget else {}),  # one that was made shorter has no such point
-        "flops": min(steps, budget / over["predicted"]),
-        "seconds": min(steps, budget / over["measured"]),
-        **{name: fraction * steps for name, fraction in config.lengths.items()},
+        "steps": steps.least,
+        "flops": min(steps.own, steps.reference / over["predicted"]),
+        "seconds": min(steps.own, steps.reference / over["measured"]),
+        **{name: fraction * steps.own for name, fraction in config.lengths.items()},
     }
 
 

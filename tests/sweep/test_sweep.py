@@ -24,6 +24,7 @@ from mtp_jax.sweep import measure as measuring
 from mtp_jax.sweep import runner
 from mtp_jax.sweep.config import with_fields
 from mtp_jax.sweep.intervals import ratio_interval
+from mtp_jax.sweep.measure import Steps
 from mtp_jax.sweep.records import Place, fingerprint
 from mtp_jax.validate import ConfigError, PreemptedError
 
@@ -416,11 +417,11 @@ def test_the_time_left_is_of_the_work_that_is_left(fake):
 
 def test_a_reading_gives_no_run_more_than_its_share_and_no_less():
     cost = {"over_reference": {"predicted": 2.0, "measured": 0.9}}
-    found = measuring.readings_of(100, 100, MeasureConfig(lengths={"third": 1 / 3}), cost)
+    found = measuring.readings_of(Steps(100, 100, 100), MeasureConfig(lengths={"third": 1 / 3}), cost)
     assert found == pytest.approx({"steps": 100, "flops": 50, "seconds": 100, "third": 100 / 3})
-    longer, shorter = (measuring.readings_of(steps, 100, MeasureConfig(), cost) for steps in (300, 60))
-    assert longer == pytest.approx({"steps": 100, "flops": 50, "seconds": 100 / 0.9})
-    assert shorter == pytest.approx({"flops": 50, "seconds": 60})
+    longer, shorter = (measuring.readings_of(Steps(own, 100, 60), MeasureConfig(), cost) for own in (300, 60))
+    assert longer == pytest.approx({"steps": 60, "flops": 50, "seconds": 100 / 0.9})
+    assert shorter == pytest.approx({"steps": 60, "flops": 50, "seconds": 60})
     assert measuring.saved_step([20, 40, 60], 20, 59) == 40
     assert measuring.saved_step([20, 40, 60], 20, 59.5) == 60  # within a hundredth
     assert measuring.saved_step(list(range(1, 121)), 1, 110.4) == 110  # the nearest, not the latest that may be
