@@ -118,15 +118,16 @@ def expectation(
         require(len(text) <= limit, f"Text {i} has {len(text)} tokens and max_new_tokens is {limit}.")
     sampling, filtered = sampling_of(config, len(texts), model.config.vocab_size)
     states = hidden_states(model, prompts, texts) if states is None else states
-    found = _chances(model, states, padded(prompts, texts), sampling, k=k, filtered=filtered)
-    chance_BTk, overlap_BTk = (np.asarray(a, np.float64) for a in jax.device_get(found))
+    begin_B = put_rows(np.array([len(prompt) - 1 for prompt in prompts], np.int32))
+    count = bucket(max(map(len, texts)))
+    tokens_BT = padded(prompts, texts)
+    found = _chances(model, states, tokens_BT, begin_B, sampling, k=k, count=count, filtered=filtered)
+    chance_Bnk, overlap_Bnk = (np.asarray(a, np.float64) for a in jax.device_get(found))
     found, chances = [], []
-    for b, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
-        begin, count = len(prompt) - 1, len(text)
-        inside = max(0, count - k)
-        chances.append(chance_BTk[b, begin : begin + count])
-        counts = _counts(chances[b], int(limits[b]))
-        found.append((*counts, overlap_BTk[b, begin : begin + inside].sum(0), inside))
+    for chance_nk, overlap_nk, text, limit in zip(chance_Bnk, overlap_Bnk, texts, limits.tolist(), strict=True):
+        inside = max(0, len(text) - k)
+        chances.append(chance_nk[: len(text)])
+        found.append((*_counts(chances[-1], limit), overlap_nk[:inside].sum(0), inside))
     emitted_B, forwards_B, *by_offset, positions_B = (np.array(column) for column in zip(*found, strict=True))
     accepted_Bk, drafted_Bk, overlap_Bk = by_offset
     return Expectation(emitted_B, forwards_B, accepted_Bk, drafted_Bk, overlap_Bk, positions_B, limits, chances)
@@ -154,8 +155,8 @@ def _see(model: LanguageModel, tokens_BT: Array) -> Any:
 
 @dataclass(frozen=True)
 class Blocks:
-    """Blocks of drafts on texts whose hidden states are known, in a compiled function. Positions are those of `[B, T]`;
-    behind the last one stands the last one again."""
+    """Blocks of drafts on texts whose hidden states are known, in a compiled function. Positions are those of `[B, T]`,
+    one for all rows or `[B]`; behind the last one stands the last one again."""
 
     model: LanguageModel
     seen: Seen
@@ -189,10 +190,20 @@ class Blocks:
                 draft = head.condition(draft, token_B)
 
 
-@functools.partial(jax.jit, static_argnames=("k", "filtered"))
-def _chances(model: LanguageModel, states: Any, tokens_BT: Array, sampling: Sampling, *, k: int, filtered: bool) -> Any:
-    """c_s and the overlap of p and q_s, `[B, T, k]`, of a block that is drafted from each position. Positions in turn:
-    no more than k + 1 laws of each row are alive."""
+@functools.partial(jax.jit, static_argnames=("k", "count", "filtered"))
+def _chances(
+    model: LanguageModel,
+    states: Any,
+    tokens_BT: Array,
+    begin_B: Array,
+    sampling: Sampling,
+    *,
+    k: int,
+    count: int,
+    filtered: bool,
+) -> Any:
+    """c_s and the overlap of p and q_s, `[B, count, k]`, of a block that is drafted from each position of a row, the
+    first one `begin_B`. Positions in turn: no more than k + 1 laws of each row are alive."""
     blocks = Blocks.of(model, states, tokens_BT)
 
     def law(logp_BV: Array) -> Array:
@@ -200,7 +211,7 @@ def _chances(model: LanguageModel, states: Any, tokens_BT: Array, sampling: Samp
 
     def block(ahead: tuple[Array, ...], t: Array) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
         chances, overlaps = [], []
-        for logp_BV, (logq_BV, token_B) in zip(ahead, blocks.drafts(t, k), strict=True):
+        for logp_BV, (logq_BV, token_B) in zip(ahead, blocks.drafts(begin_B + t, k), strict=True):
             logq_BV = law(as_learnt(logq_BV, model.head.config.temperature))
             logq_B, logp_B = (arrays.log_prob(a[:, None], token_B[:, None])[:, 0] for a in (logq_BV, logp_BV))
             # A law that was rounded otherwise may rule out what was sampled; NEVER is finite.
@@ -208,10 +219,10 @@ def _chances(model: LanguageModel, states: Any, tokens_BT: Array, sampling: Samp
             chances.append(chance_B)
             overlaps.append(jnp.sum(jnp.exp(jnp.minimum(logp_BV, logq_BV)), axis=-1))
         found = jnp.stack(chances, axis=-1), jnp.stack(overlaps, axis=-1)
-        return (*ahead[1:], law(blocks.target(t + k + 1))), found
+        return (*ahead[1:], law(blocks.target(begin_B + t + k + 1))), found
 
-    first = tuple(law(blocks.target(jnp.asarray(s, jnp.int32))) for s in range(1, k + 1))
-    _, found = lax.scan(block, first, jnp.arange(tokens_BT.shape[1], dtype=jnp.int32))
+    first = tuple(law(blocks.target(begin_B + s)) for s in range(1, k + 1))
+    _, found = lax.scan(block, first, jnp.arange(count, dtype=jnp.int32))
     return jax.tree.map(lambda a_TBk: jnp.moveaxis(a_TBk, 0, 1), found)
 
 
