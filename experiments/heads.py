@@ -3,7 +3,7 @@
     mtp-jax import HuggingFaceTB/SmolLM2-135M-Instruct --out runs/base
     mtp-jax data regenerate --base runs/base --source prompts.jsonl --out data/own --max-new-tokens 256
     mtp-jax data hidden --base runs/base --source data/own --out data/states --seq-len 512
-    mtp-jax sweep experiments/heads.py@rates     # the learning rate, of one of each kind
+    mtp-jax sweep experiments/heads.py@rates     # the learning rate, of four
     mtp-jax sweep experiments/heads.py
     mtp-jax report experiments/results/heads-cpu.json --out reports/heads
 
@@ -21,7 +21,8 @@ has prompts that the data has not, with a `category` each. Seeds come one after 
 | eagle | the same with attention and a cache (arXiv 2401.15077, 2412.19437) |
 | block-R | a mixture behind a block with attention |
 
-Each has as many steps as ten minutes hold, and all are read at the wall-clock of `medusa`.
+On SmolLM2 each has as many steps as ten minutes hold on two cores, and all are read at the wall-clock of `medusa`; in
+`@bytes` all have the same.
 There are no results yet.
 """
 
@@ -29,7 +30,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from losses import MEASURE, ON_STATES, on_gpu
+from losses import MEASURE, ON_STATES, for_steps, on_gpu
 from setting import HEADS_CPU, TRUNK_CPU
 
 from mtp_jax import MeasureConfig, Sweep, TrainConfig
@@ -40,7 +41,8 @@ TOKEN = {"head.encoder": "token"}
 
 def one(factors: str) -> dict[str, Any]:
     """A single component."""
-    return {"head.circuit": "independent", "head.rank": 1, "head.factors": factors, "head.balance": "none"}
+    head = {"circuit": "independent", "rank": 1, "factors": factors, "balance": "none", "encoder": "hidden"}
+    return {f"head.{name}": value for name, value in head.items()}
 
 
 HEADS: dict[str, dict[str, Any]] = {
@@ -57,18 +59,18 @@ HEADS: dict[str, dict[str, Any]] = {
     "block-4": {"head.rank": 4, "head.encoder": "block"},
 }
 # Steps of ten minutes on two cores, on SmolLM2. Behind no encoder a component has the whole vocabulary once.
-STEPS = {"cpd-4": 90, "cpd-8": 50, "cpd-8-token": 130, "medusa": 340, "gloeckle": 340, "hydra": 360, "eagle": 300}
-KINDS = "cpd-4", "cpd-4-token", "hydra", "eagle"
+STEPS = {"cpd-4": 90, "cpd-8": 50, "cpd-8-token": 130, "medusa": 480, "gloeckle": 480, "hydra": 360, "eagle": 300}
+KINDS = "medusa", "cpd-4-token", "hydra", "eagle"
 
 
 def timed(names: Iterable[str], share: float) -> dict[str, dict[str, Any]]:
     """These heads, each with a share of the steps of ten minutes."""
-    return {name: {**HEADS[name], "steps": round(share * STEPS.get(name, 220) / 10) * 10} for name in names}
+    return {name: {**HEADS[name], **for_steps(round(share * STEPS.get(name, 220) / 10) * 10)} for name in names}
 
 
-def on(base: TrainConfig, **model: Any) -> TrainConfig:
+def on(base: TrainConfig, **changes: Any) -> TrainConfig:
     """Runs of W = 8, saved every ten steps."""
-    return replace(base, **model, eval_every=100, checkpoint_every=10, keep_checkpoints=36)
+    return replace(base, **changes, eval_every=100, eval_batches=1, checkpoint_every=10, keep_checkpoints=48)
 
 
 ON_SMOLLM2 = on(ON_STATES, head=replace(ON_STATES.head, window=8, encoder="none"))

@@ -13,6 +13,7 @@ There are no results yet.
 """
 
 from dataclasses import replace
+from typing import Any
 
 from head_on_base import CONFIG
 
@@ -23,10 +24,10 @@ ON_STATES = replace(
     base="runs/base",
     head=replace(CONFIG.head, shortlist=4096),
     data=replace(CONFIG.data, source="data/states", batch_size=2),
-    optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=20, weight_decay=0.0),
-    checkpoint_every=30,
+    optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0, weight_decay=0.0),
+    eval_batches=1,
+    checkpoint_every=10,
     eval_temperatures=(),
-    ema_decay=0.95,
 )
 MEASURE = MeasureConfig(
     suite="data/dev.jsonl",
@@ -43,17 +44,22 @@ MEASURE = MeasureConfig(
 
 def on_gpu(config: TrainConfig) -> TrainConfig:
     """The run with larger batches."""
-    return replace(config, data=replace(config.data, batch_size=32), checkpoint_every=300)
+    return replace(config, data=replace(config.data, batch_size=32), checkpoint_every=100)
+
+
+def for_steps(steps: int) -> dict[str, Any]:
+    """What goes with a number of steps. What is read is the average of about the last twelfth of them."""
+    return {"steps": steps, "optimizer.warmup_steps": steps // 20, "ema_decay": 1 - 12 / steps}
 
 
 def losses(base: TrainConfig, steps: int) -> Sweep:
     """All three, of three seeds."""
-    half = {"steps": steps // 2}
+    half = for_steps(steps // 2)
     return Sweep(
-        replace(base, steps=steps, eval_every=steps // 2, keep_checkpoints=steps // base.checkpoint_every),
+        replace(base, eval_every=steps // 2, keep_checkpoints=steps // base.checkpoint_every),
         {"seed": (0, 1, 2)},
         {
-            "nll": {"head.lk_weight": 0.0},
+            "nll": {"head.lk_weight": 0.0, **for_steps(steps)},
             "lk": {"head.nll_weight": 0.0, "head.lk_weight": 1.0, **half},
             "nll + lk": {"head.lk_weight": 1.0, **half},
         },

@@ -187,7 +187,7 @@ def _answer(results: RankResults) -> str:
             f"{len(ends)}",
             *(_mean([end["loss"][name]["mean"] for end in ends], 3) for name in ("joint", "first_token")),
             _mean([[e["mean"] for e in end["loss"]["offsets"]] for end in ends]),
-            *(_mean([end["gate"][name] for end in ends]) for name in ("effective", "entropy")),
+            *(_mean([end["gate"][name] for end in ends if "gate" in end]) for name in ("effective", "entropy")),
             *(_mean([row["tokens_per_forward"]["mean"] for row in rows_T], 3) for rows_T in kept.values()),
             _mean([[e["mean"] for e in row["acceptance"]] for row in kept[MAIN_T]]),
             f"{over_plain:.2f}" if over_plain else "-",

@@ -14,10 +14,12 @@ from mtp_jax.bench.config import TrainBenchConfig
 from mtp_jax.bench.timing import interleave, ratio, summary
 from mtp_jax.config import TrainConfig
 from mtp_jax.data.batches import batches
+from mtp_jax.data.mixture import Mixture
 from mtp_jax.data.placement import place
 from mtp_jax.data.store import Store
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.heads.shortlist import most_frequent, put_listed
+from mtp_jax.runs.base import open_base
 from mtp_jax.runs.layout import versions
 from mtp_jax.train.checks import check_machine
 from mtp_jax.train.costs import costs, peak_flops
@@ -65,14 +67,15 @@ def measure_steps(
     configs: Mapping[str, TrainConfig],
     repetitions: int,
     progress: Callable[[str], None] = lambda _: None,
-    stores: Mapping[str, Store] = MappingProxyType({}),
+    stores: Mapping[str, Store | Mixture] = MappingProxyType({}),
 ) -> dict[str, dict[str, Any]]:
     """Steps of several runs on random tokens, interleaved in one process: what is known of each beforehand (`tokens`,
     `flops`, bytes), its times by `rounds`, and their median and quartiles, `seconds`. Those that `stores` names read
     the first batch of their data, which has the hidden states of a base."""
     rows, steps = {}, {}
     for name, config in configs.items():
-        mesh = check_machine(config)
+        # What a base was imported from may be gone: its tokenizer is its own.
+        mesh = check_machine(config, open_base(config.base).tokenizer if name in stores else None)
         with jax.set_mesh(mesh):
             progress(f"compiling {name}")
             rows[name], steps[name] = _prepare(config, mesh, stores.get(name))
@@ -96,7 +99,7 @@ def _random_batch(config: TrainConfig) -> dict[str, np.ndarray]:
     }
 
 
-def _prepare(config: TrainConfig, mesh: Any, store: Store | None) -> tuple[dict[str, Any], Callable[[], Any]]:
+def _prepare(config: TrainConfig, mesh: Any, store: Store | Mixture | None) -> tuple[dict[str, Any], Callable[[], Any]]:
     """What is known of a run's step beforehand, and a function that takes one."""
     data = config.data
     trainer = make_trainer(config, trunk=store is None)

@@ -80,6 +80,7 @@ def cache_hidden(
         seq_len <= model.context_length,
         f"seq_len is {seq_len} and the base's context_length is {model.context_length}; a row must fit.",
     )
+    require(len(set(taps)) == len(taps), f"taps is {taps}, with a layer twice; name each once.")
     outside = [n for n in taps if not 1 <= n <= model.num_layers]
     require(not outside, f"taps has {outside} and the base has the layers 1..{model.num_layers}; give some of those.")
     kept: dict[str, Any] = {"seq_len": seq_len, "width": (1 + len(taps)) * model.d_model, "dtype": dtype}

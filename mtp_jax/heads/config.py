@@ -38,7 +38,8 @@ class HeadConfig:
     `encoder` is what a mixture reads: `none` is the last hidden state; `token` is that and the token that the target
     just chose; `block` is the same through `encoder_layers` transformer blocks with a cache of their own, over these
     and over the outputs of the trunk's layers `taps`, counted from 1. The mixture is then over the offsets after the
-    chosen token, the first one is the model's own, and `target` is `ntp`.
+    chosen token, the first one is the model's own, and `target` is `ntp`. With `hidden` that is so too, and it reads
+    the last hidden state alone: less work for `independent`, to which the first token says nothing.
     With a `shortlist` n the offsets after the first know n token ids alone: the most frequent ones of the training
     data, which the run finds, or without data the ids 0..n-1. 0: all ids. The ids are an array among the parameters.
     What a mixture learns is a weighted sum: `nll_weight` is on the log-likelihood of the text, and the others, which
@@ -86,7 +87,7 @@ class HeadConfig:
         require(
             self.encoder == "block" or (not self.taps and self.encoder_layers == 1),
             f"HeadConfig.taps is {self.taps}, encoder_layers is {self.encoder_layers} and encoder is {self.encoder}, "
-            "which reads the last hidden state alone. Set taps to () and encoder_layers to 1, or encoder to block.",
+            "which has no layers and reads no taps. Set taps to () and encoder_layers to 1, or encoder to block.",
         )
         require(
             len(set(self.taps)) == len(self.taps),

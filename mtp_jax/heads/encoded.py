@@ -56,7 +56,8 @@ class EncodedHead(Head):
     @classmethod
     def describe(cls, config: HeadConfig) -> str:
         """Those of the mixture, the whole window, and the encoder."""
-        return f"{MixtureHead.describe(config)}, encoder {config.encoder}"
+        layers = f" of {config.encoder_layers}, taps {config.taps or 'none'}" if config.encoder == "block" else ""
+        return f"{MixtureHead.describe(config)}, encoder {config.encoder}{layers}"
 
     @property
     def reads_table(self) -> bool:

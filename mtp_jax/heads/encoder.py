@@ -58,6 +58,22 @@ class Encoder(nnx.Module):
         raise NotImplementedError
 
 
+class HiddenEncoder(Encoder):
+    """h itself: for offsets that learn nothing of the token at the first one, which is then left to the model."""
+
+    def __init__(self, head: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
+        pass
+
+    def encode(self, seen: Seen, next_BT: Array) -> Array:
+        """As `Encoder`; of any positions."""
+        return seen.x_BTD
+
+    @staticmethod
+    def flops(head: HeadConfig, model: ModelConfig) -> int:
+        """As `Encoder`."""
+        return 0
+
+
 class TokenEncoder(Encoder):
     """h + SwiGLU([norm h; norm e(y)]), where y is the token that the target chose behind h, and e embeds it.
 
@@ -160,4 +176,4 @@ class BlockEncoder(Encoder):
         return 2 * (2 + len(head.taps)) * model.d_model**2 + head.encoder_layers * block_flops(model)
 
 
-ENCODERS: dict[str, type[Encoder]] = {"token": TokenEncoder, "block": BlockEncoder}
+ENCODERS: dict[str, type[Encoder]] = {"hidden": HiddenEncoder, "token": TokenEncoder, "block": BlockEncoder}

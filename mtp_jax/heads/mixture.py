@@ -274,7 +274,8 @@ class MixtureHead(Head):
         )
         law = 2 * model.d_model * (model.vocab_size + config.shortlist) if config.against_target else 0
         forward, states, table = _factor_flops(config, model)
-        behind = frozen and config.encoder == "none"  # an encoder learns through the hidden states
+        # An encoder learns through the hidden states.
+        behind = frozen and config.encoder in ("none", "hidden")
         backward = 2 * forward - (table if frozen else 0) - (states if behind else 0)
         return part * forward + circuit + law, part * backward + (1 if behind else 2) * circuit
 

@@ -16,16 +16,17 @@ from mtp_jax.bench.config import BenchConfig
 from mtp_jax.bench.decode import bench_runs
 from mtp_jax.bench.train import NEXT_TOKEN, measure_steps, next_token
 from mtp_jax.config import MeshConfig, TrainConfig
+from mtp_jax.data.mixture import Mixture
 from mtp_jax.data.preparation import prepare
 from mtp_jax.data.store import Store
 from mtp_jax.data.tokenizers import load_tokenizer
 from mtp_jax.mesh import make_mesh
-from mtp_jax.runs.base import open_base
-from mtp_jax.runs.layout import holds_run
+from mtp_jax.runs.base import is_there, open_base
 from mtp_jax.runs.loading import LoadedRun
 from mtp_jax.state import build_model, split
 from mtp_jax.sweep.config import MeasureConfig, Sweep
 from mtp_jax.sweep.intervals import resample
+from mtp_jax.sweep.on_base import suite_prompts
 
 
 def costs(
@@ -34,15 +35,22 @@ def costs(
     """What a run of every shape costs, whatever it learns: a training step, beside next-token models of the same
     trunks, and `iteration_seconds` of decoding with each k, 0 included. All in one process, in turn.
 
-    `shapes`: the configs of the runs that are whole, as they are trained. A head that is trained from cached hidden
-    states reads them here too, and has no next-token model beside it: no trunk is in its step.
+    `shapes`: the configs of the runs that are whole, as they are trained. Those that cost the same are measured once. A
+    head that is trained from cached hidden states reads them here too, and has no next-token model beside it: no trunk
+    is in its step.
     """
+    alike: dict[TrainConfig, str] = {}  # the first of those that cost the same
+    same = {name: alike.setdefault(_at_any_rate(config), name) for name, config in shapes.items()}
+    whole, shapes = shapes, {name: shapes[name] for name in alike.values()}
     stores = {name: store for name, config in shapes.items() if (store := _cached(config)) is not None}
     plain = {name: next_token(config) for name, config in shapes.items() if name not in stores}
     trunks = {config: f"{NEXT_TOKEN} of {name}" for name, config in plain.items()}  # one for each trunk
     configs = {**{name: config for config, name in trunks.items()}, **shapes}
+    bases: dict[str, Any] = {}
+    if sweep.measure.suite:  # whose prompts must fit, which is known before anything is trained
+        suite_prompts(untrained(next(iter(shapes.values())), bases), sweep.measure)
     found = measure_steps(configs, sweep.measure.rounds, progress, stores)
-    decoding = decoding_costs(shapes, sweep.measure, progress)
+    decoding = decoding_costs(shapes, sweep.measure, progress, bases)
 
     def over(name: str, other: str) -> dict[str, float]:
         own, base = found[name], found[other]
@@ -52,23 +60,35 @@ def costs(
 
     return {
         name: {
-            "seconds": found[name]["seconds"]["median"],
-            "flops": found[name]["flops"],
-            "peak_bytes": found[name]["peak_bytes"],
-            "head_parameters": found[name]["head_parameters"],
-            **({"over_next_token": over(name, trunks[plain[name]])} if name in plain else {}),
-            "over_reference": over(name, sweep.variants[name].reference),
-            "decoding": decoding[name],
+            "seconds": found[one]["seconds"]["median"],
+            "flops": found[one]["flops"],
+            "peak_bytes": found[one]["peak_bytes"],
+            "head_parameters": found[one]["head_parameters"],
+            **({"over_next_token": over(one, trunks[plain[one]])} if one in plain else {}),
+            "over_reference": over(one, same[sweep.variants[name].reference]),
+            "decoding": decoding[one],
         }
-        for name in shapes
+        for name in whole
+        for one in [same[name]]
     }
 
 
+def _at_any_rate(config: TrainConfig) -> TrainConfig:
+    """A config without what changes neither a step's cost nor an iteration's."""
+    rate = {"learning_rate": 1.0, "warmup_steps": 0, "schedule": "constant", "weight_decay": 1.0}
+    optimizer = dataclasses.replace(config.optimizer, **rate)
+    every = dict.fromkeys(("steps", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"), 1)
+    return dataclasses.replace(config, optimizer=optimizer, seed=0, ema_decay=bool(config.ema_decay) / 2, **every)
+
+
 def decoding_costs(
-    configs: Mapping[str, TrainConfig], measure: MeasureConfig, progress: Callable[[str], None]
+    configs: Mapping[str, TrainConfig],
+    measure: MeasureConfig,
+    progress: Callable[[str], None],
+    bases: dict[str, Any] | None = None,
 ) -> dict[str, list[dict[str, Any]]]:
     """How long an iteration with each k takes at batch 1, by round, of models with these configs that nothing has
-    trained."""
+    trained. `bases`: what those on one base share."""
     most = max(config.head.window for config in configs.values())
     chosen = {config.head.window - 1 for config in configs.values()} | {0, *measure.ks}
     bench = BenchConfig(
@@ -76,32 +96,40 @@ def decoding_costs(
         prompt_tokens=measure.prompt_tokens,
         new_tokens=measure.new_tokens,
         temperatures=measure.temperatures if measure.suite else measure.temperatures[:1],
+        verifiers=("token",) if measure.suite else (),  # for which acceptance is expected
         ks=tuple(k for k in range(most) if not measure.ks or k in chosen),
         repetitions=measure.rounds,
     )
-    bases: dict[str, Any] = {}
     found = bench_runs({name: untrained(config, bases) for name, config in configs.items()}, bench, progress)
     names = ("temperature", "k", "dtype", "iteration_seconds")
     return {name: [{n: row[n] for n in names} for row in found[name]["rows"]] for name in configs}
 
 
-def _cached(config: TrainConfig) -> Store | None:
+def _cached(config: TrainConfig) -> Store | Mixture | None:
     """The data of a head that is trained from a base's cached hidden states; None of any other run."""
-    if not config.base or not holds_run(config.base):
+    if not config.base or not is_there(config.base):
         return None
     store = prepare(config.data, tokenizer=open_base(config.base).tokenizer, reading=True)
-    return store if isinstance(store, Store) and store.hidden is not None else None
+    return store if store.hidden is not None else None
 
 
-def untrained(config: TrainConfig, bases: dict[str, Any] | None = None) -> LoadedRun:
-    """A model as it begins, on one device, as `load` gives a trained one. Its texts mean nothing, and nothing ends
-    them. `bases`: what models on one base share, filled here."""
+class Untrained(LoadedRun):
+    """A model as it begins. Its texts mean nothing, and nothing ends them."""
+
+    @property
+    def stop_tokens(self) -> tuple[int, ...]:
+        """None of the ids that there are."""
+        return (-1,)
+
+
+def untrained(config: TrainConfig, bases: dict[str, Any] | None = None) -> Untrained:
+    """A model of a config, on one device, as `load` gives a trained one. `bases`: what models on one base share,
+    filled here."""
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.local_devices()[:1])
-    if config.base and holds_run(config.base):
+    if config.base and is_there(config.base):
         tokenizer = open_base(config.base).tokenizer
     else:
         tokenizer = load_tokenizer(config.data.tokenizer, config.data.end_of_document)
-    tokenizer.conventions = dataclasses.replace(tokenizer.conventions, stops=(-1,))
     config = config.with_tokenizer(tokenizer.vocab_size)
     with jax.set_mesh(mesh):
         model = jax.jit(functools.partial(build_model, config))(random_key(config.seed))
@@ -109,4 +137,4 @@ def untrained(config: TrainConfig, bases: dict[str, Any] | None = None) -> Loade
             graph, params = split(model)
             own = bases.setdefault(config.base, {name: tree for name, tree in params.items() if name != "head"})
             model = nnx.merge(graph, {**params, **own})
-    return LoadedRun(model, tokenizer, config, mesh, 0, {})
+    return Untrained(model, tokenizer, config, mesh, 0, {})

@@ -32,10 +32,11 @@ from mtp_jax.sweep.config import MeasureConfig
 from mtp_jax.sweep.held_out import losses_of
 from mtp_jax.sweep.intervals import ratio_interval
 from mtp_jax.train.step import batch_loss, target_counts
+from mtp_jax.validate import require
 
 
 def in_rows(store: Store | Mixture) -> bool:
-    """Whether a store is trained on by rows: conversations, and hidden states."""
+    """Whether a store has what is looked at by rows: conversations, or hidden states."""
     return store.masked or store.hidden is not None
 
 
@@ -49,11 +50,15 @@ def held_out_row_losses(run: LoadedRun, store: Store | Mixture, count: int) -> d
     with jax.set_mesh(run.mesh):
         for row in held_out_batches(store.valid, limit=count, rows=True, **sizes):
             whole_BT1 = row["valid_BTW"].all(axis=2, keepdims=True)
-            windows = int(whole_BT1.sum())
-            if windows:
-                batch = place({**row, "valid_BTW": row["valid_BTW"] & whole_BT1}, run.mesh)
-                _, means = jax.device_get(loss(params, batch, target_counts([batch])))
-                found.append(_sums(means, windows))
+            batch = place({**row, "valid_BTW": row["valid_BTW"] & whole_BT1}, run.mesh)
+            _, means = jax.device_get(loss(params, batch, target_counts([batch])))
+            found.append(_sums(means, int(whole_BT1.sum())))
+    window = sizes["window"]
+    require(
+        any(row["windows"] for row in found),
+        f"No held-out row has {window + 1} tokens in a row of which {window} are supervised. Hold out more "
+        "(data.valid_fraction), or lower head.window.",
+    )
     return losses_of({name: np.stack([row[name] for row in found]) for name in found[0]})
 
 
@@ -103,16 +108,23 @@ class BaseTexts:
         return found
 
 
-def base_texts(run: LoadedRun, config: MeasureConfig, temperature: float, kept: epath.Path) -> BaseTexts:
-    """Let the base of `run` answer the suite, without drafts. Prompt i, by length, is sampled as row i.
-
-    The answers are kept in the file `kept`, and read from it where they are of the same base, prompts and numbers.
+def suite_prompts(run: LoadedRun, config: MeasureConfig) -> list[np.ndarray]:
+    """The ids of the prompts of a suite, by length: little of a batch is padding.
 
     Raises `ConfigError` as the suite's records do: one is not readable, or leaves no room for an answer.
     """
     bench = BenchConfig(suite=config.suite, prompts=config.prompts, new_tokens=config.new_tokens)
     records = chosen_records(read_suite(config.suite), bench)
-    prompts = sorted((record.encode(run, config.new_tokens) for record in records), key=len)  # little is padded
+    return sorted((record.encode(run, config.new_tokens) for record in records), key=len)
+
+
+def base_texts(run: LoadedRun, config: MeasureConfig, temperature: float, kept: epath.Path) -> BaseTexts:
+    """Let the base of `run` answer the suite, without drafts. Prompt i, by length, is sampled as row i.
+
+    The answers are kept in the file `kept`, and read from it where they are of the same base, prompts and numbers.
+    Errors are those of `suite_prompts`.
+    """
+    prompts = suite_prompts(run, config)
     base = {name: run.meta["base"][name] for name in ("sha256", "step")}
     of = {**base, "dtype": run.config.model.dtype, "temperature": temperature, "new_tokens": config.new_tokens}
     of |= {"batch_size": config.batch_size, "prompts": [prompt.tolist() for prompt in prompts]}

@@ -21,8 +21,8 @@ from typing import Any
 from etils import epath
 
 from mtp_jax.config import TrainConfig
-from mtp_jax.runs.base import open_base
-from mtp_jax.runs.layout import CHECKPOINTS_DIR, holds_run
+from mtp_jax.runs.base import is_there, open_base
+from mtp_jax.runs.layout import CHECKPOINTS_DIR
 from mtp_jax.runs.manifest import MANIFEST, sealed_steps
 from mtp_jax.runs.paths import is_local, write_json
 from mtp_jax.sweep.config import COSTS, NamedSweep
@@ -54,15 +54,18 @@ class Place:
         return self.directory / "records" / f"{name}.json"
 
     def config(self, named: NamedSweep, name: str) -> TrainConfig:
-        """The config of a run as it is trained: with what its base says, where that is there.
+        """The config of a run as it is trained: with what its base says. One of the sweep's own that is not there yet
+        says nothing.
 
         Raises `ConfigError` if its base is no run of the sweep, and is not there or does not fit.
         """
         config = named.config(name, self.directory)
-        own = [str(self.run(first)) for first in named.sweep.first]
-        if not config.base or (config.base in own and not holds_run(config.base)):
+        if not config.base or (self._own(named, config.base) and not is_there(config.base)):
             return config
         return open_base(config.base).resolve(config)
+
+    def _own(self, named: NamedSweep, run_dir: str) -> bool:
+        return run_dir in [str(self.run(first)) for first in named.sweep.first]
 
     def read(self, named: NamedSweep, name: str) -> dict[str, Any] | None:
         """The record of a run, if its `subject` is that of now."""
@@ -77,11 +80,14 @@ class Place:
         if name == COSTS:
             shapes = [variant for variant in sweep.variants.values() if variant.whole]
             found: dict[str, Any] = {shape.name: [plain(shape.config), shape.reference] for shape in shapes}
+            others = {shape.config.base for shape in shapes} - {"", *sweep.first}
+            found |= {"bases": {base: fingerprint(base) for base in sorted(others)}} if others else {}
         else:
             found = {"config": plain(named.config(name, self.directory))}
         if name in sweep.variants:
             begin = named.config(name, self.directory).begins_from
             found |= {"begins_from": fingerprint(begin) if begin else "", "costs": _sha256(self.record(COSTS))}
+            found |= {"suite": _sha256(epath.Path(sweep.measure.suite))} if sweep.measure.suite else {}
         return {"format": FORMAT, **found, **({} if name in sweep.first else {"measure": plain(sweep.measure)})}
 
     def done(self, named: NamedSweep, name: str) -> bool:

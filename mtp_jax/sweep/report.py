@@ -26,8 +26,9 @@ widened for the number of variants: the best of many looks better than it is. Lo
 given the ones before; tokens per forward are with W-1 drafts; tokens/s at batch 1 are the tokens of a forward with k
 drafts over the median time of such an iteration, at the k that is best and in the dtype that is fastest for it, and
 over plain decoding is the ratio to those of k = 0. Iterations of all variants are timed in one process, in turn;
-speeds have no interval. Of heads on a base, tokens per forward are expected ones, on texts of the base's, whose prompts
-are the documents."""
+speeds have no interval. With a suite, tokens per forward are those that the verifier `token` is expected to give on
+texts of the base's, whose prompts are the documents, and iterations are of that verifier; documents of conversations
+are rows. The share is what a run had of its part, where that is less: it has no more steps, or no checkpoint nearer."""
 CAPTION = "Differences to the reference, with intervals of 95%. Hollow: of one seed."
 
 
@@ -111,9 +112,20 @@ def _row(results: Results, point: Point, reading: str) -> dict[str, str]:
         **by_temperature,
         "head": f"{cost['head_parameters'] / 1e6:.1f}M" if "head_parameters" in cost else "-",
         "training step": step,
+        "share": f"{share:.2f}" if (share := _share(results, point, reading)) < 0.97 else "-",
         "training": f"{np.mean(steps) * cost['seconds']:,.0f} s" if steps else "-",
         "components in effect": _means([at["gate"]["effective"] for at in ends if "gate" in at]),
     }
+
+
+def _share(results: Results, point: Point, reading: str) -> float:
+    """What part of the FLOPs or seconds of its reference a point had at a reading: 1, or less where it ended before."""
+    kind = {"flops": "predicted", "seconds": "measured"}.get(reading)
+    run, other = results.of(point)[0], results.of(results.reference(point))
+    step = run.raw["readings"].get(reading)
+    if kind is None or step is None or not other:
+        return 1.0
+    return run.raw["cost"]["over_reference"][kind] * step / other[0].raw["config"]["steps"]
 
 
 def speeds(results: Results, point: Point, reading: str, t: float) -> dict[int, float]:

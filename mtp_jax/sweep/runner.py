@@ -10,11 +10,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from mtp_jax.config import TrainConfig
 from mtp_jax.processes import ENDS_WITH_INPUT
+from mtp_jax.runs.checkpoints import CheckpointError
 from mtp_jax.sweep.config import NamedSweep
 from mtp_jax.sweep.records import Place
 from mtp_jax.train.signals import INTERRUPTED
-from mtp_jax.validate import PREEMPTED, REFUSED, PreemptedError
+from mtp_jax.validate import PREEMPTED, REFUSED, ConfigError, PreemptedError
 
 POLL_SECONDS = 1.0
 State = Literal["done", "failed", "running", "waiting"]
@@ -38,7 +40,7 @@ class SweepProgress:
         self.rows: dict[str, Row] = {}
         self.begun: float | None = None
         for name in named.runs:
-            self.rows[name] = row = Row(name, "waiting", work(place.config(named, name)))
+            self.rows[name] = row = Row(name, "waiting", work(_resolved(named, name, place)))
             record = place.read(named, name)
             if record and record["state"] == "done":
                 row.state, row.seconds = "done", sum(record["seconds"].values())
@@ -54,6 +56,15 @@ class SweepProgress:
         spent = now - self.begun if self.begun is not None else 0.0
         running = sum(max(0.0, pace * row.work - spent) for row in self.rows.values() if row.state == "running")
         return running + pace * sum(row.work for row in self.rows.values() if row.state == "waiting")
+
+
+def _resolved(named: NamedSweep, name: str, place: Place) -> TrainConfig:
+    """The config that a run's work is told from: with what its base says, if nothing is wrong with that, which the run
+    will say."""
+    try:
+        return place.config(named, name)
+    except (ConfigError, CheckpointError):
+        return named.config(name, place.directory)
 
 
 def run_all(

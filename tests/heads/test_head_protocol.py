@@ -38,6 +38,7 @@ HEADS = {
     "sequential, per offset": dict(kind="sequential", target="ntp", per_offset=True),
     "attention": dict(kind="sequential", target="ntp", attention=True),
     "attention, per offset": dict(kind="sequential", target="ntp", attention=True, per_offset=True, shortlist=9),
+    "hidden": dict(circuit="independent", rank=1, factors="residual", target="ntp", encoder="hidden", shortlist=7),
     "block": dict(rank=2, factors="shared", target="ntp", encoder="block", taps=(2,), shortlist=9),
     "block, two layers": dict(
         circuit="hmm", rank=2, factors="lowrank", target="ntp", encoder="block", encoder_layers=2
