@@ -15,11 +15,12 @@ from mtp_jax.arrays import random_key
 from mtp_jax.bench.config import BenchConfig
 from mtp_jax.bench.decode import bench_runs
 from mtp_jax.bench.train import NEXT_TOKEN, measure_steps, next_token
-from mtp_jax.config import MeshConfig, TrainConfig
+from mtp_jax.config import MeshConfig, OptimizerConfig, TrainConfig
 from mtp_jax.data.mixture import Mixture
 from mtp_jax.data.preparation import prepare
 from mtp_jax.data.store import Store
 from mtp_jax.data.tokenizers import load_tokenizer
+from mtp_jax.heads.config import AGAINST_TARGET, HeadConfig
 from mtp_jax.mesh import make_mesh
 from mtp_jax.runs.base import is_there, open_base
 from mtp_jax.runs.loading import LoadedRun
@@ -27,6 +28,8 @@ from mtp_jax.state import build_model, split
 from mtp_jax.sweep.config import MeasureConfig, Sweep
 from mtp_jax.sweep.intervals import resample
 from mtp_jax.sweep.on_base import suite_prompts
+
+TIMED = 64  # tokens of a text in which iterations of a pretrained model are timed
 
 
 def costs(
@@ -94,15 +97,27 @@ def decoding_costs(
     bench = BenchConfig(
         prompts=1,  # what a prompt says does not change what an iteration takes
         prompt_tokens=measure.prompt_tokens,
-        new_tokens=measure.new_tokens,
+        new_tokens=min(measure.new_tokens, TIMED) if measure.suite else measure.new_tokens,
         temperatures=measure.temperatures if measure.suite else measure.temperatures[:1],
         verifiers=("token",) if measure.suite else (),  # for which acceptance is expected
         ks=tuple(k for k in range(most) if not measure.ks or k in chosen),
         repetitions=measure.rounds,
     )
-    found = bench_runs({name: untrained(config, bases) for name, config in configs.items()}, bench, progress)
+    alike: dict[TrainConfig, str] = {}  # the first of those that decode alike
+    same = {name: alike.setdefault(_untaught(config), name) for name, config in configs.items()}
+    found = bench_runs({name: untrained(configs[name], bases) for name in alike.values()}, bench, progress)
     names = ("temperature", "k", "dtype", "iteration_seconds")
-    return {name: [{n: row[n] for n in names} for row in found[name]["rows"]] for name in configs}
+    return {name: [{n: row[n] for n in names} for row in found[same[name]]["rows"]] for name in configs}
+
+
+def _untaught(config: TrainConfig) -> TrainConfig:
+    """A config without what only training looks at."""
+    learnt = (*AGAINST_TARGET, "nll_weight", "ntp_weight", "gamma", "z_weight", "balance", "balance_weight")
+    plain = {name: getattr(HeadConfig(), name) for name in (*learnt, "loss_fraction", "init_noise")}
+    head = dataclasses.replace(config.head, **plain)
+    return dataclasses.replace(
+        _at_any_rate(config), head=head, optimizer=OptimizerConfig(warmup_steps=0), ema_decay=0.0
+    )
 
 
 def _cached(config: TrainConfig) -> Store | Mixture | None:

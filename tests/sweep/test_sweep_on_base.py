@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import shutil
 import sys
 import types
 
@@ -11,27 +12,30 @@ import jax
 import numpy as np
 import pytest
 
-from mtp_jax import MeasureConfig, Sweep, TrainConfig, load
+from mtp_jax import MeasureConfig, Sweep, load
 from mtp_jax.cli import main
 from mtp_jax.commands.experiment import load_sweep
-from mtp_jax.config import OptimizerConfig
+from mtp_jax.data.config import SourceConfig
 from mtp_jax.data.preparation import prepare
 from mtp_jax.data.rows import pack
+from mtp_jax.data.store import Store
+from mtp_jax.distill.asks import asks
 from mtp_jax.distill.hidden import cache_hidden
+from mtp_jax.distill.regenerate import Regenerate, regenerate
+from mtp_jax.interop.importing import import_run
 from mtp_jax.runs.base import open_base
 from mtp_jax.sweep.on_base import base_texts, held_out_row_losses
 from mtp_jax.sweep.records import Place
-from mtp_jax.train.loop import train
 from mtp_jax.validate import ConfigError
-from support import tiny
+from support import pretrained, tiny
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 EXPERIMENT = '''"""Which head on a base?"""
 from mtp_jax import DataConfig, HeadConfig, MeasureConfig, OptimizerConfig, Sweep, TrainConfig
 
 BASE = TrainConfig(
-    head=HeadConfig(window=4, rank=2, factors="lowrank", factor_width=8, target="ntp", shortlist=64),
-    data=DataConfig(source="store", files={states!r}, separator="", seq_len=32, batch_size=8, valid_fraction=0.2,
+    head=HeadConfig(window=4, rank=2, factors="lowrank", factor_width=8, target="ntp", shortlist=96),
+    data=DataConfig(source="store", files={states!r}, separator="", seq_len=64, batch_size=8, valid_fraction=0.2,
                     cache_dir={cache!r}),
     optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=0),
     steps=4, eval_every=4, eval_batches=1, checkpoint_every=1, keep_checkpoints=4, base={base!r},
@@ -52,16 +56,20 @@ SWEEPS = {{
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """The file of a sweep over heads on a base whose hidden states are kept."""
+    """The file of a sweep over heads on an imported model, whose hidden states are kept. What it was imported from is
+    gone."""
+    pytest.importorskip("safetensors", reason="weights are read by safetensors: pip install 'mtp_jax[hf]'")
+    pytest.importorskip("jinja2", reason="chat templates are Jinja: pip install 'mtp_jax[hf]'")
     root = tmp_path_factory.mktemp("on_base")
-    data = dataclasses.replace(tiny.text_data(root), seq_len=32)
-    head = tiny.head_config(circuit="independent", rank=1, window=1, balance="none", target="ntp", factors="shared")
-    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=0)
-    model = tiny.model_config(vocab_size=264)
-    train(TrainConfig(model, head, data, optimizer, steps=20, eval_every=20, eval_batches=1), root / "base")
-    base = open_base(root / "base")
-    cache_hidden(load(root / "base"), base, prepare(data), root / "states", seq_len=32, batch_size=4)
-    prompts = [("a", "The 3th of"), ("b", "The 5th of 2"), ("a", "The 1th"), ("b", "small texts")]
+    published = pretrained.write(root / "published", max_position_embeddings=96)[0]
+    base = open_base(import_run(str(published), root / "base"))
+    shutil.rmtree(published)
+    run, asked = load(root / "base"), root / "asks.jsonl"
+    asked.write_text("\n".join(json.dumps({"prompt": f"What is {i}?"}) for i in range(40)))
+    config = Regenerate(max_new_tokens=16, max_prompt_tokens=48, batch_size=8, valid_fraction=0.2)
+    store = regenerate(run, base, list(asks(SourceConfig(str(asked)), root, chat=True)), root / "own", config)
+    cache_hidden(run, base, Store.open(store), root / "states", seq_len=64, batch_size=4)
+    prompts = [("a", "Who is it?"), ("b", "Why?"), ("a", "Is 1 more than 2?"), ("b", "When, and where?")]
     (root / "suite.jsonl").write_text("\n".join(json.dumps({"category": c, "prompt": p}) for c, p in prompts))
     paths = {"states": root / "states", "cache": root / "cache", "base": root / "base", "suite": root / "suite.jsonl"}
     (root / "heads.py").write_text(EXPERIMENT.format(**{name: str(path) for name, path in paths.items()}))
@@ -127,17 +135,15 @@ def test_at_temperature_0_what_is_expected_is_what_decoding_counts(done, run, fi
 def test_losses_of_rows_are_those_of_the_windows_that_are_whole(run):
     store = prepare(run.config.data, tokenizer=run.tokenizer, reading=True)
     found = held_out_row_losses(run, store, 3)
-    rows, joint, first = pack(store.valid, 32), [], []
+    rows, joint, first = pack(store.valid, 64), [], []
     with jax.set_mesh(run.mesh):
         for number in np.arange(3) * len(rows) // 3:
-            tokens_1T, pieces_1T, _ = rows.read(np.array([number]))
+            tokens_1T, pieces_1T, said_1T = rows.read(np.array([number]))
             seen = run.model.see(tokens_1T.astype(np.int32), pieces_1T.astype(np.int32))
             targets_1TW = np.stack([np.roll(tokens_1T, -s, 1) for s in range(1, 5)], axis=-1).astype(np.int32)
             nll_TW = -np.asarray(run.model.head.log_likelihood(seen, targets_1TW))[0]
             law_TV = np.asarray(run.model.target(seen)[0])[0]
-            whole = [
-                t for t in range(28) if len(set(pieces_1T[0, t : t + 5])) == 1 and pieces_1T[0, t] < len(rows.rows)
-            ]
+            whole = [t for t in range(60) if len(set(pieces_1T[0, t : t + 5])) == 1 and said_1T[0, t + 1 : t + 5].all()]
             joint.append(np.where(np.isfinite(nll_TW[whole]), nll_TW[whole], 0).sum())
             first.append(-law_TV[whole, tokens_1T[0, np.array(whole) + 1]].sum())
             assert whole
