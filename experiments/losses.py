@@ -31,12 +31,12 @@ ON_STATES = replace(
 )
 MEASURE = MeasureConfig(
     suite="data/dev.jsonl",
-    held_out_sequences=24,
-    prompts=16,
-    batch_size=16,
+    held_out_sequences=8,
+    prompts=8,
+    batch_size=8,
     prompt_tokens=32,
     new_tokens=128,
-    temperatures=(0.7, 0.0),
+    temperatures=(0.7,),
     ks=(1, 3),
     rounds=5,
 )
@@ -68,4 +68,4 @@ def losses(base: TrainConfig, steps: int) -> Sweep:
     )
 
 
-SWEEPS = {"cpu": losses(ON_STATES, 300), "gpu": losses(on_gpu(ON_STATES), 3000)}
+SWEEPS = {"cpu": losses(ON_STATES, 240), "gpu": losses(on_gpu(ON_STATES), 2400)}
