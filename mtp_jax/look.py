@@ -18,10 +18,12 @@ from jax import Array
 from mtp_jax.data.tokenizers import Tokenizer
 from mtp_jax.decode.spans import Completion
 from mtp_jax.decode.text import check_text
+from mtp_jax.heads.base import Seen
+from mtp_jax.heads.encoded import EncodedHead
 from mtp_jax.heads.mixture import MixtureHead
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.plots import PALETTE, dress
-from mtp_jax.validate import ConfigError, require
+from mtp_jax.validate import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,6 +63,7 @@ class Window:
     `weights_R`: the gate's. `factors_RWV`: p_rs, what component r says about offset s. `joint_WV`: the law of each
     offset given the most likely token of `joint_WV` at every offset before it; the first is the target's. It is what
     greedy decoding drafts from. `posterior_WR`: the weights of the components at each offset, given those tokens.
+    Behind an encoder the first offset is the model's own law: it is that of each component.
     `vocabulary`: the V tokens as text.
     """
 
@@ -99,6 +102,7 @@ class Vocabulary:
 
 def gate(run: LoadedRun, text: str) -> Gate:
     """The gate's weights at every token of `text`. Raises `ConfigError` if it is empty or longer than the context."""
+    _check(run)
     tokens_1T = _tokens(run, text)
     with jax.set_mesh(run.mesh):
         log_w_1TR = _log_weights(run.model, tokens_1T)
@@ -113,6 +117,7 @@ def entropy(p: np.ndarray) -> np.ndarray:
 
 def window(run: LoadedRun, prompt: str) -> Window:
     """What each component, their marginal and their joint say about what follows `prompt`. Errors as in `gate`."""
+    _check(run)
     tokens_1T = _tokens(run, prompt)
     with jax.set_mesh(run.mesh):
         found = jax.device_get(_window_law(run.model, tokens_1T))
@@ -230,32 +235,52 @@ def _tokens(run: LoadedRun, text: str) -> np.ndarray:
     return np.asarray(tokens_T, np.int32)[None]
 
 
-def _mixture(model: LanguageModel) -> MixtureHead:
-    """The model's head, if it has components to look at."""
-    if isinstance(model.head, MixtureHead):
-        return model.head
-    config = model.head.config
-    raise ConfigError(
-        f"The run's head is of kind {config.kind}, with encoder {config.encoder}; what is shown here are components of "
-        "a mixture that reads hidden states alone."
+def _check(run: LoadedRun) -> None:
+    """Refuse a head that has no components to look at."""
+    head = run.model.head
+    require(
+        isinstance(head, (MixtureHead, EncodedHead)),
+        f"The run's head is of kind {head.config.kind}; what is shown here are the components of a mixture.",
     )
+
+
+def _read(model: LanguageModel, tokens_1T: Array) -> tuple[Seen, Array, Array]:
+    """What the model sees of a text, the target's law behind it, `[1, V]`, and the token behind each: the text's, and
+    behind the last one the target's most likely."""
+    seen, last_1 = model.see(tokens_1T), jnp.full((1,), tokens_1T.shape[1] - 1, jnp.int32)
+    law_1V = model.target(seen.at(last_1))[0][:, 0]
+    chosen_1 = jnp.argmax(law_1V, axis=-1).astype(jnp.int32)
+    return seen, law_1V, jnp.concatenate([seen.tokens_BT[:, 1:], chosen_1[:, None]], axis=1)
 
 
 @jax.jit
 def _log_weights(model: LanguageModel, tokens_1T: Array) -> Array:
-    return _mixture(model).log_weights(model(tokens_1T))
+    seen, _, next_1T = _read(model, tokens_1T)
+    found_1TR = model.head.gate(seen, next_1T)
+    assert found_1TR is not None
+    return found_1TR
 
 
 @jax.jit
 def _window_law(model: LanguageModel, tokens_1T: Array) -> list[tuple[Array, ...]]:
-    """For each offset: log p_rs `[R, V]`, the joint's law `[V]` and the log posterior `[R]`, along the joint's path."""
-    head, seen = _mixture(model), model.see(tokens_1T).at(jnp.full((1,), tokens_1T.shape[1] - 1, jnp.int32))
-    law_1V, joint = model.target(seen)[0][:, 0], head.joint(seen, head.config.window)
-    found = []
+    """For each offset: log p_rs `[R, V]`, the joint's law `[V]` and the log posterior `[R]`, along the joint's path.
+    Behind an encoder the first offset is the model's own law, whatever the component."""
+    seen, law_1V, next_1T = _read(model, tokens_1T)
+    last_1 = jnp.full((1,), tokens_1T.shape[1] - 1, jnp.int32)
+    here, window, found = seen.at(last_1), model.head.config.window, []
+    if isinstance(model.head, EncodedHead):
+        head, mixture = model.head, model.head.mixture
+        cache, _ = head.extend(head.init_cache(*tokens_1T.shape), seen, next_1T, jnp.zeros_like(last_1), None)
+        joint = head.begin(here, next_1T[:, -1], window=window, cache=cache, position_B=last_1)
+        rank = joint.log_alpha_BR.shape[1]
+        found.append((jnp.repeat(law_1V, rank, axis=0), law_1V[0], joint.log_alpha_BR[0]))
+    else:
+        assert isinstance(model.head, MixtureHead)
+        mixture, joint = model.head, model.head.joint(here, window)
     for s, logp_1RV in enumerate(joint.logp_BRV):
-        logp_RV = logp_1RV[0]
-        factors_RV = head.shortlist.spread(logp_RV) if head.shortlist and s else logp_RV
-        law_1V = head.next_log_probs(joint) if s else law_1V
+        logp_RV, short = logp_1RV[0], mixture.shortlist is not None and s >= mixture.whole
+        factors_RV = mixture.shortlist.spread(logp_RV) if short and mixture.shortlist else logp_RV
+        law_1V = mixture.next_log_probs(joint) if found else law_1V
         found.append((factors_RV, law_1V[0], joint.log_alpha_BR[0]))
-        joint = head.condition(joint, jnp.argmax(law_1V, axis=-1))
+        joint = mixture.condition(joint, jnp.argmax(law_1V, axis=-1))
     return list(zip(*found, strict=True))

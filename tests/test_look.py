@@ -18,6 +18,7 @@ from mtp_jax.runs.loading import LoadedRun
 from mtp_jax.state import split
 from mtp_jax.validate import ConfigError
 from support import tiny
+from support.heads import wake
 
 TEXT = "def f(x):\n    return $x$ + 1"
 HEADS = {
@@ -25,6 +26,8 @@ HEADS = {
     "ntp": {"target": "ntp", "factors": "shared"},
     "shortlist": {"factors": "lowrank", "shortlist": 28},
     "independent": {"circuit": "independent", "rank": 1},
+    "token": {"target": "ntp", "factors": "lowrank", "encoder": "token", "shortlist": 28},
+    "block": {"target": "ntp", "factors": "shared", "encoder": "block"},
 }
 
 
@@ -35,8 +38,10 @@ def make_run(**head):
     with tiny.mesh() as mesh:
         model = tiny.make_model(config)
         if config.head.circuit == "cpd":
-            gate_DR = model.head.circuit.gate_DR
+            head = model.head if config.head.encoder == "none" else model.head.mixture
+            gate_DR = head.circuit.gate_DR
             gate_DR[...] = jax.random.normal(jax.random.key(1), gate_DR.shape)
+        model = wake(model) if config.head.encoder != "none" else model
         if config.head.shortlist:
             graph, params = split(model)
             model = nnx.merge(graph, put_listed(params, np.array([10, 32, *range(97, 123)])))
@@ -63,8 +68,12 @@ def test_weights_are_distributions_and_their_entropy_lies_between_none_and_all_a
     np.testing.assert_allclose(gate.weights_TR.sum(-1), 1, rtol=1e-6)
     assert np.all(gate.entropy_T >= -1e-6) and np.all(gate.entropy_T <= np.log(rank) + 1e-6)
     np.testing.assert_allclose(gate.share_R.sum(), 1, rtol=1e-6)
+    tokens_T = run.tokenizer.encode(TEXT)
     with jax.set_mesh(run.mesh):
-        expected_TR = np.exp(run.model.head.log_weights(see(run, TEXT).x_BTD))[0]
+        seen = see(run, TEXT)
+        chosen = int(np.argmax(run.model.target(seen)[0][0, -1]))
+        next_1T = jnp.asarray(np.append(tokens_T[1:], chosen)[None], jnp.int32)
+        expected_TR = np.exp(run.model.head.gate(seen, next_1T))[0]
     np.testing.assert_allclose(gate.weights_TR, expected_TR, rtol=1e-5)
 
 
@@ -83,10 +92,12 @@ def test_weighted_components_sum_to_the_marginal_and_the_joint_is_the_heads(run)
     np.testing.assert_allclose(window.posterior_WR.sum(-1), 1, rtol=1e-5)
     np.testing.assert_allclose(window.posterior_WR[0], window.weights_R, rtol=1e-5)
     with jax.set_mesh(run.mesh):
-        seen = see(run, TEXT).at(np.array([len(TEXT) - 1]))
-        target_V = np.exp(run.model.target(seen)[0])[0, 0]
-        path_11W = jnp.asarray(window.path_W)[None, None]
-        likelihood_W = np.exp(run.model.head.log_likelihood(seen, path_11W))[0, 0]
+        seen = see(run, TEXT)
+        target_V = np.exp(run.model.target(seen)[0])[0, -1]
+        # An encoder with layers reads the tokens behind all positions.
+        tokens_T = np.append(run.tokenizer.encode(TEXT), window.path_W)
+        targets_1TW = np.stack([tokens_T[s : s + len(TEXT)] for s in range(1, head.window + 1)], axis=-1)[None]
+        likelihood_W = np.exp(run.model.head.log_likelihood(seen, targets_1TW.astype(np.int32)))[0, -1]
     np.testing.assert_allclose(window.joint_WV[0], target_V, rtol=1e-4)
     if head.target == "marginal":
         np.testing.assert_allclose(window.marginal_WV[0], target_V, rtol=1e-4)
@@ -115,6 +126,13 @@ def test_a_text_that_cannot_be_read_is_refused(full, text, words):
     for function in (look.gate, look.window):
         with pytest.raises(ConfigError, match=words):
             function(full, text)
+
+
+def test_a_head_without_components_is_refused():
+    run = make_run(kind="sequential", target="ntp")
+    for function in (look.gate, look.window):
+        with pytest.raises(ConfigError, match="kind sequential; what is shown here are the components of a mixture"):
+            function(run, TEXT)
 
 
 # Spans

@@ -102,6 +102,9 @@ def _make(
     """Make what `kept` says."""
     seq_len, dtype, width = kept["seq_len"], kept["dtype"], kept["width"]
     rows = {split: pack(getattr(store, split), seq_len) for split in SPLITS}
+    for packed in rows.values():
+        if packed.cut:
+            log(f"{packed.losses()} Raise --seq-len, if the model's context allows it.")
     manifest = {**store.manifest, "hidden": kept}
     scratch = path.with_name(f".{path.name}.partial")
     done = _begin(scratch, store, manifest)

@@ -75,6 +75,11 @@ class Base:
             f"HeadConfig.factors is {config.head.factors}, which has a vocabulary table for each offset, and the base "
             f"{self.path} is a pretrained model. Set factors to lowrank, shared or residual, which go through its own.",
         )
+        require(
+            self.config.head.kind != "none" or config.head.target == "ntp",
+            f"HeadConfig.target is {config.head.target}, and the base {self.path} is a pretrained model: what is "
+            "decoded would be the head's law, and not the model's own. Set target to ntp.",
+        )
         # A tied table of a run whose head gives the next token is its embedding alone.
         apart = own.tie_embeddings and self.config.head.target == "marginal"
         require(

@@ -166,7 +166,8 @@ def load(
 
     Args:
       run_dir: a directory that `mtp-jax train` wrote, local or in an object store.
-      step: which checkpoint: a step that is kept, "latest", or "best", which has the lowest held-out loss.
+      step: which checkpoint: a step that is kept, "latest", or "best": of the lowest held-out loss, or on a base
+        of the most expected tokens per forward.
       mesh: where to put it: a mesh, or a config over all devices; one device by default.
       weights: the parameters, or "ema", their average over the last steps, where the run kept it.
       decoding_only: the run will only generate. Its model is then laid out for that, in the compute dtype, and there is

@@ -30,7 +30,7 @@ PROMPTS, PROMPT_TOKENS, TEXT_TOKENS, NEW_TOKENS = 16, 256, 32, 64  # at most
 
 NOTHING_EXPECTED = (
     "evaluations say nothing of tokens per forward, and best is that of the lowest loss: they need one process, "
-    "eval_temperatures, a window above 1 and held-out prompts that fit; mtp-jax eval RUN may have them"
+    "eval_temperatures, a window above 1, target ntp and held-out prompts that fit; mtp-jax eval RUN may have them"
 )
 
 

@@ -145,8 +145,10 @@ def check_cache(config: TrainConfig, store: Store | Mixture, base: Base | None) 
 def learnt_from(config: TrainConfig, store: Store | Mixture) -> TrainConfig:
     """The config of a head that learns a base's law from texts that were sampled: at their temperature. Refuses another
     one. What is the target itself, or is trained with it, learns the same law as it."""
+    if not config.base or config.head.target != "ntp":
+        return config
     sampled = store.sampled
-    if not sampled or not sampled["temperature"] or not config.base or config.head.target != "ntp":
+    if not sampled or not sampled["temperature"]:
         return config
     here, there = config.head.temperature, sampled["temperature"]
     require(
@@ -155,6 +157,14 @@ def learnt_from(config: TrainConfig, store: Store | Mixture) -> TrainConfig:
         "from them. Leave it out: it is theirs.",
     )
     return dataclasses.replace(config, head=dataclasses.replace(config.head, temperature=there))
+
+
+def as_learnt(config: TrainConfig, meta: dict[str, Any]) -> TrainConfig:
+    """The config of a run that goes on, with the temperature that its head has from its texts, if it says none."""
+    saved = meta["config"]["head"].get("temperature", 1.0)
+    if not config.base or config.head.temperature != 1.0:
+        return config
+    return dataclasses.replace(config, head=dataclasses.replace(config.head, temperature=saved))
 
 
 def check_same_data(store: Store | Mixture, meta: dict[str, Any], path: epath.Path) -> None:

@@ -32,6 +32,7 @@ from mtp_jax.runs.writer import CheckpointWriter
 from mtp_jax.state import TrainState
 from mtp_jax.train.acceptance import NOTHING_EXPECTED, Texts, base_texts, expected_metrics
 from mtp_jax.train.checks import (
+    as_learnt,
     check_cache,
     check_machine,
     check_run_dir,
@@ -95,6 +96,7 @@ def train(
         base = open_base(config.base, step_of(meta, config.base)) if config.base else None
         config = base.resolve(config) if base else config
         if resume:
+            config = as_learnt(config, meta)
             check_resumed(config, meta, path)
             if base:
                 check_same_base(base, meta, path)
@@ -125,7 +127,8 @@ def train(
             cost = costs(config, state.whole)
             describe(config, store, mesh, path, cost, first)
             texts: list[Texts] = []
-            if base and config.head.window > 1 and config.eval_temperatures and jax.process_count() == 1:
+            drafts = config.head.window > 1 and config.head.target == "ntp"  # by which the base's law is preserved
+            if base and drafts and config.eval_temperatures and jax.process_count() == 1:
                 with session.phase("writing texts", first):
                     texts = base_texts(config, base, trainer, state, store, tokenizer, mesh)
             if base and not texts:
@@ -345,6 +348,6 @@ def describe(
     )
     parts = store.train.parts if isinstance(store, Mixture) else (store.train,)
     found = [pack(part, config.data.seq_len) for part in parts if part.mask is not None]
-    if cut := sum(rows.cut for rows in found):
-        left_out = sum(rows.left_out for rows in found)
-        say(f"{cut:,} conversations are longer than a row and were cut at a turn: {left_out:,} tokens less")
+    for rows in found:
+        if rows.cut:
+            say(f"{rows.losses()} Raise data.seq_len, if the model's context allows it.")

@@ -11,6 +11,7 @@ from mtp_jax.data.batches import batches, held_out_batches
 from mtp_jax.data.mixture import MixedDocuments
 from mtp_jax.data.rows import pack
 from mtp_jax.data.store import Documents
+from mtp_jax.validate import ConfigError
 
 T, W = 16, 3
 
@@ -48,12 +49,21 @@ def test_documents_that_fit_are_packed_tightly():
         ("0001100110011001100", 13),  # what comes behind the last turn that ends within the row is left out
         ("00011001111111111111", 5),
         ("0001111111111111111", 16),  # the first answer is longer than a row
-        ("00000000000000110000", 16),
     ],
 )
 def test_a_long_conversation_is_cut_at_a_turn_and_counted(mask, kept):
     found = pack(documents([len(mask)], [map(int, mask)]), T)
     assert found.lengths.tolist() == [kept] and (found.cut, found.left_out) == (1, len(mask) - kept)
+
+
+def test_a_conversation_whose_first_answer_begins_behind_a_row_is_left_out_whole_and_named():
+    masks = [list(map(int, mask)) for mask in ("0011", "00000000000000001100", "0000000000001100000011")]
+    found = pack(documents([4, 20, 22], masks), T)
+    assert sorted(found.lengths.tolist()) == [4, 14]
+    assert (found.cut, found.unanswered, found.left_out) == (2, 1, 20 + 8)
+    assert f"the first: {found.documents.names[1]})" in found.losses() and "1 of them whole" in found.losses()
+    with pytest.raises(ConfigError, match=r"an answer that begins in its first 16 tokens .* Raise data\.seq_len"):
+        pack(documents([20], [masks[1]]), T)
 
 
 def test_targets_count_as_far_as_all_before_them_are_supervised():
