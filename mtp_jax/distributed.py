@@ -149,6 +149,26 @@ def from_all(text: str) -> list[str]:
     return [said.get(f"{name}/{process}", "") for process in range(jax.process_count())]
 
 
+def all_done() -> None:
+    """Wait until every process has come here, however much longer one of them works. All must come to the same point;
+    a process that dies ends the wait of the others."""
+    import jax
+
+    if jax.process_count() == 1:
+        return
+    name = f"mtp_jax/done/{next(_numbers)}"
+    _client().key_value_set(f"{name}/{jax.process_index()}", "done")
+    for process in range(jax.process_count()):
+        waiting = True
+        while waiting:
+            try:
+                _client().blocking_key_value_get(f"{name}/{process}", 600_000)
+                waiting = False
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):
+                    raise
+
+
 def warn(text: str) -> None:
     """Print a warning on process 0."""
     import jax

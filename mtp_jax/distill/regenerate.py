@@ -33,7 +33,7 @@ from mtp_jax.data.tokenizers import Tokenizer
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.slots import Slots
 from mtp_jax.distill.asks import Ask, Message
-from mtp_jax.distributed import from_all, on_first
+from mtp_jax.distributed import all_done, from_all, on_first
 from mtp_jax.runs.base import Base
 from mtp_jax.runs.loading import LoadedRun
 from mtp_jax.runs.lock import one_maker
@@ -117,7 +117,8 @@ def regenerate(
       config: the law that is sampled, and how many at a time.
       source: what was asked, for the manifest.
       log: told what was made.
-      progress: told how many of this process's are done, of how many, and how many tokens were sampled.
+      progress: told how many are done, of those that there were and this process's share of the rest, and how many
+        tokens were sampled.
 
     Raises:
       BusyError: another command makes it.
@@ -131,18 +132,18 @@ def regenerate(
     with one_maker(path):
         _begin(scratch, made_of)
         known = _answered(scratch)
+        from_all("")  # all have read what there is, and none has answered more
         index, count = jax.process_index(), jax.process_count()
-        own = [ask for ask in todo if int(ask.key[:8], 16) % count == index]
-        left = [ask for ask in own if ask.key not in known]
-        done, tokens = len(own) - len(left), 0
-        progress(done, len(own), 0)
+        left = [ask for ask in todo if ask.key not in known][index::count]
+        done, tokens, whole = len(known), 0, len(known) + len(left)
+        progress(done, whole, 0)
         with (scratch / f"answers-{index}.jsonl").open("a") as file:
             for record in _answers(run, left, config):
                 file.write(json.dumps(record) + "\n")
                 file.flush()
                 done, tokens = done + 1, tokens + sum(sum(row["mask"]) for row in record["rows"])
-                progress(done, len(own), tokens)
-        from_all("")  # all are answered
+                progress(done, whole, tokens)
+        all_done()
         made = {**made_of, "source": source}
         said = on_first(lambda: _finish(scratch, path, todo, run.tokenizer, made, config.valid_fraction))
     if index == 0:
