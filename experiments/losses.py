@@ -6,7 +6,7 @@
     mtp-jax sweep experiments/losses.py
     mtp-jax report experiments/results/losses-cpu.json --out reports/losses
 
-`@gpu` for one GPU, with ten times the steps. The suite, `data/dev.jsonl`, has prompts that the data has not, with a
+`@long` takes ten minutes a run, `@gpu` is for one GPU. The suite, `data/dev.jsonl`, has prompts that the data has not, with a
 `category` each. The log-likelihood needs no law of the model, whose logits cost more than all of the head: with the
 others a run has half the steps, and they are compared at equal wall-clock.
 There are no results yet.
@@ -68,4 +68,8 @@ def losses(base: TrainConfig, steps: int) -> Sweep:
     )
 
 
-SWEEPS = {"cpu": losses(ON_STATES, 240), "gpu": losses(on_gpu(ON_STATES), 2400)}
+SWEEPS = {
+    "cpu": losses(ON_STATES, 160),
+    "long": losses(ON_STATES, 1200),
+    "gpu": losses(on_gpu(ON_STATES), 2400),
+}
