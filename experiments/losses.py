@@ -22,7 +22,7 @@ from mtp_jax import MeasureConfig, OptimizerConfig, Sweep, TrainConfig
 ON_STATES = replace(
     CONFIG,
     base="runs/base",
-    head=replace(CONFIG.head, shortlist=4096),
+    head=replace(CONFIG.head, shortlist=4096, nll_weight=1.0, lk_weight=0.0),
     data=replace(CONFIG.data, source="data/states", batch_size=2),
     optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0, weight_decay=0.0),
     eval_batches=1,
@@ -59,7 +59,7 @@ def losses(base: TrainConfig, steps: int) -> Sweep:
         replace(base, eval_every=steps // 2, keep_checkpoints=steps // base.checkpoint_every),
         {"seed": (0, 1, 2)},
         {
-            "nll": {"head.lk_weight": 0.0, **for_steps(steps)},
+            "nll": {**for_steps(steps)},
             "lk": {"head.nll_weight": 0.0, "head.lk_weight": 1.0, **half},
             "nll + lk": {"head.lk_weight": 1.0, **half},
         },
