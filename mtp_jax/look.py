@@ -266,14 +266,14 @@ def _window_law(model: LanguageModel, tokens_1T: Array) -> list[tuple[Array, ...
     """For each offset: log p_rs `[R, V]`, the joint's law `[V]` and the log posterior `[R]`, along the joint's path.
     Behind an encoder the first offset is the model's own law, whatever the component."""
     seen, law_1V, next_1T = _read(model, tokens_1T)
-    last_1 = jnp.full((1,), tokens_1T.shape[1] - 1, jnp.int32)
+    last_1 = 0 * seen.tokens_BT[:, 0] + tokens_1T.shape[1] - 1  # placed as rows are
     here, window, found = seen.at(last_1), model.head.config.window, []
     if isinstance(model.head, EncodedHead):
         head, mixture = model.head, model.head.mixture
-        cache, _ = head.extend(head.init_cache(*tokens_1T.shape), seen, next_1T, jnp.zeros_like(last_1), None)
+        cache, _ = head.extend(head.init_cache(*tokens_1T.shape), seen, next_1T, 0 * last_1, None)
         joint = head.begin(here, next_1T[:, -1], window=window, cache=cache, position_B=last_1)
-        rank = joint.log_alpha_BR.shape[1]
-        found.append((jnp.repeat(law_1V, rank, axis=0), law_1V[0], joint.log_alpha_BR[0]))
+        alike_RV = jnp.broadcast_to(law_1V[0], (joint.log_alpha_BR.shape[1], law_1V.shape[1]))
+        found.append((alike_RV, law_1V[0], joint.log_alpha_BR[0]))
     else:
         assert isinstance(model.head, MixtureHead)
         mixture, joint = model.head, model.head.joint(here, window)
