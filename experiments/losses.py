@@ -6,9 +6,9 @@
     mtp-jax sweep experiments/losses.py
     mtp-jax report experiments/results/losses-cpu.json --out reports/losses
 
-`@long` takes ten minutes a run, `@gpu` is for one GPU. The suite, `data/dev.jsonl`, has prompts that the data has not, with a
-`category` each. The log-likelihood needs no law of the model, whose logits cost more than all of the head: with the
-others a run has half the steps, and they are compared at equal wall-clock.
+`@long` takes ten minutes a run, `@gpu` is for one GPU. The suite, `data/dev.jsonl`, has prompts that the data has not,
+with a `category` each. The log-likelihood needs no law of the model, whose logits cost more than all of the head: with
+the others a run has half the steps, and they are compared at equal wall-clock.
 There are no results yet.
 """
 

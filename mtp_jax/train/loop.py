@@ -156,11 +156,8 @@ def train(
                 ) as loggers,
             ):
                 speed = Speedometer(session.clock, first, config, cost, mesh)
-                known = {"base": base.reference()} if base else {}
-                sha256 = store.sha256
-                run = TrainRun(
-                    config, session, trainer, held_out_batches, texts, sha256, known, checkpoints, loggers, speed
-                )
+                known = store.sha256, {"base": base.reference()} if base else {}
+                run = TrainRun(config, session, trainer, held_out_batches, texts, *known, checkpoints, loggers, speed)
                 return run.fit(state, batch, data, evaluated=evaluated)
 
 
@@ -347,7 +344,6 @@ def describe(
         + (f"\nreads {reads}, in {config.model.dtype}" if config.base else "")
     )
     parts = store.train.parts if isinstance(store, Mixture) else (store.train,)
-    found = [pack(part, config.data.seq_len) for part in parts if part.mask is not None]
-    for rows in found:
+    for rows in (pack(part, config.data.seq_len) for part in parts if part.mask is not None):
         if rows.cut:
             say(f"{rows.losses()} Raise data.seq_len, if the model's context allows it.")
