@@ -159,14 +159,20 @@ def all_done() -> None:
     name = f"mtp_jax/done/{next(_numbers)}"
     _client().key_value_set(f"{name}/{jax.process_index()}", "done")
     for process in range(jax.process_count()):
-        waiting = True
-        while waiting:
-            try:
-                _client().blocking_key_value_get(f"{name}/{process}", 600_000)
-                waiting = False
-            except jax.errors.JaxRuntimeError as error:
-                if "DEADLINE_EXCEEDED" not in str(error):
-                    raise
+        while not _has_come(f"{name}/{process}"):
+            pass
+
+
+def _has_come(key: str, milliseconds: int = 600_000) -> bool:
+    """Whether a key is set within a time."""
+    import jax
+
+    try:
+        return bool(_client().blocking_key_value_get(key, milliseconds))
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        return False
 
 
 def warn(text: str) -> None:

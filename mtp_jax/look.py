@@ -278,8 +278,8 @@ def _window_law(model: LanguageModel, tokens_1T: Array) -> list[tuple[Array, ...
         assert isinstance(model.head, MixtureHead)
         mixture, joint = model.head, model.head.joint(here, window)
     for s, logp_1RV in enumerate(joint.logp_BRV):
-        logp_RV, short = logp_1RV[0], mixture.shortlist is not None and s >= mixture.whole
-        factors_RV = mixture.shortlist.spread(logp_RV) if short and mixture.shortlist else logp_RV
+        listed = mixture.shortlist if s >= mixture.whole else None
+        factors_RV = listed.spread(logp_1RV[0]) if listed else logp_1RV[0]
         law_1V = mixture.next_log_probs(joint) if found else law_1V
         found.append((factors_RV, law_1V[0], joint.log_alpha_BR[0]))
         joint = mixture.condition(joint, jnp.argmax(law_1V, axis=-1))

@@ -103,7 +103,8 @@ def test_a_recipe_says_how_it_is_run_and_reported(recipe):
 
 
 def test_a_recipe_is_for_two_cores_and_for_a_gpu(recipe):
-    for size in ("cpu", "gpu"):
+    others = {"heads": ("rates", "bytes"), "losses": ("long",)}
+    for size in ("cpu", "gpu", *others.get(recipe.stem, ())):
         named = load_sweep(f"{recipe}@{size}")
         for run in named.runs:
             config = named.config(run)

@@ -74,7 +74,7 @@ def test_weights_are_distributions_and_their_entropy_lies_between_none_and_all_a
         chosen = int(np.argmax(run.model.target(seen)[0][0, -1]))
         next_1T = jnp.asarray(np.append(tokens_T[1:], chosen)[None], jnp.int32)
         expected_TR = np.exp(run.model.head.gate(seen, next_1T))[0]
-    np.testing.assert_allclose(gate.weights_TR, expected_TR, rtol=1e-4, atol=1e-9)
+    np.testing.assert_allclose(gate.weights_TR, expected_TR, rtol=1e-5, atol=1e-9)
 
 
 def test_entropy_of_known_distributions():

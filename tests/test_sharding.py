@@ -183,8 +183,9 @@ ARRAYS = {"adamw": {"wq_DNH": 3, "down_DRWE": 3, "embed_VD": 3}, "muon": {"wq_DN
 
 
 def optimizer_config(name):
-    # Nothing is clipped, so the first moments after one step are the gradients times 1 - beta.
-    return OptimizerConfig(name, learning_rate=1e-2, warmup_steps=0, eps=1e-4, clip_norm=0)
+    # Nothing is clipped, so the first moments after one step are the gradients times 1 - beta. With a smaller `eps` a
+    # gradient of nothing but rounding moves as far as any other.
+    return OptimizerConfig(name, learning_rate=1e-2, warmup_steps=0, eps=1e-3, clip_norm=0)
 
 
 @pytest.mark.parametrize("name", ARRAYS)
@@ -264,9 +265,8 @@ def test_loss_gradients_and_three_steps_are_those_of_one_device(kind, shape, on_
     assert len(jax.tree.leaves(moments)) == len(jax.tree.leaves(moved))
     assert_close(metrics[0], expected[2][0], 1e-6)
     assert_close(moments, expected[0], 2e-5)
-    # Both optimizers enlarge what rounding does to the smallest gradients and singular values,
-    # by how much depends on the processor.
-    assert_close(moved, expected[1], 3e-3)
+    # Both optimizers enlarge what rounding does to the smallest gradients and singular values.
+    assert_close(moved, expected[1], 1e-3)
     assert_close(metrics, expected[2], 2e-5)
 
 

@@ -59,7 +59,7 @@ def _with_share(results: RankResults, point: Point, reading: str, metric: Metric
     if e is None or results.reference(point) == point:
         return over_text(results, point, e)
     share = results.share(point, reading)
-    return signed(e) + (f" ({share:.0%} of it)" if share < WHOLE else "")
+    return signed(e) + (f" ({share:.0%} of it)" if share is not None and share < WHOLE else "")
 
 
 def lower_loss(all_results: Sequence[RankResults]) -> Claim:

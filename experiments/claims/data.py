@@ -55,13 +55,6 @@ class RankResults(Results):
         """Whether the text is source code."""
         return {run.raw["config"]["data"]["source"] for run in self.runs} <= {"stdlib", "packages"}
 
-    def share(self, point: tuple[Any, ...], reading: str) -> float:
-        """What part of the steps, FLOPs or seconds of its reference a point had spent at a reading."""
-        run, other = self.of(point)[0], self.of(self.reference(point))[0]
-        over = {"flops": "predicted", "seconds": "measured"}.get(reading)
-        cost = run.raw["cost"]["over_reference"][over] if over else 1.0
-        return cost * run.raw["readings"][reading] / other.raw["config"]["steps"]
-
     @property
     def besides_rank(self) -> list[str]:
         """The fields of the head, other than rank, in which a point differs from its reference."""

@@ -42,6 +42,7 @@ class TrainBench:
 
 
 def main(args: list[str]) -> None:
+    """The command, with the arguments behind its name."""
     if not args or args[0] in ("-h", "--help"):
         print("usage: mtp-jax bench decode RUN [options]\n       mtp-jax bench loss [options]")
         print("       mtp-jax bench train EXPERIMENT.py [options]\n\nmtp-jax bench NAME --help lists the options.")

@@ -37,6 +37,7 @@ class Chat(RunOptions):
 
 
 def main(args: list[str]) -> None:
+    """The command, with the arguments behind its name."""
     options = parse(Chat, args, "chat")
     use_compilation_cache()
     from mtp_jax.train.signals import STOPS, leave, listening

@@ -109,6 +109,7 @@ class Show:
 
 
 def main(args: list[str]) -> None:
+    """The command, with the arguments behind its name."""
     if not args or args[0] in ("-h", "--help"):
         print("usage: mtp-jax data prepare --source 'stories/*.txt' --out DIR [options]")
         print("       mtp-jax data regenerate --base RUN --source prompts.jsonl --out DIR [options]")

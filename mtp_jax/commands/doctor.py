@@ -38,6 +38,7 @@ class Doctor:
 
 
 def main(args: list[str]) -> None:
+    """The command, with the arguments behind its name."""
     if args in (["-h"], ["--help"]):
         print(
             "usage: mtp-jax doctor [EXPERIMENT.py | RUN [options]]\n\n"

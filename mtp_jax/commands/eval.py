@@ -38,6 +38,7 @@ class Eval(RunOptions):
 
 
 def main(args: list[str]) -> None:
+    """The command, with the arguments behind its name."""
     options = parse(Eval, args, "eval")
     require(options.batches is None or options.batches >= 1, f"--batches is {options.batches}; it must be at least 1.")
     for name, least in (("k", 1), ("prompts", 1), ("prompt_tokens", 1), ("new_tokens", 2)):

@@ -19,6 +19,7 @@ class Export(RunOptions):
 
 
 def main(args: list[str]) -> None:
+    """The command, with the arguments behind its name."""
     options = parse(Export, args, "export")
     use_compilation_cache()
     from mtp_jax.interop.exporting import check_exportable, export_run

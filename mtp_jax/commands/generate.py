@@ -54,6 +54,7 @@ class Generate(RunOptions):
 
 
 def main(args: list[str]) -> None:
+    """The command, with the arguments behind its name."""
     options = parse(Generate, args, "generate")
     require(
         [bool(options.prompt), bool(options.prompt_file), options.held_out > 0].count(True) == 1,

@@ -23,6 +23,7 @@ class Import:
 
 
 def main(args: list[str]) -> None:
+    """The command, with the arguments behind its name."""
     options = parse(Import, args, "import")
     from mtp_jax.interop.importing import import_run
 

@@ -25,6 +25,7 @@ class Report:
 
 
 def main(args: list[str]) -> None:
+    """The command, with the arguments behind its name."""
     options = parse(Report, args, "report")
     from etils import epath
 

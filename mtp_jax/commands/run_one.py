@@ -14,12 +14,11 @@ from mtp_jax.sweep.config import COSTS, NamedSweep
 from mtp_jax.sweep.costs import costs
 from mtp_jax.sweep.measure import Steps, measure
 from mtp_jax.sweep.records import Place, machine
+from mtp_jax.train.checks import as_learnt
 from mtp_jax.train.loggers import read_metrics, series
 from mtp_jax.train.signals import STOPS, leave, listening
 from mtp_jax.validate import BusyError, ConfigError, PreemptedError, differences, require
 
-LEARNT = ("model.num_tokens", "head.temperature")
-"""Fields that a run has from its tokenizer and its data."""
 SAVING_SECONDS = 60.0  # how long a run is waited for that somebody else has: it may be told to end, and save
 
 
@@ -115,9 +114,9 @@ def _check(named: NamedSweep, name: str, place: Place) -> None:
         saved = read_config(place.run(name))
     except ConfigError:
         saved = config  # there is none yet
-    for field, here, there in differences(config, saved):
+    for field, here, there in differences(as_learnt(config, saved), saved):
         require(
-            field in LEARNT or field == "data.cache_dir",
+            field in ("data.cache_dir", "model.num_tokens"),  # the run has the second from its tokenizer
             f"{place.run(name)} is a run with {field} {there!r}, and the sweep has {here!r}; delete it, or "
             "give another --dir.",
         )

@@ -48,6 +48,7 @@ class SweepOptions:
 
 
 def main(args: list[str]) -> None:
+    """The command, with the arguments behind its name."""
     if args in (["-h"], ["--help"]):
         print("usage: mtp-jax sweep EXPERIMENT.py[@SIZE] [options]\n")
         print("mtp-jax sweep EXPERIMENT.py --help lists the options.")
@@ -110,7 +111,7 @@ def _progress(named: NamedSweep, place: Place) -> SweepProgress:
     from mtp_jax.train.costs import training_flops
 
     for name in named.runs:
-        check_head(named.config(name, place.directory).head)
+        check_head(named.config(name).head)
 
     def work(config) -> float:
         return sum(training_flops(config)) * config.steps * config.data.batch_size * config.data.seq_len

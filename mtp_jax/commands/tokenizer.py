@@ -36,6 +36,7 @@ class TokenizerOptions(SourceConfig):
 
 
 def main(args: list[str]) -> None:
+    """The command, with the arguments behind its name."""
     if not args or args[0] in ("-h", "--help"):
         print("usage: mtp-jax tokenizer train --vocab-size N --out FILE [options]; --help behind it lists the options")
         return

@@ -44,6 +44,7 @@ class TrainOptions(Where):
 
 @listening(leave, STOPS)  # before training hears them itself
 def main(args: list[str]) -> None:
+    """The command, with the arguments behind its name."""
     if args in (["-h"], ["--help"]):
         print("usage: mtp-jax train EXPERIMENT.py [options]\n\nmtp-jax train EXPERIMENT.py --help lists the options.")
         return

@@ -13,7 +13,7 @@ from jax import Array
 from mtp_jax.heads.base import Seen
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.heads.stages import block_flops, silent_block, stacked, stage, unstacked
-from mtp_jax.model.attention import attend_cached, cache_mask, causal_mask
+from mtp_jax.model.attention import cache_mask, causal_mask
 from mtp_jax.model.cache import Cache, init_cache
 from mtp_jax.model.config import ModelConfig
 from mtp_jax.model.layers import RMSNorm, linear
@@ -31,7 +31,7 @@ class Encoder(nnx.Module):
     has_cache = False
 
     def __init__(self, head: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
-        raise NotImplementedError
+        """One without parameters."""
 
     def encode(self, seen: Seen, next_BT: Array) -> Array:
         """Of whole rows, from their first position on."""
@@ -60,9 +60,6 @@ class Encoder(nnx.Module):
 
 class HiddenEncoder(Encoder):
     """h itself: for offsets that learn nothing of the token at the first one, which is then left to the model."""
-
-    def __init__(self, head: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
-        pass
 
     def encode(self, seen: Seen, next_BT: Array) -> Array:
         """As `Encoder`; of any positions."""
@@ -147,24 +144,22 @@ class BlockEncoder(Encoder):
     def extend(self, cache: Cache, seen: Seen, next_BT: Array, start_B: Array) -> tuple[Cache, Array]:
         """As `Encoder`."""
         position_BT = start_B[:, None] + jnp.arange(next_BT.shape[1], dtype=jnp.int32)[None]
+        return self._over(cache, seen, next_BT, position_BT, start_B)
+
+    def again(self, cache: Cache, seen: Seen, token_B: Array, position_B: Array) -> Array:
+        """As `Encoder`. Nothing is written: the last position of a cache has no room behind it."""
+        return self._over(cache, seen, token_B[:, None], position_B[:, None], None)[1]
+
+    def _over(
+        self, cache: Cache, seen: Seen, next_BT: Array, position_BT: Array, start_B: Array | None
+    ) -> tuple[Cache, Array]:
+        """Through the cache, which is written at `start_B`, if that is given."""
         rope, mask_B1TS = rotary(self.model_config, position_BT), cache_mask(position_BT, cache[0][0].shape[2])
         z_BTD, written = self._join(seen, next_BT), []
         for i in range(self.count):
             z_BTD, layer = stage(self.stages, i)(z_BTD, rope, mask_B1TS, cache[i], start_B)
             written.append(layer)
         return written, z_BTD
-
-    def again(self, cache: Cache, seen: Seen, token_B: Array, position_B: Array) -> Array:
-        """As `Encoder`. Nothing is written: the last position of a cache has no room behind it."""
-        position_BT = position_B[:, None]
-        rope, mask_B1TS = rotary(self.model_config, position_BT), cache_mask(position_BT, cache[0][0].shape[2])
-        z_BTD = self._join(seen, token_B[:, None])
-        for i in range(self.count):
-            block = stage(self.stages, i)
-            q_BTNH, _, _ = block.attention.project(block.attention_norm(z_BTD), rope)
-            z_BTD = z_BTD + linear(attend_cached(q_BTNH, *cache[i], mask_B1TS), block.attention.wo_NHD[...])
-            z_BTD = z_BTD + block.feed_forward(block.feed_forward_norm(z_BTD))
-        return z_BTD
 
     def unstack(self) -> None:
         """As `Encoder`."""

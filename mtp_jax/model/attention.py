@@ -137,14 +137,15 @@ class Attention(nnx.Module):
         cache: LayerCache | None = None,
         start_B: Array | None = None,
     ) -> tuple[Array, LayerCache | None]:
-        """Attend within `x_BTD`, or, given a cache, write at `start_B` first and attend over the cache.
+        """Attend within `x_BTD`, or, given a cache, over that: written at `start_B` first, if that is given.
 
         Returns the output `[B, T, D]` and the cache as written.
         """
         q_BTNH, k_BTKH, v_BTKH = self.project(x_BTD, rope)
         if cache is not None:
-            assert start_B is not None
-            k_BKSH, v_BKSH = cache = write(cache[0], k_BTKH, start_B), write(cache[1], v_BTKH, start_B)
+            if start_B is not None:
+                cache = write(cache[0], k_BTKH, start_B), write(cache[1], v_BTKH, start_B)
+            (k_BKSH, v_BKSH) = cache
             slots = mask_B1TS.shape[-1]
             y_BTNH = attend_cached(q_BTNH, k_BKSH[:, :, :slots], v_BKSH[:, :, :slots], mask_B1TS)
         else:

@@ -24,7 +24,6 @@ from mtp_jax.parameters import row
 from mtp_jax.runs import manifest
 from mtp_jax.runs.checkpoints import Checkpoints, Step
 from mtp_jax.runs.layout import CHECKPOINTS_DIR, read_config, run_tokenizer, to_config
-from mtp_jax.runs.manifest import sealed_steps
 from mtp_jax.runs.paths import full_path
 from mtp_jax.validate import ConfigError, require
 
@@ -150,7 +149,7 @@ def open_base(run_dir: epath.PathLike, step: Step = "latest") -> Base:
 
 def is_there(run_dir: epath.PathLike) -> bool:
     """Whether a run has a step that others can begin from."""
-    return bool(sealed_steps(full_path(run_dir) / CHECKPOINTS_DIR))
+    return bool(manifest.sealed_steps(full_path(run_dir) / CHECKPOINTS_DIR))
 
 
 def step_of(meta: Mapping[str, Any], path: epath.PathLike) -> Step:

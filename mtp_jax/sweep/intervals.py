@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 
@@ -28,3 +29,26 @@ def ratio_interval(numerator_N: np.ndarray, denominator_N: np.ndarray) -> dict[s
         mean = float(numerator_N.sum() / np.float64(denominator_N.sum()))
     low, high = np.nanpercentile(ratios_B, (2.5, 97.5)) if not np.isnan(mean) else (np.nan, np.nan)
     return {"mean": mean, "low": float(low), "high": float(high)}
+
+
+def of_drafting(
+    temperature: float,
+    verifier: str,
+    k: int,
+    emitted_D: np.ndarray,
+    forwards_D: np.ndarray,
+    accepted_Dk: np.ndarray,
+    drafted_Dk: np.ndarray,
+) -> dict[str, Any]:
+    """An entry of `decoding` in a results file, from what drafting k tokens counted, or is expected to, by document."""
+    columns = zip(accepted_Dk.T, drafted_Dk.T, strict=True)
+    return {
+        "temperature": temperature,
+        "verifier": verifier,
+        "draft": "joint",  # older files know of another kind
+        "k": k,
+        "verification_steps": forwards_D.sum().item(),
+        "tokens_per_forward": ratio_interval(emitted_D, forwards_D),
+        "acceptance": [ratio_interval(accepted_D, drafted_D) for accepted_D, drafted_D in columns],
+        "documents": {"emitted": emitted_D.tolist(), "forwards": forwards_D.tolist()},
+    }

@@ -21,7 +21,7 @@ from mtp_jax.runs.checkpoints import Checkpoints
 from mtp_jax.runs.loading import LoadedRun, load
 from mtp_jax.sweep.config import MeasureConfig, Variant
 from mtp_jax.sweep.held_out import by_document, held_out_losses, stretches
-from mtp_jax.sweep.intervals import ratio_interval
+from mtp_jax.sweep.intervals import of_drafting
 from mtp_jax.sweep.on_base import BaseTexts, base_texts, held_out_row_losses, in_rows
 from mtp_jax.validate import require
 
@@ -135,15 +135,5 @@ def acceptance(
         np.concatenate([getattr(part, name) for part in parts]) for name in ("forwards", "accepted", "drafted")
     )
     by = functools.partial(by_document, of)
-    emitted_D, forwards_D = by(np.array(emitted_P)), by(forwards_P)
-    columns = zip(by(accepted_Pk).T, by(drafted_Pk).T, strict=True)
-    return {
-        "temperature": temperature,
-        "verifier": DecodeConfig(1, temperature).rule,
-        "draft": "joint",  # older files know of another kind
-        "k": k,
-        "verification_steps": int(forwards_P.sum()),
-        "tokens_per_forward": ratio_interval(emitted_D, forwards_D),
-        "acceptance": [ratio_interval(accepted_D, drafted_D) for accepted_D, drafted_D in columns],
-        "documents": {"emitted": emitted_D.tolist(), "forwards": forwards_D.tolist()},
-    }
+    counts = map(by, (np.array(emitted_P), forwards_P, accepted_Pk, drafted_Pk))
+    return of_drafting(temperature, DecodeConfig(1, temperature).rule, k, *counts)

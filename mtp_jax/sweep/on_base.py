@@ -30,7 +30,7 @@ from mtp_jax.runs.paths import write_json
 from mtp_jax.state import split
 from mtp_jax.sweep.config import MeasureConfig
 from mtp_jax.sweep.held_out import losses_of
-from mtp_jax.sweep.intervals import ratio_interval
+from mtp_jax.sweep.intervals import of_drafting
 from mtp_jax.train.step import batch_loss, target_counts
 from mtp_jax.validate import require
 
@@ -91,20 +91,8 @@ class BaseTexts:
         found = []
         for k in ks:
             counts = most.with_drafts(k)
-            columns = zip(counts.accepted_Bk.T, counts.drafted_Bk.T, strict=True)
-            found.append(
-                {
-                    "temperature": self.temperature,
-                    "verifier": "token",
-                    "draft": "joint",
-                    "k": k,
-                    "expected": True,
-                    "verification_steps": float(counts.forwards_B.sum()),
-                    "tokens_per_forward": ratio_interval(counts.emitted_B, counts.forwards_B),
-                    "acceptance": [ratio_interval(accepted_B, drafted_B) for accepted_B, drafted_B in columns],
-                    "documents": {"emitted": counts.emitted_B.tolist(), "forwards": counts.forwards_B.tolist()},
-                }
-            )
+            by_text = counts.emitted_B, counts.forwards_B, counts.accepted_Bk, counts.drafted_Bk
+            found.append({"expected": True, **of_drafting(self.temperature, "token", k, *by_text)})
         return found
 
 

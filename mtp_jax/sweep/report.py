@@ -12,7 +12,7 @@ import numpy as np
 from mtp_jax.plots import MARKERS, PALETTE, legend, markdown_table, panels
 from mtp_jax.sweep.compare import Metric, compare, decoding, estimate, joint_loss, tokens_per_forward
 from mtp_jax.sweep.config import SEED
-from mtp_jax.sweep.results import READINGS, Results, load_results
+from mtp_jax.sweep.results import OVER, READINGS, Results, load_results
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -101,6 +101,7 @@ def _row(results: Results, point: Point, reading: str) -> dict[str, str]:
             f"over plain decoding, T = {t:g}": f"{rates[k] / rates[0]:.2f}" if rates else "-",
         }
 
+    share = results.share(point, reading) if reading in OVER else None
     step = f"{1e3 * cost['seconds']:.0f} ms" if is_reference else f"{over['measured']:.2f}x +- {over['error']:.2f}"
     timed = dict.fromkeys([_temperature(results), *(row["temperature"] for row in cost["decoding"])])
     by_temperature = {name: text for t in timed for name, text in tempered(t).items()}
@@ -112,20 +113,10 @@ def _row(results: Results, point: Point, reading: str) -> dict[str, str]:
         **by_temperature,
         "head": f"{cost['head_parameters'] / 1e6:.1f}M" if "head_parameters" in cost else "-",
         "training step": step,
-        "share": f"{share:.2f}" if (share := _share(results, point, reading)) < 0.97 else "-",
+        "share": f"{share:.2f}" if share is not None and share < 0.97 else "-",
         "training": f"{np.mean(steps) * cost['seconds']:,.0f} s" if steps else "-",
         "components in effect": _means([at["gate"]["effective"] for at in ends if "gate" in at]),
     }
-
-
-def _share(results: Results, point: Point, reading: str) -> float:
-    """What part of the FLOPs or seconds of its reference a point had at a reading: 1, or less where it ended before."""
-    kind = {"flops": "predicted", "seconds": "measured"}.get(reading)
-    run, other = results.of(point)[0], results.of(results.reference(point))
-    step = run.raw["readings"].get(reading)
-    if kind is None or step is None or not other:
-        return 1.0
-    return run.raw["cost"]["over_reference"][kind] * step / other[0].raw["config"]["steps"]
 
 
 def speeds(results: Results, point: Point, reading: str, t: float) -> dict[int, float]:

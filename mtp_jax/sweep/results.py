@@ -13,6 +13,7 @@ from mtp_jax.sweep.config import CASE, SEED
 from mtp_jax.validate import ConfigError, require
 
 FORMATS = 3, 4  # in 3 decoding knows k = 0 and W-1 alone
+OVER = {"flops": "predicted", "seconds": "measured"}  # what a reading at equal cost is equal in
 READINGS = {"steps": "equal steps", "flops": "equal training FLOPs", "seconds": "equal wall-clock"}
 LETTERS = {"head.rank": "R", "head.window": "W"}  # of the legend of shapes
 NEEDED = "format", "sweep", "size", "title", "command", "reference", "fields", "measure", "machine", "versions", "runs"
@@ -70,6 +71,15 @@ class Results:
         """The point that one is compared with."""
         changes = self.raw["reference"]
         return tuple(_hashable(changes.get(field, at)) for field, at in zip(self.fields, point, strict=True))
+
+    def share(self, point: tuple[Any, ...], reading: str) -> float | None:
+        """What part of the steps, FLOPs or seconds of its reference a point had spent at a reading, where both are."""
+        runs, others = self.of(point), self.of(self.reference(point))
+        step = runs[0].raw["readings"].get(reading)
+        if step is None or not others:
+            return None
+        cost = runs[0].raw["cost"]["over_reference"][OVER[reading]] if reading in OVER else 1.0
+        return cost * step / others[0].raw["config"]["steps"]
 
     def text(self, point: tuple[Any, ...]) -> str:
         """A point in words, as in "R = 4, learning_rate = 0.001"; a case is its own word."""

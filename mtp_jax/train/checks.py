@@ -159,12 +159,11 @@ def learnt_from(config: TrainConfig, store: Store | Mixture) -> TrainConfig:
     return dataclasses.replace(config, head=dataclasses.replace(config.head, temperature=there))
 
 
-def as_learnt(config: TrainConfig, meta: dict[str, Any]) -> TrainConfig:
+def as_learnt(config: TrainConfig, saved: TrainConfig) -> TrainConfig:
     """The config of a run that goes on, with the temperature that its head has from its texts, if it says none."""
-    saved = meta["config"]["head"].get("temperature", 1.0)
     if not config.base or config.head.temperature != 1.0:
         return config
-    return dataclasses.replace(config, head=dataclasses.replace(config.head, temperature=saved))
+    return dataclasses.replace(config, head=dataclasses.replace(config.head, temperature=saved.head.temperature))
 
 
 def check_same_data(store: Store | Mixture, meta: dict[str, Any], path: epath.Path) -> None:

@@ -96,8 +96,9 @@ def train(
         base = open_base(config.base, step_of(meta, config.base)) if config.base else None
         config = base.resolve(config) if base else config
         if resume:
-            config = as_learnt(config, meta)
-            check_resumed(config, meta, path)
+            saved = to_config(meta["config"], f"The config of step {meta['step']} in {path}")
+            config = as_learnt(config, saved)
+            check_resumed(config, saved, meta["step"], path)
             if base:
                 check_same_base(base, meta, path)
             tokenizer = run_tokenizer(path, config)
@@ -297,17 +298,15 @@ def begin(
     return state
 
 
-def check_resumed(config: TrainConfig, meta: dict[str, Any], path: epath.Path) -> None:
+def check_resumed(config: TrainConfig, saved: TrainConfig, step: int, path: epath.Path) -> None:
     """Say what has changed since a checkpoint was saved, by options or by hand in config.json, or refuse it."""
-    saved = to_config(meta["config"], f"The config of step {meta['step']} in {path}")
     check_same_run(config, saved, path)
     require(
-        meta["step"] <= config.steps,
-        f"--resume: the run in {path} is at step {meta['step']} and steps is {config.steps}; "
-        f"set --steps to {meta['step']} or more.",
+        step <= config.steps,
+        f"--resume: the run in {path} is at step {step} and steps is {config.steps}; set --steps to {step} or more.",
     )
     for name, new, old in differences(config, saved):
-        say(f"--resume: {name} is {new!r}; step {meta['step']} was trained with {old!r}")
+        say(f"--resume: {name} is {new!r}; step {step} was trained with {old!r}")
 
 
 def restore(

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import mtp_jax
-from mtp_jax import cli
+from mtp_jax import cli, distributed
 from mtp_jax.commands.distill import RegenerateOptions
 from mtp_jax.data.config import SourceConfig
 from mtp_jax.data.store import SPLITS, Store
@@ -157,6 +157,32 @@ def test_processes_share_what_is_asked(base, todo, straight, tmp_path, monkeypat
             assert not (tmp_path / "store").exists()
     assert shares[0] == shares[-1] == 5
     assert contents(tmp_path / "store") == contents(straight)
+
+
+class Client:
+    """A coordinator's client whose second process comes late, or whose coordinator is gone."""
+
+    def __init__(self, errors):
+        self.errors, self.asked = iter(errors), []
+
+    def key_value_set(self, key, value):
+        self.own = key
+
+    def blocking_key_value_get(self, key, milliseconds):
+        self.asked.append(key.rpartition("/")[2])
+        if key != self.own and (error := next(self.errors)):
+            raise jax.errors.JaxRuntimeError(error)
+        return "done"
+
+
+def test_processes_wait_for_one_that_works_longer_and_not_for_a_dead_coordinator(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for errors in (["DEADLINE_EXCEEDED: timed out"] * 3 + [""], ["UNAVAILABLE: failed to connect"]):
+        client = Client(errors)
+        monkeypatch.setattr(distributed, "_client", lambda client=client: client)
+        with contextlib.nullcontext() if not errors[-1] else pytest.raises(RuntimeError, match="UNAVAILABLE"):
+            distributed.all_done()
+        assert client.asked == ["0", *["1"] * len(errors)]
 
 
 def test_answers_of_another_law_are_not_mixed(base, todo, tmp_path):

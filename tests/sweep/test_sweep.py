@@ -1,9 +1,7 @@
 """Sweeps: the runs that a file asks for, going through them, what is measured, and what is left behind."""
 
 import collections
-import contextlib
 import dataclasses
-import io
 import json
 import os
 import signal
@@ -27,6 +25,7 @@ from mtp_jax.sweep.intervals import ratio_interval
 from mtp_jax.sweep.measure import Steps
 from mtp_jax.sweep.records import Place, fingerprint
 from mtp_jax.validate import ConfigError, PreemptedError
+from support.sweeps import go
 
 EXPERIMENT = '''"""What does rank do to a tiny model?
 
@@ -93,16 +92,6 @@ def done(file):
 def more(file, done):
     """Two more runs, of another seed."""
     return go(file, "rank=1,seed=1", "rank=3,seed=1")
-
-
-def go(file, *names):
-    """These runs of the sweep, and the results of all that were run."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        for name in names:
-            main(["sweep", f"{file}@tiny", "--only", name, "--dir", str(file.parent / "runs")])
-        main(["sweep", f"{file}@tiny", "--collect", "--dir", str(file.parent / "runs")])
-    results = json.loads((file.parent / "results" / "ranks-tiny.json").read_text())
-    return types.SimpleNamespace(file=file, place=Place(file.parent / "runs"), results=results, out=out.getvalue())
 
 
 def test_the_runs_of_a_grid():

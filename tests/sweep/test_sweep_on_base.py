@@ -1,12 +1,9 @@
 """Sweeps over heads on a base: expected acceptance on its texts, losses of rows, costs of steps from cached states."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import shutil
 import sys
-import types
 
 import jax
 import numpy as np
@@ -25,9 +22,9 @@ from mtp_jax.distill.regenerate import Regenerate, regenerate
 from mtp_jax.interop.importing import import_run
 from mtp_jax.runs.base import open_base
 from mtp_jax.sweep.on_base import base_texts, held_out_row_losses
-from mtp_jax.sweep.records import Place
 from mtp_jax.validate import ConfigError
 from support import pretrained, tiny
+from support.sweeps import go
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compilation")]
 EXPERIMENT = '''"""Which head on a base?"""
@@ -74,16 +71,6 @@ def file(tmp_path_factory):
     paths = {"states": root / "states", "cache": root / "cache", "base": root / "base", "suite": root / "suite.jsonl"}
     (root / "heads.py").write_text(EXPERIMENT.format(**{name: str(path) for name, path in paths.items()}))
     return root / "heads.py"
-
-
-def go(file, *names):
-    """These runs of the sweep, and the results of all that were run."""
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        for name in names:
-            main(["sweep", f"{file}@tiny", "--only", name, "--dir", str(file.parent / "runs")])
-        main(["sweep", f"{file}@tiny", "--collect", "--dir", str(file.parent / "runs")])
-    results = json.loads((file.parent / "results" / "heads-tiny.json").read_text())
-    return types.SimpleNamespace(place=Place(file.parent / "runs"), results=results, out=out.getvalue())
 
 
 @pytest.fixture(scope="module")
