@@ -46,7 +46,7 @@ def fake_train(args):
     (run_dir / "metrics.jsonl").write_text(json.dumps({"kind": "eval", "step": 3, "joint_loss": 1.5}) + "\\n")
 
 train.main = fake_train
-run_one.costs = lambda sweep, say: {"rank=1": {}, "rank=2": {}}
+run_one.costs = lambda *_: {"rank=1": {}, "rank=2": {}}
 run_one.measure = lambda run_dir, *rest: {"readings": {"steps": 3, "half": 1}}
 for only in ("trunk", "costs", "2", "3", "2"):
     main(["sweep", file, "--only", only, "--dir", directory])
