@@ -78,4 +78,4 @@ def test_each_device_loads_its_part(imported, mesh):
 def test_an_export_holds_one_weight_of_one_layer(imported, tmp_path):
     size, found = imported
     exported = measured(EXPORT, found["run"], tmp_path / "out")
-    assert exported["peak"] < exported["held"] + 0.7 * size
+    assert exported["peak"] < exported["held"] + 0.4 * size
