@@ -4,6 +4,7 @@ Warnings are errors too (setup.cfg). The environment variables reach subprocesse
 user's would: with the real number of devices and JAX's own settings.
 """
 
+import importlib.metadata
 import os
 import signal
 from pathlib import Path
@@ -13,9 +14,13 @@ os.environ.setdefault("MPLBACKEND", "agg")
 # Compiled functions outlive the run: the second `make test` skips most of the compiling.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-# Without LLVM's optimizations: tests of tiny shapes compile for longer than they run. Twice as fast with no cache. What
-# the caller's XLA_FLAGS say comes after it and wins.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
+# Without LLVM's optimizations: tests of tiny shapes compile for longer than they run. Twice as fast with no cache, and
+# again by XLA's older emitters, which only some releases have: one that does not know a flag refuses to start. What the
+# caller's XLA_FLAGS say comes after it and wins.
+FLAGS = "--xla_backend_optimization_level=0"
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    FLAGS += " --xla_cpu_use_fusion_emitters=false"
+os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
 # A shell that runs the suite in the background has Ctrl-C ignored, and nohup a closed terminal; what the tests start
 # would inherit that.

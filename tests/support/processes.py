@@ -58,7 +58,8 @@ class Processes:
         address = f"localhost:{free_port()}"
         self.processes = []
         for i in range(count):
-            env = {**os.environ, "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+            flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
+            env = {**os.environ, "XLA_FLAGS": flags}
             env |= {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
             if count > 1:
                 names = {"COORDINATOR": address, "NUM_PROCESSES": count, "PROCESS_ID": i}
