@@ -17,10 +17,13 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Without LLVM's optimizations: tests of tiny shapes compile for longer than they run. Twice as fast with no cache, and
 # again by XLA's older emitters, which only some releases have: one that does not know a flag refuses to start. What the
 # caller's XLA_FLAGS say comes after it and wins.
-FLAGS = "--xla_backend_optimization_level=0"
-if importlib.metadata.version("jaxlib").startswith("0.10."):
-    FLAGS += " --xla_cpu_use_fusion_emitters=false"
-os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
+os.environ["XLA_FLAGS"] = " ".join(
+    (
+        "--xla_backend_optimization_level=0",
+        *(["--xla_cpu_use_fusion_emitters=false"] if importlib.metadata.version("jaxlib").startswith("0.10.") else []),
+        os.environ.get("XLA_FLAGS", ""),
+    )
+)
 
 # A shell that runs the suite in the background has Ctrl-C ignored, and nohup a closed terminal; what the tests start
 # would inherit that.

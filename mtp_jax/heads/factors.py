@@ -68,6 +68,11 @@ class Factors(nnx.Module):
         raise NotImplementedError
 
     @staticmethod
+    def rows(rank: int, window: int) -> int:
+        """Rows of one position that go through the same large table, for `losses.tiles`."""
+        return 1
+
+    @staticmethod
     def flops(head: HeadConfig, model: ModelConfig) -> Flops:
         """The work of one position."""
         raise NotImplementedError
@@ -167,6 +172,11 @@ class SharedFactors(Factors):
         return product("btrwd,vd->btrwv", rows_BTRWD, tables["unembed_VD"])
 
     @staticmethod
+    def rows(rank: int, window: int) -> int:
+        """All of them go through the model's."""
+        return rank * window
+
+    @staticmethod
     def flops(head: HeadConfig, model: ModelConfig) -> Flops:
         """The work of one position."""
         maps, table = (2 * head.rank * head.window * model.d_model * n for n in (model.d_model, model.vocab_size))
@@ -193,6 +203,11 @@ class ResidualFactors(Factors):
         added_BTRWD = jax.nn.silu(_by_offset("btd,drwe->btrwe", x_BTD, tables["residual_DRWD"]))
         rows_BTRWD = (x_BTD.astype(added_BTRWD.dtype)[:, :, None, None] + added_BTRWD).astype(x_BTD.dtype)
         return product("btrwd,vd->btrwv", rows_BTRWD, tables["unembed_VD"])
+
+    @staticmethod
+    def rows(rank: int, window: int) -> int:
+        """All of them go through the model's."""
+        return rank * window
 
     @staticmethod
     def flops(head: HeadConfig, model: ModelConfig) -> Flops:
@@ -238,6 +253,11 @@ class LowRankFactors(Factors):
         own_BTRWE = _by_offset("btd,drwe->btrwe", x_BTD, tables["down_DRWE"]).astype(x_BTD.dtype)
         shared_BTWV = product("btwd,vd->btwv", shared_BTWD, tables["unembed_VD"])
         return shared_BTWV[:, :, None] + product("btrwe,ve->btrwv", own_BTRWE, tables["up_VE"])
+
+    @staticmethod
+    def rows(rank: int, window: int) -> int:
+        """One for each offset goes through the model's, which is larger than that of the corrections."""
+        return window
 
     @staticmethod
     def flops(head: HeadConfig, model: ModelConfig) -> Flops:

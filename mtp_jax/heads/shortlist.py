@@ -45,6 +45,10 @@ class ShortlistForm:
         """`[B, T, R, 1, V]` of the first offset and `[B, T, R, W - 1, n]` of the later ones, for n listed tokens."""
         return tuple(self.factors.logits(one, x_BTD) for one in tables)
 
+    def rows(self, rank: int, window: int) -> int:
+        """As the factors' own."""
+        return self.factors.rows(rank, window)
+
 
 def split(params: Tables) -> tuple[Tables, Tables]:
     """The parameters of the first offset and those of the later ones, where `short_x` stands for a table x."""

@@ -24,3 +24,7 @@ class NextToken:
     def logits(self, tables: Any, x_BTD: Array) -> Array:
         """`[B, T, 1, 1, V]` in float32."""
         return product("btd,vd->btv", x_BTD, tables[self.table])[:, :, None, None]
+
+    def rows(self, rank: int, window: int) -> int:
+        """All of them."""
+        return rank * window

@@ -20,11 +20,12 @@ from mtp_jax import arrays
 from mtp_jax.sharding import gather_local, platform, reduce_local, shares, varies, vary
 
 # Bytes of float32 logits that are alive together on one device: as few as keep the products at full speed, and what may
-# be spent on having TILE_ROWS of them.
-TILE_BYTES = {"cpu": (20 * 2**20, 20 * 2**20), "gpu": (2**29, 2**32), "tpu": (2**28, 2**31)}
-# A tile adds to the gradient of the table, in float32: V D 8 bytes of traffic beside 6 V D FLOPs for each row. With so
-# many rows that takes a tenth of the time of the products, on devices of 200 to 300 FLOPs a byte.
-TILE_ROWS = 4096
+# be spent on having TILE_ROWS rows in one.
+TILE_BYTES = {"cpu": (20 * 2**20, 160 * 2**20), "gpu": (2**29, 2**32), "tpu": (2**28, 2**31)}
+# A tile reads every table and adds to its gradient, in float32: for a table of V D entries 8 V D bytes at the least,
+# beside 6 V D FLOPs for each row that is multiplied by it. With so many rows that takes a tenth of the time of the
+# products, on devices of 200 to 300 FLOPs a byte and on processors of 30.
+TILE_ROWS = {"cpu": 256, "gpu": 4096, "tpu": 4096}
 
 
 class Form(Protocol):
@@ -43,11 +44,18 @@ class Form(Protocol):
         """`[B, T, R, W, V]` in float32."""
         ...
 
+    @staticmethod
+    def rows(rank: int, window: int) -> int:
+        """Rows of one position, of R x W, that go through the same large table."""
+        ...
+
 
 def tile_positions(positions: int, logits_bytes: int, rows: int) -> int:
-    """Positions in a tile, of `positions` on a device. Each has `rows` rows of logits, `logits_bytes` in all."""
-    enough, most = (max(1, size // logits_bytes) for size in TILE_BYTES.get(platform(), TILE_BYTES["tpu"]))
-    wanted = max(enough, -(-TILE_ROWS // rows))
+    """Positions in a tile, of `positions` on a device. Each has `logits_bytes` of logits and multiplies a table by so
+    many rows."""
+    device = platform() if platform() in TILE_BYTES else "tpu"
+    enough, most = (max(1, size // logits_bytes) for size in TILE_BYTES[device])
+    wanted = max(enough, -(-TILE_ROWS[device] // rows))
     return -(-positions // max(-(-positions // most), positions // wanted))
 
 
@@ -71,10 +79,11 @@ class Device:
         # How many offsets each array of logits has.
         self.offsets = [logits.shape[3] for logits in jax.tree.leaves(one)]
         size = more + sum(logits.size * logits.dtype.itemsize for logits in jax.tree.leaves(one))
+        rows = min(form.rows(*logits.shape[2:4]) for logits in jax.tree.leaves(one))
         if beside:  # its own, and the probabilities of both laws at every offset
+            rows = min(rows, 2)  # one, of a table that has no gradient
             offsets = sum(logits.size // logits.shape[2] for logits in jax.tree.leaves(one))
             size += (beside + 2 * offsets) * jax.tree.leaves(one)[0].dtype.itemsize
-        rows = sum(logits.size // logits.shape[-1] for logits in jax.tree.leaves(one))
         self.width = tile_positions(x_BTD.shape[0] * x_BTD.shape[1], size, rows)
 
     def tiles(self, trees: Any) -> Any:

@@ -68,12 +68,18 @@ def test_work_is_divided_among_devices():
 # Memory.
 
 
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """As many logits as fit a CPU's cache, however few rows they are."""
+    set_tile_bytes(monkeypatch, 20 * 2**20)
+
+
 def scratch_bytes(batch, time, factors="shared", vocab=32768):
     return lower_large((1, 1, 1), factors, batch=batch, time=time, vocab=vocab).memory_analysis().temp_size_in_bytes
 
 
 @pytest.mark.parametrize("factors", ["shared", "lowrank"])
-def test_memory_is_that_of_a_tile(factors):
+def test_memory_is_that_of_a_tile(factors, small_tiles):
     """The logits of 512 positions are 2 GiB; 100 MiB are enough, of which 32 are the table's gradient."""
     assert scratch_bytes(2, 256, factors) < 100 * 2**20
 

@@ -161,12 +161,18 @@ def lower(frozen=False, against=True, shape=(1, 1, 1), factors="shared", batch=2
         return jax.jit(gradient).lower(params, table, *arrays).compile()
 
 
-def test_memory_is_that_of_a_tile():
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """As many logits as fit a CPU's cache, however few rows they are."""
+    set_tile_bytes(monkeypatch, 20 * 2**20)
+
+
+def test_memory_is_that_of_a_tile(small_tiles):
     """The probabilities of 512 positions are 256 MiB for each law, the logits 512 MiB."""
     assert lower().memory_analysis().temp_size_in_bytes < 160 * 2**20
 
 
-def test_memory_does_not_grow_with_the_batch():
+def test_memory_does_not_grow_with_the_batch(small_tiles):
     """Beyond the states and their gradient, of 8 times as many positions."""
     small, large = (lower(batch=batch).memory_analysis().temp_size_in_bytes for batch in (2, 16))
     assert large - small < 3 * 4 * 256 * 256 * 14 + 2**22
@@ -178,7 +184,7 @@ def test_memory_of_one_large_tile_is_seen(monkeypatch):
 
 
 @pytest.mark.parametrize("factors, against", pairs(["shared", "lowrank"], [False, True]))
-def test_the_gradient_of_a_frozen_table_is_never_formed(factors, against):
+def test_the_gradient_of_a_frozen_table_is_never_formed(factors, against, small_tiles):
     """No loop makes anything of its shape, and a third of the products with it is left out."""
     made, flops = {}, {}
     for frozen in (False, True):

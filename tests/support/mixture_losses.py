@@ -103,6 +103,11 @@ class Identity:
         """The hidden states, by component and offset."""
         return x_BTD.reshape(*x_BTD.shape[:2], R, W, V)
 
+    @staticmethod
+    def rows(rank: int, window: int) -> int:
+        """There is no table."""
+        return rank * window
+
 
 def reference_logits(params: Params, x_BTD: jax.Array) -> jax.Array:
     """Each form as it is written, from its parameters."""
