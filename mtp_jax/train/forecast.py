@@ -39,7 +39,7 @@ from mtp_jax.validate import ConfigError, require
 
 CPU_NOTE = (
     "These are the temporaries and collectives of XLA for CPUs. It holds and sends bfloat16 as float32, sums gradients "
-    "whole where others scatter them, and takes smaller tiles of logits: at most 160 MiB, where a GPU takes up to 4 GiB "
+    "whole where others scatter them, and has smaller tiles of logits: at most 160 MiB, where a GPU has up to 4 GiB "
     "and a TPU 2. Parameters, optimizer and batch are the same on all machines; --topology asks a TPU's own compiler."
 )
 
