@@ -40,8 +40,9 @@ class MeasureConfig:
     `ks` are the numbers of drafts that are measured, beside W-1; none for all.
     Training steps of one run of those that differ in their seed alone and of next-token models are timed in turn, in
     one process, for `rounds` rounds, and so are iterations of decoding one prompt at the first temperature (with a
-    suite at each), with each k: speeds are what an iteration gives over what it takes. Heads that are trained from a
-    base's cached hidden states are timed as they are, with no next-token model beside them.
+    suite at each), with each k: speeds are what an iteration gives over what it takes. Heads with target `ntp` decode
+    one after the other, each beside k = 0, which is the same for all on one trunk: its time is the clock. Heads that
+    are trained from a base's cached hidden states are timed as they are, with no next-token model beside them.
     """
 
     held_out_sequences: int = 48

@@ -29,14 +29,14 @@ from mtp_jax.sweep.config import MeasureConfig, Sweep
 from mtp_jax.sweep.intervals import resample
 from mtp_jax.sweep.on_base import suite_prompts
 
-TIMED = 64  # tokens of a text in which iterations of a pretrained model are timed
+TIMED = 24  # tokens of a text in which iterations of a pretrained model are timed
 
 
 def costs(
     sweep: Sweep, shapes: Mapping[str, TrainConfig], progress: Callable[[str], None] = lambda _: None
 ) -> dict[str, dict[str, Any]]:
     """What a run of every shape costs, whatever it learns: a training step, beside next-token models of the same
-    trunks, and `iteration_seconds` of decoding with each k, 0 included. All in one process, in turn.
+    trunks, in turn, and `iteration_seconds` of decoding with each k, beside k = 0. All in one process.
 
     `shapes`: the configs of the runs that are whole, as they are trained. Those that cost the same are measured once. A
     head that is trained from cached hidden states reads them here too, and has no next-token model beside it: no trunk
@@ -53,6 +53,7 @@ def costs(
     if sweep.measure.suite:  # whose prompts must fit, which is known before anything is trained
         suite_prompts(untrained(next(iter(shapes.values())), bases), sweep.measure)
     found = measure_steps(configs, sweep.measure.rounds, progress, stores)
+    jax.clear_caches()
     decoding = decoding_costs(shapes, sweep.measure, progress, bases)
 
     def over(name: str, other: str) -> dict[str, float]:
@@ -105,9 +106,41 @@ def decoding_costs(
     )
     alike: dict[TrainConfig, str] = {}  # the first of those that decode alike
     same = {name: alike.setdefault(_untaught(config), name) for name, config in configs.items()}
-    found = bench_runs({name: untrained(configs[name], bases) for name in alike.values()}, bench, progress)
+    if all(config.head.target == "ntp" for config in configs.values()):
+        rows = _beside_plain({name: configs[name] for name in alike.values()}, bench, progress, bases)
+    else:
+        models = {name: untrained(configs[name], bases) for name in alike.values()}
+        rows = {name: found["rows"] for name, found in bench_runs(models, bench, progress).items()}
     names = ("temperature", "k", "dtype", "iteration_seconds")
-    return {name: [{n: row[n] for n in names} for row in found[same[name]]["rows"]] for name in configs}
+    return {name: [{n: row[n] for n in names} for row in rows[same[name]]] for name in configs}
+
+
+def _beside_plain(
+    configs: Mapping[str, TrainConfig],
+    bench: BenchConfig,
+    progress: Callable[[str], None],
+    bases: dict[str, Any] | None,
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of heads whose plain decoding is that of one trunk: each head in turn beside k = 0, and of their times what
+    they would be if k = 0 had taken them all as long."""
+    rows = {}
+    for name, config in configs.items():
+        progress(f"iterations of {name}")
+        rows[name] = bench_runs({name: untrained(config, bases)}, bench, progress)[name]["rows"]
+        jax.clear_caches()  # the programs of ten heads are more pieces of memory than Linux lets a process have
+    plain: dict[Any, dict[str, float]] = {}  # of each cell, by head
+    for name, row in ((name, row) for name, found in rows.items() for row in found if row["k"] == 0):
+        plain.setdefault(_clock(configs[name], row), {})[name] = float(np.median(row["iteration_seconds"]))
+    for name, row in ((name, row) for name, found in rows.items() for row in found):
+        alike = plain[_clock(configs[name], row)]
+        scale = float(np.median(list(alike.values()))) / alike[name]
+        row["iteration_seconds"] = [scale * seconds for seconds in row["iteration_seconds"]]
+    return rows
+
+
+def _clock(config: TrainConfig, row: dict[str, Any]) -> Any:
+    """What decodes alike with k = 0."""
+    return config.model, config.base, row["temperature"], row["dtype"]
 
 
 def _untaught(config: TrainConfig) -> TrainConfig:

@@ -25,10 +25,11 @@ held-out documents that the seeds share, added as variances; of one seed they sa
 widened for the number of variants: the best of many looks better than it is. Losses are in nats per window, by offset
 given the ones before; tokens per forward are with W-1 drafts; tokens/s at batch 1 are the tokens of a forward with k
 drafts over the median time of such an iteration, at the k that is best and in the dtype that is fastest for it, and
-over plain decoding is the ratio to those of k = 0. Iterations of all variants are timed in one process, in turn;
-speeds have no interval. With a suite, tokens per forward are those that the verifier `token` is expected to give on
-texts of the base's, whose prompts are the documents, and iterations are of that verifier; documents of conversations
-are rows. The share is what a run had of its part, where that is less: it has no more steps, or no checkpoint nearer."""
+over plain decoding is the ratio to those of k = 0. Iterations are timed in one process, those of heads for target `ntp`
+each beside plain decoding, of which they are multiples; speeds have no interval. With a suite, tokens per forward are
+those that the verifier `token` is expected to give on texts of the base's, whose prompts are the documents, and
+iterations are of that verifier; documents of conversations are rows. The share is what a run had of its part, where
+that is less: it has no more steps, or no checkpoint nearer."""
 CAPTION = "Differences to the reference, with intervals of 95%. Hollow: of one seed."
 
 
