@@ -78,7 +78,7 @@ ON_BYTES = on(
     HEADS_CPU, head=replace(HEADS_CPU.head, window=8, factors="lora", factor_width=16, init_noise=1.0), steps=360
 )
 ON_GPU = replace(on_gpu(ON_SMOLLM2), checkpoint_every=100)
-ON_TEXTS = replace(MEASURE, temperatures=(0.7, 0.0), ks=(1, 3, 5))
+ON_TEXTS = replace(MEASURE, temperatures=(0.7, 0.0), ks=(3, 5), rounds=3)
 SEEDS = {"seed": (0, 1, 2)}
 MEDUSA = {"case": "medusa"}
 OWN = ON_STATES.optimizer.learning_rate
@@ -93,6 +93,6 @@ SWEEPS = {
         HEADS,
         MEDUSA,
         first={"trunk": TRUNK_CPU},
-        measure=MeasureConfig(prompts=80, temperatures=(0.7, 0.0), ks=(1, 3, 5), rounds=10),
+        measure=MeasureConfig(prompts=80, temperatures=(0.7, 0.0), ks=(3, 5), rounds=5),
     ),
 }
