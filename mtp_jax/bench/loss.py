@@ -46,7 +46,6 @@ def bench_loss(config: LossBenchConfig, progress: Callable[[str], None] = lambda
     mesh = make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
     with jax.set_mesh(mesh):
         form, arrays = _problem(config, config.tokens)
-        first = 1 if config.shortlist else config.window  # offsets with the whole vocabulary
         exact = dataclasses.replace(config, shortlist=0, **CPD_TOO)
         whole_form, whole = _problem(exact, config.tokens) if config.shortlist else (form, arrays)
         ours, cpd = (_gradient(functools.partial(_ours, form, law)) for law in (_law(config), CPD))
@@ -75,9 +74,10 @@ def bench_loss(config: LossBenchConfig, progress: Callable[[str], None] = lambda
     seconds = interleave(runs, config.repetitions)
     progress("comparing gradients with float64")
     errors = _errors(config, mesh)
+    rows = form.rows(config.rank, 1 if config.shortlist else config.window)  # through the largest table
     return {
         "config": vars(config),
-        "tile_positions": tile_positions(config.tokens, 4 * _logits(config), form.rows(config.rank, first)),
+        "tile_positions": tile_positions(config.tokens, 4 * _logits(config), rows),
         "seconds": {name: summary(found) for name, found in seconds.items()},
         "time_ratio_to_matmuls": ratio(seconds, "ours", "matmuls"),
         "time_ratio_to_naive": ratio(seconds, "ours", "naive") if fits else None,

@@ -24,7 +24,7 @@ from mtp_jax.sharding import gather_local, platform, reduce_local, shares, varie
 TILE_BYTES = {"cpu": (20 * 2**20, 160 * 2**20), "gpu": (2**29, 2**32), "tpu": (2**28, 2**31)}
 # A tile reads every table and adds to its gradient, in float32: for a table of V D entries 8 V D bytes at the least,
 # beside 6 V D FLOPs for each row that is multiplied by it. With so many rows that takes a tenth of the time of the
-# products, on devices of 200 to 300 FLOPs a byte and on processors of 30.
+# products, on devices of 200 to 300 FLOPs a byte and on processors of 20.
 TILE_ROWS = {"cpu": 256, "gpu": 4096, "tpu": 4096}
 
 
@@ -81,7 +81,7 @@ class Device:
         size = more + sum(logits.size * logits.dtype.itemsize for logits in jax.tree.leaves(one))
         rows = min(form.rows(*logits.shape[2:4]) for logits in jax.tree.leaves(one))
         if beside:  # its own, and the probabilities of both laws at every offset
-            rows = min(rows, 2)  # one, of a table that has no gradient
+            rows = min(rows, 2)  # one, whose table has no gradient: half the traffic for each product
             offsets = sum(logits.size // logits.shape[2] for logits in jax.tree.leaves(one))
             size += (beside + 2 * offsets) * jax.tree.leaves(one)[0].dtype.itemsize
         self.width = tile_positions(x_BTD.shape[0] * x_BTD.shape[1], size, rows)

@@ -53,7 +53,7 @@ def costs(
     if sweep.measure.suite:  # whose prompts must fit, which is known before anything is trained
         suite_prompts(untrained(next(iter(shapes.values())), bases), sweep.measure)
     found = measure_steps(configs, sweep.measure.rounds, progress, stores)
-    jax.clear_caches()
+    jax.clear_caches()  # the programs of all steps, see `_beside_plain`
     decoding = decoding_costs(shapes, sweep.measure, progress, bases)
 
     def over(name: str, other: str) -> dict[str, float]:

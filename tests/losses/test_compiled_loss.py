@@ -68,12 +68,6 @@ def test_work_is_divided_among_devices():
 # Memory.
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """As many logits as fit a CPU's cache, however few rows they are."""
-    set_tile_bytes(monkeypatch, 20 * 2**20)
-
-
 def scratch_bytes(batch, time, factors="shared", vocab=32768):
     return lower_large((1, 1, 1), factors, batch=batch, time=time, vocab=vocab).memory_analysis().temp_size_in_bytes
 

@@ -161,12 +161,6 @@ def lower(frozen=False, against=True, shape=(1, 1, 1), factors="shared", batch=2
         return jax.jit(gradient).lower(params, table, *arrays).compile()
 
 
-@pytest.fixture
-def small_tiles(monkeypatch):
-    """As many logits as fit a CPU's cache, however few rows they are."""
-    set_tile_bytes(monkeypatch, 20 * 2**20)
-
-
 def test_memory_is_that_of_a_tile(small_tiles):
     """The probabilities of 512 positions are 256 MiB for each law, the logits 512 MiB."""
     assert lower().memory_analysis().temp_size_in_bytes < 160 * 2**20
