@@ -15,11 +15,12 @@ os.environ.setdefault("MPLBACKEND", "agg")
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path(__file__).resolve().parents[1] / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # Without LLVM's optimizations: tests of tiny shapes compile for longer than they run. Twice as fast with no cache, and
-# again by XLA's older emitters, which only some releases have: one that does not know a flag refuses to start. What the
-# caller's XLA_FLAGS say comes after it and wins.
+# again by XLA's older emitters, which only some releases have: one that does not know a flag refuses to start. In one
+# piece, for the other core has a test of its own. What the caller's XLA_FLAGS say comes after it and wins.
 os.environ["XLA_FLAGS"] = " ".join(
     (
         "--xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
         *(["--xla_cpu_use_fusion_emitters=false"] if importlib.metadata.version("jaxlib").startswith("0.10.") else []),
         os.environ.get("XLA_FLAGS", ""),
     )

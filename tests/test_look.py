@@ -48,7 +48,11 @@ def make_run(**head):
     return LoadedRun(model, tokenizer, config, mesh, 0, {})
 
 
-@pytest.fixture(scope="module", params=HEADS)
+# The slow ones are cousins of the others.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=() if n in ("full", "ntp", "token") else pytest.mark.slow) for n in HEADS],
+)
 def run(request):
     return make_run(**HEADS[request.param])
 

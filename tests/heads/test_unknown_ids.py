@@ -81,13 +81,12 @@ def trained(config, params):
 
 
 WHERE = {"one device": (1, 1, 1), "a split vocabulary": (2, 2, 2)}
-# Those whose logits come in another way, and with a split vocabulary one that goes through the model's table too; the
-# slow ones are the others.
+# Those whose logits come in another way; the slow ones are the others.
 CASES = [
     pytest.param(name, WHERE[where], id=f"{name}-{where}", marks=pytest.mark.slow if alike else ())
     for name in HEADS
     for where in WHERE
-    for alike in [name not in ("full", "shortlist", "lowrank") or (name == "full") == (where == "a split vocabulary")]
+    for alike in [name not in ("full", "shortlist") or (name == "full") == (where == "a split vocabulary")]
 ]
 
 
@@ -110,7 +109,7 @@ def test_the_loss_and_its_gradient_are_those_of_a_model_without_them(name, shape
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("full", "shortlist", "lowrank") else pytest.mark.slow) for n in HEADS]
+    "name", [pytest.param(n, marks=() if n in ("full", "shortlist") else pytest.mark.slow) for n in HEADS]
 )
 def test_no_law_gives_them_anything(name):
     (config, params), (plain_config, plain) = made(name)
