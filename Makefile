@@ -3,6 +3,7 @@
 #
 #   make test PYTHON=python3.13             another Python, 3.11 or newer (remove .venv first if it has another)
 #   make test CONSTRAINTS=                  the newest releases, not the exact versions of constraints.txt
+#   make docs                               the site, in docs/_build/html; a warning is an error
 #   make test ARGS='tests/commands/test_cli.py -x'   arguments for pytest
 
 PYTHON ?= python3
@@ -14,12 +15,15 @@ STAMP := .venv/installed
 # `loadfile` keeps the tests of one file in one process, where they share compiled functions and fixtures.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo test test-slow lint format
+.PHONY: demo docs test test-slow lint format
 
 demo: $(STAMP)
 	$(BIN)/mtp-jax train experiments/code_cpu.py --overwrite
 	$(BIN)/mtp-jax generate runs/code_cpu --held-out 3 --max-new-tokens 160
 	$(BIN)/mtp-jax bench decode runs/code_cpu --report
+
+docs: $(STAMP)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
 
 test: $(STAMP)
 	$(PYTEST) $(ARGS)

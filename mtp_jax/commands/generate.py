@@ -31,10 +31,10 @@ class Generate(RunOptions):
     system: str = ""
     """With --chat: what the model is told before."""
     held_out: int = 0
-    """Continue this many held-out documents instead, from their first `prompt-tokens` tokens; what is printed is also
-    left as a page."""
+    """Continue this many held-out documents instead, from their first `prompt-tokens` tokens."""
     out: str = ""
-    """Where that page goes; completions.html in the run directory by default."""
+    """Also leave what is printed as a page, or as a picture where the name ends with .svg; of held-out documents it is
+    completions.html in the run directory by default."""
     prompt_tokens: int = 96
     """Length of the held-out prompts."""
     max_new_tokens: int = 256
@@ -73,14 +73,14 @@ def main(args: list[str]) -> None:
 
     from mtp_jax.data.preparation import prepare
     from mtp_jax.data.prompts import held_out_prompts
-    from mtp_jax.decode.spans import visible
+    from mtp_jax.decode.spans import picture, visible
     from mtp_jax.decode.text import stop_bytes
     from mtp_jax.decode.tune import tuned
     from mtp_jax.runs.layout import read_config, run_tokenizer
     from mtp_jax.runs.paths import check_writable, full_path, given_path, write_page
 
     page = given_path(options.out) if options.out else full_path(options.run) / "completions.html"
-    if options.held_out:
+    if keeps := bool(options.held_out or options.out):
         check_writable(page, "Give another place with --out.")
     stops = stop_bytes([unescape(stop) for stop in options.stop])
     config = read_config(options.run)
@@ -102,9 +102,7 @@ def main(args: list[str]) -> None:
     forced = {"auto": None, "always": True, "never": False}[options.color]
     # What is asked for is given, whatever $TERM and $NO_COLOR say.
     colors: dict[str, Any] = {"color_system": "standard", "no_color": False} if forced else {}
-    console = Console(
-        force_terminal=forced, **colors, highlight=False, emoji=False, soft_wrap=True, record=options.held_out > 0
-    )
+    console = Console(force_terminal=forced, **colors, highlight=False, emoji=False, soft_wrap=True, record=keeps)
     run = options.load(decoding_only=True)
     with jax.set_mesh(run.mesh):
         decode = tuned(run.decoder, [prompts[0][1]], decode)
@@ -113,9 +111,9 @@ def main(args: list[str]) -> None:
             title = f"{name}, continued at temperature {options.temperature:g}"
             console.rule(escape(title), characters="-")
         _complete(run, tokens, dataclasses.replace(decode, row=index), stops, console)
-    if options.held_out:
+    if keeps:
         page.parent.mkdir(parents=True, exist_ok=True)
-        write_page(page, console.export_html())
+        write_page(page, picture(console, options.run) if page.suffix == ".svg" else console.export_html())
         console.print(f"The same in colour: {visible(str(page))}", style="dim", markup=False)
 
 

@@ -83,7 +83,7 @@ class DecodeConfig:
 
     @property
     def rule(self) -> str:
-        """The verifier's name: by default `greedy` at temperature 0 and `coupled` above."""
+        """The verifier's name, by default `greedy` at temperature 0 and `coupled` above."""
         return self.verifier or ("greedy" if self.greedy else "coupled")
 
     @property

@@ -47,7 +47,7 @@ class _Row:
 
 
 class Slots:
-    """`size` rows that decode together; a row that has ended gives its slot to the next request.
+    """`size` rows that decode together; a row that has ended gives its slot to the next request::
 
         slots = Slots(model, size=8, max_prompt=512, max_new=256, temperature=0.7)
         slots.submit(prompt, max_new_tokens=40)

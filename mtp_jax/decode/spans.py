@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import io
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -125,6 +126,16 @@ class Completion:
 def print_span(console: Console, span: Span) -> None:
     """Print a span in its style, without a line end."""
     console.print(visible(span.text), style=STYLES[span.kind], end="", markup=False, soft_wrap=True)
+
+
+def picture(console: Console, title: str) -> str:
+    """What a console has recorded, as an SVG in which long lines go on in the next one. It loads no fonts."""
+    from rich.console import Console as NewConsole
+    from rich.text import Text
+
+    wrapped = NewConsole(record=True, width=console.width, file=io.StringIO())
+    wrapped.print(Text.from_ansi(console.export_text(styles=True)))
+    return re.sub(r"\s*@font-face \{.*?\}", "", wrapped.export_svg(title=title), flags=re.DOTALL)
 
 
 def visible(text: str) -> str:

@@ -102,7 +102,7 @@ class Head(nnx.Module):
         require(
             cls.learns_law or not config.against_target,
             f"HeadConfig.{config.weights_against} and kind is {config.kind}, which has no loss against the target's "
-            f"law. Set kind to mixture, or {zero}.",
+            f"law. Set kind to mixture or sequential, or {zero}.",
         )
         require(
             config.target == "ntp" or not config.against_target,

@@ -1,9 +1,8 @@
 """Sequential head: a small module that is applied from offset to offset, fed with the token before.
 
 With g_1 = h, the trunk's last hidden state, offset s has the law softmax(U g_s), g_s = f_s(g_{s-1}, e(x_{s-1})), and
-offset 1 is the model's own. What others have done are cases of it: without attention Hydra (arXiv 2402.05109) and the
-recursion of FastMTP (arXiv 2509.18362), with it the modules of DeepSeek-V3 (arXiv 2412.19437) and EAGLE (arXiv
-2401.15077).
+offset 1 is the model's own. What others have done are cases of it: without attention Hydra (arXiv 2402.05109), with it
+EAGLE (arXiv 2401.15077), the modules of DeepSeek-V3 (arXiv 2412.19437) and FastMTP (arXiv 2509.18362).
 
 With attention a module is a transformer block. The query of position p at offset s sees the entries of offset 2 at the
 positions up to p, which are made of hidden states and of tokens that were committed and are kept in a cache, and its

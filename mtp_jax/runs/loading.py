@@ -49,7 +49,7 @@ class LoadedRun:
 
     @property
     def decoder(self) -> Decoder:
-        """The model laid out for decoding: anew where `model` was changed since."""
+        """The model laid out for decoding, anew where `model` was changed since."""
         weights, structure = jax.tree.flatten(self.model)
         for decoder, of, like in self._laid_out:
             if like == structure and all(a is b for a, b in zip(of, weights, strict=True)):
@@ -84,7 +84,7 @@ class LoadedRun:
 
     @property
     def stop_tokens(self) -> tuple[int, ...]:
-        """The ids that end an answer: those of a pretrained model, or the end of a document."""
+        """The ids that end an answer, those of a pretrained model or the end of a document."""
         return self.tokenizer.stop_tokens
 
     def encode(self, text: str, *, special: bool = False) -> np.ndarray:

@@ -45,7 +45,7 @@ CPU_NOTE = (
 
 NOTHING_NOTE = (
     "Nothing would be trained: the trunk is frozen and there is no head. Give one, such as --head.kind mixture "
-    "--head.circuit cpd --head.window 4 --head.rank 8."
+    "--head.circuit cpd --head.window 4 --head.rank 2 --head.factors lowrank --head.target ntp --head.encoder token."
 )
 
 

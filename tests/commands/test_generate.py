@@ -151,3 +151,11 @@ def test_held_out_documents_are_continued(run, capsys):
     for name in names:
         begin = (run.dir.parents[1] / "corpus" / name).read_text()[:16]
         assert begin in output, "a prompt is the beginning of its document"
+
+
+def test_a_page_may_be_a_picture(run, tmp_path, capsys):
+    picture = tmp_path / "some.svg"
+    cli.main(["generate", str(run.dir), "--prompt", "One and two", "--out", str(picture), *GENERATE])
+    shown = picture.read_text()
+    assert shown.startswith("<svg") and "One&#160;and&#160;two" in shown and "url(" not in shown.replace("url(#", "")
+    assert str(picture) in capsys.readouterr().out

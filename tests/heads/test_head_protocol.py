@@ -45,7 +45,7 @@ HEADS = {
     ),
     "tally": dict(kind="tally", target="ntp"),
 }
-QUICK = {"cpd", "block", "token, shortlist", "token, btree", "attention, per offset", "tally"}
+QUICK = {"cpd", "block", "token, shortlist", "token, btree", "attention, per offset"}
 every_head = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in HEADS]
 )

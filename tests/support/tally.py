@@ -108,7 +108,14 @@ class TallyHead(Head):
         hit_BTWV = jax.nn.one_hot(targets_BTW, own_BTV.shape[-1])
         return jnp.sum(hit_BTWV * jax.nn.log_softmax(jnp.stack(logits, axis=2), axis=-1), axis=-1)
 
-    def loss(self, seen: Seen, targets_BTW: Array, weights_BTW: Array, key: Array | None = None) -> tuple[Array, Aux]:
+    def loss(
+        self,
+        seen: Seen,
+        targets_BTW: Array,
+        weights_BTW: Array,
+        key: Array | None = None,
+        law_weights_BTW: Array | None = None,
+    ) -> tuple[Array, Aux]:
         """The negative log-likelihood behind the first offset, which is the model's own."""
         nll_W = -jnp.sum(weights_BTW * self.log_likelihood(seen, targets_BTW), axis=(0, 1))
         return jnp.sum(nll_W[1:]), {"loss_offset": nll_W}

@@ -1,0 +1,93 @@
+"""What no page says by hand: the options of every command, what the sweeps found, and the notebooks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import shutil
+import sys
+from pathlib import Path
+
+DOCS = Path(__file__).resolve().parent
+ROOT = DOCS.parent
+EXPERIMENT = "experiments/code_cpu.py"
+COMMANDS = (
+    f"train {EXPERIMENT}",
+    "generate",
+    "chat",
+    "eval",
+    "bench decode",
+    "bench loss",
+    f"bench train {EXPERIMENT}",
+    "data prepare",
+    "data show",
+    "data regenerate",
+    "data hidden",
+    "tokenizer train",
+    "import",
+    "export",
+    "sweep experiments/rank_code.py",
+    "report",
+    f"doctor {EXPERIMENT}",
+)
+WIDTH = "100"
+
+
+def write() -> None:
+    """Write all of it beside the pages. Files that would not change are left alone, so that nothing is built twice."""
+    sys.path.insert(0, str(ROOT))
+    with contextlib.chdir(ROOT):
+        _put(DOCS / "cli.md", command_line())
+        _results()
+    for notebook in sorted((ROOT / "experiments" / "notebooks").glob("*.ipynb")):
+        _put(DOCS / "notebooks" / notebook.name, notebook.read_text())
+
+
+def command_line() -> str:
+    """The page of the command line, from what `--help` prints."""
+    from mtp_jax.cli import USAGE
+
+    parts = ["# The command line", f"```text\n{USAGE}\n```"]
+    for command in COMMANDS:
+        name = " ".join(word for word in command.split() if not word.endswith(".py"))
+        parts.append(f"## mtp-jax {name}\n\n```text\n{_help(command)}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
+def _help(command: str) -> str:
+    from mtp_jax.cli import main
+
+    printed = io.StringIO()
+    before = os.environ.get("COLUMNS")
+    os.environ["COLUMNS"] = WIDTH
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+            main([*command.split(), "--help"])
+    finally:
+        os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
+    return printed.getvalue().strip()
+
+
+def _results() -> None:
+    """The page of what rank gives, from the committed results."""
+    from experiments.claims.page import write_page
+
+    found = sorted(str(path) for path in Path("experiments/results").glob("*-cpu.json"))
+    scratch = DOCS / "_build" / "claims"
+    page = Path(write_page(found, str(scratch)))
+    _put(DOCS / "results" / "rank.md", page.read_text().replace(str(scratch), "reports/claims"))
+    for figure in sorted((scratch / "figures").iterdir()):
+        target = DOCS / "results" / "figures" / figure.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(figure, target)
+
+
+def _put(path: Path, text: str) -> None:
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+if __name__ == "__main__":
+    write()
