@@ -17,13 +17,11 @@ extensions = [
     "myst_nb",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
-    "sphinx.ext.intersphinx",
     "sphinx.ext.viewcode",
 ]
 html_theme = "furo"
 html_title = "mtp_jax"
 exclude_patterns = ["_build"]
-nitpicky = False
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
@@ -37,11 +35,5 @@ autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 autodoc_default_options = {"members": True, "undoc-members": True}
 napoleon_google_docstring = True
-# Links to other projects, where their lists of names have been laid beside this file.
-intersphinx_mapping = {
-    name: (url, f"{name}.inv")
-    for name, url in (("jax", "https://docs.jax.dev/en/latest"), ("flax", "https://flax.readthedocs.io/en/latest"))
-    if (Path(__file__).parent / f"{name}.inv").exists()
-}
 
 generated.write()
