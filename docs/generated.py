@@ -32,26 +32,27 @@ COMMANDS = (
     f"doctor {EXPERIMENT}",
 )
 WIDTH = "100"
+DEFAULTS = "Commands with the name of a file have its values for defaults. Those of the config are in [Python](api.md)."
 
 
 def write() -> None:
-    """Write all of it beside the pages. Files that would not change are left alone, so that nothing is built twice."""
+    """Write all of it beside the pages, where git ignores it."""
     sys.path.insert(0, str(ROOT))
     with contextlib.chdir(ROOT):
         _put(DOCS / "cli.md", command_line())
         _results()
+    shutil.rmtree(DOCS / "notebooks", ignore_errors=True)
     for notebook in sorted((ROOT / "experiments" / "notebooks").glob("*.ipynb")):
         _put(DOCS / "notebooks" / notebook.name, notebook.read_text())
 
 
 def command_line() -> str:
     """The page of the command line, from what `--help` prints."""
-    from mtp_jax.cli import USAGE
+    from mtp_jax import cli
 
-    parts = ["# The command line", f"```text\n{USAGE}\n```"]
-    for command in COMMANDS:
-        name = " ".join(word for word in command.split() if not word.endswith(".py"))
-        parts.append(f"## mtp-jax {name}\n\n```text\n{_help(command)}\n```")
+    assert {command.split()[0] for command in COMMANDS} == set(cli.COMMANDS), "every command has its part"
+    parts = ["# The command line", f"```text\n{cli.USAGE}\n```", DEFAULTS]
+    parts += [f"## mtp-jax {command}\n\n```text\n{_help(command)}\n```" for command in COMMANDS]
     return "\n\n".join(parts) + "\n"
 
 
@@ -66,6 +67,7 @@ def _help(command: str) -> str:
             main([*command.split(), "--help"])
     finally:
         os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
+    assert printed.getvalue().strip(), command
     return printed.getvalue().strip()
 
 
@@ -75,6 +77,7 @@ def _results() -> None:
 
     found = sorted(str(path) for path in Path("experiments/results").glob("*-cpu.json"))
     scratch = DOCS / "_build" / "claims"
+    shutil.rmtree(scratch, ignore_errors=True)
     page = Path(write_page(found, str(scratch)))
     _put(DOCS / "results" / "rank.md", page.read_text().replace(str(scratch), "reports/claims"))
     for figure in sorted((scratch / "figures").iterdir()):

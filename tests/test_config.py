@@ -134,7 +134,7 @@ REFUSED = {
     ),
     "a law without offsets": (
         lambda: check_head(HeadConfig("none", 1, lk_weight=0.5, target="ntp")),
-        ["HeadConfig.lk_weight is 0.5", "kind is none", "kind to mixture, or lk_weight to 0"],
+        ["HeadConfig.lk_weight is 0.5", "kind is none", "kind to mixture or sequential, or lk_weight to 0"],
     ),
     "valid_fraction_zero": (lambda: DataConfig(valid_fraction=0.0), ["valid_fraction is 0.0", "(0, 1)"]),
     "valid_fraction_one": (lambda: DataConfig(valid_fraction=1.0), ["valid_fraction is 1.0", "(0, 1)"]),
@@ -412,9 +412,9 @@ def test_what_fits_is_accepted():
         decode([0], [31] * 8, k=k, temperature=0.7, seed=2**32 - 2)
 
 
-def test_the_head_that_the_readme_recommends_is_the_default():
-    text = (REPOSITORY / "README.md").read_text()
-    (line,) = re.findall(r"^    (HeadConfig\(.+\))$", text, re.MULTILINE)
+def test_the_head_that_the_page_gives_for_the_default_is_the_default():
+    text = (REPOSITORY / "docs" / "concepts" / "joint-heads.md").read_text()
+    (line,) = re.findall(r"^(HeadConfig\(.+\))$", text, re.MULTILINE)
     call = ast.parse(line, mode="eval").body
     assert isinstance(call, ast.Call) and not call.args and len(call.keywords) >= 5
     assert HeadConfig(**{str(word.arg): ast.literal_eval(word.value) for word in call.keywords}) == HeadConfig()

@@ -37,13 +37,16 @@ def registered():
     """What the page's blocks register, taken out again."""
     page, before = types.ModuleType("extending"), {name: dict(found) for name, (found, _) in REGISTRIES.items()}
     sys.modules[page.__name__] = page
-    for block in re.findall(r"^```python\n(.*?)^```", (REPOSITORY / "docs" / "extending.md").read_text(), re.M | re.S):
-        exec(block, vars(page))
-    yield
-    del sys.modules[page.__name__]
-    for name, (found, _) in REGISTRIES.items():
-        found.clear()
-        found.update(before[name])
+    text = (REPOSITORY / "docs" / "extending.md").read_text()
+    try:
+        for block in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S):
+            exec(block, vars(page))
+        yield
+    finally:
+        del sys.modules[page.__name__]
+        for name, (found, _) in REGISTRIES.items():
+            found.clear()
+            found.update(before[name])
 
 
 def test_each_example_registers_what_it_says():

@@ -15,8 +15,8 @@ AGAINST_TARGET = ("kl_weight", "tv_weight", "acceptance_weight", "lk_weight")
 class HeadConfig:
     """The distribution over the next `window` tokens (arXiv 2410.17765).
 
-    The defaults are what the sweeps over bytes speak for (README, "Which head"). Where the vocabulary is larger than
-    the model's width every table of V x D weighs, and `lowrank` has one for all offsets.
+    The defaults are what the sweeps over bytes speak for (`docs/concepts/joint-heads.md`, "The default"). Where the
+    vocabulary is larger than the model's width every table of V x D weighs, and `lowrank` has one for all offsets.
 
     `kind` names a family of `mtp_jax.heads.registry.HEADS`. A `mixture` has `rank` components: `circuit` names how they
     hang together (`mtp_jax.heads.circuits.CIRCUITS`): `independent` is rank 1, `cpd` a mixture of products; in `hmm`
