@@ -206,12 +206,17 @@ def _table(title: str, columns: Columns, rows: Sequence[Row]) -> Table:
     from rich.markup import escape  # a name may have brackets
     from rich.table import Table
 
-    table = Table(title=escape(title), box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table = Table(title=escape(title), box=None, padding=(0, 1, 0, 0), pad_edge=False)
     for name in columns:
         justify = "left" if name in ("category", "dtype", "plain in", "verifier", "acceptance") else "right"
-        table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=name != "acceptance")
+        least = 14 if name == "acceptance" else None  # of three drafts in one line
+        table.add_column(name.replace(" ", "\n"), justify=justify, no_wrap=name != "acceptance", min_width=least)
+    # What is long goes on in a line below, or a terminal of 120 columns would cut numbers.
+    broken = {"k": " ", "identical": " by "}
     for row in rows:
-        table.add_row(*(escape(text(row)) for text in columns.values()))
+        cells = {name: text(row) for name, text in columns.items()}
+        cells |= {name: cells[name].replace(at, f"\n{at.lstrip()}") for name, at in broken.items() if name in cells}
+        table.add_row(*map(escape, cells.values()))
     return table
 
 
