@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
@@ -59,14 +60,9 @@ def command_line() -> str:
 def _help(command: str) -> str:
     from mtp_jax.cli import main
 
-    printed = io.StringIO()
-    before = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = WIDTH
-    try:
-        with contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
-            main([*command.split(), "--help"])
-    finally:
-        os.environ.pop("COLUMNS") if before is None else os.environ.update(COLUMNS=before)
+    printed, width = io.StringIO(), mock.patch.dict(os.environ, COLUMNS=WIDTH)
+    with width, contextlib.redirect_stdout(printed), contextlib.suppress(SystemExit):
+        main([*command.split(), "--help"])
     assert printed.getvalue().strip(), command
     return printed.getvalue().strip()
 
@@ -90,7 +86,3 @@ def _put(path: Path, text: str) -> None:
     if not path.exists() or path.read_text() != text:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
-
-
-if __name__ == "__main__":
-    write()
