@@ -265,7 +265,15 @@ LEAST = {
     HeadConfig: {
         **{"window": 1, "rank": 1, "factor_width": 1},
         **{"ntp_weight": 0, "z_weight": 0, "balance_weight": 0, "init_noise": 0},
-        **{"shortlist": 0, "nll_weight": 0, "kl_weight": 0, "tv_weight": 0, "acceptance_weight": 0, "lk_weight": 0},
+        **{
+            "draft_temperature": 0,
+            "shortlist": 0,
+            "nll_weight": 0,
+            "kl_weight": 0,
+            "tv_weight": 0,
+            "acceptance_weight": 0,
+            "lk_weight": 0,
+        },
     },
     DataConfig: {"seq_len": 1, "batch_size": 1},
     DecodeConfig: {"max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0},

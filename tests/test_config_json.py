@@ -59,6 +59,7 @@ def test_every_field_survives_json():
             0.3,
             0.4,
             0.7,
+            0.6,
             encoder_layers=2,
             taps=(1, 3),
         ),

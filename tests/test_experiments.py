@@ -125,7 +125,7 @@ def in_todays_names(head):
     """What a file of results says of a head. Older ones call the circuit its kind, and none of them had draws, an
     encoder or a loss against the target's law."""
     later = {"encoder": "none", "nll_weight": 1.0, "temperature": 1.0, "circuit_width": 0}
-    later |= {"attention": False, "per_offset": False, "encoder_layers": 1, "taps": ()}
+    later |= {"draft_temperature": 1.0, "attention": False, "per_offset": False, "encoder_layers": 1, "taps": ()}
     head = later | dict.fromkeys(AGAINST_TARGET, 0.0) | head
     if "circuit" in head:
         return head

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -36,11 +36,23 @@ class RunOptions:
     base: str | None = None
     """Of a head on a base: where that is, if it was moved."""
 
-    def load(self, *, decoding_only: bool = False) -> LoadedRun:
-        """The run with these weights. Raises what `mtp_jax.load` does."""
+    def load(self, **more: Any) -> LoadedRun:
+        """The run with these weights, and what more `mtp_jax.load` is told. Raises what that does."""
         from mtp_jax.runs.loading import load
 
-        return load(self.run, self.step, weights=self.weights, decoding_only=decoding_only, base=self.base)
+        return load(self.run, self.step, weights=self.weights, base=self.base, **more)
+
+
+@dataclass(frozen=True)
+class DraftingOptions(RunOptions):
+    """A run that drafts, and how."""
+
+    draft_temperature: float | None = None
+    """Drafts are sampled at this share of the temperature, in place of the run's own. The text's law is the same."""
+
+    def load(self, **more: Any) -> LoadedRun:
+        """As `RunOptions`."""
+        return super().load(draft_temperature=self.draft_temperature, **more)
 
 
 def parse(cls: type[T], args: Sequence[str], name: str, default: T | None = None) -> T:

@@ -10,14 +10,14 @@ from typing import Annotated, Any
 import tyro
 
 from mtp_jax.bench.config import BenchConfig, LossBenchConfig, TrainBenchConfig
-from mtp_jax.commands import RunOptions, console, parse, print_table, use_compilation_cache
+from mtp_jax.commands import DraftingOptions, console, parse, print_table, use_compilation_cache
 from mtp_jax.commands.experiment import load_experiment, split_file
 from mtp_jax.config import TrainConfig
 from mtp_jax.registry import lookup
 
 
 @dataclass(frozen=True)
-class Decode(RunOptions):
+class Decode(DraftingOptions):
     """Compare k = 0 with k = 1..W-1, by batch size, temperature and verifier, in one process, interleaved.
 
     Prints a table, and as the last line one JSON object.

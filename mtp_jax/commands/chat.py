@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from mtp_jax.commands import RunOptions, parse, use_compilation_cache
+from mtp_jax.commands import DraftingOptions, parse, use_compilation_cache
 from mtp_jax.validate import ConfigError
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Chat(RunOptions):
+class Chat(DraftingOptions):
     """Talk with a model that has a chat template. Accepted drafts are green. Ctrl-C stops an answer, Ctrl-D leaves."""
 
     system: str = ""

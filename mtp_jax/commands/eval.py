@@ -9,6 +9,7 @@ from typing import Any
 
 from mtp_jax.commands import RunOptions, console, parse, print_table, use_compilation_cache
 from mtp_jax.decode.config import DecodeConfig
+from mtp_jax.heads.config import HeadConfig
 from mtp_jax.validate import require
 
 
@@ -22,6 +23,9 @@ class Eval(RunOptions):
     """So many batches, spread over all that is held out; all of them by default."""
     temperatures: tuple[float, ...] = (0.0, 0.7)
     """Where tokens per forward are expected. Nowhere: --temperatures and no number."""
+    draft_temperatures: tuple[float, ...] = ()
+    """Drafts are sampled at these shares of a temperature above 0 (1 0.8 0.6 0.4, say), each in its turn, in place of
+    the run's `head.draft_temperature`. Gates are about the first."""
     k: int | None = None
     """Drafts per forward: all that the head has by default."""
     prompts: int = 16
@@ -45,14 +49,17 @@ def main(args: list[str]) -> None:
         value = getattr(options, name)
         flag = f"--{name.replace('_', '-')}"
         require(value is None or value >= least, f"{flag} is {value}; it must be at least {least}.")
+    # Refused here, and not after the losses.
     for temperature in options.temperatures:
-        DecodeConfig(options.new_tokens, temperature)  # refused here, and not after the losses
+        DecodeConfig(options.new_tokens, temperature)
+    for temperature in options.draft_temperatures:
+        HeadConfig(draft_temperature=temperature)
     use_compilation_cache()
     from mtp_jax.data.prompts import some_prompts
     from mtp_jax.train.evaluate import evaluate_run, expected_of_run, store_of
     from mtp_jax.train.loggers import series
 
-    run = options.load()
+    run = options.load(draft_temperature=next(iter(options.draft_temperatures), None))
     window, context = run.config.head.window, run.config.model.context_length
     k = window - 1 if options.k is None else options.k
     require(not options.gates or window > 1, "--gates: the head's window is 1, so it drafts nothing. Leave it out.")
@@ -78,7 +85,10 @@ def main(args: list[str]) -> None:
     )
     new = min(options.new_tokens, context - max(map(len, prompts), default=0))
     if prompts and options.temperatures:
-        found = [expected_of_run(run, prompts, temperature, k, new) for temperature in options.temperatures]
+        found = []
+        for temperature in options.temperatures:
+            drafts = options.draft_temperatures if temperature else ()
+            found += expected_of_run(run, prompts, temperature, k, new, drafts)
         metrics["expected"] = found
         _print_expected(found, k)
     passed = True
@@ -98,11 +108,18 @@ def main(args: list[str]) -> None:
 
 
 def _print_expected(found: list[dict[str, Any]], k: int) -> None:
-    """A row for each temperature."""
+    """A row for each temperature of texts and of drafts."""
     title = f"Expected of drafting {k}, verifier token, on {found[0]['prompts']} texts of the model's own"
-    header = ["temperature", "tokens per forward", *(f"accepted {s}" for s in range(1, k + 1)), "overlap 1"]
+    header = [
+        "temperature",
+        "draft temperature",
+        "tokens per forward",
+        *(f"accepted {s}" for s in range(1, k + 1)),
+        "overlap 1",
+    ]
     rows = [
-        [f"{row['temperature']:g}", *(f"{n:.3f}" for n in (row["tokens_per_forward"], *row["acceptance"])),
+        [f"{row['temperature']:g}", f"{row['draft_temperature']:g}",
+         *(f"{n:.3f}" for n in (row["tokens_per_forward"], *row["acceptance"])),
          f"{row['overlap'][0]:.3f}"]
         for row in found
     ]  # fmt: skip

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mtp_jax.commands import RunOptions, parse, use_compilation_cache
+from mtp_jax.commands import DraftingOptions, parse, use_compilation_cache
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.validate import ConfigError, require, unescape
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Generate(RunOptions):
+class Generate(DraftingOptions):
     """Continue text with a trained model. Accepted drafts are green; the target's own tokens are plain."""
 
     prompt: str = ""

@@ -29,7 +29,7 @@ from mtp_jax import arrays
 from mtp_jax.arrays import NEVER
 from mtp_jax.decode.config import DecodeConfig, prompt_ids
 from mtp_jax.decode.decoding import bucket, put_rows, sampling_of
-from mtp_jax.decode.law import Sampling, as_learnt, process_logits
+from mtp_jax.decode.law import Sampling, of_drafts, process_logits
 from mtp_jax.heads.base import Seen
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.validate import ConfigError, require
@@ -204,15 +204,15 @@ def _chances(
 ) -> Any:
     """c_s and the overlap of p and q_s, `[B, count, k]`, of a block that is drafted from each position of a row, the
     first one `begin_B`. Positions in turn: no more than k + 1 laws of each row are alive."""
-    blocks = Blocks.of(model, states, tokens_BT)
+    blocks, drafting = Blocks.of(model, states, tokens_BT), of_drafts(sampling, model.head.config)
 
-    def law(logp_BV: Array) -> Array:
+    def law(logp_BV: Array, sampling: Sampling = sampling) -> Array:
         return jax.nn.log_softmax(process_logits(logp_BV[:, None], sampling, filtered=filtered)[:, 0], axis=-1)
 
     def block(ahead: tuple[Array, ...], t: Array) -> tuple[tuple[Array, ...], tuple[Array, Array]]:
         chances, overlaps = [], []
         for logp_BV, (logq_BV, token_B) in zip(ahead, blocks.drafts(begin_B + t, k), strict=True):
-            logq_BV = law(as_learnt(logq_BV, model.head.config.temperature))
+            logq_BV = law(logq_BV, drafting)
             logq_B, logp_B = (arrays.log_prob(a[:, None], token_B[:, None])[:, 0] for a in (logq_BV, logp_BV))
             # A law that was rounded otherwise may rule out what was sampled; NEVER is finite.
             chance_B = jnp.where(logp_B > 0.5 * NEVER, jnp.exp(jnp.minimum(0.0, logq_B - logp_B)), 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from mtp_jax.arrays import NEVER
+from mtp_jax.heads.config import HeadConfig
 
 CHOOSE, ACCEPT = 0, 1  # what randomness is for
 
@@ -46,10 +48,13 @@ def process_logits(logp_BTV: Array, sampling: Sampling, *, filtered: bool) -> Ar
     return jnp.where(temperature > 0, logits_BTV, greedy_BTV)
 
 
-def as_learnt(logq_BTV: Array, temperature: float) -> Array:
-    """A head's law, unnormalised, as if it had learnt the model's own; `temperature` is that of the law it learnt.
-    Sampling at it then leaves the head's law as it is."""
-    return logq_BTV if temperature == 1 else temperature * logq_BTV
+def of_drafts(sampling: Sampling, head: HeadConfig) -> Sampling:
+    """How each row samples what the head says: at the row's temperature over that of the law which the head learnt,
+    times the head's `draft_temperature`. Where both of these are the row's own and 1, that is the head's law itself."""
+    hot_B = sampling.temperature_B * head.draft_temperature
+    # Further out, ids that are ruled out would have a probability, or none a number.
+    hot_B = jnp.where(hot_B > 0, jnp.clip(hot_B / head.temperature, 1e-6, 1e6), 0.0)
+    return dataclasses.replace(sampling, temperature_B=hot_B)
 
 
 def _filter(logits_BTV: Array, top_k: Array, top_p: Array) -> Array:

@@ -13,7 +13,7 @@ from jax import Array, lax
 
 from mtp_jax import arrays
 from mtp_jax.decode.decoder import Decoder, Packed, unpacked
-from mtp_jax.decode.law import Sampling, as_learnt
+from mtp_jax.decode.law import Sampling, of_drafts
 from mtp_jax.decode.state import DecodeState
 from mtp_jax.decode.verify import get_verifier
 from mtp_jax.decode.verify.base import leading
@@ -262,11 +262,10 @@ def draft(plan: Plan, head: Head, state: DecodeState, drafting: Draft, sampling:
     Sequential conditionals: each draft is chosen as the target will choose (same law, same noise), then conditioned on.
     How many of them a row uses depends on what is known before they are drawn, or the output's law would change.
     """
-    verifier = get_verifier(plan.verifier)
+    verifier, sampling = get_verifier(plan.verifier), of_drafts(sampling, head.config)
     drafts, laws = [], []
     for i in range(plan.k):
-        logq_B1V = as_learnt(head.next_log_probs(drafting)[:, None], head.config.temperature)
-        logits_B1V = verifier.law(logq_B1V, sampling, filtered=plan.filtered)
+        logits_B1V = verifier.law(head.next_log_probs(drafting)[:, None], sampling, filtered=plan.filtered)
         noise_B1V = None if state.noise_BTV is None else state.noise_BTV[:, i : i + 1]
         drafts.append(verifier.choose(logits_B1V, noise_B1V)[:, 0])
         if verifier.keeps_q:

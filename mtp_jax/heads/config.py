@@ -51,6 +51,8 @@ class HeadConfig:
     with `per_offset` one for each; with `attention` it is a transformer block with a cache of its own.
     `temperature` is that of the law that the head learns: p is taken at it, and a text that the model wrote for the
     log-likelihood should have been sampled at it.
+    Drafts are sampled at a share of the text's temperature, `draft_temperature`: 1 is the law as the head learnt it, 0
+    drafts the likeliest tokens. The less a head knows the more a sharper law is accepted; the text's law is the same.
     """
 
     kind: str = "mixture"
@@ -76,6 +78,7 @@ class HeadConfig:
     acceptance_weight: float = 0.0
     lk_weight: float = 0.0
     temperature: float = 1.0
+    draft_temperature: float = 1.0
     attention: bool = False
     per_offset: bool = False
     encoder_layers: int = 1
@@ -94,7 +97,7 @@ class HeadConfig:
             f"HeadConfig.taps is {self.taps}, with a layer twice; name each once.",
         )
         at_least(self, 0, "ntp_weight", "z_weight", "balance_weight", "init_noise", "shortlist", "circuit_width")
-        at_least(self, 0, "nll_weight", *AGAINST_TARGET)
+        at_least(self, 0, "nll_weight", "draft_temperature", *AGAINST_TARGET)
         positive(self, "temperature")
         require(
             self.nll_weight > 0 or bool(self.against_target),

@@ -161,6 +161,7 @@ def load(
     *,
     decoding_only: bool = False,
     base: epath.PathLike | None = None,
+    draft_temperature: float | None = None,
 ) -> LoadedRun:
     """Reload a run wherever it was trained: no config, mesh or knowledge of its origin is needed.
 
@@ -173,6 +174,7 @@ def load(
       decoding_only: the run will only generate. Its model is then laid out for that, in the compute dtype, and there is
         no other copy: less memory, and nothing to train, evaluate or export.
       base: where the run's base is, if that was moved: the run in which the model is that its head was trained on.
+      draft_temperature: in place of that of the run's `HeadConfig`.
 
     Raises:
       ConfigError: it is not a run directory, or the mesh does not fit; or its base is not there, or is another model.
@@ -195,6 +197,9 @@ def load(
             f"{tokenizer.to_json()}.",
         )
         config = config.with_tokenizer(tokenizer.vocab_size)
+        if draft_temperature is not None:
+            head = dataclasses.replace(config.head, draft_temperature=draft_temperature)
+            config = dataclasses.replace(config, head=head)
         require(base is None or bool(config.base), f"{run_dir} has no base, and one is given: {base}. Leave it out.")
         build = functools.partial(build_model, config, random_key(0))
         graph = nnx.graphdef(jax.eval_shape(build))

@@ -24,7 +24,7 @@ from mtp_jax.validate import ConfigError, differences, require
 # Fields of model, head and data that a resumed run may change: they change no parameter's shape and no batch.
 _OF_HEAD = (
     *("ntp_weight", "gamma", "z_weight", "balance", "balance_weight", "init_noise", "loss_fraction"),
-    *("nll_weight", *AGAINST_TARGET),
+    *("nll_weight", "draft_temperature", *AGAINST_TARGET),
 )
 RESUMABLE = {
     *(f"model.{name}" for name in FREE),

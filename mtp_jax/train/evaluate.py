@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 from jax.sharding import Mesh
 
 from mtp_jax.config import TrainConfig
@@ -18,7 +19,7 @@ from mtp_jax.data.placement import place, shard_of
 from mtp_jax.data.preparation import prepare
 from mtp_jax.data.store import Store
 from mtp_jax.decode.config import DecodeConfig
-from mtp_jax.decode.expectation import Expectation, expectation
+from mtp_jax.decode.expectation import Expectation, expectation, hidden_states
 from mtp_jax.decode.generate import generate
 from mtp_jax.runs.loading import LoadedRun
 from mtp_jax.state import split
@@ -79,35 +80,55 @@ def evaluate_run(run: LoadedRun, limit: int | None = None, store: Store | Mixtur
 
 
 def expected_of_run(
-    run: LoadedRun, prompts: list[np.ndarray], temperature: float, k: int, new_tokens: int
-) -> dict[str, Any]:
+    run: LoadedRun,
+    prompts: list[np.ndarray],
+    temperature: float,
+    k: int,
+    new_tokens: int,
+    draft_temperatures: Sequence[float] = (),
+) -> list[dict[str, Any]]:
     """What drafting is expected to count on texts that the run writes behind prompts.
 
     Args:
       prompts: token ids.
-      temperature: of the texts, and of drafting.
+      temperature: of the texts.
       k: drafts per forward.
       new_tokens: how long a text is, at most.
+      draft_temperatures: those of `HeadConfig` to look at; by default the run's own alone.
+
+    Returns:
+      A row for each draft temperature.
 
     Raises:
       ConfigError: as decoding does.
     """
-    parts: list[Expectation] = []
+    heads = [
+        dataclasses.replace(run.config.head, draft_temperature=each)
+        for each in draft_temperatures or [run.config.head.draft_temperature]
+    ]
+    parts: list[list[Expectation]] = [[] for _ in heads]
     with jax.set_mesh(run.mesh):
+        model = nnx.merge(*nnx.split(run.model))  # the same arrays, for a head that drafts otherwise
         for first, some, count in groups(run, prompts):
             config = DecodeConfig(new_tokens, temperature, row=first, k=0, stop_tokens=run.stop_tokens)
             texts = generate(run.decoder, some, **vars(config)).tokens
-            parts.append(expectation(run.model, some, texts, dataclasses.replace(config, k=k)).first(count))
-    whole = Expectation.together(parts)
-    return {
-        "temperature": temperature,
-        "verifier": "token",
-        "k": k,
-        "prompts": len(prompts),
-        "tokens_per_forward": whole.tokens_per_forward,
-        "acceptance": whole.acceptance,
-        "overlap": whole.overlap,
-    }
+            states, config = hidden_states(run.model, some, texts), dataclasses.replace(config, k=k)
+            for part, head in zip(parts, heads, strict=True):
+                model.head.config = head
+                part.append(expectation(model, some, texts, config, states).first(count))
+    return [
+        {
+            "temperature": temperature,
+            "draft_temperature": head.draft_temperature,
+            "verifier": "token",
+            "k": k,
+            "prompts": len(prompts),
+            "tokens_per_forward": whole.tokens_per_forward,
+            "acceptance": whole.acceptance,
+            "overlap": whole.overlap,
+        }
+        for head, whole in zip(heads, map(Expectation.together, parts), strict=True)
+    ]
 
 
 def groups(run: LoadedRun, prompts: list[np.ndarray]) -> Iterator[tuple[int, list[np.ndarray], int]]:

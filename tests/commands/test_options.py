@@ -69,6 +69,7 @@ OTHER = TrainConfig(
             acceptance_weight=0.3,
             lk_weight=0.4,
             temperature=0.8,
+            draft_temperature=0.6,
         ),
     ),
     DataConfig(

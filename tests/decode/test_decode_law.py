@@ -161,6 +161,38 @@ def test_acceptance_is_what_theory_says(draft):
     assert gain > 5 * deviation
 
 
+@pytest.mark.parametrize(
+    ("verifier", "learnt", "share"),
+    [
+        ("token", 0.5, 0.6),
+        *(pytest.param(v, 1.0, s, marks=pytest.mark.slow) for v in SAMPLERS for s in (0.0, 0.6, 1.7)),
+    ],
+)
+def test_drafts_are_sampled_at_their_own_temperature(verifier, learnt, share):
+    """The text's law is the target's all the same. `token` accepts sum min(p, q), to five deviations; with drafts of
+    the text's temperature it would be another number."""
+    law, contexts_V = PLAIN[1], (0 * VOCAB + 1) * VOCAB + np.arange(VOCAB)
+    head = {"temperature": learnt, "draft_temperature": share}
+    decoding = table_decoding(table_model(TABLES["target"], TABLES["bad"], **head), ROWS, NEW, verifier, law)
+    decoding.advance(1)
+    hits_B = decoding.result().accepted[:, 0]
+    decoding.advance()
+    value, power = p_value(np.stack(decoding.result().tokens), law)
+    assert power > POWER and value > ALARM
+    if verifier != "token":
+        return
+    first_V = joint_law(TABLES["target"], 1, law)
+    p_CV = TABLES["target"][contexts_V] ** (1 / law[0])
+
+    def error(temperature: float) -> float:
+        q_CV = TABLES["bad"][contexts_V] ** (1 / max(temperature, 1e-3))
+        laws = (a_CV / a_CV.sum(axis=1, keepdims=True) for a_CV in (p_CV, q_CV))
+        chance = float(first_V @ np.minimum(*laws).sum(axis=1))
+        return abs(hits_B.mean() - chance) / np.sqrt(chance * (1 - chance) / ROWS)
+
+    assert error(share * law[0] / learnt) < 5 < error(law[0])
+
+
 # Exactly, without drawing anything.
 
 

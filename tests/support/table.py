@@ -98,9 +98,11 @@ def tables() -> dict[str, np.ndarray]:
     return {"target": target_CV, "good": good_CV, "bad": bad_CV, "adversarial": adversarial_CV}
 
 
-def table_model(target_CV: np.ndarray, draft_CV: np.ndarray) -> TableModel:
+def table_model(target_CV: np.ndarray, draft_CV: np.ndarray, **head: Any) -> TableModel:
+    """`head`: fields of its config."""
     with np.errstate(divide="ignore"):
-        return TableModel(TableHead(*(jnp.asarray(np.log(a), jnp.float32) for a in (target_CV, draft_CV))))
+        laws = (jnp.asarray(np.log(a), jnp.float32) for a in (target_CV, draft_CV))
+    return TableModel(TableHead(*laws, HeadConfig(window=WINDOW, **head)))
 
 
 def table_decoding(

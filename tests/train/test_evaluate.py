@@ -12,6 +12,7 @@ from mtp_jax import cli
 from mtp_jax.data.prompts import some_prompts
 from mtp_jax.train.evaluate import evaluate, evaluate_run, expected_of_run, named, store_of
 from mtp_jax.train.loggers import read_metrics
+from mtp_jax.validate import ConfigError
 from support.loop import RANK, WINDOW
 
 # What is looked at here is the loop; faster code would take longer to compile.
@@ -55,7 +56,7 @@ def test_what_drafting_will_count_is_said(trained, capsys):
     run, k = mtp_jax.load(trained), WINDOW - 1
     prompts = some_prompts(store_of(run), 3, 8)
     assert {len(prompt) for prompt in prompts} == {8}
-    found = expected_of_run(run, prompts, 0.0, k, 12)
+    (found,) = expected_of_run(run, prompts, 0.0, k, 12)
     out = run.generate_tokens(prompts, max_new_tokens=12, k=k, stop_tokens=run.stop_tokens)
     assert found["tokens_per_forward"] == pytest.approx(out.block_efficiency)
     assert found["acceptance"] == pytest.approx(out.acceptance)
@@ -73,14 +74,33 @@ def test_what_drafting_will_count_is_said(trained, capsys):
         assert wrong[0].strip("-").rstrip("s").replace("-", "_") in capsys.readouterr().err.replace("-", "_")
 
 
+def test_it_is_said_for_several_draft_temperatures(trained, capsys):
+    """A row each where texts are sampled; each is what a run loaded with it says."""
+    options = ["--prompts", "3", "--prompt-tokens", "8", "--new-tokens", "12", "--batches", "1"]
+    cli.main(["eval", str(trained), "--temperatures", "0", "0.5", "--draft-temperatures", "1", "0.4", *options])
+    *said, last = capsys.readouterr().out.strip().splitlines()
+    rows = json.loads(last)["expected"]
+    assert [(row["temperature"], row["draft_temperature"]) for row in rows] == [(0.0, 1.0), (0.5, 1.0), (0.5, 0.4)]
+    assert rows[1]["overlap"] != rows[2]["overlap"] and any(line.split()[:2] == ["0.5", "0.4"] for line in said)
+    run = mtp_jax.load(trained, draft_temperature=0.4)
+    assert run.config.head.draft_temperature == run.model.head.config.draft_temperature == 0.4
+    assert expected_of_run(run, some_prompts(store_of(run), 3, 8), 0.5, WINDOW - 1, 12) == rows[2:]
+    for load in (
+        lambda: mtp_jax.load(trained, draft_temperature=-1.0),
+        lambda: cli.main(["eval", str(trained), "--draft-temperatures", "-1"]),
+    ):
+        with pytest.raises((ConfigError, SystemExit)):
+            load()
+
+
 @pytest.mark.slow
 def test_texts_do_not_depend_on_how_many_are_looked_at_together(trained, config, monkeypatch):
     run = mtp_jax.load(trained)
     prompts = (some_prompts(store_of(run), 3, 8) * 2)[:5]
-    found = expected_of_run(run, prompts, 0.9, WINDOW - 1, 12)
+    (found,) = expected_of_run(run, prompts, 0.9, WINDOW - 1, 12)
     monkeypatch.setattr("mtp_jax.train.evaluate.ROWS", 2)
     for loaded in (run, mtp_jax.load(trained, mesh=config.mesh)):
-        again = expected_of_run(loaded, prompts, 0.9, WINDOW - 1, 12)
+        (again,) = expected_of_run(loaded, prompts, 0.9, WINDOW - 1, 12)
         for name, value in found.items():
             assert again[name] == (value if isinstance(value, str) else pytest.approx(value, abs=1e-4)), name
 
