@@ -33,7 +33,7 @@ from mtp_jax import MeasureConfig, OptimizerConfig, Sweep, TrainConfig
 ON_STATES = replace(
     CONFIG,
     base="runs/base",
-    head=replace(CONFIG.head, shortlist=4096, nll_weight=1.0, lk_weight=0.0),
+    head=replace(CONFIG.head, shortlist=4096, nll_weight=1.0, lk_weight=0.0, draft_temperature=1.0),
     data=replace(CONFIG.data, source="data/states", batch_size=2),
     optimizer=OptimizerConfig(learning_rate=1e-3, schedule="constant", warmup_steps=0, weight_decay=0.0),
     eval_batches=1,

@@ -204,6 +204,7 @@ class _Bench:
             "next_token": [rows[index] for index, cell in enumerate(cells) if cell.next_token],
             "by_category": self.by_category() if config.suite else [],
             "step": run.step,
+            "draft_temperature": run.config.head.draft_temperature,
             "prompts": len(self.prompts),
             **{name: getattr(config, name) for name in shared},
             "prompt_lengths": [min(lengths), max(lengths)],

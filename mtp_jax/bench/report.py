@@ -262,7 +262,8 @@ def _decode_setting(bench: dict[str, Any]) -> str:
         tokens = f"{_suite(bench)} ({' to '.join(map(str, bench['prompt_lengths']))} tokens)"
     return (
         f"{bench['prompts']} prompts of {tokens}, {bench['new_tokens']} new tokens each, "
-        f"{bench['repetitions']} repetitions, on {bench['device']}"
+        f"{bench['repetitions']} repetitions, drafts at {bench['draft_temperature']:g} of the temperature, on "
+        f"{bench['device']}"
     )
 
 

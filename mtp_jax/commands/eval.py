@@ -54,6 +54,11 @@ def main(args: list[str]) -> None:
         DecodeConfig(options.new_tokens, temperature)
     for temperature in options.draft_temperatures:
         HeadConfig(draft_temperature=temperature)
+    require(
+        not options.draft_temperatures or any(options.temperatures),
+        f"--draft-temperatures is {options.draft_temperatures} and --temperatures {options.temperatures}; only where "
+        "texts are sampled do drafts have a temperature. Give --temperatures one above 0.",
+    )
     use_compilation_cache()
     from mtp_jax.data.prompts import some_prompts
     from mtp_jax.train.evaluate import evaluate_run, expected_of_run, store_of
@@ -118,7 +123,7 @@ def _print_expected(found: list[dict[str, Any]], k: int) -> None:
         "overlap 1",
     ]
     rows = [
-        [f"{row['temperature']:g}", f"{row['draft_temperature']:g}",
+        [f"{row['temperature']:g}", f"{row['draft_temperature']:g}" if row["temperature"] else "-",
          *(f"{n:.3f}" for n in (row["tokens_per_forward"], *row["acceptance"])),
          f"{row['overlap'][0]:.3f}"]
         for row in found

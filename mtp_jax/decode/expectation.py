@@ -3,7 +3,8 @@
 Blocks of drafts start where the last one failed, so decoding sees hard positions more often than a mean over positions
 does. On a text drawn from the law that is sampled, draft s of a block behind a position is accepted with chance
 c_s = min(1, q_s(x) / p(x)), where x is the text's token there, p the target's law and q_s the head's, given the tokens
-before; both at the same temperature, top-k and top-p. With v(i) the chance that a block starts behind new token i,
+before; p at the temperature of the text, q_s as drafts are sampled, both with the same top-k and top-p. With v(i) the
+chance that a block starts behind new token i,
 
     v(i + j + 1) += v(i) P(exactly j drafts are accepted)
 

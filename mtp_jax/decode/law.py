@@ -50,7 +50,8 @@ def process_logits(logp_BTV: Array, sampling: Sampling, *, filtered: bool) -> Ar
 
 def of_drafts(sampling: Sampling, head: HeadConfig) -> Sampling:
     """How each row samples what the head says: at the row's temperature over that of the law which the head learnt,
-    times the head's `draft_temperature`. Where both of these are the row's own and 1, that is the head's law itself."""
+    times the head's `draft_temperature`. Of a head that learnt at the row's temperature, and 1, that is its law itself.
+    """
     hot_B = sampling.temperature_B * head.draft_temperature
     # Further out, ids that are ruled out would have a probability, or none a number.
     hot_B = jnp.where(hot_B > 0, jnp.clip(hot_B / head.temperature, 1e-6, 1e6), 0.0)

@@ -259,8 +259,8 @@ def advance(
 def draft(plan: Plan, head: Head, state: DecodeState, drafting: Draft, sampling: Sampling) -> DecodeState:
     """Put k drafts into the state.
 
-    Sequential conditionals: each draft is chosen as the target will choose (same law, same noise), then conditioned on.
-    How many of them a row uses depends on what is known before they are drawn, or the output's law would change.
+    Sequential conditionals: each draft is chosen as the target will choose (same filters, same noise), then conditioned
+    on. How many of them a row uses depends on what is known before they are drawn, or the output's law would change.
     """
     verifier, sampling = get_verifier(plan.verifier), of_drafts(sampling, head.config)
     drafts, laws = [], []

@@ -51,8 +51,9 @@ class HeadConfig:
     with `per_offset` one for each; with `attention` it is a transformer block with a cache of its own.
     `temperature` is that of the law that the head learns: p is taken at it, and a text that the model wrote for the
     log-likelihood should have been sampled at it.
-    Drafts are sampled at a share of the text's temperature, `draft_temperature`: 1 is the law as the head learnt it, 0
-    drafts the likeliest tokens. The less a head knows the more a sharper law is accepted; the text's law is the same.
+    Drafts are sampled at a share of the text's temperature, `draft_temperature`: 1 is the head's law at that of the
+    text, 0 drafts the likeliest tokens. What a head that knows less than its base drafts a little colder is accepted
+    more often (`docs/concepts/losses.md`); the text's law is the same.
     """
 
     kind: str = "mixture"

@@ -82,7 +82,8 @@ def _at_any_rate(config: TrainConfig) -> TrainConfig:
     rate = {"learning_rate": 1.0, "warmup_steps": 0, "schedule": "constant", "weight_decay": 1.0}
     optimizer = dataclasses.replace(config.optimizer, **rate)
     every = dict.fromkeys(("steps", "eval_every", "eval_batches", "checkpoint_every", "keep_checkpoints"), 1)
-    return dataclasses.replace(config, optimizer=optimizer, seed=0, ema_decay=bool(config.ema_decay) / 2, **every)
+    head, average = dataclasses.replace(config.head, draft_temperature=1.0), bool(config.ema_decay) / 2
+    return dataclasses.replace(config, head=head, optimizer=optimizer, seed=0, ema_decay=average, **every)
 
 
 def decoding_costs(

@@ -46,6 +46,7 @@ def make_bench(batches=(1,), ks=(0, 1, 3)):
         "next_token": [],
         "new_tokens": 256,
         "repetitions": 3,
+        "draft_temperature": 1.0,
         "compile_seconds": 14.2,
         "prefill_seconds": 0.31,
         "versions": {"jax": "0.10.1", "flax": "0.12.7"},

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mtp_jax.arrays import NEVER
-from mtp_jax.decode.law import Sampling, gumbel, gumbel_of, process_logits
+from mtp_jax.decode.law import Sampling, gumbel, gumbel_of, of_drafts, process_logits
+from mtp_jax.heads.config import HeadConfig
 from support import tiny
 from support.laws import FALSE_ALARM, POWER, goodness_of_fit, reference_law
 
@@ -167,3 +168,18 @@ def test_noise_of_neighbouring_seeds_is_independent(samples):
     value, power = goodness_of_fit(counts, np.outer(p, p), 0.95 * np.outer(p, p) + 0.05 * np.diag(p))
     assert power > POWER
     assert value > FALSE_ALARM
+
+
+def test_the_temperature_of_drafts_is_a_share_of_each_rows():
+    """Over that which the head learnt; 0 stays so, and nothing leaves the temperatures that decoding takes."""
+    rows = [0.0, 1e-6, 0.7, 1.0, 1e6]
+    with tiny.mesh():
+        settings = sampling(rows, [0] * 5, [1.0] * 5)
+        for learnt, share, expected in (
+            (0.7, 1.0, [0, 1e-6 / 0.7, 1, 1 / 0.7, 1e6]),
+            (0.7, 0.5, [0, 1e-6, 0.5, 0.5 / 0.7, 5e5 / 0.7]),
+            (1.0, 0.0, [0] * 5),
+        ):
+            drafts = of_drafts(settings, HeadConfig(temperature=learnt, draft_temperature=share))
+            np.testing.assert_allclose(drafts.temperature_B, expected, rtol=1e-6)
+            assert drafts.key_B is settings.key_B

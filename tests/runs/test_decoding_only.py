@@ -67,5 +67,6 @@ def test_the_command_loads_for_decoding_alone(path, monkeypatch, capsys):
 
     asked, load = [], loading.load
     monkeypatch.setattr(loading, "load", lambda *a, **k: asked.append(k) or load(*a, **k))
-    cli.main(["generate", str(path), "--prompt", "The", "--max-new-tokens", "4", "--color", "never"])
-    assert asked[0]["decoding_only"] and "The" in capsys.readouterr().out
+    how = ["--draft-temperature", "0.4", "--max-new-tokens", "4", "--color", "never"]
+    cli.main(["generate", str(path), "--prompt", "The", *how])
+    assert asked[0]["decoding_only"] and asked[0]["draft_temperature"] == 0.4 and "The" in capsys.readouterr().out

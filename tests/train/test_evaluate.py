@@ -85,12 +85,12 @@ def test_it_is_said_for_several_draft_temperatures(trained, capsys):
     run = mtp_jax.load(trained, draft_temperature=0.4)
     assert run.config.head.draft_temperature == run.model.head.config.draft_temperature == 0.4
     assert expected_of_run(run, some_prompts(store_of(run), 3, 8), 0.5, WINDOW - 1, 12) == rows[2:]
-    for load in (
-        lambda: mtp_jax.load(trained, draft_temperature=-1.0),
-        lambda: cli.main(["eval", str(trained), "--draft-temperatures", "-1"]),
-    ):
-        with pytest.raises((ConfigError, SystemExit)):
-            load()
+    with pytest.raises(ConfigError, match=r"HeadConfig.draft_temperature is -1.0; it must be at least 0"):
+        mtp_jax.load(trained, draft_temperature=-1.0)
+    for wrong in (["--draft-temperatures", "-1"], ["--draft-temperatures", "1", "--temperatures", "0"]):
+        with pytest.raises(SystemExit):
+            cli.main(["eval", str(trained), *wrong])
+        assert "draft" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -106,7 +106,7 @@ def test_a_run_is_not_resumed_on_other_data(config, fake, tmp_path):
     "part, changes",
     [
         ("model", {"dtype": "bfloat16", "remat": "full", "context_length": 64}),
-        ("head", {"gamma": 0.5, "z_weight": 0.1, "balance": "switch", "balance_weight": 1.0}),
+        ("head", {"draft_temperature": 0.6, "gamma": 0.5, "z_weight": 0.1, "balance": "switch", "balance_weight": 1.0}),
         ("head", {"nll_weight": 0.5, "kl_weight": 0.1, "tv_weight": 0.1, "acceptance_weight": 0.1, "lk_weight": 0.1}),
         ("data", {"cache_dir": "elsewhere"}),
         ("optimizer", {"learning_rate": 1.0}),
