@@ -112,7 +112,7 @@ def test_bench_decode_measures_and_reports(run, tmp_path, monkeypatch):
 
 BENCH = {
     **{"prompts": 1, "prompt_tokens": 8, "new_tokens": 8, "repetitions": 1, "seed": 0, "device": "cpu"},
-    **{"suite": "", "by_category": [], "next_token": []},
+    **{"draft_temperature": 1.0, "suite": "", "by_category": [], "next_token": []},
     **{"versions": {}, "parameters": {}, "compile_seconds": 1.0, "prefill_seconds": 1.0, "hf": None},
     "rows": [
         {

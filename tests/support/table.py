@@ -101,7 +101,7 @@ def tables() -> dict[str, np.ndarray]:
 def table_model(target_CV: np.ndarray, draft_CV: np.ndarray, **head: Any) -> TableModel:
     """`head`: fields of its config."""
     with np.errstate(divide="ignore"):
-        laws = (jnp.asarray(np.log(a), jnp.float32) for a in (target_CV, draft_CV))
+        laws = [jnp.asarray(np.log(a), jnp.float32) for a in (target_CV, draft_CV)]
     return TableModel(TableHead(*laws, HeadConfig(window=WINDOW, **head)))
 
 
