@@ -260,10 +260,11 @@ def _decode_setting(bench: dict[str, Any]) -> str:
     tokens = f"{bench['prompt_tokens']} tokens"
     if bench["suite"]:
         tokens = f"{_suite(bench)} ({' to '.join(map(str, bench['prompt_lengths']))} tokens)"
+    share = bench["draft_temperature"]
+    drafts = "" if share == 1 else f", drafts at {share:g} of the temperature"
     return (
         f"{bench['prompts']} prompts of {tokens}, {bench['new_tokens']} new tokens each, "
-        f"{bench['repetitions']} repetitions, drafts at {bench['draft_temperature']:g} of the temperature, on "
-        f"{bench['device']}"
+        f"{bench['repetitions']} repetitions{drafts}, on {bench['device']}"
     )
 
 
