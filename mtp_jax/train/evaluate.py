@@ -108,7 +108,7 @@ def expected_of_run(
     ]
     parts: list[list[Expectation]] = [[] for _ in heads]
     with jax.set_mesh(run.mesh):
-        model = nnx.merge(*nnx.split(run.model))  # the same arrays, for a head that drafts otherwise
+        model = nnx.merge(*split(run.model))  # the same arrays, for a head that drafts otherwise
         for first, some, count in groups(run, prompts):
             config = DecodeConfig(new_tokens, temperature, row=first, k=0, stop_tokens=run.stop_tokens)
             texts = generate(run.decoder, some, **vars(config)).tokens

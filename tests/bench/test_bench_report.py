@@ -70,6 +70,11 @@ def run_dir(tmp_path):
     return tmp_path / "small-cpd"
 
 
+def test_drafts_that_are_sampled_otherwise_are_named():
+    titles = [report.decode_table({**make_bench(), "draft_temperature": share}).title for share in (1.0, 0.6)]
+    assert "drafts at" not in titles[0] and "3 repetitions, drafts at 0.6 of the temperature, on cpu" in titles[1]
+
+
 def test_the_report_holds_what_was_measured(run_dir):
     bench = make_bench()
     path = report.write_report(run_dir, bench, to_dict(TrainConfig()))

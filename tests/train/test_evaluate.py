@@ -87,10 +87,10 @@ def test_it_is_said_for_several_draft_temperatures(trained, capsys):
     assert expected_of_run(run, some_prompts(store_of(run), 3, 8), 0.5, WINDOW - 1, 12) == rows[2:]
     with pytest.raises(ConfigError, match=r"HeadConfig.draft_temperature is -1.0; it must be at least 0"):
         mtp_jax.load(trained, draft_temperature=-1.0)
-    for wrong in (["--draft-temperatures", "-1"], ["--draft-temperatures", "1", "--temperatures", "0"]):
+    for drafts, at, words in (("-1", "0.5", "draft_temperature is -1.0"), ("1", "0", "only where texts are sampled")):
         with pytest.raises(SystemExit):
-            cli.main(["eval", str(trained), *wrong])
-        assert "draft" in capsys.readouterr().err
+            cli.main(["eval", str(trained), "--draft-temperatures", drafts, "--temperatures", at])
+        assert words in capsys.readouterr().err.replace("\n", " ")
 
 
 @pytest.mark.slow
