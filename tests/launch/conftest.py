@@ -8,4 +8,6 @@ from support.launchers import Box
 @pytest.fixture
 def box(tmp_path):
     """A directory with a stand-in for the program."""
-    return Box(tmp_path)
+    box = Box(tmp_path)
+    yield box
+    box.close()

@@ -137,7 +137,9 @@ class SweepBox(Box):
 
 @pytest.fixture
 def box(tmp_path):
-    return SweepBox(tmp_path)
+    box = SweepBox(tmp_path)
+    yield box
+    box.close()
 
 
 HOW = ("--array", "--dependency", "--kill-on-invalid-dep")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -50,6 +52,7 @@ class Box:
 
     def __init__(self, path: Path):
         self.path, self.plans, self.run_dir, self.bin = path, path / "plans", path / "runs" / "mine", path / "bin"
+        self.started: list[subprocess.Popen] = []
         for folder in (self.plans, self.bin):
             folder.mkdir()
         self.command("program", PROGRAM)
@@ -75,13 +78,14 @@ class Box:
     def tries(self, process: int = 0) -> int:
         """How often the program was started."""
         file = self.plans / f"tries.{process}"
-        return int(file.read_text()) if file.exists() else 0
+        # A shell makes the file before it writes the number.
+        return int(file.read_text() or 0) if file.exists() else 0
 
     def start(self, script: str, *args: str, launch: Path = LAUNCH, **env: str) -> subprocess.Popen:
         """A launcher that goes on while the test does."""
         command = ["bash", str(launch / script), *args]
         # A session of its own, so that nothing is signalled but what the launcher signals.
-        return subprocess.Popen(
+        launcher = subprocess.Popen(
             command,
             cwd=self.path,
             env=self.env | env,
@@ -90,6 +94,15 @@ class Box:
             text=True,
             start_new_session=True,
         )
+        self.started.append(launcher)
+        return launcher
+
+    def close(self) -> None:
+        """Kill what a failed test left running, so that it fails alone."""
+        for launcher in self.started:
+            if launcher.poll() is None:
+                os.killpg(launcher.pid, signal.SIGKILL)
+            end(launcher)
 
     def run(self, script: str, *args: str, **options: Any) -> tuple[int, str]:
         """(status, output) of a launcher that ends by itself."""
