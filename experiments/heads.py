@@ -74,7 +74,7 @@ def on(base: TrainConfig, **changes: Any) -> TrainConfig:
     return replace(base, **changes, eval_every=100, eval_batches=1, checkpoint_every=10, keep_checkpoints=48)
 
 
-ON_SMOLLM2 = on(ON_STATES, head=replace(ON_STATES.head, window=8, encoder="none", draft_temperature=0.6))
+ON_SMOLLM2 = on(ON_STATES, head=replace(ON_STATES.head, window=8, encoder="none"))
 ON_BYTES = on(
     HEADS_CPU, head=replace(HEADS_CPU.head, window=8, factors="lora", factor_width=16, init_noise=1.0), steps=360
 )
