@@ -81,6 +81,6 @@ def losses(base: TrainConfig, steps: int) -> Sweep:
 
 SWEEPS = {
     "cpu": losses(ON_STATES, 160),
-    "long": losses(replace(ON_STATES, checkpoint_every=80), 1600),
+    "long": losses(replace(ON_STATES, checkpoint_every=80), 1280),
     "gpu": losses(on_gpu(ON_STATES), 2400),
 }
