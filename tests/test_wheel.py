@@ -10,12 +10,13 @@ import pytest
 from support import REPOSITORY
 
 EXPERIMENT = """
-from mtp_jax import DataConfig, HeadConfig, ModelConfig, TrainConfig
+from mtp_jax import DataConfig, HeadConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 CONFIG = TrainConfig(
     model=ModelConfig(d_model=16, d_ff=32, num_layers=1, num_heads=2, num_kv_heads=1, context_length=64),
     head=HeadConfig(window=2, rank=2),
     data=DataConfig(source="stdlib", seq_len=32, batch_size=2),
+    optimizer=OptimizerConfig(warmup_steps=0),
     steps=1,
     eval_every=1,
     eval_batches=1,
