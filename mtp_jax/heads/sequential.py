@@ -32,7 +32,7 @@ from mtp_jax.heads.mixture import against_target
 from mtp_jax.heads.shortlist import SHORT, Shortlist, behind_listed, columns
 from mtp_jax.heads.stages import block_flops, silent_block, stacked, stage, unstacked
 from mtp_jax.losses.mixture import Terms, factor_scores, mixture_loss, mixture_loss_against
-from mtp_jax.losses.next_token import NextToken
+from mtp_jax.losses.next_token import EachToken, NextToken
 from mtp_jax.losses.target_law import TargetLaw
 from mtp_jax.model.attention import attend_chain, cache_mask, causal_mask
 from mtp_jax.model.cache import Cache, init_cache, write
@@ -220,25 +220,20 @@ class SequentialHead(Head):
         (name,) = params
         tables = {} if name == "unembed_VD" else {"unembed_VD": seen.unembed_VD}
         weights = jnp.where(listed_BTL, weights_BTW[..., 1:], 0.0)
-        law_weights, against = None, against_target(config, (name,))
+        against = against_target(config, (name,))
+        g_BTLD = jnp.stack([*self._stream(seen, targets_BTW)], axis=2)
+        terms = Terms(Independent, config.gamma, config.z_weight, self.known, 1, config.nll_weight, against)
+        form: Any = EachToken(name)
+        batch = params, g_BTLD, Independent.latent(seen.x_BTD), columns_BTL, weights
+        law_weights = None
         if against:
             if law_weights_BTW is None:
                 raise ValueError("A loss against the target's law has weights of its own; give law_weights_BTW.")
             law_weights = behind_listed(listed_BTL, law_weights_BTW[..., 1:])
-        total, found = jnp.zeros(()), list[dict[str, Array]]()
-        for i, g_BTD in enumerate(self._stream(seen, targets_BTW)):
-            one = slice(i, i + 1)
-            batch = params, g_BTD, Independent.latent(g_BTD), columns_BTL[..., one], weights[..., one]
-            terms = Terms(Independent, config.gamma, config.z_weight, self.known, i + 1, config.nll_weight, against)
-            form: Any = NextToken(name)
-            if law_weights is not None:
-                law = TargetLaw(tables, seen.x_BTD, law_weights[..., one])
-                loss, sums = mixture_loss_against(form, terms, *batch, law)
-            else:
-                loss, nll_1 = mixture_loss(form, terms, *batch)
-                sums = {"loss_offset": nll_1}
-            total, found = total + loss, [*found, sums]
-        aux = {key: jnp.concatenate([sums[key] for sums in found]) for key in found[0]}
+            total, aux = mixture_loss_against(form, terms, *batch, TargetLaw(tables, seen.x_BTD, law_weights))
+        else:
+            total, nll_L = mixture_loss(form, terms, *batch)
+            aux = {"loss_offset": nll_L}
         if self.shortlist:
             aux["listed"] = jnp.sum(weights, axis=(0, 1))
             if law_weights is not None:
@@ -252,11 +247,11 @@ class SequentialHead(Head):
         params = self._table(seen.unembed_VD)
         (name,) = params
         own = {"unembed_VD": seen.unembed_VD}
-        found = [factor_scores(NextToken(), own, seen.x_BTD, targets_BTW[..., :1], self.known)[0][:, :, 0]]
-        for i, g_BTD in enumerate(self._stream(seen, targets_BTW)):
-            scores, _ = factor_scores(NextToken(name), params, g_BTD, columns_BTL[..., i : i + 1], self.known)
-            found.append(jnp.where(listed_BTL[..., i : i + 1], scores[:, :, 0], -jnp.inf))
-        return jnp.concatenate(found, axis=-1)
+        first_BT11, _ = factor_scores(NextToken(), own, seen.x_BTD, targets_BTW[..., :1], self.known)
+        g_BTLD = jnp.stack([*self._stream(seen, targets_BTW)], axis=2)
+        scores_BT1L, _ = factor_scores(EachToken(name), params, g_BTLD, columns_BTL, self.known)
+        later_BTL = jnp.where(listed_BTL, scores_BT1L[:, :, 0], -jnp.inf)
+        return jnp.concatenate([first_BT11[:, :, 0], later_BTL], axis=-1)
 
     # Drafting.
 
@@ -316,5 +311,5 @@ class SequentialHead(Head):
         steps, d = config.window - 1, model.d_model
         block = 4 * d * d + block_flops(model) if config.attention else TokenEncoder.flops(config, model)
         table = 2 * (config.shortlist or model.vocab_size) * d
-        law = 2 * d * (model.vocab_size + config.shortlist) if config.against_target else 0
-        return steps * (block + table + law), steps * (2 * block + (1 if frozen else 2) * table)
+        law = 2 * d * (model.vocab_size + config.shortlist) if config.against_target else 0  # of a position once
+        return steps * (block + table) + law, steps * (2 * block + (1 if frozen else 2) * table)

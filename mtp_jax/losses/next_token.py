@@ -1,4 +1,4 @@
-"""Law of a token through the vocabulary table, as a form of the tiled loss."""
+"""Laws of tokens through the vocabulary table, as forms of the tiled loss."""
 
 from __future__ import annotations
 
@@ -28,3 +28,11 @@ class NextToken:
     def rows(self, rank: int, window: int) -> int:
         """All of them."""
         return rank * window
+
+
+class EachToken(NextToken):
+    """The same of W tokens, each of which has a hidden state of its own: `[B, T, W, D]` in place of `[B, T, D]`."""
+
+    def logits(self, tables: Any, x_BTWD: Array) -> Array:
+        """`[B, T, 1, W, V]` in float32."""
+        return product("btwd,vd->btwv", x_BTWD, tables[self.table])[:, :, None]
