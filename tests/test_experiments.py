@@ -17,8 +17,8 @@ from mtp_jax.validate import to_dict
 from support import REPOSITORY, tiny
 
 SCRIPTS = {"checkpoint_cost", "gpu_check", "iteration_cost", "plain_loop"}  # what is run with Python, and has no CONFIG
-SHARED = {"setting"}  # what recipes import
-ON_BASE = {"head_on_base"}  # whose model is that of the base which the command names
+SHARED = {"setting", "prompts"}  # what recipes import
+ON_BASE = {"head_on_base", "pretrained"}  # whose model is that of the base which the command names
 FILES = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "experiments").glob("*.py"))
 FILES = [path for path in FILES if path.stem not in SCRIPTS | SHARED]
 RECIPES = [path for path in FILES if "SWEEPS = " in (REPOSITORY / path).read_text()]

