@@ -15,12 +15,16 @@ STAMP := .venv/installed
 # `loadfile` keeps the tests of one file in one process, where they share compiled functions and fixtures.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 
-.PHONY: demo docs test test-slow lint format
+.PHONY: demo demo-pretrained docs test test-slow lint format
 
 demo: $(STAMP)
 	$(BIN)/mtp-jax train experiments/code_cpu.py --overwrite
 	$(BIN)/mtp-jax generate runs/code_cpu --held-out 3 --max-new-tokens 160
 	$(BIN)/mtp-jax bench decode runs/code_cpu --report
+
+# SmolLM2-135M of the package registry, or the model that MTP_JAX_DEMO_MODEL names.
+demo-pretrained: $(STAMP)
+	$(BIN)/python experiments/pretrained.py
 
 docs: $(STAMP)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet docs docs/_build/html
