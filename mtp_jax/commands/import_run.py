@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -20,6 +20,9 @@ class Import:
     """The run directory."""
     revision: str = "main"
     """Of a model of the hub: a branch, a tag or a commit."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What it computes in, and the heads that are trained on it; by default bfloat16 where its parameters are, else
+    float32."""
 
 
 def main(args: list[str]) -> None:
@@ -27,5 +30,5 @@ def main(args: list[str]) -> None:
     options = parse(Import, args, "import")
     from mtp_jax.interop.importing import import_run
 
-    run = import_run(options.source, options.out, revision=options.revision, log=print)
+    run = import_run(options.source, options.out, revision=options.revision, dtype=options.dtype, log=print)
     print(f"Wrote {run}; continue text with: mtp-jax generate {run} --prompt 'Once upon a time'")

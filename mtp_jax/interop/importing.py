@@ -8,7 +8,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,17 +42,20 @@ def import_run(
     out: epath.PathLike,
     *,
     revision: str = "main",
+    dtype: Literal["float32", "bfloat16"] | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> epath.Path:
     """Make a run directory of a pretrained model, and return its path. It is there whole, or not at all.
 
-    The parameters keep their dtype; what is quantised becomes float32. The model computes in bfloat16 where they are,
-    else in float32. Tokenizer, stop tokens and chat template come with them.
+    The parameters keep their dtype; what is quantised becomes float32. Tokenizer, stop tokens and chat template come
+    with them.
 
     Args:
       source: a Hugging Face directory, the id of a model of its hub, such as "Qwen/Qwen3-0.6B", or a GGUF file.
       out: the run directory, which is not there yet.
       revision: of the hub: a branch, a tag or a commit.
+      dtype: what the model computes in, and the heads that are trained on it; by default bfloat16 where the parameters
+        are, else float32.
       log: told what is done.
 
     Raises:
@@ -66,7 +69,9 @@ def import_run(
             found = open_gguf(Path(source).expanduser().absolute())
         else:
             found = stack.enter_context(_open_hf(_directory(source, revision)))
-        _write(found, source, revision, run, log)
+        computes = dtype or ("bfloat16" if found.dtype == "bfloat16" else "float32")
+        model = dataclasses.replace(found.model, param_dtype=found.dtype, dtype=computes)
+        _write(dataclasses.replace(found, model=model), source, revision, run, log)
     return run
 
 
@@ -91,9 +96,7 @@ def _write(found: Pretrained, source: str, revision: str, run: epath.Path, log: 
         f"{found.what}: the tokenizer has {tokenizer.vocab_size} tokens and vocab_size is {rows}; one of them is of "
         "another model.",
     )
-    computes = "bfloat16" if found.dtype == "bfloat16" else "float32"
-    padded = -(-rows // ROWS) * ROWS
-    model = dataclasses.replace(found.model, vocab_size=padded, param_dtype=found.dtype, dtype=computes)
+    model = dataclasses.replace(found.model, vocab_size=-(-rows // ROWS) * ROWS)
     end = str(tokenizer.to_json()["end_of_document"])
     data = DataConfig(tokenizer=f"hf:{found.what}", end_of_document=end, seq_len=min(1024, model.context_length))
     config = TrainConfig(model, NO_HEAD, data).with_tokenizer(tokenizer.vocab_size)

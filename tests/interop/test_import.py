@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 
 import mtp_jax
+from mtp_jax import DataConfig, HeadConfig, TrainConfig
 from mtp_jax.interop import exporting
 from mtp_jax.interop.exporting import export_run
 from mtp_jax.interop.importing import import_run
 from mtp_jax.interop.weights import read_params
 from mtp_jax.mesh import on_mesh
+from mtp_jax.runs.base import open_base
 from mtp_jax.state import build_model, split
 from mtp_jax.validate import ConfigError
 from support import tiny
@@ -42,6 +44,19 @@ def test_every_family_computes_what_its_files_say(source, tmp_path, name):
     logp_BTV = logits_BTV - np.log(np.exp(logits_BTV).sum(-1, keepdims=True))
     np.testing.assert_allclose(law(run, TOKENS_BT), logp_BTV, atol=2e-5)
     assert run.config.model.num_tokens == V and run.config.model.vocab_size == 320
+
+
+def test_what_it_computes_in_can_be_said(source, tmp_path):
+    """The parameters are the same, and so a head on the one stands on the other; it computes as its base does."""
+    directory, _, _ = source(np.float32)
+    bases = {dtype: import_run(str(directory), tmp_path / str(dtype), dtype=dtype) for dtype in (None, "bfloat16")}
+    plain, other = (open_base(str(base)) for base in bases.values())
+    assert plain.sha256 == other.sha256
+    assert (plain.config.model.dtype, other.config.model.dtype) == ("float32", "bfloat16")
+    assert other.config.model.param_dtype == "float32"
+    head = HeadConfig(kind="sequential", window=2, target="ntp")
+    config = TrainConfig(head=head, data=DataConfig(seq_len=32))
+    assert other.resolve(config).model.dtype == "bfloat16"
 
 
 KEPT = [(name, "float32") for name in FAMILIES]
