@@ -25,8 +25,8 @@ class BenchConfig:
     through the run's chat template. Of each `category`, where records have one, `prompts` at most are chosen by `seed`,
     whole, so many that they fill batches; each is measured for itself too.
     `auto`: the k that k="auto" stands for too, in rows of its own; it is chosen before anything is timed.
-    `compare` hf: greedy decoding by Hugging Face `transformers` too, of the same weights, one prompt at a time, and
-    neither ends at stop tokens.
+    `compare` hf: greedy decoding by Hugging Face `transformers` too, of the same weights, plain and with its prompt
+    lookup, one prompt at a time, and neither ends at stop tokens.
     """
 
     prompts: int = 24

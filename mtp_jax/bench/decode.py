@@ -195,8 +195,11 @@ class _Bench:
                 cell = cells[index]
                 own = None if cell.next_token else plain(cells, cell)
                 rows[index] = row(cell, own, fastest(cells, cell), self.session.gap, ordinary(cells, cell))
-            self.session.models = {}  # type: ignore[assignment] # the memory of the last one is free for what is compared
-            compared = hf.bench_hf(run, self.prompts, config, progress) if config.compare == "hf" else None
+            compared = None
+            if config.compare == "hf":
+                drafted = [row for row in rows.values() if row["k"] and not row["temperature"]] or [{"k": max(self.ks)}]
+                k = max(drafted, key=lambda row: row.get("tokens_per_second", 0))["k"]
+                compared = hf.bench_hf(run, self.session.models, self.prompts, k, config, progress)
         shared = ("prompt_tokens", "new_tokens", "files", "suite", "repetitions", "seed")
         lengths = [len(prompt) for prompt in self.prompts]
         return {

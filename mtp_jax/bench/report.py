@@ -59,8 +59,12 @@ COLUMNS: Columns = {
     "verify cost": lambda row: "-" if row.get("verify_cost") is None else f"{row['verify_cost']:.2f}",
     "identical": _identical,
 }
-
-
+HF_COLUMNS: Columns = {
+    "decoder": lambda row: row["name"] if row["k"] is None else f"{row['name']}, k = {row['k']}",
+    "dtype": COLUMNS["dtype"],
+    "tokens/s": COLUMNS["tokens/s"],
+    "prompts that differ": lambda row: f"{row['rows_that_differ']}",
+}
 CATEGORY_COLUMNS: Columns = {
     "category": lambda row: row["category"] or "mean of categories",
     "prompts": lambda row: f"{row['prompts']}",
@@ -126,15 +130,16 @@ def category_markdown(bench: dict[str, Any]) -> str:
     return _markdown_rows(_columns(rows, CATEGORY_COLUMNS), rows)
 
 
-def hf_line(bench: dict[str, Any]) -> str:
-    """What `--compare hf` found, as a sentence."""
-    found = bench["hf"]
-    ours, theirs = (found["tokens_per_second"][name] for name in ("ours", "hf"))
+def hf_table(bench: dict[str, Any]) -> Table:
+    """What `--compare hf` found, as a table for the terminal."""
+    return _table(_hf_title(bench), HF_COLUMNS, bench["hf"]["rows"])
+
+
+def _hf_title(bench: dict[str, Any]) -> str:
+    hf = bench["hf"]
     return (
-        f"Greedy decoding in {found['dtype']}, one prompt at a time, prefill included: {ours:,.0f} tokens/s with "
-        f"k = 0, {theirs:,.0f} by transformers {found['versions']['transformers']} on {found['device']} "
-        f"({found['threads']} threads): {found['ratio']:.2f}x. "
-        f"{found['rows_that_differ']} of {bench['prompts']} continuations differ."
+        f"Greedy decoding beside transformers {hf['versions']['transformers']} on {hf['device']} "
+        f"({hf['threads']} threads), prefill included; our fastest is {hf['ratio']:.2f}x of its fastest"
     )
 
 
@@ -307,7 +312,7 @@ def _described(head: dict[str, Any]) -> str:
 
 
 def _markdown(title: str, train: Sequence[Row], evals: Sequence[Row], bench: dict[str, Any], config: dict) -> str:
-    hf = f"\n{hf_line(bench)}\n" if bench["hf"] else ""
+    hf = f"\n{_hf_title(bench)}.\n\n{_markdown_rows(HF_COLUMNS, bench['hf']['rows'])}\n" if bench["hf"] else ""
     plain = f"\n{NEXT_TOKEN_NOTE}\n" if bench["next_token"] else ""
     categories = f"\n{CATEGORIES}\n\n{category_markdown(bench)}\n" if bench["by_category"] else ""
     return f"""# {title}

@@ -55,7 +55,7 @@ def _decode(args: list[str]) -> None:
     use_compilation_cache()
 
     from mtp_jax.bench.decode import bench_decode, check
-    from mtp_jax.bench.report import category_table, check_reportable, decode_table, hf_line, write_report
+    from mtp_jax.bench.report import category_table, check_reportable, decode_table, hf_table, write_report
     from mtp_jax.runs.layout import read_config
     from mtp_jax.validate import to_dict
 
@@ -69,7 +69,7 @@ def _decode(args: list[str]) -> None:
     if bench["by_category"]:
         console().print(category_table(bench))
     if bench["hf"]:
-        print(hf_line(bench))
+        console().print(hf_table(bench))
     try:
         if report:
             print(f"Wrote {write_report(options.run, bench, to_dict(run.config), options.out)}")

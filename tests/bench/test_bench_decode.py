@@ -352,10 +352,11 @@ def test_two_decoders_are_timed_in_turn(monkeypatch):
 
         return decode
 
-    both = {"ours": decoder("ours", 2.0, [[1, 2], [3, 4]]), "hf": decoder("hf", 5.0, [[1, 2], [3, 5]])}
-    found = hf.compare(both, [0, 1], 2, lambda _: None)
-    assert found == {"tokens_per_second": {"ours": 1.0, "hf": 0.4}, "ratio": 2.5, "rows_that_differ": 1}
-    assert calls[4:] == [(name, prompt) for _ in range(2) for prompt in (0, 1) for name in ("ours", "hf")]
+    both = decoder("theirs", 5.0, [[1, 2], [3, 5]]), decoder("ours", 2.0, [[1, 2], [3, 4]])
+    theirs, ours = hf.compare(both, [0, 1], 2, lambda _: None)
+    assert theirs == {"tokens_per_second": 0.4, "rows_that_differ": 0}
+    assert ours == {"tokens_per_second": 1.0, "rows_that_differ": 1}
+    assert calls[4:] == [(name, prompt) for _ in range(2) for prompt in (0, 1) for name in ("theirs", "ours")]
 
 
 @pytest.mark.slow

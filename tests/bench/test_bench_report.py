@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -151,14 +152,18 @@ def test_dashed_lines_are_what_speed_ups_are_against():
     assert drawn["k = 0, plain decoding in bfloat16"] == 1500.0 and drawn["T = 0, greedy"] == 1234.0
 
 
-def test_the_comparison_with_transformers_is_a_sentence(run_dir):
-    found = {
-        **{"tokens_per_second": {"ours": 2000.0, "hf": 1250.0}, "ratio": 1.6, "rows_that_differ": 2},
-        **{"dtype": "float32", "device": "cpu", "threads": 2, "versions": {"transformers": "9.9"}},
-    }
-    text = report.write_report(run_dir, make_bench() | {"hf": found}, to_dict(TrainConfig())).read_text()
-    assert "2,000 tokens/s with k = 0, 1,250 by transformers 9.9 on cpu (2 threads): 1.60x." in text
-    assert "2 of 24 continuations differ." in text
+def test_the_comparison_with_transformers_is_a_table(run_dir):
+    rows = [
+        {"name": name, "k": k, "dtype": "float32", "tokens_per_second": rate, "rows_that_differ": differ}
+        for name, k, rate, differ in (("transformers", None, 1250.0, 0), ("mtp_jax", 3, 2000.0, 2))
+    ]
+    found = {"rows": rows, "ratio": 1.6, "device": "cpu", "threads": 2, "versions": {"transformers": "9.9"}}
+    bench = make_bench() | {"hf": found}
+    text = report.write_report(run_dir, bench, to_dict(TrainConfig())).read_text()
+    assert "beside transformers 9.9 on cpu (2 threads), prefill included; our fastest is 1.60x of its fastest." in text
+    assert re.search(r"\| transformers +\| float32 +\| +1,250 +\| +0 +\|", text)
+    assert re.search(r"\| mtp_jax, k = 3 +\| float32 +\| +2,000 +\| +2 +\|", text)
+    assert report.hf_table(bench).row_count == 2
 
 
 def test_a_suite_has_a_table_by_category(run_dir):
