@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 import mtp_jax
+from mtp_jax.bench import hf
+from mtp_jax.bench.config import BenchConfig
+from mtp_jax.bench.session import Decoders
 from mtp_jax.commands.tokenizer import train_bpe
 from mtp_jax.data.tokenizers.conventions import read_conventions
 from mtp_jax.interop import exporting
@@ -17,6 +20,8 @@ from mtp_jax.interop.exporting import export_run
 from mtp_jax.interop.importing import import_run
 from mtp_jax.runs.loading import LoadedRun
 from mtp_jax.state import split
+from mtp_jax.sweep.costs import untrained
+from support import tiny
 from support.bpe import NASTY, TEXTS
 from support.gguf_files import CONTROL, NORMAL, Vocabulary, write_gguf
 from support.pretrained import CONFIG as SMALL
@@ -227,3 +232,17 @@ def test_conversations_are_written_as_theirs(tmp_path, name):
         for answer in (True, False):
             written = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer)
             assert ours.render(messages, answer=answer) == written
+
+
+def test_the_benchmark_decodes_beside_transformers():
+    """Greedy texts of both are the same in float32, with its prompt lookup and with our drafts."""
+    run = untrained(tiny.train_config(tiny.model_config(vocab_size=258), tiny.head_config(target="ntp")))
+    prompts = [np.arange(5, dtype=np.int32), np.array([7, 8, 9, 7, 8, 9, 7, 8], np.int32)]
+    with jax.set_mesh(run.mesh):
+        config = BenchConfig(new_tokens=6, repetitions=1)
+        found = hf.bench_hf(run, Decoders(run), prompts, 2, config, lambda _: None)
+    rows = {(row["name"], row["k"], row["dtype"]): row for row in found["rows"]}
+    names = [*((name, None) for name in hf.MODES), ("mtp_jax", 0), ("mtp_jax", 2)]
+    assert rows.keys() == {(*name, dtype) for name in names for dtype in ("float32", "bfloat16")}
+    assert all(row["tokens_per_second"] > 0 for row in rows.values())
+    assert not any(row["rows_that_differ"] for row in rows.values() if row["dtype"] == "float32")
