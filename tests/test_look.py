@@ -125,11 +125,45 @@ def test_the_path_is_what_greedy_decoding_drafts_from(full):
     assert look.window(full, TEXT).path_W[0] == first
 
 
+DRAFTING = {
+    "cpd": {},
+    "token": HEADS["token"],
+    "sequential": {"kind": "sequential", "target": "ntp"},
+    "attention": {"kind": "sequential", "target": "ntp", "attention": True},
+}
+
+
+@pytest.mark.parametrize("name", [n if n != "token" else pytest.param(n, marks=pytest.mark.slow) for n in DRAFTING])
+def test_drafts_are_the_heads_and_stand_beside_the_targets_own_law(name):
+    run = make_run(**DRAFTING[name])
+    found = look.ahead(run, TEXT)
+    window, ids = run.config.head.window, run.tokenizer.encode(TEXT)
+    assert found.draft_KV.shape == found.target_KV.shape == (window - 1, 264)
+    np.testing.assert_array_equal(found.path_W[1:], found.draft_KV.argmax(-1))
+    tokens_T = np.append(ids, found.path_W).astype(np.int32)
+    targets_1TW = np.stack([tokens_T[s : s + len(ids)] for s in range(1, window + 1)], axis=-1)[None]
+    with jax.set_mesh(run.mesh):
+        likelihood_W = np.exp(run.model.head.log_likelihood(see(run, TEXT), targets_1TW))[0, -1]
+        law_TV = np.exp(run.model.target(run.model.see(tokens_T[None]))[0])[0]
+    assert found.path_W[0] == law_TV[len(ids) - 1].argmax()
+    on_path = found.draft_KV[np.arange(window - 1), found.path_W[1:]]
+    np.testing.assert_allclose(on_path, likelihood_W[1:], rtol=1e-4)
+    np.testing.assert_allclose(found.target_KV, law_TV[len(ids) : len(tokens_T) - 1], rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(found.overlap_K, 1 - np.abs(found.draft_KV - found.target_KV).sum(-1) / 2, rtol=1e-4)
+
+
 @pytest.mark.parametrize("text, words", [("", "has 0 tokens"), ("x" * 129, "has 129 tokens; the model reads 1..128")])
 def test_a_text_that_cannot_be_read_is_refused(full, text, words):
     for function in (look.gate, look.window):
         with pytest.raises(ConfigError, match=words):
             function(full, text)
+
+
+def test_drafts_want_room_and_a_head(full):
+    with pytest.raises(ConfigError, match=r"has 126 tokens; the model reads 1\.\.125"):
+        look.ahead(full, "x" * 126)
+    with pytest.raises(ConfigError, match="no head that drafts"):
+        look.ahead(make_run(kind="none", window=1, circuit="independent", rank=1, target="ntp", balance="none"), TEXT)
 
 
 def test_a_head_without_components_is_refused():
@@ -223,6 +257,18 @@ def test_figures_show_the_numbers_and_draw_any_text(run):
         np.testing.assert_allclose([bar.get_width() for bar in axes.patches], np.sort(law_V)[::-1][:2])
         labels = [label.get_text() for label in axes.get_yticklabels()]
         assert labels == [window.vocabulary[int(token)] for token in np.argsort(-law_V, kind="stable")[:2]]
+    figure.savefig(io.BytesIO(), dpi=40)
+
+
+def test_the_figure_of_drafts_shows_both_laws_and_how_far_they_agree(full):
+    found = look.ahead(full, "$x$ \n\u4e2d")
+    figure = look.plot_ahead(found, top=2)
+    grid = np.array(figure.axes).reshape(2, len(found.draft_KV))
+    for line, law_KV in zip(grid, (found.draft_KV, found.target_KV), strict=True):
+        for axes, law_V in zip(line, law_KV, strict=True):
+            np.testing.assert_allclose([bar.get_width() for bar in axes.patches], np.sort(law_V)[::-1][:2])
+    shown = [axes.get_title().partition("accepted ")[2] for axes in grid[0]]
+    assert shown == [f"{overlap:.0%} of the time" for overlap in found.overlap_K]
     figure.savefig(io.BytesIO(), dpi=40)
 
 

@@ -1,0 +1,108 @@
+"""What a head drafts behind a prompt, beside what the model itself says there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from mtp_jax.language_model import LanguageModel
+from mtp_jax.look.text import Vocabulary, drawn, read, text_tokens
+from mtp_jax.plots import PALETTE
+from mtp_jax.validate import require
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from mtp_jax.runs.loading import LoadedRun
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Laws of the W - 1 tokens behind the one that the target chose, in probabilities.
+
+    `path_W`: the token that the target prefers behind the prompt, and then the ones that the head prefers, each given
+    those before. `draft_KV`: the head's law of each of the latter, `target_KV` the target's own given the same tokens.
+    `vocabulary`: the V tokens as text.
+    """
+
+    prompt: str
+    path_W: np.ndarray
+    draft_KV: np.ndarray
+    target_KV: np.ndarray
+    vocabulary: Vocabulary
+
+    @property
+    def overlap_K(self) -> np.ndarray:
+        """The chance that a draft is accepted at temperature 1: sum_v min(q, p)."""
+        return np.minimum(self.draft_KV, self.target_KV).sum(-1)
+
+
+def ahead(run: LoadedRun, prompt: str) -> Ahead:
+    """What the head of any kind drafts behind `prompt`, at temperature 1.
+
+    Raises `ConfigError` if there is no head, or the prompt is empty or leaves no room for the drafts.
+    """
+    window = run.config.head.window
+    require(window > 1, "The run has no head that drafts; take one with head.window of 2 or more.")
+    tokens_1T = text_tokens(run, prompt, window - 1)
+    with jax.set_mesh(run.mesh):
+        path_W, draft_KV = (np.asarray(found) for found in _drafts(run.model, tokens_1T))
+        whole_1T = np.concatenate([tokens_1T, path_W[None, :-1]], axis=1)
+        target_TV = np.asarray(_target(run.model, whole_1T))
+    draft_KV, target_KV = (np.exp(law.astype(np.float64)) for law in (draft_KV, target_TV[tokens_1T.shape[1] :]))
+    return Ahead(prompt, path_W, draft_KV, target_KV, Vocabulary(run.tokenizer))
+
+
+def plot_ahead(ahead: Ahead, top: int = 4) -> Figure:
+    """The `top` most likely tokens of each offset, of the head and of the target, and how far the two agree."""
+    from matplotlib.figure import Figure
+
+    count = len(ahead.draft_KV)
+    rows = ("drafts of\nthe head", PALETTE[2], ahead.draft_KV), ("the model\nitself", "0.35", ahead.target_KV)
+    figure = Figure(figsize=(1.6 + 2.3 * count, 1.2 + 2 * (0.3 + 0.19 * top)), layout="constrained")
+    grid = figure.subplots(2, count, sharex=True, squeeze=False)
+    for (name, colour, law_KV), line in zip(rows, grid, strict=True):
+        line[0].set_ylabel(name, rotation=0, ha="right", va="center", weight="bold", color=colour, labelpad=34)
+        for axes, law_V in zip(line, law_KV, strict=True):
+            best = np.argsort(-law_V, kind="stable")[:top]
+            axes.barh(range(len(best)), law_V[best], color=colour, height=0.7)
+            labels = [ahead.vocabulary[int(token)] for token in best]
+            axes.set_yticks(range(len(best)), labels, family="monospace", size="medium", parse_math=False)
+            axes.set(xlim=(0, 1), xticks=(0, 0.5, 1), ylim=(len(best) - 0.5, -0.5))
+            axes.tick_params(axis="y", length=0)
+            axes.spines[["top", "right"]].set_visible(False)
+    for s in range(count):
+        given = "".join(ahead.vocabulary[int(token)] for token in ahead.path_W[: s + 1])
+        title = f"draft {s + 1}, given {given}\naccepted {ahead.overlap_K[s]:.0%} of the time"
+        grid[0, s].set_title(title, size="medium", weight="bold", parse_math=False)
+        grid[-1, s].set_xlabel("probability")
+    prompt = "".join(map(drawn, ahead.prompt))
+    prompt = prompt if len(prompt) <= 60 else f"...{prompt[-60:]}"
+    figure.suptitle(f"After {prompt}", x=0.01, ha="left", weight="bold", parse_math=False)
+    return figure
+
+
+@jax.jit
+def _drafts(model: LanguageModel, tokens_1T: Array) -> tuple[Array, Array]:
+    """The target's most likely token and the head's behind it, `[W]`, and the log laws of the latter, `[K, V]`."""
+    seen, _, next_1T = read(model, tokens_1T)
+    last_1 = 0 * seen.tokens_BT[:, 0] + tokens_1T.shape[1] - 1  # placed as rows are
+    head, window = model.head, model.head.config.window
+    cache, memo = head.extend(head.init_cache(*tokens_1T.shape), seen, next_1T, 0 * last_1, None)
+    draft = head.begin(seen.at(last_1), next_1T[:, -1], window=window, cache=cache, position_B=last_1, memo=memo)
+    path, laws = [next_1T[:, -1]], []
+    for _ in range(window - 1):
+        laws.append(head.next_log_probs(draft))
+        path.append(jnp.argmax(laws[-1], axis=-1).astype(jnp.int32))
+        draft = head.condition(draft, path[-1])
+    return jnp.stack(path)[:, 0], jnp.stack(laws)[:, 0]
+
+
+@jax.jit
+def _target(model: LanguageModel, tokens_1T: Array) -> Array:
+    return model.target(model.see(tokens_1T))[0][0]
