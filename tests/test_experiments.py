@@ -16,7 +16,13 @@ from mtp_jax.train.step import make_trainer
 from mtp_jax.validate import to_dict
 from support import REPOSITORY, tiny
 
-SCRIPTS = {"checkpoint_cost", "gpu_check", "iteration_cost", "plain_loop"}  # what is run with Python, and has no CONFIG
+SCRIPTS = {
+    "checkpoint_cost",
+    "gpu_check",
+    "iteration_cost",
+    "iteration_parts",
+    "plain_loop",
+}  # what is run with Python, and has no CONFIG
 SHARED = {"setting", "prompts"}  # what recipes import
 ON_BASE = {"head_on_base", "pretrained"}  # whose model is that of the base which the command names
 FILES = sorted(path.relative_to(REPOSITORY) for path in (REPOSITORY / "experiments").glob("*.py"))

@@ -12,11 +12,12 @@ import pytest
 from mtp_jax.runs.layout import read_config
 from mtp_jax.train.loop import train
 from support import REPOSITORY, tiny
+from support.pretrained import write
 
 NOTEBOOKS = REPOSITORY / "experiments" / "notebooks"
 NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
-PICTURES = {"reload_checkpoint": 4, "train_in_a_notebook": 2}
-COLOURED = {"reload_checkpoint": 1, "train_in_a_notebook": 2}
+PICTURES = {"faster_pretrained": 4, "reload_checkpoint": 4, "train_in_a_notebook": 2}
+COLOURED = {"faster_pretrained": 1, "reload_checkpoint": 1, "train_in_a_notebook": 2}
 LARGEST = 600_000  # bytes
 
 
@@ -112,6 +113,36 @@ def test_a_checkpoint_is_reloaded_and_looked_at(run_dir, tmp_path):
     found = [row for row in rows if row.get("dtype", "float32") == "float32"]
     names = ("T", "verifier", "k", "identical")
     assert [[row[n] for n in names] for row in found] == [["0.7", "coupled", str(k), "yes"] for k in range(tiny.WINDOW)]
+
+
+@pytest.mark.slow
+def test_from_a_models_file_to_a_head_its_report_and_its_notebook(tmp_path):
+    """Every stage of `experiments/pretrained.py`, on a model of a few thousand parameters; a second time nothing is
+    made again."""
+    pytest.importorskip("safetensors", reason="weights are read by safetensors: pip install 'mtp_jax[hf]'")
+    directory, _, _ = write(tmp_path / "source", max_position_embeddings=1024)
+    script = """
+import sys, pathlib
+sys.path[:0] = ["experiments"]
+import pretrained
+options = ("--steps", "60", "--eval-every", "30", "--checkpoint-every", "30", "--head.shortlist", "64")
+pretrained.main(pretrained.Size(30, 6, 1, options), pathlib.Path(sys.argv[1]))
+"""
+    environment = {**os.environ, "MTP_JAX_DEMO_MODEL": str(directory), "PYTHONPATH": str(REPOSITORY)}
+    for again in (False, True):
+        command = [sys.executable, "-c", script, str(tmp_path / "all")]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert ("own is there" in done.stdout) == ("report.md is there" in done.stdout) == again
+        assert "greedy: passed" in done.stdout or again
+        assert done.stdout.count("without drafts") == 3
+    report = (tmp_path / "all" / "report" / "report.md").read_text()
+    assert "mean of categories" in report and "(auto)" in report
+
+    places = {"RUN": tmp_path / "all" / "head", "SUITE": tmp_path / "all" / "suite.jsonl"}
+    notebook = executed("faster_pretrained", tmp_path / "out.ipynb", **places)
+    check(notebook, "faster_pretrained")
+    assert "sequential, W = 4" in printed(notebook) and "the same text: True" in printed(notebook)
 
 
 def test_without_a_run_the_notebook_says_how_to_get_one(tmp_path):

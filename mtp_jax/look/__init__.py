@@ -15,6 +15,7 @@ from mtp_jax.look.text import Vocabulary
 from mtp_jax.look.window import Window, plot_window, window
 
 if TYPE_CHECKING:
+    from mtp_jax.data.tokenizers.conventions import Messages
     from mtp_jax.runs.loading import LoadedRun
 
 __all__ = [
@@ -33,8 +34,8 @@ __all__ = [
 ]
 
 
-def complete(run: LoadedRun, prompt: str, *, stop: str | Sequence[str] = (), **options: Any) -> Completion:
-    """Continue a text and keep which tokens were accepted drafts; a notebook shows them green.
+def complete(run: LoadedRun, prompt: str | Messages, *, stop: str | Sequence[str] = (), **options: Any) -> Completion:
+    """Continue a text or answer a conversation, and keep which tokens were drafts; a notebook shows them green.
 
     Arguments as in `LoadedRun.stream`.
     """
