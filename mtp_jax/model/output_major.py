@@ -1,8 +1,8 @@
 """Weights as a CPU reads them fast for a few rows: one matrix each, its outputs first.
 
-XLA multiplies a few rows by such a matrix much faster than by one with its inputs first, and four rows in little more
-time than one. On two cores, bfloat16 with AMX: 52M weights, 4 rows, 7.3 and 33.8 ms; float32 with AVX2: 25M weights, 4
-rows, 5.1 and 12.1 ms, and 4.1 ms for one.
+XLA multiplies a few rows by such a matrix much faster than by one with its inputs first, and faster still with the
+matrix on the left: the right operand is packed anew at every call. Four rows then take little more time than one, in
+bfloat16 with AMX as much. One row in bfloat16 has no such kernel; with a row of zeros beside it it has.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from mtp_jax.sharding import platform
 
-LEAST_ROWS, FEW_ROWS = 4, 64
+LEAST_ROWS, FEW_ROWS = 2, 64
 
 
 class OutputMajor(nnx.Module):
@@ -52,9 +52,10 @@ def few_rows(x: Array, w_NK: Array) -> Array:
         x = jnp.pad(x, ((0, 0), (0, least - time), *((0, 0),) * (x.ndim - 2)))
     at_x, at_w = jax.typeof(x).sharding.spec, jax.typeof(w_NK).sharding.spec
     x_MK, dtype = x.reshape(-1, x.shape[-1], out_sharding=P(at_x[0], None)), jnp.promote_types(x.dtype, jnp.float32)
-    if x.dtype == jnp.float32 and len(x_MK) > 1 and platform() == "cpu":
-        # XLA packs the right operand anew at every call, so that must not be w. Without the barrier it would swap them.
-        y_NM = jnp.einsum("nk,mk->nm", w_NK, x_MK, out_sharding=P(at_w[0], at_x[0]))
+    if 1 < len(x_MK) <= FEW_ROWS and platform() == "cpu":
+        # Without the barrier XLA would swap them again.
+        at_y = P(at_w[0], at_x[0])
+        y_NM = jnp.einsum("nk,mk->nm", w_NK, x_MK, out_sharding=at_y, preferred_element_type=dtype)
         y_MN = lax.optimization_barrier(y_NM).T
     else:
         y_MN = jnp.einsum("mk,nk->mn", x_MK, w_NK, out_sharding=P(at_x[0], at_w[0]), preferred_element_type=dtype)

@@ -81,16 +81,18 @@ def test_one_cpu_turns_every_matrix(factors):
         jax.tree.map(np.testing.assert_array_equal, jax.tree.leaves(again), jax.tree.leaves(made))
 
 
-def test_a_few_rows_in_float32_leave_the_weight_on_the_left(monkeypatch):
-    """XLA packs a product's right operand at every call."""
-    w_NK = gather(jax.device_put(np.ones((48, 16), np.float32)))
-    for rows, left in ((1, "f32[1,16]"), (4, "f32[48,16]")):
-        x = tiny.shard(np.ones((1, rows, 16), np.float32))
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_few_rows_leave_the_weight_on_the_left(dtype):
+    """XLA packs a product's right operand at every call. Many rows are faster as they are."""
+    w_NK = gather(jax.device_put(np.ones((48, 16), dtype)))
+    kind = {"float32": "f32", "bfloat16": "bf16"}[dtype]
+    for rows, left in ((1, "1,16" if dtype == "float32" else "48,16"), (4, "48,16"), (64, "48,16"), (65, "65,16")):
+        x = tiny.shard(np.ones((1, rows, 16), dtype))
         text = jax.jit(few_rows).lower(x, w_NK).as_text("hlo")
         (operands,) = re.findall(r"dot\((\S+), \S+\)", text)
-        shapes = dict(re.findall(r"(\S+) = (f32\[[\d,]+\])", text))
-        assert shapes[operands] == left
-        if rows > 1:  # and XLA has not swapped them back
+        shapes = dict(re.findall(r"(\S+) = (\w+\[[\d,]+\])", text))
+        assert shapes[operands] == f"{kind}[{left}]"
+        if rows == 4:  # and XLA has not swapped them back
             assert "f32[48,4]" in jax.jit(few_rows).lower(x, w_NK).compile().as_text()
 
 
