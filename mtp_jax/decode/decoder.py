@@ -16,7 +16,7 @@ from mtp_jax.heads.base import Seen
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.language_model import LanguageModel
 from mtp_jax.model.cache import Cache
-from mtp_jax.model.output_major import OutputMajor
+from mtp_jax.model.output_major import JOINED, OutputMajor, Together
 from mtp_jax.model.transformer import Trunk, UnrolledTrunk
 from mtp_jax.parameters import PARAMETERS, last_name, row
 from mtp_jax.sharding import RULES, gather, platform
@@ -202,10 +202,16 @@ def _unrolled(model: LanguageModel, cast: Callable[..., Array], turn: bool) -> U
 
 
 def _turned(part: T) -> T:
-    """The same decoder, or layer of one, with its matrices turned."""
+    """The same decoder, or layer of one, with its matrices turned, and those of one input joined."""
     for _, module in list(nnx.iter_graph(part)):
         if not isinstance(module, nnx.Module):
             continue
+        names = getattr(module, "TOGETHER", ())
+        if names and hasattr(module, names[0]):
+            weights = [getattr(module, name)[...] for name in names]
+            setattr(module, JOINED, Together(weights, len(row(names[0]).inputs)))
+            for name in names:
+                delattr(module, name)
         for name in [name for name in vars(module).keys() & PARAMETERS.keys() if row(name).matrix]:
             weight, inputs = getattr(module, name), len(row(name).inputs)
             if isinstance(weight, nnx.List) and not isinstance(weight[0], OutputMajor):

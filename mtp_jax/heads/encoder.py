@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from mtp_jax.heads.stages import block_flops, silent_block, stacked, stage, unst
 from mtp_jax.model.attention import cache_mask, causal_mask
 from mtp_jax.model.cache import Cache, init_cache
 from mtp_jax.model.config import ModelConfig
-from mtp_jax.model.layers import RMSNorm, linear
+from mtp_jax.model.layers import RMSNorm, linear, linears
 from mtp_jax.model.rotary import rotary
 from mtp_jax.parameters import init_full, init_weight
 
@@ -77,6 +77,8 @@ class TokenEncoder(Encoder):
     It begins as h alone: the last matrix is zero.
     """
 
+    TOGETHER: ClassVar = ("join_gate_CF", "join_up_CF")
+
     def __init__(self, head: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         d, f = model.d_model, model.d_ff
         self.hidden_norm, self.token_norm = RMSNorm(d, model.norm_eps), RMSNorm(d, model.norm_eps)
@@ -87,7 +89,7 @@ class TokenEncoder(Encoder):
     def __call__(self, x_BTD: Array, token_BTD: Array) -> Array:
         """`[B, T, D]`, from hidden states and the embeddings of the tokens behind them."""
         joined_BTC = jnp.concatenate([self.hidden_norm(x_BTD), self.token_norm(token_BTD)], axis=-1)
-        gate_BTF, up_BTF = linear(joined_BTC, self.join_gate_CF[...]), linear(joined_BTC, self.join_up_CF[...])
+        gate_BTF, up_BTF = linears(joined_BTC, self)
         return x_BTD + linear(jax.nn.silu(gate_BTF) * up_BTF, self.join_down_FD[...])
 
     def encode(self, seen: Seen, next_BT: Array) -> Array:

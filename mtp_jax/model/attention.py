@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from jax import Array
 
 from mtp_jax.model.cache import LayerCache, write
 from mtp_jax.model.config import ModelConfig
-from mtp_jax.model.layers import RMSNorm, linear
+from mtp_jax.model.layers import RMSNorm, linear, linears
 from mtp_jax.model.rotary import Rotary, rotate
 from mtp_jax.parameters import init_full, init_weight
 from mtp_jax.sharding import RULES, platform
@@ -103,6 +103,8 @@ def attend_chain(q_BTNH: Array, past: LayerCache, mask_B1TS: Array, chain: tuple
 class Attention(nnx.Module):
     """Projections to heads, rotary embedding, attention, and back to the model width."""
 
+    TOGETHER: ClassVar = ("wq_DNH", "wk_DKH", "wv_DKH")
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, n, k, h = config.d_model, config.num_heads, config.num_kv_heads, config.head_width
         self.wq_DNH = init_weight(rngs, "wq_DNH", (d, n, h))
@@ -121,7 +123,7 @@ class Attention(nnx.Module):
 
     def project(self, x_BTD: Array, rope: Rotary) -> tuple[Array, Array, Array]:
         """Queries `[B, T, N, H]`, and keys and values `[B, T, K, H]`, turned to their positions."""
-        q_BTNH, k_BTKH, v_BTKH = (linear(x_BTD, w[...]) for w in (self.wq_DNH, self.wk_DKH, self.wv_DKH))
+        q_BTNH, k_BTKH, v_BTKH = linears(x_BTD, self)
         if self.config.qkv_bias:
             biased = (q_BTNH, self.bq_NH), (k_BTKH, self.bk_KH), (v_BTKH, self.bv_KH)
             q_BTNH, k_BTKH, v_BTKH = (y + b[...].astype(x_BTD.dtype)[None, None] for y, b in biased)

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 from jax.sharding import PartitionSpec as P
 
 from mtp_jax.model.config import ModelConfig
-from mtp_jax.model.output_major import FEW_ROWS, OutputMajor, few_rows
+from mtp_jax.model.output_major import FEW_ROWS, JOINED, OutputMajor, few_rows
 from mtp_jax.parameters import init_full, init_weight
-from mtp_jax.sharding import gather, shares
+from mtp_jax.sharding import gather, platform, shares
 
 
 def product(equation: str, x: Array, w: Array | OutputMajor) -> Array:
@@ -54,10 +54,10 @@ def _product_backward(equation: str, residuals: tuple[Array, Array], d: Array) -
     d_MN = d.astype(x.dtype).reshape(x_MK.shape[0], -1)
     if right.startswith(inner):
         w_KN = w.astype(x.dtype).reshape(x_MK.shape[1], -1)
-        d_x, d_w = _sum32("mn,kn->mk", d_MN, w_KN), _sum32("mk,mn->kn", x_MK, d_MN)
+        d_x, d_w = _sum32("mn,kn->mk", d_MN, w_KN), _over_rows(x_MK, d_MN)
     else:
         w_NK = w.astype(x.dtype).reshape(-1, x_MK.shape[1])
-        d_x, d_w = _sum32("mn,nk->mk", d_MN, w_NK), _sum32("mn,mk->nk", d_MN, x_MK)
+        d_x, d_w = _sum32("mn,nk->mk", d_MN, w_NK), _over_rows(d_MN, x_MK)
     return d_x.reshape(x.shape).astype(x.dtype), d_w.reshape(w.shape).astype(w.dtype)
 
 
@@ -74,14 +74,44 @@ def linear(x: Array, w: Array | OutputMajor) -> Array:
     return w.times(x).astype(x.dtype) if isinstance(w, OutputMajor) else _linear(x, w)
 
 
+def linears(x: Array, module: Any) -> tuple[Array, ...]:
+    """`linear` of x by each of the weights that `module.TOGETHER` names: one product where a CPU's decoder joined
+    them."""
+    if hasattr(module, JOINED):
+        return getattr(module, JOINED).times(x)
+    return tuple(linear(x, getattr(module, name)[...]) for name in module.TOGETHER)
+
+
 @jax.custom_vjp
 def _linear(x: Array, w: Array) -> Array:
     inputs = x.ndim - 2
     x_MK, w_KN = _matrix(x), _matrix_of_weight(w, inputs, x.dtype)
     rows, outer = jax.typeof(x_MK).sharding.spec[0], jax.typeof(w_KN).sharding.spec[1]
-    y_MN = jnp.einsum("mk,kn->mn", x_MK, w_KN, out_sharding=P(rows, outer))
+    y_MN = _rounded("mk,kn->mn", x_MK, w_KN, P(rows, outer))
     shape = (*x.shape[:2], *w.shape[inputs:])
     return y_MN.reshape(shape, out_sharding=P(rows, None, outer, *(None,) * (len(shape) - 3)))
+
+
+def _rounded(equation: str, a: Array, b: Array, out_sharding: Any) -> Array:
+    """A product in its operands' dtype."""
+    # XLA multiplies bfloat16 on a CPU with AMX five times as fast where it may leave the sums as they are.
+    wide = jnp.float32 if platform() == "cpu" and a.dtype == jnp.bfloat16 else None
+    return jnp.einsum(equation, a, b, out_sharding=out_sharding, preferred_element_type=wide).astype(a.dtype)
+
+
+def _over_rows(a_MK: Array, b_MN: Array, dtype: Any = None, out_sharding: Any = None) -> Array:
+    """a.T @ b, `[K, N]`, in `dtype` (by default float32 at least)."""
+    dtype, equation = dtype or jnp.promote_types(a_MK.dtype, jnp.float32), "mk,mn->kn"
+    if platform() == "cpu" and a_MK.dtype == jnp.bfloat16 and jax.sharding.get_abstract_mesh().size == 1:
+        a_MK, b_MN, equation = _rows_last(a_MK), _rows_last(b_MN), "km,nm->kn"
+    return jnp.einsum(equation, a_MK, b_MN, out_sharding=out_sharding, preferred_element_type=dtype)
+
+
+def _rows_last(a_MK: Array) -> Array:
+    """a.T, on one device, that lies in memory so. Of less than a flat array XLA would make a view."""
+    rows, inner = jax.typeof(a_MK).sharding.spec
+    flat = lax.optimization_barrier(a_MK.T.reshape(-1, out_sharding=P(None)))
+    return flat.reshape(a_MK.shape[::-1], out_sharding=P(inner, rows))
 
 
 def _matrix(x: Array) -> Array:
@@ -104,9 +134,8 @@ def _linear_backward(residuals: tuple[Array, Array], d: Array) -> tuple[Array, A
     inputs = x.ndim - 2
     x_MK, d_MN, w_KN = _matrix(x), _matrix(d), _matrix_of_weight(w, inputs, x.dtype)
     at_x, at_w = (jax.typeof(a).sharding.spec for a in residuals)
-    d_x = jnp.einsum("mn,kn->mk", d_MN, w_KN, out_sharding=jax.typeof(x_MK).sharding.spec)
-    at_w_KN = P(at_w[0], at_w[inputs])
-    d_w = jnp.einsum("mk,mn->kn", x_MK, d_MN, out_sharding=at_w_KN, preferred_element_type=w.dtype)
+    d_x = _rounded("mn,kn->mk", d_MN, w_KN, jax.typeof(x_MK).sharding.spec)
+    d_w = _over_rows(x_MK, d_MN, w.dtype, P(at_w[0], at_w[inputs]))
     return d_x.reshape(x.shape, out_sharding=at_x), d_w.reshape(w.shape, out_sharding=at_w)
 
 
@@ -131,6 +160,8 @@ class RMSNorm(nnx.Module):
 class SwiGLU(nnx.Module):
     """The gated feed-forward layer of Llama (arXiv 2002.05202)."""
 
+    TOGETHER: ClassVar = ("w_gate_DF", "w_up_DF")
+
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
         d, f = config.d_model, config.d_ff
         self.w_gate_DF = init_weight(rngs, "w_gate_DF", (d, f))
@@ -139,5 +170,5 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x_BTD: Array) -> Array:
         """`[B, T, D]` to `[B, T, D]`."""
-        gate_BTF, up_BTF = linear(x_BTD, self.w_gate_DF[...]), linear(x_BTD, self.w_up_DF[...])
+        gate_BTF, up_BTF = linears(x_BTD, self)
         return linear(jax.nn.silu(gate_BTF) * up_BTF, self.w_down_FD[...])

@@ -7,7 +7,9 @@ bfloat16 with AMX as much. One row in bfloat16 has no such kernel; with a row of
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +21,8 @@ from jax.sharding import PartitionSpec as P
 from mtp_jax.sharding import platform
 
 LEAST_ROWS, FEW_ROWS = 2, 64
+JOINED = "together"
+"""The attribute of a module with the weights that `TOGETHER` of its class names, in their place."""
 
 
 class OutputMajor(nnx.Module):
@@ -39,6 +43,26 @@ class OutputMajor(nnx.Module):
         rows = jax.typeof(x).sharding.spec[0]
         y_BTN = few_rows(x.reshape(*x.shape[:2], -1, out_sharding=P(rows, None, None)), self.w_NK[...])
         return y_BTN.reshape(*x.shape[:2], *self.outputs, out_sharding=P(rows, None, *self.spec))
+
+
+class Together(nnx.Module):
+    """Weights of one input, `[inputs.., outputs..]` each, as one `[N, K]`: one product in place of several."""
+
+    def __init__(self, weights: Sequence[Array], inputs: int):
+        """As `OutputMajor`."""
+        each = [OutputMajor(w, inputs) for w in weights]
+        self.outputs, self.specs = [one.outputs for one in each], [one.spec for one in each]
+        self.w_NK = nnx.Param(jnp.concatenate([one.w_NK[...] for one in each]))
+
+    def times(self, x: Array) -> tuple[Array, ...]:
+        """`x @ w` of each, in x's dtype."""
+        rows = jax.typeof(x).sharding.spec[0]
+        y_BTN = few_rows(x.reshape(*x.shape[:2], -1, out_sharding=P(rows, None, None)), self.w_NK[...]).astype(x.dtype)
+        sizes = list(itertools.accumulate(math.prod(shape) for shape in self.outputs))[:-1]
+        return tuple(
+            y.reshape(*x.shape[:2], *shape, out_sharding=P(rows, None, *spec))
+            for y, shape, spec in zip(jnp.split(y_BTN, sizes, axis=-1), self.outputs, self.specs, strict=True)
+        )
 
 
 def few_rows(x: Array, w_NK: Array) -> Array:

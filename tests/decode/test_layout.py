@@ -10,7 +10,7 @@ from flax import nnx
 
 from mtp_jax.decode.decoder import for_decoding
 from mtp_jax.model.layers import linear, product
-from mtp_jax.model.output_major import OutputMajor, few_rows
+from mtp_jax.model.output_major import JOINED, OutputMajor, Together, few_rows
 from mtp_jax.parameters import PARAMETERS
 from mtp_jax.sharding import gather
 from support import tiny
@@ -38,6 +38,16 @@ def test_a_turned_weight_multiplies_as_it_did(inputs, shape, batch, time):
     assert jax.typeof(linear(x, turned)).sharding == jax.typeof(y).sharding
 
 
+@pytest.mark.parametrize("batch, time", [(1, 1), (1, 4), (2, 3)])
+def test_weights_of_one_input_are_one_product(batch, time):
+    weights = [tiny.shard(whole_numbers(i, 6, *shape)) for i, shape in enumerate([(4, 2), (2, 2), (3,)])]
+    x, together = tiny.shard(whole_numbers(9, batch, time, 6)), Together(weights, 1)
+    assert together.w_NK.shape == (8 + 4 + 3, 6)
+    for y, w in zip(together.times(x), weights, strict=True):
+        np.testing.assert_array_equal(y, linear(x, w))
+        assert y.dtype == x.dtype and jax.typeof(y).sharding == jax.typeof(linear(x, w)).sharding
+
+
 @pytest.mark.parametrize("shape", [(1, 1, 4), (1, 2, 4), (3, 1, 4), (1, 1, 1, 2, 4), (2, 3, 2, 1, 4)])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_few_rows_by_a_table(shape, dtype):
@@ -49,11 +59,13 @@ def test_a_few_rows_by_a_table(shape, dtype):
 
 
 def turned(model):
-    """The names of turned weights, one for each layer and offset, and of matrices that are not."""
+    """The names of turned weights, one for each layer and offset, joined ones too, and of matrices that are not."""
+    joined = [node for _, node in nnx.iter_graph(model) if hasattr(node, JOINED)]
+    together = [name for module in joined for name in module.TOGETHER]
     flat = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, OutputMajor | nnx.Param)]
     names = [next(name for name in reversed(path) if isinstance(name, str)) for path, _ in flat]
     found = [name for name, (_, node) in zip(names, flat, strict=True) if isinstance(node, OutputMajor)]
-    return found, [
+    return found + together, [
         n
         for n, (_, node) in zip(names, flat, strict=True)
         if n in PARAMETERS and PARAMETERS[n].matrix and n not in found
