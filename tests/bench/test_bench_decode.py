@@ -454,7 +454,7 @@ def test_the_other_dtype_is_the_same_model():
         gc.collect()
         assert first() is None, "one decoder is in memory"
         assert model.config.dtype == "float32" and made["bfloat16"].config.dtype == "bfloat16"
-        assert made["bfloat16"].trunk.blocks[0].attention.wq_DNH.w_NK.dtype == "bfloat16"
+        assert made["bfloat16"].trunk.blocks[0].attention.wo_NHD.w_NK.dtype == "bfloat16"
         a, b = (generate(m, [[1, 2, 3]], max_new_tokens=8, k=0).logprobs[0] for m in made.values())
         assert a[0] == pytest.approx(b[0], abs=0.05) and not np.array_equal(a, b)
 

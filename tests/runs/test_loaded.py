@@ -68,7 +68,7 @@ def test_an_edited_dtype_is_what_decoding_computes_in(run):
     assert run.decoder.config.dtype == "float32"
     run.model.config = dataclasses.replace(run.model.config, dtype="bfloat16")
     assert (
-        run.decoder.config.dtype == "bfloat16" and run.decoder.trunk.blocks[0].attention.wq_DNH.w_NK.dtype == "bfloat16"
+        run.decoder.config.dtype == "bfloat16" and run.decoder.trunk.blocks[0].attention.wo_NHD.w_NK.dtype == "bfloat16"
     )
 
 
