@@ -14,7 +14,7 @@ Parts of an iteration, each in a compiled loop of its own, all of them in turn:
 | rest | what the whole iteration takes more (or less) than these: commits, and what XLA fuses over their borders |
 
 The limit of a part is the time of its bytes at the machine's bandwidth, or of its FLOPs at its peak, whichever is
-longer; both are measured first. `host` is what a call takes beside its iterations.
+longer; both are measured first, on a CPU. Drafting has one for a sequential head with one module and a shortlist.
 
 Cost: about two minutes on two CPU cores for a model of 135M parameters.
 """
@@ -59,7 +59,7 @@ def peak(dtype: str) -> float:
     """FLOPs per second of a large product, the best of some."""
     size = 2048
     a = jnp.ones((size, size), dtype)
-    run = jax.jit(lambda a: a @ a)
+    run = jax.jit(lambda a: jnp.matmul(a, a, preferred_element_type=jnp.float32))
     return 2 * size**3 / best(lambda: jax.block_until_ready(run(a)))
 
 
@@ -83,7 +83,7 @@ def looped(decoding: Decoding, part: Callable[[Decoder, DecodeState], tuple[Deco
 
         def once(_: int, carry: tuple[DecodeState, Array]) -> tuple[DecodeState, Array]:
             state, seen = lax.optimization_barrier(carry)
-            state, found = part(decoder, state)
+            state, found = lax.optimization_barrier(part(decoder, state))  # all of it is wanted
             return state, seen + sum(jnp.sum(leaf[..., :1].astype(jnp.float32)) for leaf in jax.tree.leaves(found))
 
         return lax.fori_loop(0, LOOPS, once, (state, jnp.zeros(())))[1]
@@ -148,10 +148,12 @@ def needs(decoding: Decoding) -> dict[str, tuple[float, float]]:
     size = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))  # noqa: E731
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
     trunk, table, head = decoder.trunk, decoder.unembed_VD, decoder.head
-    found = {"trunk": (size(trunk) + size(state.cache), 2.0 * rows * count(trunk))}
+    read = (decoding.attended or decoding.plan.slots) / decoding.plan.slots
+    found = {"trunk": (size(trunk) + read * size(state.cache), 2.0 * rows * count(trunk))}
     if table is not None:
         found["law"] = size(table), 2.0 * rows * count(table)
-    if k:
+    config = head.config
+    if k and config.kind == "sequential" and config.shortlist and not config.per_offset:
         found["draft"] = k * size(head), 2.0 * state.length_B.shape[0] * k * count(head)
     return found
 
@@ -165,6 +167,8 @@ def main() -> None:
     parser.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 0.7])
     parser.add_argument("--batch", type=int, default=1)
     a = parser.parse_args()
+    if jax.default_backend() != "cpu":
+        parser.error("the bandwidth that it measures is a processor's; run it with JAX_PLATFORMS=cpu.")
     run = mtp_jax.load(a.run, weights=a.weights)
     reads = bandwidth()
     print(f"bandwidth {reads / 1e9:.1f} GB/s")

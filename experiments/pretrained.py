@@ -5,9 +5,10 @@
     MTP_JAX_DEMO_MODEL=Qwen/Qwen3-0.6B python experiments/pretrained.py --size gpu
     mtp-jax train experiments/pretrained.py --base BASE --data.source STATES      # the training alone
 
-All goes into runs/pretrained-SIZE. What is there already is not made again, so that the same command goes on after an
-interruption. The model is SmolLM2-135M-Instruct, which a package of the registry carries as a GGUF file, or what
-MTP_JAX_DEMO_MODEL names: a directory, a .gguf file, or a model of the hub. The prompts are made by `prompts.py`.
+All goes into runs/pretrained-SIZE, or with a model of yours into runs/pretrained-SIZE-NAME. What is there already is
+not made again, so that the same command goes on after an interruption. The model is SmolLM2-135M-Instruct, which a
+package of the registry carries as a GGUF file, or what MTP_JAX_DEMO_MODEL names: a directory, a .gguf file, or a model
+of the hub. The prompts are made by `prompts.py`.
 
 Shape: one small module from offset to offset (Hydra), and the 8,192 most frequent tokens alone.
 Cost: TODO minutes
@@ -15,6 +16,7 @@ Expect: TODO loss
 """
 
 import argparse
+import contextlib
 import os
 import subprocess
 import sys
@@ -88,19 +90,24 @@ SIZES = {
 }
 
 
-def stage(title: str, minutes: int | None, made: Path | None, *command: object) -> None:
+def stage(title: str, minutes: int | None, made: Path | None, *command: object, mark: bool = False) -> None:
     """Say what comes and how long it will take, do it, and say how long it took; nothing where what it makes is
-    there."""
+    there. `mark`: it makes nothing, and a file says that it went well."""
     if made is not None and made.exists():
         print(f"\n== {title}: {made} is there", flush=True)
         return
     words = [str(word) for word in command]
     print(f"\n== {title}{about(minutes)}\n$ python {' '.join(words)}", flush=True)
     begun = time.monotonic()
-    if status := subprocess.run([sys.executable, *words]).returncode:
+    process = subprocess.Popen([sys.executable, *words])
+    status = None
+    while status is None:
+        with contextlib.suppress(KeyboardInterrupt):  # which it hears too, and may save something first
+            status = process.wait()
+    if status:
         sys.exit(f"== {title} ended with status {status}. The same command goes on from here.")
     print(f"== {title}: {(time.monotonic() - begun) / 60:.1f} minutes", flush=True)
-    if made is not None and not made.exists():
+    if mark and made is not None:
         made.touch()
 
 
@@ -135,17 +142,17 @@ def answers(run_dir: Path) -> None:
     """Answer three prompts with drafts in colour, and say how fast beside plain decoding."""
     run = mtp_jax.load(run_dir, weights="ema", decoding_only=True)
     console = Console(highlight=False, emoji=False, soft_wrap=True)
+    drafts = run.config.head.window - 1
     for text in ASKED:
-        speed, spans = {}, None
-        for k, shown in ((0, False), (0, False), (3, False), (3, True)):  # the first time of each compiles
-            spans = run.stream([{"role": "user", "content": text}], max_new_tokens=96, k=k)
-            start = time.perf_counter()
-            for span in spans:
-                if shown and span.kind != "prompt":
-                    print_span(console, span)
-            speed[k] = spans.emitted / (time.perf_counter() - start)
-        assert spans is not None
-        said = f"\n{spans.summary} {speed[3]:.1f} tokens/s, and {speed[0]:.1f} without drafts\n"
+        speed: dict[int, float] = {}
+        for k in (0, drafts, 0, drafts):  # the first time of each compiles
+            begun, spans = time.perf_counter(), run.stream([{"role": "user", "content": text}], max_new_tokens=96, k=k)
+            found = list(spans)
+            speed[k] = spans.emitted / (time.perf_counter() - begun)
+        for span in found:
+            if span.kind != "prompt":
+                print_span(console, span)
+        said = f"\n{spans.summary} {speed[drafts]:.1f} tokens/s, and {speed[0]:.1f} without drafts\n"
         console.print(said, style="dim", markup=False)
 
 
@@ -158,8 +165,8 @@ def main(size: Size, into: Path) -> None:
     base, own, states, head = (into / name for name in ("base", "own", "states", "head"))
     on, ema, minutes = ("--base", base), ("--weights", "ema"), iter(size.minutes)
 
-    def mtp(title: str, made: Path | None, *options: object) -> None:
-        stage(title, next(minutes, None), made, *MTP_JAX, *options)
+    def mtp(title: str, made: Path | None, *options: object, mark: bool = False) -> None:
+        stage(title, next(minutes, None), made, *MTP_JAX, *options, mark=mark)
 
     if not base.exists():
         dtype = ("--dtype", "bfloat16") if size.accelerator or fast_in_bfloat16() else ()
@@ -170,13 +177,26 @@ def main(size: Size, into: Path) -> None:
     training = "train", __file__, *on, "--data.source", states, "--run-dir", head, "--auto-resume"
     mtp("Train the head", None, *training, *size.training)
     gates = "eval", head, *ema, "--gates", "--batches", 4, "--prompts", 12
-    mtp("May the head be believed?", into / "gates-passed", *gates)
+    mtp("May the head be believed?", head / "gates-passed", *gates, mark=True)
     stage("Three answers, accepted drafts in green", next(minutes, None), None, __file__, "--answer", head)
     bench = "--suite", suite, "--prompts", size.suite // 3, "--new-tokens", 128, "--repetitions", size.repetitions
-    report = into / "report"
-    measured = "bench", "decode", head, *ema, *bench, "--ks", 0, 3, "--auto", *size.bench, "--out", report
-    mtp("How fast is it?", report / "report.md", *measured)
-    print(f"\n== The report: {report / 'report.md'}")
+    report = head / "report.md"
+    mtp(
+        "How fast is it?",
+        report,
+        "bench",
+        "decode",
+        head,
+        *ema,
+        *bench,
+        "--ks",
+        0,
+        3,
+        *size.bench,
+        "--auto",
+        "--report",
+    )
+    print(f"\n== The report: {report}")
 
 
 if __name__ == "__main__":
@@ -187,4 +207,5 @@ if __name__ == "__main__":
     if options.answer:
         answers(options.answer)
     else:  # every stage in a process of its own: an accelerator belongs to one
-        main(SIZES[options.size], Path("runs") / f"pretrained-{options.size}")
+        named = os.environ.get("MTP_JAX_DEMO_MODEL", "")
+        main(SIZES[options.size], Path("runs") / "-".join(filter(None, ("pretrained", options.size, Path(named).stem))))

@@ -106,8 +106,8 @@ A rectangle is {m} cm long and {n} cm wide. What are its area and its perimeter?
 {a} runs {p} miles on each weekday and {n} miles on each day of the weekend. How many miles is that in {p} weeks?
 A tank holds {m} litres. {n} litres flow in each minute and {p} litres flow out. When is the empty tank full?
 {a}, {b} and a friend collected {m}, {n} and {p} {x}. What is the average?
-Half of the {m} children of a school play football, and {n} of those also swim. How many play football only?
-{a} plants {p} rows of {n} trees. {m} percent of them grow. How many trees is that?
+Half of the {m} children of a school play football, and {p} of those also swim. How many play football only?
+{a} plants {p} rows of {m} trees. {n} percent of them grow. How many trees is that?
 {a} saves ${n} a week and already has ${m}. After how many weeks can {a} buy a bicycle for $600?
 A recipe for {p} people needs {n} eggs. How many eggs are needed for {m} people?
 """

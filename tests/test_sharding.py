@@ -386,15 +386,16 @@ def test_weights_of_one_layer_at_a_time_are_whole(remat, dtype):
     assert f"[{layers},{width // 8},{wide}]" in text  # the parts that a device holds
 
 
+@pytest.mark.parametrize("shape", [(2, 2, 2), (1, 1, 1)])
 @pytest.mark.parametrize("spec", [SPECS[name] for name in ("wq_DNH", "w_up_DF", "w_down_FD")], ids=str)
-def test_linear_has_the_gradients_of_einsum_and_sums_them_in_float32(spec):
+def test_linear_has_the_gradients_of_einsum_and_sums_them_in_float32(spec, shape):
     """In bfloat16: the products are of rounded operands, and nothing of the weight's gradient is lost in their sum."""
     rng = np.random.default_rng(0)
     x, w, d = (rng.normal(size=shape).astype(jnp.bfloat16) for shape in [(8, 32, 4), (4, 8, 6), (8, 32, 8, 6)])
     w, d = (w, d) if len(spec) == 3 else (w[..., 0], d[..., 0])
     x64, w64, d64 = (a.astype(np.float64) for a in (x, w, d))
     expected = np.tensordot(x64, w64, 1), np.tensordot(d64, w64, (range(2, d.ndim), range(1, w.ndim)))
-    with tiny.mesh(2, 2, 2) as mesh:
+    with tiny.mesh(*shape) as mesh:
         inner, outer = ("tensor", None) if spec == SPECS["w_down_FD"] else (None, "tensor")
         x = jax.device_put(x, NamedSharding(mesh, P(BATCH, None, inner)))
         d = jax.device_put(d, NamedSharding(mesh, P(BATCH, None, outer, *[None] * (d.ndim - 3))))

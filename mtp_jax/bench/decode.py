@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -197,8 +197,7 @@ class _Bench:
                 rows[index] = row(cell, own, fastest(cells, cell), self.session.gap, ordinary(cells, cell))
             compared = None
             if config.compare == "hf":
-                drafted = [row for row in rows.values() if row["k"] and not row["temperature"]] or [{"k": max(self.ks)}]
-                k = max(drafted, key=lambda row: row.get("tokens_per_second", 0))["k"]
+                k = fastest_k([rows[i] for i, cell in enumerate(cells) if not cell.next_token], max(self.ks))
                 compared = hf.bench_hf(run, self.session.models, self.prompts, k, config, progress)
         shared = ("prompt_tokens", "new_tokens", "files", "suite", "repetitions", "seed")
         lengths = [len(prompt) for prompt in self.prompts]
@@ -232,6 +231,14 @@ class _Bench:
                 batches.setdefault(category, []).append(number)
             rows += category_rows(cell, fastest(self.cells, cell), batches, ordinary(self.cells, cell))
         return rows
+
+
+def fastest_k(rows: Sequence[Mapping[str, Any]], most: int) -> int:
+    """The drafts with which the smallest batch is greedily decoded fastest; `most` where nothing says it."""
+    greedy = [row for row in rows if row["k"] and not row["temperature"]]
+    smallest = min((row["batch"] for row in greedy), default=0)
+    some = [row for row in greedy if row["batch"] == smallest]
+    return max(some, key=lambda row: row["tokens_per_second"])["k"] if some else most
 
 
 def _batch(size: int) -> str:

@@ -66,21 +66,7 @@ def bench_hf(
     """
     import torch  # type: ignore[import-not-found]
 
-    rows = []
-    for dtype in models:
-        theirs, decoder = load_theirs(run, dtype), models[dtype]
-
-        def ours(prompt: np.ndarray, k: int, decoder: Decoder = decoder) -> np.ndarray:
-            return generate(decoder, [prompt], max_new_tokens=config.new_tokens, k=k).tokens[0]
-
-        decoders: dict[tuple[str, int | None], Decode] = {
-            (name, None): functools.partial(theirs, new_tokens=config.new_tokens, **options)
-            for name, options in MODES.items()
-        }
-        decoders |= {("mtp_jax", each): functools.partial(ours, k=each) for each in sorted({0, k})}
-        say = functools.partial(_say, progress, dtype)
-        timed = compare([*decoders.values()], prompts, config.repetitions, say)
-        rows += [{"name": name, "k": k, "dtype": dtype, **row} for (name, k), row in zip(decoders, timed, strict=True)]
+    rows = [row for dtype in models for row in _of_dtype(run, models, prompts, k, config, progress, dtype)]
     best = (max(row["tokens_per_second"] for row in rows if (row["k"] is None) == other) for other in (False, True))
     ours_best, theirs_best = best
     return {
@@ -90,6 +76,30 @@ def bench_hf(
         "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
+
+
+def _of_dtype(
+    run: LoadedRun,
+    models: Mapping[str, Decoder],
+    prompts: Sequence[np.ndarray],
+    k: int,
+    config: BenchConfig,
+    progress: Callable[[str], None],
+    dtype: str,
+) -> list[dict[str, Any]]:
+    """The rows of one dtype. When it returns, the memory of both models is free."""
+    theirs, decoder = load_theirs(run, dtype), models[dtype]
+
+    def ours(prompt: np.ndarray, k: int) -> np.ndarray:
+        return generate(decoder, [prompt], max_new_tokens=config.new_tokens, k=k).tokens[0]
+
+    decoders: dict[tuple[str, int | None], Decode] = {
+        (name, None): functools.partial(theirs, new_tokens=config.new_tokens, **options)
+        for name, options in MODES.items()
+    }
+    decoders |= {("mtp_jax", each): functools.partial(ours, k=each) for each in sorted({0, k})}
+    timed = compare([*decoders.values()], prompts, config.repetitions, functools.partial(_say, progress, dtype))
+    return [{"name": name, "k": k, "dtype": dtype, **row} for (name, k), row in zip(decoders, timed, strict=True)]
 
 
 def _say(progress: Callable[[str], None], dtype: str, done: str) -> None:
@@ -127,11 +137,12 @@ def load_theirs(run: LoadedRun, dtype: str) -> Callable[..., np.ndarray]:
 
     values = exported_config(run.config.model, run.config.head)
     config = transformers.AutoConfig.for_model(values.pop("model_type"), **values, eos_token_id=None, bos_token_id=None)
-    model = transformers.AutoModelForCausalLM.from_config(config)
+    # Not by `to`, which would round the frequencies of the positions too.
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype))
     weights = {name: torch.tensor(np.float32(weight)) for name, weight in state_dict(run.model)}
     tied = {"lm_head.weight": weights["model.embed_tokens.weight"]} if config.tie_word_embeddings else {}
     model.load_state_dict(weights | tied)
-    model = model.to(_device(), getattr(torch, dtype)).eval()
+    model = model.to(_device()).eval()
 
     def decode(prompt: np.ndarray, new_tokens: int, **options: Any) -> np.ndarray:
         ids = torch.tensor(np.asarray(prompt, np.int64)[None], device=_device())

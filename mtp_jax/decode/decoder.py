@@ -107,7 +107,8 @@ def unpacked(decoder: Decoder | Packed) -> Decoder:
 def for_decoding(model: LanguageModel, *, keep: bool = True) -> Decoder:
     """The model as decoding wants it: layers unstacked, matrices in the compute dtype and whole along `fsdp`.
 
-    For one CPU they are also turned (`OutputMajor`). What is laid out already stays as it is.
+    For one CPU they are also turned (`OutputMajor`), and those of one input joined (`Together`). What is laid out
+    already stays as it is.
 
     Args:
       model: the model, its mesh in scope. It is not changed, unless it is not kept.

@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 class Ahead:
     """Laws of the W - 1 tokens behind the one that the target chose, in probabilities.
 
-    `path_W`: the token that the target prefers behind the prompt, and then the ones that the head prefers, each given
-    those before. `draft_KV`: the head's law of each of the latter, `target_KV` the target's own given the same tokens.
-    `vocabulary`: the V tokens as text.
+    Both are at the temperature whose law the head has learnt (`HeadConfig.temperature`). `path_W`: the token that the
+    target prefers behind the prompt, and then the ones that the head prefers, each given those before. `draft_KV`: the
+    head's law of each of the latter, `target_KV` the target's own given the same tokens. `vocabulary`: the V tokens as
+    text.
     """
 
     prompt: str
@@ -38,12 +39,12 @@ class Ahead:
 
     @property
     def overlap_K(self) -> np.ndarray:
-        """The chance that a draft is accepted at temperature 1: sum_v min(q, p)."""
+        """How far the two agree, sum_v min(q, p): the chance that the verifier `token` accepts a draft of that law."""
         return np.minimum(self.draft_KV, self.target_KV).sum(-1)
 
 
 def ahead(run: LoadedRun, prompt: str) -> Ahead:
-    """What the head of any kind drafts behind `prompt`, at temperature 1.
+    """What the head of any kind drafts behind `prompt`.
 
     Raises `ConfigError` if there is no head, or the prompt is empty or leaves no room for the drafts.
     """
@@ -78,7 +79,7 @@ def plot_ahead(ahead: Ahead, top: int = 4) -> Figure:
             axes.spines[["top", "right"]].set_visible(False)
     for s in range(count):
         given = "".join(ahead.vocabulary[int(token)] for token in ahead.path_W[: s + 1])
-        title = f"draft {s + 1}, given {given}\naccepted {ahead.overlap_K[s]:.0%} of the time"
+        title = f"draft {s + 1}, given {given}\noverlap {ahead.overlap_K[s]:.0%}"
         grid[0, s].set_title(title, size="medium", weight="bold", parse_math=False)
         grid[-1, s].set_xlabel("probability")
     prompt = "".join(map(drawn, ahead.prompt))
@@ -105,4 +106,5 @@ def _drafts(model: LanguageModel, tokens_1T: Array) -> tuple[Array, Array]:
 
 @jax.jit
 def _target(model: LanguageModel, tokens_1T: Array) -> Array:
-    return model.target(model.see(tokens_1T))[0][0]
+    logp_TV = model.target(model.see(tokens_1T))[0][0]
+    return jax.nn.log_softmax(logp_TV / model.head.config.temperature, axis=-1)

@@ -51,7 +51,7 @@ class Together(nnx.Module):
     def __init__(self, weights: Sequence[Array], inputs: int):
         """As `OutputMajor`."""
         each = [OutputMajor(w, inputs) for w in weights]
-        self.outputs, self.specs = [one.outputs for one in each], [one.spec for one in each]
+        self.outputs, self.specs = tuple(one.outputs for one in each), tuple(one.spec for one in each)
         self.w_NK = nnx.Param(jnp.concatenate([one.w_NK[...] for one in each]))
 
     def times(self, x: Array) -> tuple[Array, ...]:

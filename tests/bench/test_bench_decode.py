@@ -340,25 +340,6 @@ def test_unknown_verifiers_and_absent_packages_are_refused(monkeypatch):
     bench.check(BenchConfig(compare="hf"), tiny.train_config(head=tiny.head_config(target="ntp")))
 
 
-def test_two_decoders_are_timed_in_turn(monkeypatch):
-    fake, calls = SimpleNamespace(now=0.0, perf_counter=lambda: fake.now), []
-    monkeypatch.setattr(hf, "time", fake)
-
-    def decoder(name, seconds, tokens):
-        def decode(prompt):
-            fake.now += seconds
-            calls.append((name, prompt))
-            return np.array(tokens[prompt])
-
-        return decode
-
-    both = decoder("theirs", 5.0, [[1, 2], [3, 5]]), decoder("ours", 2.0, [[1, 2], [3, 4]])
-    theirs, ours = hf.compare(both, [0, 1], 2, lambda _: None)
-    assert theirs == {"tokens_per_second": 0.4, "rows_that_differ": 0}
-    assert ours == {"tokens_per_second": 1.0, "rows_that_differ": 1}
-    assert calls[4:] == [(name, prompt) for _ in range(2) for prompt in (0, 1) for name in ("theirs", "ours")]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "own, faster",

@@ -38,10 +38,12 @@ def test_a_turned_weight_multiplies_as_it_did(inputs, shape, batch, time):
     assert jax.typeof(linear(x, turned)).sharding == jax.typeof(y).sharding
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("batch, time", [(1, 1), (1, 4), (2, 3)])
-def test_weights_of_one_input_are_one_product(batch, time):
-    weights = [tiny.shard(whole_numbers(i, 6, *shape)) for i, shape in enumerate([(4, 2), (2, 2), (3,)])]
-    x, together = tiny.shard(whole_numbers(9, batch, time, 6)), Together(weights, 1)
+def test_weights_of_one_input_are_one_product(batch, time, dtype):
+    shapes = [(4, 2), (2, 2), (3,)]
+    weights = [tiny.shard(whole_numbers(i, 6, *shape).astype(dtype)) for i, shape in enumerate(shapes)]
+    x, together = tiny.shard(whole_numbers(9, batch, time, 6).astype(dtype)), Together(weights, 1)
     assert together.w_NK.shape == (8 + 4 + 3, 6)
     for y, w in zip(together.times(x), weights, strict=True):
         np.testing.assert_array_equal(y, linear(x, w))

@@ -315,3 +315,16 @@ def test_a_product_sums_in_float32():
         d_x, d_w = pull(jnp.ones_like(y).at[0, 0, 0].set(1 + 2**-7))
     assert (y.dtype, d_x.dtype, d_w.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
     assert float(d_w[0, 0]) == 4096 + 2**-7
+
+
+@pytest.mark.parametrize("equation, shape", [("btd,dv->btv", (3, 5)), ("btd,vd->btv", (5, 3))])
+def test_a_product_in_bfloat16_has_the_gradients_of_einsum(equation, shape):
+    """Small whole numbers, whose sums are exact in any order."""
+    rng = np.random.default_rng(0)
+    x, w, d = (rng.integers(-3, 4, size).astype(np.float32) for size in ((2, 4, 3), shape, (2, 4, 5)))
+    expected = jax.vjp(lambda x, w: jnp.einsum(equation, x, w), x, w)[1](d)
+    with tiny.mesh():
+        operands = jnp.asarray(x, jnp.bfloat16), jnp.asarray(w, jnp.float32)
+        found = jax.vjp(lambda x, w: product(equation, x, w), *operands)[1](jnp.asarray(d, jnp.float32))
+    for got, want in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.asarray(got, np.float32), want)
