@@ -79,7 +79,7 @@ def plot_ahead(ahead: Ahead, top: int = 4) -> Figure:
             axes.spines[["top", "right"]].set_visible(False)
     for s in range(count):
         given = "".join(ahead.vocabulary[int(token)] for token in ahead.path_W[: s + 1])
-        title = f"draft {s + 1}, given {given}\noverlap {ahead.overlap_K[s]:.0%}"
+        title = f"draft {s + 1}\ngiven {given}\noverlap {ahead.overlap_K[s]:.0%}"
         grid[0, s].set_title(title, size="medium", weight="bold", parse_math=False)
         grid[-1, s].set_xlabel("probability")
     prompt = "".join(map(drawn, ahead.prompt))
