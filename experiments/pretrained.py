@@ -14,7 +14,7 @@ Shape: one small module from offset to offset (Hydra), among the 8,192 most freq
 Loss: LK, against the model's own law. The log-likelihood of the same text knows one token where the law knows all, and
 learns the text by heart within a few passes.
 
-Cost: of `--size cpu` the training takes 36 minutes on two cores with AMX (commit c6a7d63); that the answers take 27
+Cost: of `--size cpu` the training takes 36 minutes on two cores with AMX (commit c794feb); that the answers take 27
 minutes and their hidden states 10 is reckoned from other runs. The whole has not been run to its end yet.
 Expect: a held-out loss of 2.59 3.22 3.64 nats per token by offset behind the model's own 0.88, and with three drafts on
 48 other prompts 1.85 tokens per forward at T = 0.7, where drafts are accepted 0.48 0.24 0.14, and 1.90 at T = 0. That
