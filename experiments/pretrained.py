@@ -82,7 +82,7 @@ class Size:
     """Options of the training, in place of what CONFIG says."""
     bench: tuple[str, ...] = ("--batch-sizes", "1")
     minutes: tuple[int, ...] = ()
-    """Of the stages from the answers to the benchmark, where they were measured."""
+    """Of the stages from the answers to the benchmark, reckoned from the speeds of other runs."""
     accelerator: bool = False
 
 

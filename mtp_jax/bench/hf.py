@@ -66,7 +66,23 @@ def bench_hf(
     """
     import torch  # type: ignore[import-not-found]
 
-    rows = [row for dtype in models for row in _of_dtype(run, models, prompts, k, config, progress, dtype)]
+    def of_dtype(dtype: str) -> list[dict[str, Any]]:
+        """When it returns, the memory of both models is free."""
+        theirs, decoder = load_theirs(run, dtype), models[dtype]
+
+        def ours(prompt: np.ndarray, k: int) -> np.ndarray:
+            return generate(decoder, [prompt], max_new_tokens=config.new_tokens, k=k).tokens[0]
+
+        decoders: dict[tuple[str, int | None], Decode] = {
+            (name, None): functools.partial(theirs, new_tokens=config.new_tokens, **options)
+            for name, options in MODES.items()
+        }
+        decoders |= {("mtp_jax", each): functools.partial(ours, k=each) for each in sorted({0, k})}
+        say = lambda done: progress(f"beside transformers in {dtype}: {done}")  # noqa: E731
+        timed = compare([*decoders.values()], prompts, config.repetitions, say)
+        return [{"name": name, "k": k, "dtype": dtype, **row} for (name, k), row in zip(decoders, timed, strict=True)]
+
+    rows = [row for dtype in models for row in of_dtype(dtype)]
     best = (max(row["tokens_per_second"] for row in rows if (row["k"] is None) == other) for other in (False, True))
     ours_best, theirs_best = best
     return {
@@ -76,34 +92,6 @@ def bench_hf(
         "threads": torch.get_num_threads(),
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
     }
-
-
-def _of_dtype(
-    run: LoadedRun,
-    models: Mapping[str, Decoder],
-    prompts: Sequence[np.ndarray],
-    k: int,
-    config: BenchConfig,
-    progress: Callable[[str], None],
-    dtype: str,
-) -> list[dict[str, Any]]:
-    """The rows of one dtype. When it returns, the memory of both models is free."""
-    theirs, decoder = load_theirs(run, dtype), models[dtype]
-
-    def ours(prompt: np.ndarray, k: int) -> np.ndarray:
-        return generate(decoder, [prompt], max_new_tokens=config.new_tokens, k=k).tokens[0]
-
-    decoders: dict[tuple[str, int | None], Decode] = {
-        (name, None): functools.partial(theirs, new_tokens=config.new_tokens, **options)
-        for name, options in MODES.items()
-    }
-    decoders |= {("mtp_jax", each): functools.partial(ours, k=each) for each in sorted({0, k})}
-    timed = compare([*decoders.values()], prompts, config.repetitions, functools.partial(_say, progress, dtype))
-    return [{"name": name, "k": k, "dtype": dtype, **row} for (name, k), row in zip(decoders, timed, strict=True)]
-
-
-def _say(progress: Callable[[str], None], dtype: str, done: str) -> None:
-    progress(f"beside transformers in {dtype}: {done}")
 
 
 def compare(

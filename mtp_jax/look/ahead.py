@@ -11,7 +11,8 @@ import numpy as np
 from jax import Array
 
 from mtp_jax.language_model import LanguageModel
-from mtp_jax.look.text import Vocabulary, drawn, read, text_tokens
+from mtp_jax.look.laws import Row, plot_laws
+from mtp_jax.look.text import Vocabulary, read, text_tokens
 from mtp_jax.plots import PALETTE
 from mtp_jax.validate import require
 
@@ -61,31 +62,15 @@ def ahead(run: LoadedRun, prompt: str) -> Ahead:
 
 def plot_ahead(ahead: Ahead, top: int = 4) -> Figure:
     """The `top` most likely tokens of each offset, of the head and of the target, and how far the two agree."""
-    from matplotlib.figure import Figure
-
-    count = len(ahead.draft_KV)
-    rows = ("drafts of\nthe head", PALETTE[2], ahead.draft_KV), ("the model\nitself", "0.35", ahead.target_KV)
-    figure = Figure(figsize=(1.6 + 2.3 * count, 1.2 + 2 * (0.3 + 0.19 * top)), layout="constrained")
-    grid = figure.subplots(2, count, sharex=True, squeeze=False)
-    for (name, colour, law_KV), line in zip(rows, grid, strict=True):
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", weight="bold", color=colour, labelpad=34)
-        for axes, law_V in zip(line, law_KV, strict=True):
-            best = np.argsort(-law_V, kind="stable")[:top]
-            axes.barh(range(len(best)), law_V[best], color=colour, height=0.7)
-            labels = [ahead.vocabulary[int(token)] for token in best]
-            axes.set_yticks(range(len(best)), labels, family="monospace", size="medium", parse_math=False)
-            axes.set(xlim=(0, 1), xticks=(0, 0.5, 1), ylim=(len(best) - 0.5, -0.5))
-            axes.tick_params(axis="y", length=0)
-            axes.spines[["top", "right"]].set_visible(False)
-    for s in range(count):
+    rows: list[Row] = [
+        ("drafts of\nthe head", PALETTE[2], ahead.draft_KV),
+        ("the model\nitself", "0.35", ahead.target_KV),
+    ]
+    titles = []
+    for s, overlap in enumerate(ahead.overlap_K):
         given = "".join(ahead.vocabulary[int(token)] for token in ahead.path_W[: s + 1])
-        title = f"draft {s + 1}\ngiven {given}\noverlap {ahead.overlap_K[s]:.0%}"
-        grid[0, s].set_title(title, size="medium", weight="bold", parse_math=False)
-        grid[-1, s].set_xlabel("probability")
-    prompt = "".join(map(drawn, ahead.prompt))
-    prompt = prompt if len(prompt) <= 60 else f"...{prompt[-60:]}"
-    figure.suptitle(f"After {prompt}", x=0.01, ha="left", weight="bold", parse_math=False)
-    return figure
+        titles.append(f"draft {s + 1}\ngiven {given}\noverlap {overlap:.0%}")
+    return plot_laws(ahead.prompt, rows, titles, ahead.vocabulary, top)[0]
 
 
 @jax.jit

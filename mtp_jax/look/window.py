@@ -13,7 +13,8 @@ from jax import Array
 from mtp_jax.heads.encoded import EncodedHead
 from mtp_jax.heads.mixture import MixtureHead
 from mtp_jax.language_model import LanguageModel
-from mtp_jax.look.text import Vocabulary, check_mixture, drawn, read, text_tokens
+from mtp_jax.look.laws import Row, plot_laws
+from mtp_jax.look.text import Vocabulary, check_mixture, read, text_tokens
 from mtp_jax.plots import PALETTE
 
 if TYPE_CHECKING:
@@ -67,38 +68,18 @@ def plot_window(window: Window, top: int = 3) -> Figure:
 
     The number in a component's cell is its weight given the tokens that the joint prefers at the offsets before.
     """
-    from matplotlib.figure import Figure
-
     rank, width, _ = window.factors_RWV.shape
-    rows = [(f"component {r + 1}", PALETTE[r % len(PALETTE)], window.factors_RWV[r]) for r in range(rank)]
+    rows: list[Row] = [(f"component {r + 1}", PALETTE[r % len(PALETTE)], window.factors_RWV[r]) for r in range(rank)]
     rows += [
         ("marginal of\neach offset", "0.5", window.marginal_WV),
         ("joint, given\nthose before", "0.15", window.joint_WV),
     ]
-    height = 0.25 + 0.19 * top
-    figure = Figure(figsize=(1.6 + 2.1 * width, 1.1 + height * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), width, sharex=True, squeeze=False)
-    for (name, colour, law_WV), line in zip(rows, grid, strict=True):
-        line[0].set_ylabel(name, rotation=0, ha="right", va="center", weight="bold", color=colour, labelpad=34)
-        for axes, law_V in zip(line, law_WV, strict=True):
-            best = np.argsort(-law_V, kind="stable")[:top]
-            axes.barh(range(len(best)), law_V[best], color=colour, height=0.7)
-            labels = [window.vocabulary[int(token)] for token in best]
-            axes.set_yticks(range(len(best)), labels, family="monospace", size="medium", parse_math=False)
-            axes.set(xlim=(0, 1), xticks=(0, 0.5, 1), ylim=(len(best) - 0.5, -0.5))
-            axes.tick_params(axis="y", length=0)
-            axes.spines[["top", "right"]].set_visible(False)
-    for s in range(width):
-        given = "".join(window.vocabulary[int(token)] for token in window.path_W[:s])
-        title = f"offset {s + 1}" + (f"\ngiven {given}" if s else "\n ")
-        grid[0, s].set_title(title, size="medium", weight="bold", parse_math=False)
-        grid[-1, s].set_xlabel("probability")
-        for r in range(rank):
-            grid[r, s].annotate(f"w = {window.posterior_WR[s, r]:.2f}", (0.98, 0.06), xycoords="axes fraction",
-                                ha="right", va="bottom", size="small", color="0.3")  # fmt: skip
-    prompt = "".join(map(drawn, window.prompt))
-    prompt = prompt if len(prompt) <= 60 else f"...{prompt[-60:]}"
-    figure.suptitle(f"After {prompt}", x=0.01, ha="left", weight="bold", parse_math=False)
+    given = ["".join(window.vocabulary[int(token)] for token in window.path_W[:s]) for s in range(width)]
+    titles = [f"offset {s + 1}" + (f"\ngiven {text}" if s else "\n ") for s, text in enumerate(given)]
+    figure, grid = plot_laws(window.prompt, rows, titles, window.vocabulary, top)
+    for r, s in np.ndindex(rank, width):
+        grid[r, s].annotate(f"w = {window.posterior_WR[s, r]:.2f}", (0.98, 0.06), xycoords="axes fraction",
+                            ha="right", va="bottom", size="small", color="0.3")  # fmt: skip
     return figure
 
 
