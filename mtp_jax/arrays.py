@@ -6,7 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
+
+from mtp_jax.sharding import platform
 
 NEVER = -1e30
 """The logit of a token that is ruled out; finite, so that differences stay numbers."""
@@ -23,6 +26,25 @@ def row_keys(seed_B: Any, row_B: Any) -> Array:
     return jax.random.wrap_key_data(jnp.stack([row_B, seed_B], axis=-1), impl="threefry2x32")
 
 
+def random_bits(keys: Array, count: int) -> Array:
+    """`jax.random.bits(key, count)` of every key, `[.., count]` in uint32.
+
+    Threefry-2x32 with its 20 rounds written out (Salmon et al., doi 10.1145/2063384.2063405): one loop over the
+    numbers. On a CPU JAX makes a loop over rounds of it, with the numbers in memory in between.
+    """
+    words = jax.random.key_data(keys)
+    k0, k1 = words[..., :1], words[..., 1:]
+    ks = k0, k1, k0 ^ k1 ^ np.uint32(0x1BD11BDA)
+    x0 = k0
+    x1 = k1 + lax.broadcasted_iota(jnp.uint32, (1,) * keys.ndim + (count,), keys.ndim)
+    for i in range(5):
+        for turn in ((13, 15, 26, 6), (17, 29, 16, 24))[i % 2]:
+            x0 = x0 + x1
+            x1 = (x1 << turn | x1 >> 32 - turn) ^ x0
+        x0, x1 = x0 + ks[(i + 1) % 3], x1 + ks[(i + 2) % 3] + np.uint32(i + 1)
+    return x0 ^ x1
+
+
 def rule_out(logits: Array, count: int, first: int | Array = 0) -> Array:
     """`logits`, the vocabulary last, with `NEVER` at the ids from `count` on. `first` is that of column 0."""
     if isinstance(first, int) and first + logits.shape[-1] <= count:
@@ -34,6 +56,16 @@ def rule_out(logits: Array, count: int, first: int | Array = 0) -> Array:
 def at(array: Array, index_B: Array) -> Array:
     """`array[b, index_B[b]]` for every row b."""
     return jax.vmap(lambda row, i: lax.dynamic_index_in_dim(row, i, keepdims=False))(array, index_B)
+
+
+def argmax(x: Array) -> Array:
+    """The index of the largest along the last axis, the first of several, as int32; 0 where one is not a number."""
+    if platform() != "cpu":
+        return jnp.argmax(x, axis=-1).astype(jnp.int32)
+    # XLA compares pairs of a number and its index one by one on a CPU, and either alone many at a time.
+    ids = lax.broadcasted_iota(jnp.int32, (1,) * (x.ndim - 1) + x.shape[-1:], x.ndim - 1)
+    found = jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), ids, x.shape[-1]), axis=-1)
+    return jnp.where(found < x.shape[-1], found, 0)
 
 
 def log_prob(logp_BTV: Array, tokens_BT: Array) -> Array:

@@ -26,8 +26,6 @@ class Rules:
     tokens_BT: P = P(BATCH, None)
     x_BTD: P = P(BATCH, None, None)
     qkv_BTNH: P = P(BATCH, None, "tensor", None)
-    q_BTKGH: P = P(BATCH, None, "tensor", None, None)
-    scores_BKSTG: P = P(BATCH, "tensor", None, None, None)
     mask_B1TS: P = P(BATCH, None, None, None)
     cache_BKSH: P = P(BATCH, "tensor", None, None)
     h_BTF: P = P(BATCH, None, "tensor")

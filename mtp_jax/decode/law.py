@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from mtp_jax import arrays
 from mtp_jax.arrays import NEVER
 from mtp_jax.heads.config import HeadConfig
 
@@ -44,7 +45,7 @@ def process_logits(logp_BTV: Array, sampling: Sampling, *, filtered: bool) -> Ar
     if filtered:
         logits_BTV = _filter(logits_BTV, sampling.top_k_B[:, None, None], sampling.top_p_B[:, None, None])
     vocabulary = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logp_BTV.shape[-1]), 2)
-    greedy_BTV = jnp.where(vocabulary == jnp.argmax(logp_BTV, axis=-1)[..., None], 0.0, NEVER)
+    greedy_BTV = jnp.where(vocabulary == arrays.argmax(logp_BTV)[..., None], 0.0, NEVER)
     return jnp.where(temperature > 0, logits_BTV, greedy_BTV)
 
 
@@ -118,10 +119,8 @@ def _float(rank: Array) -> Array:
 def gumbel(key_B: Array, positions_BT: Array, vocab_size: int) -> Array:
     """Noise `[B, T, V]` that is a function of each row's key and the absolute position of the token it chooses."""
 
-    def one(key: Array, position: Array) -> Array:
-        return gumbel_of(jax.random.bits(jax.random.fold_in(key, position), (vocab_size,), jnp.uint32))
-
-    return jax.vmap(jax.vmap(one, in_axes=(None, 0)))(key_B, positions_BT)
+    keys_BT = jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)))(key_B, positions_BT)
+    return gumbel_of(arrays.random_bits(keys_BT, vocab_size))
 
 
 def gumbel_of(bits: Array) -> Array:

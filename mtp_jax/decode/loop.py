@@ -265,11 +265,16 @@ def draft(plan: Plan, head: Head, state: DecodeState, drafting: Draft, sampling:
     verifier, sampling = get_verifier(plan.verifier), of_drafts(sampling, head.config)
     drafts, laws = [], []
     for i in range(plan.k):
-        logits_B1V = verifier.law(head.next_log_probs(drafting)[:, None], sampling, filtered=plan.filtered)
-        noise_B1V = None if state.noise_BTV is None else state.noise_BTV[:, i : i + 1]
-        drafts.append(verifier.choose(logits_B1V, noise_B1V)[:, 0])
+        logq_Bn, shortlist = head.next_listed(drafting)
+        logits_B1n = verifier.law(logq_Bn[:, None], sampling, filtered=plan.filtered)
+        noise_B1n = None if state.noise_BTV is None else state.noise_BTV[:, i : i + 1]
+        if shortlist and noise_B1n is not None:
+            noise_B1n = shortlist.of_all(noise_B1n)
+        chosen_B = verifier.choose(logits_B1n, noise_B1n)[:, 0]
+        drafts.append(shortlist.ids(chosen_B) if shortlist else chosen_B)
         if verifier.keeps_q:
-            laws.append(jax.nn.log_softmax(logits_B1V, axis=-1))
+            law_Bn = jax.nn.log_softmax(logits_B1n[:, 0], axis=-1)
+            laws.append(shortlist.spread(law_Bn) if shortlist else law_Bn)
         if i + 1 < plan.k:
             drafting = head.condition(drafting, drafts[-1])
     return dataclasses.replace(
@@ -277,7 +282,7 @@ def draft(plan: Plan, head: Head, state: DecodeState, drafting: Draft, sampling:
         draft_Bk=jnp.stack(drafts, axis=1),
         # The last token of a row is the target's own.
         draft_len_B=jnp.minimum(state.most_B, jnp.maximum(state.limit_B - state.length_B - 1, 0)),
-        logq_BkV=jnp.concatenate(laws, axis=1) if laws else None,
+        logq_BkV=jnp.stack(laws, axis=1) if laws else None,
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,9 @@ from mtp_jax.heads.config import HeadConfig
 from mtp_jax.model.config import ModelConfig
 from mtp_jax.sharding import RULES
 from mtp_jax.validate import require
+
+if TYPE_CHECKING:
+    from mtp_jax.heads.shortlist import Shortlist
 
 Aux = dict[str, Array]
 Draft = Any  # what a head knows while it drafts: opaque to the loop, and never leaves one iteration
@@ -213,6 +216,10 @@ class Head(nnx.Module):
     def next_log_probs(self, draft: Draft) -> Array:
         """log q(x_s | x_<s): `[B, V]`, exact and normalised."""
         raise NotImplementedError
+
+    def next_listed(self, draft: Draft) -> tuple[Array, Shortlist | None]:
+        """The same for the tokens that may be drafted alone, `[B, n]`, and which they are; None: all, `[B, V]`."""
+        return self.next_log_probs(draft), None
 
     def condition(self, draft: Draft, token_B: Array) -> Draft:
         """The law of what follows, after token x_s is known."""

@@ -13,6 +13,7 @@ from mtp_jax.heads.base import Aux, Head, Seen, with_own_first
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.heads.encoder import ENCODERS
 from mtp_jax.heads.mixture import Joint, MixtureHead
+from mtp_jax.heads.shortlist import Shortlist
 from mtp_jax.losses.mixture import factor_scores
 from mtp_jax.losses.next_token import NextToken
 from mtp_jax.model.config import ModelConfig
@@ -136,6 +137,10 @@ class EncodedHead(Head):
     def next_log_probs(self, draft: Joint) -> Array:
         """As mixtures do."""
         return self.mixture.next_log_probs(draft)
+
+    def next_listed(self, draft: Joint) -> tuple[Array, Shortlist | None]:
+        """As mixtures do."""
+        return self.mixture.next_listed(draft)
 
     def condition(self, draft: Joint, token_B: Array) -> Joint:
         """As mixtures do."""

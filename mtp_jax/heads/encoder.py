@@ -90,7 +90,7 @@ class TokenEncoder(Encoder):
         """`[B, T, D]`, from hidden states and the embeddings of the tokens behind them."""
         joined_BTC = jnp.concatenate([self.hidden_norm(x_BTD), self.token_norm(token_BTD)], axis=-1)
         gate_BTF, up_BTF = linears(joined_BTC, self)
-        return x_BTD + linear(jax.nn.silu(gate_BTF) * up_BTF, self.join_down_FD[...])
+        return x_BTD + linear((jax.nn.silu(gate_BTF) * up_BTF).astype(x_BTD.dtype), self.join_down_FD[...])
 
     def encode(self, seen: Seen, next_BT: Array) -> Array:
         """As `Encoder`; of any positions."""

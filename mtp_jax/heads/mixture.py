@@ -243,9 +243,14 @@ class MixtureHead(Head):
 
     def next_log_probs(self, draft: Joint) -> Array:
         """log q(x_s | x_<s): `[B, V]`, exact and normalised. Raises `IndexError` past the window."""
+        logq_Bn, shortlist = self.next_listed(draft)
+        return shortlist.spread(logq_Bn) if shortlist else logq_Bn
+
+    def next_listed(self, draft: Joint) -> tuple[Array, Shortlist | None]:
+        """The same of the listed tokens, behind the first offset."""
         _within(draft)
-        logq_BV = jax.nn.logsumexp(draft.log_alpha_BR[:, :, None] + draft.logp_BRV[draft.offset], axis=1)
-        return self.shortlist.spread(logq_BV) if self.shortlist and draft.offset >= self.whole else logq_BV
+        logq_Bn = jax.nn.logsumexp(draft.log_alpha_BR[:, :, None] + draft.logp_BRV[draft.offset], axis=1)
+        return logq_Bn, self.shortlist if draft.offset >= self.whole else None
 
     def condition(self, draft: Joint, token_B: Array) -> Joint:
         """The law after token x_s is known. One that a shortlist has not is never drafted; it tells nothing."""

@@ -35,7 +35,7 @@ from mtp_jax.losses.mixture import Terms, factor_scores, mixture_loss, mixture_l
 from mtp_jax.losses.next_token import EachToken, NextToken
 from mtp_jax.losses.target_law import TargetLaw
 from mtp_jax.model.attention import attend_chain, cache_mask, causal_mask
-from mtp_jax.model.cache import Cache, init_cache, write
+from mtp_jax.model.cache import Cache, init_cache, read, write
 from mtp_jax.model.config import ModelConfig
 from mtp_jax.model.layers import RMSNorm, linear
 from mtp_jax.model.rotary import Rotary, rotary
@@ -285,17 +285,21 @@ class SequentialHead(Head):
         if self.config.attention:
             assert position_B is not None
             position_BT = position_B[:, None]
-            mask_B1TS = cache_mask(position_BT, cache[0][0].shape[2])
+            cache, mask_B1TS = [read(layer) for layer in cache], cache_mask(position_BT, cache[0][0].shape[2])
         (table_VD,) = self._table(seen.unembed_VD).values()
         none = Drafting(Chain(seen.x_BTD, 1), seen.embed, table_VD, position_BT, cache, mask_B1TS)
         return self.condition(none, token_B)
 
     def next_log_probs(self, draft: Drafting) -> Array:
         """`[B, V]`, through the table."""
+        logq_Bn, shortlist = self.next_listed(draft)
+        return shortlist.spread(logq_Bn) if shortlist else logq_Bn
+
+    def next_listed(self, draft: Drafting) -> tuple[Array, Shortlist | None]:
+        """The same of the listed tokens."""
         tables = {"unembed_VD": jax.tree.map(gather, draft.table_VD)}
         logits_BV = NextToken().logits(tables, draft.chain.g_BTD)[:, 0, 0, 0]
-        logq_BV = jax.nn.log_softmax(arrays.rule_out(logits_BV, self.known), axis=-1)
-        return self.shortlist.spread(logq_BV) if self.shortlist else logq_BV
+        return jax.nn.log_softmax(arrays.rule_out(logits_BV, self.known), axis=-1), self.shortlist
 
     def condition(self, draft: Drafting, token_B: Array) -> Drafting:
         """The law of what follows, after one more token is known."""

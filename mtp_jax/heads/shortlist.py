@@ -82,6 +82,14 @@ class Shortlist(nnx.Module):
         first = targets_BTW[..., : self.whole]
         return jnp.concatenate([first, later], axis=-1), jnp.concatenate([jnp.ones_like(first, bool), listed], axis=-1)
 
+    def ids(self, columns: Array) -> Array:
+        """The token of each column, of any shape."""
+        return self.listed_n[...].at[columns].get(out_sharding=jax.typeof(columns).sharding.spec)
+
+    def of_all(self, values_BTV: Array) -> Array:
+        """The listed tokens' part of what is known of all, `[B, T, n]`."""
+        return values_BTV.at[..., self.listed_n[...]].get(out_sharding=P(BATCH, None, "tensor"))
+
     def spread(self, logp_Bn: Array) -> Array:
         """Log-probabilities of the listed tokens as those of all, `[B, V]`: -inf elsewhere."""
         padded = jnp.pad(jax.reshard(logp_Bn, RULES.tokens_BT), ((0, 0), (0, 1)), constant_values=-jnp.inf)

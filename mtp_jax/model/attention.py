@@ -8,9 +8,9 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
+from jax import Array, lax
 
-from mtp_jax.model.cache import LayerCache, write
+from mtp_jax.model.cache import LayerCache, read, write
 from mtp_jax.model.config import ModelConfig
 from mtp_jax.model.layers import RMSNorm, linear, linears
 from mtp_jax.model.rotary import Rotary, rotate
@@ -49,28 +49,33 @@ def attend(
     return local(q_BTNH, k_BSKH, v_BSKH, mask_B1TS)
 
 
-def attend_cached(q_BTNH: Array, k_BKSH: Array, v_BKSH: Array, mask_B1TS: Array) -> Array:
-    """Attention of a few queries over the cache, `[B, T, N, H]`.
+def attend_cached(q_BTNH: Array, cache: LayerCache, mask_B1TS: Array) -> Array:
+    """Attention of a few queries over keys and values `[B, K, S, H]`, of which `mask_B1TS` says what is seen:
+    `[B, T, N, H]` in float32.
 
     The keys are the left operand as they lie in the cache: a product that wanted them transposed would copy the whole
     cache at every step.
     """
-    batch, time, num_heads, width = q_BTNH.shape
-    kv_heads, slots = k_BKSH.shape[1], k_BKSH.shape[2]
-    groups = num_heads // kv_heads
-    # M = T x (query heads of a key head). Shardings are said: JAX cannot tell them through axes of size 1.
-    heads, split = RULES.cache_BKSH, RULES.scores_BKSTG
-    q_BTKGH = q_BTNH.astype(k_BKSH.dtype).reshape(batch, time, kv_heads, groups, width, out_sharding=RULES.q_BTKGH)
-    q_BKHTG = jnp.moveaxis(q_BTKGH, (2, 4), (1, 2))
-    q_BKHM = q_BKHTG.reshape(batch, kv_heads, width, time * groups, out_sharding=heads) * width**-0.5
-    scores_BKSM = jnp.einsum("bksh,bkhm->bksm", k_BKSH, q_BKHM, preferred_element_type=jnp.float32)
-    scores_BKSTG = scores_BKSM.reshape(batch, kv_heads, slots, time, groups, out_sharding=split)
-    scores_BKTGS = jnp.moveaxis(scores_BKSTG, 2, -1)
-    weights_BKTGS = jax.nn.softmax(jnp.where(mask_B1TS[:, :, :, None], scores_BKTGS, -jnp.inf), axis=-1)
-    weights_BKMS = weights_BKTGS.reshape(batch, kv_heads, time * groups, slots, out_sharding=heads)
-    y_BKMH = jnp.einsum("bkms,bksh->bkmh", weights_BKMS.astype(v_BKSH.dtype), v_BKSH)
-    y_BTKGH = jnp.moveaxis(y_BKMH.reshape(batch, kv_heads, time, groups, width, out_sharding=split), 1, 2)
-    return y_BTKGH.reshape(batch, time, num_heads, width, out_sharding=RULES.qkv_BTNH).astype(q_BTNH.dtype)
+    heads, cached = RULES.qkv_BTNH, RULES.cache_BKSH
+
+    @functools.partial(jax.shard_map, in_specs=(heads, (cached, cached), RULES.mask_B1TS), out_specs=heads)
+    def local(q: Array, cache: LayerCache, mask: Array) -> Array:
+        k_BKSH, v_BKSH = cache
+        batch, time, _, width = q.shape
+        kv_heads, slots, dtype = k_BKSH.shape[1], k_BKSH.shape[2], k_BKSH.dtype
+        product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+        q_BTKGH = (q * width**-0.5).astype(dtype).reshape(batch, time, kv_heads, -1, width)
+        # G: query heads of a key head. Slices that are joined lie in memory as they are wanted; a CPU would move the
+        # numbers of a transposed array one by one.
+        q_BKMH = jnp.concatenate([q_BTKGH[:, :, i].reshape(batch, 1, -1, width) for i in range(kv_heads)], axis=1)
+        # With the barrier the scores, and not the keys, are transposed.
+        scores_BKSM = lax.optimization_barrier(product("bksh,bkmh->bksm", k_BKSH, q_BKMH))
+        scores_BKTGS = jnp.moveaxis(scores_BKSM.reshape(batch, kv_heads, slots, time, -1), 2, -1)
+        weights_BKTGS = jax.nn.softmax(jnp.where(mask[:, :, :, None], scores_BKTGS, -jnp.inf), axis=-1).astype(dtype)
+        y_BKMH = product("bkms,bksh->bkmh", weights_BKTGS.reshape(batch, kv_heads, -1, slots), v_BKSH)
+        return jnp.concatenate([y_BKMH[:, i].reshape(batch, time, -1, width) for i in range(kv_heads)], axis=2)
+
+    return local(q_BTNH, cache, mask_B1TS)
 
 
 def attend_chain(q_BTNH: Array, past: LayerCache, mask_B1TS: Array, chain: tuple[tuple[Array, Array], ...]) -> Array:
@@ -147,9 +152,7 @@ class Attention(nnx.Module):
         if cache is not None:
             if start_B is not None:
                 cache = write(cache[0], k_BTKH, start_B), write(cache[1], v_BTKH, start_B)
-            (k_BKSH, v_BKSH) = cache
-            slots = mask_B1TS.shape[-1]
-            y_BTNH = attend_cached(q_BTNH, k_BKSH[:, :, :slots], v_BKSH[:, :, :slots], mask_B1TS)
+            y_BTNH = attend_cached(q_BTNH, read(cache, mask_B1TS.shape[-1]), mask_B1TS)
         else:
             y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, mask_B1TS, self.config.attention)
-        return linear(y_BTNH, self.wo_NHD[...]), cache
+        return linear(y_BTNH.astype(x_BTD.dtype), self.wo_NHD[...]), cache

@@ -75,8 +75,11 @@ def linear(x: Array, w: Array | OutputMajor) -> Array:
 
 
 def linears(x: Array, module: Any) -> tuple[Array, ...]:
-    """`linear` of x by each of the weights that `module.TOGETHER` names: one product where a CPU's decoder joined
-    them."""
+    """`linear` of x by each of the weights that `module.TOGETHER` names.
+
+    One product, and in float32, where a CPU's decoder joined them: what XLA rounds between two operations on a CPU it
+    rounds one by one.
+    """
     if hasattr(module, JOINED):
         return getattr(module, JOINED).times(x)
     return tuple(linear(x, getattr(module, name)[...]) for name in module.TOGETHER)
@@ -171,4 +174,4 @@ class SwiGLU(nnx.Module):
     def __call__(self, x_BTD: Array) -> Array:
         """`[B, T, D]` to `[B, T, D]`."""
         gate_BTF, up_BTF = linears(x_BTD, self)
-        return linear(jax.nn.silu(gate_BTF) * up_BTF, self.w_down_FD[...])
+        return linear((jax.nn.silu(gate_BTF) * up_BTF).astype(x_BTD.dtype), self.w_down_FD[...])

@@ -55,9 +55,9 @@ class Together(nnx.Module):
         self.w_NK = nnx.Param(jnp.concatenate([one.w_NK[...] for one in each]))
 
     def times(self, x: Array) -> tuple[Array, ...]:
-        """`x @ w` of each, in x's dtype."""
+        """`x @ w` of each, in float32."""
         rows = jax.typeof(x).sharding.spec[0]
-        y_BTN = few_rows(x.reshape(*x.shape[:2], -1, out_sharding=P(rows, None, None)), self.w_NK[...]).astype(x.dtype)
+        y_BTN = few_rows(x.reshape(*x.shape[:2], -1, out_sharding=P(rows, None, None)), self.w_NK[...])
         sizes = list(itertools.accumulate(math.prod(shape) for shape in self.outputs))[:-1]
         return tuple(
             y.reshape(*x.shape[:2], *shape, out_sharding=P(rows, None, *spec))

@@ -74,8 +74,10 @@ def test_the_cache_is_donated_and_not_copied(model, narrow, rows, k, dtype):
     compiled = loop.run.lower(plan, model, state, decoding.sampling, decoding.stops_n, np.int32(1)).compile()
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= size
-    # At heads 4 wide the scores of several tokens are as large as the cache.
-    assert k or memory.temp_size_in_bytes <= 0.3 * size
+    # One layer's scores, before and after they are transposed, and of bfloat16 its keys and values as numbers.
+    scores = 2 * rows * (k + 1) * model.config.num_heads * plan.slots * 4
+    numbers = size // model.config.num_layers if dtype == "bfloat16" else 0
+    assert k or memory.temp_size_in_bytes <= 1.1 * (scores + numbers)
     shape = ",".join(map(str, state.cache[0][0].shape))
     assert not re.findall(rf"= \w+\[{shape}\]\S* (?:copy|transpose|convert)\(", compiled.as_text())
 

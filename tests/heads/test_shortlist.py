@@ -11,6 +11,7 @@ from flax import nnx
 import mtp_jax
 from mtp_jax.data.config import DataConfig
 from mtp_jax.data.store import Documents
+from mtp_jax.decode import loop
 from mtp_jax.decode.decoder import for_decoding
 from mtp_jax.decode.generate import generate
 from mtp_jax.heads.config import HeadConfig
@@ -184,6 +185,33 @@ def test_decoding_is_lossless(factors, options):
     for a, b in zip(plain.tokens, drafted.tokens, strict=True):
         np.testing.assert_array_equal(a, b)
     assert np.setdiff1d(np.concatenate(plain.tokens), IDS).size and drafted.accepted.sum()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"temperature": 0.9, "top_p": 0.9}, {"temperature": 1.2, "top_k": 5, "verifier": "token"}],
+    ids=["greedy", "coupled", "token"],
+)
+@pytest.mark.parametrize("shape", [(2, 1, 1), (1, 2, 2)])
+def test_drafts_are_chosen_among_listed_tokens_as_among_all(options, shape, monkeypatch):
+    """With the same noise, filters and probabilities."""
+    found, prompts, listed = [], [[5, 1, 9], [4, 30, 6, 7], [3], [2, 2]], MixtureHead.next_listed
+
+    def spread(self, draft):
+        logq_Bn, shortlist = listed(self, draft)
+        return shortlist.spread(logq_Bn) if shortlist else logq_Bn, None
+
+    with tiny.mesh(*shape):
+        model = for_decoding(make()[1])
+        for method in (listed, spread):
+            monkeypatch.setattr(MixtureHead, "next_listed", method)
+            for function in (loop.begin, loop.run):
+                function.clear_cache()
+            found.append(generate(model, prompts, max_new_tokens=24, k=W - 1, seed=3, **options))
+    among, all_of_them = found
+    assert among.accepted.sum() and (among.accepted == all_of_them.accepted).all()
+    for a, b in zip(among.tokens, all_of_them.tokens, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_work_falls_with_the_list():

@@ -42,7 +42,7 @@ def test_attention_is_the_definition(heads, groups):
     expected = numpy_attention(q, k, v, mask)
     sharded = [*(place(a, RULES.qkv_BTNH) for a in (q, k, v)), place(mask, P(BATCH, None, None, None))]
     np.testing.assert_allclose(jax.jit(attention.attend)(*sharded), expected, rtol=1e-4, atol=1e-5)
-    cached = [sharded[0], *(place(a.swapaxes(1, 2), RULES.cache_BKSH) for a in (k, v)), sharded[3]]
+    cached = sharded[0], tuple(place(a.swapaxes(1, 2), RULES.cache_BKSH) for a in (k, v)), sharded[3]
     np.testing.assert_allclose(jax.jit(attention.attend_cached)(*cached), expected, rtol=1e-4, atol=1e-5)
 
 

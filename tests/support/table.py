@@ -18,7 +18,7 @@ from jax import Array, lax
 
 from mtp_jax.decode.config import DecodeConfig
 from mtp_jax.decode.decoding import Decoding
-from mtp_jax.heads.base import Seen
+from mtp_jax.heads.base import Head, Seen
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.model.cache import Cache, write
 from mtp_jax.model.config import ModelConfig
@@ -50,6 +50,8 @@ class TableHead:
 
     def next_log_probs(self, x_BD: Array) -> Array:
         return self.logq_CV.at[x_BD[:, 0].astype(jnp.int32)].get(out_sharding=RULES.tokens_BT)
+
+    next_listed = Head.next_listed
 
     def condition(self, x_BD: Array, token_B: Array) -> Array:
         return x_BD % (CONTEXTS // VOCAB) * VOCAB + token_B[:, None]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 from jax import Array
 
+from mtp_jax import arrays
 from mtp_jax.decode.law import Sampling
 from mtp_jax.decode.verify.base import Verifier
 
@@ -22,4 +22,4 @@ class Greedy(Verifier):
 
     def choose(self, logits_BTV: Array, noise_BTV: Array | None) -> Array:
         """The argmax, `[B, T]`."""
-        return jnp.argmax(logits_BTV, axis=-1).astype(jnp.int32)
+        return arrays.argmax(logits_BTV)
