@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from mtp_jax.sharding import platform
-
 NEVER = -1e30
 """The logit of a token that is ruled out; finite, so that differences stay numbers."""
 
@@ -56,16 +54,6 @@ def rule_out(logits: Array, count: int, first: int | Array = 0) -> Array:
 def at(array: Array, index_B: Array) -> Array:
     """`array[b, index_B[b]]` for every row b."""
     return jax.vmap(lambda row, i: lax.dynamic_index_in_dim(row, i, keepdims=False))(array, index_B)
-
-
-def argmax(x: Array) -> Array:
-    """The index of the largest along the last axis, the first of several, as int32; 0 where one is not a number."""
-    if platform() != "cpu":
-        return jnp.argmax(x, axis=-1).astype(jnp.int32)
-    # XLA compares pairs of a number and its index one by one on a CPU, and either alone many at a time.
-    ids = lax.broadcasted_iota(jnp.int32, (1,) * (x.ndim - 1) + x.shape[-1:], x.ndim - 1)
-    found = jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), ids, x.shape[-1]), axis=-1)
-    return jnp.where(found < x.shape[-1], found, 0)
 
 
 def log_prob(logp_BTV: Array, tokens_BT: Array) -> Array:

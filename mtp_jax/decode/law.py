@@ -13,6 +13,7 @@ from jax import Array, lax
 from mtp_jax import arrays
 from mtp_jax.arrays import NEVER
 from mtp_jax.heads.config import HeadConfig
+from mtp_jax.sharding import platform
 
 CHOOSE, ACCEPT = 0, 1  # what randomness is for
 
@@ -45,7 +46,7 @@ def process_logits(logp_BTV: Array, sampling: Sampling, *, filtered: bool) -> Ar
     if filtered:
         logits_BTV = _filter(logits_BTV, sampling.top_k_B[:, None, None], sampling.top_p_B[:, None, None])
     vocabulary = jax.lax.broadcasted_iota(jnp.int32, (1, 1, logp_BTV.shape[-1]), 2)
-    greedy_BTV = jnp.where(vocabulary == arrays.argmax(logp_BTV)[..., None], 0.0, NEVER)
+    greedy_BTV = jnp.where(vocabulary == argmax(logp_BTV)[..., None], 0.0, NEVER)
     return jnp.where(temperature > 0, logits_BTV, greedy_BTV)
 
 
@@ -57,6 +58,16 @@ def of_drafts(sampling: Sampling, head: HeadConfig) -> Sampling:
     # Further out, ids that are ruled out would have a probability, or none a number.
     hot_B = jnp.where(hot_B > 0, jnp.clip(hot_B / head.temperature, 1e-6, 1e6), 0.0)
     return dataclasses.replace(sampling, temperature_B=hot_B)
+
+
+def argmax(x: Array) -> Array:
+    """The index of the largest along the last axis, the first of several, as int32; 0 where one is not a number."""
+    if platform() != "cpu":
+        return jnp.argmax(x, axis=-1).astype(jnp.int32)
+    # XLA compares pairs of a number and its index one by one on a CPU, and either alone many at a time.
+    ids = lax.broadcasted_iota(jnp.int32, (1,) * (x.ndim - 1) + x.shape[-1:], x.ndim - 1)
+    found = jnp.min(jnp.where(x == jnp.max(x, axis=-1, keepdims=True), ids, x.shape[-1]), axis=-1)
+    return jnp.where(found < x.shape[-1], found, 0)
 
 
 def _filter(logits_BTV: Array, top_k: Array, top_p: Array) -> Array:

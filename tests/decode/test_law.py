@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mtp_jax.arrays import NEVER
-from mtp_jax.decode.law import Sampling, gumbel, gumbel_of, of_drafts, process_logits
+from mtp_jax.decode.law import Sampling, argmax, gumbel, gumbel_of, of_drafts, process_logits
 from mtp_jax.heads.config import HeadConfig
 from support import tiny
 from support.laws import FALSE_ALARM, POWER, goodness_of_fit, reference_law
@@ -183,3 +183,17 @@ def test_the_temperature_of_drafts_is_a_share_of_each_rows():
             drafts = of_drafts(settings, HeadConfig(temperature=learnt, draft_temperature=share))
             np.testing.assert_allclose(drafts.temperature_B, expected, rtol=1e-6)
             assert drafts.key_B is settings.key_B
+
+
+def test_the_first_of_the_largest():
+    """With ties, infinities, and rows of nothing else."""
+    x = np.random.default_rng(0).integers(-3, 3, (4, 5, 7)).astype(np.float32)
+    x[0, 0], x[0, 1], x[0, 2, 3:5] = -np.inf, NEVER, np.inf
+    found = jax.jit(argmax)(x)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, x.argmax(-1))
+
+
+def test_what_is_not_a_number_has_an_index_in_range():
+    x = np.array([[np.nan, 1.0, 2.0], [0.0, 1.0, np.nan]], np.float32)
+    assert set(np.asarray(argmax(x))) <= {0, 1, 2}

@@ -7,8 +7,7 @@ from typing import NamedTuple, Protocol
 import jax.numpy as jnp
 from jax import Array
 
-from mtp_jax import arrays
-from mtp_jax.decode.law import Sampling, process_logits
+from mtp_jax.decode.law import Sampling, argmax, process_logits
 from mtp_jax.decode.state import DecodeState
 
 
@@ -57,7 +56,7 @@ class Sampled(Verifier):
     def choose(self, logits_BTV: Array, noise_BTV: Array | None) -> Array:
         """A sample of softmax(logits), `[B, T]`: the Gumbel-max trick."""
         assert noise_BTV is not None
-        return arrays.argmax(logits_BTV + noise_BTV)
+        return argmax(logits_BTV + noise_BTV)
 
 
 def used(state: DecodeState) -> Array:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from jax import Array
 
-from mtp_jax import arrays
-from mtp_jax.decode.law import Sampling
+from mtp_jax.decode.law import Sampling, argmax
 from mtp_jax.decode.verify.base import Verifier
 
 
@@ -22,4 +21,4 @@ class Greedy(Verifier):
 
     def choose(self, logits_BTV: Array, noise_BTV: Array | None) -> Array:
         """The argmax, `[B, T]`."""
-        return arrays.argmax(logits_BTV)
+        return argmax(logits_BTV)
