@@ -44,7 +44,7 @@ from mtp_jax.decode.verify import get_verifier
 from mtp_jax.language_model import in_dtype
 
 ROUNDS, LOOPS = 7, 8
-PROMPT, NEW = 96, 256
+PROMPT, NEW = 96, 128
 
 
 def bandwidth() -> float:

@@ -8,7 +8,7 @@
 All goes into runs/pretrained-SIZE, or with a model of yours into runs/pretrained-SIZE-NAME. What is there already is
 not made again, so that the same command goes on after an interruption. The model is SmolLM2-135M-Instruct, which a
 package of the registry carries as a GGUF file, or what MTP_JAX_DEMO_MODEL names: a directory, a .gguf file, or a model
-of the hub. The prompts are made by `prompts.py`.
+of the hub. The prompts are made by `prompts.py`, each fourth by the model itself.
 
 Shape: one small module from offset to offset (Hydra), among the 8,192 most frequent tokens alone.
 Loss: LK, against the model's own law. The log-likelihood of the same text knows one token where the law knows all, and
@@ -82,7 +82,7 @@ class Size:
     """Options of the training, in place of what CONFIG says."""
     bench: tuple[str, ...] = ("--batch-sizes", "1")
     minutes: tuple[int, ...] = ()
-    """Of the stages from the answers to the benchmark, reckoned from the speeds of other runs."""
+    """Of the stages from the prompts to the benchmark, reckoned from the speeds of other runs."""
     accelerator: bool = False
 
 
@@ -90,8 +90,8 @@ HF = ("--compare", "hf") if find_spec("torch") and find_spec("transformers") els
 CPU = "--steps", "3200", "--eval-every", "800", "--checkpoint-every", "800"
 GPU = "--steps", "4000", "--data.batch-size", "16"
 SIZES = {
-    "demo": Size(700, 12, 1, minutes=(10, 4, 15, 3, 1, 7)),
-    "cpu": Size(1750, 24, 3, CPU, ("--batch-sizes", "1", "8", *HF), minutes=(26, 8, 40, 4, 1, 60)),
+    "demo": Size(700, 12, 1, minutes=(1, 10, 4, 15, 3, 1, 7)),
+    "cpu": Size(1750, 24, 3, CPU, ("--batch-sizes", "1", "8", *HF), minutes=(2, 26, 8, 33, 3, 1, 60)),
     "gpu": Size(2000, 24, 3, GPU, ("--batch-sizes", "1", "8", *HF), accelerator=True),
 }
 
@@ -166,7 +166,6 @@ def main(size: Size, into: Path) -> None:
     """All stages, one after the other."""
     into.mkdir(parents=True, exist_ok=True)
     asked, suite = into / "prompts.jsonl", into / "suite.jsonl"
-    write(asked, size.prompts)
     write(suite, size.suite, held_out=True)
     base, own, states, head = (into / name for name in ("base", "own", "states", "head"))
     on, ema, minutes = ("--base", base), ("--weights", "ema"), iter(size.minutes)
@@ -177,6 +176,8 @@ def main(size: Size, into: Path) -> None:
     if not base.exists():
         dtype = ("--dtype", "bfloat16") if size.accelerator or fast_in_bfloat16() else ()
         stage("Import the model", None, base, *MTP_JAX, "import", model(into), "--out", base, *dtype)
+    by_itself = Path(__file__).with_name("prompts.py"), asked, "--count", size.prompts, "--base", base
+    stage("What will it be asked?", next(minutes, None), asked, *by_itself)
     regenerate = "data", "regenerate", *on, "--source", asked, "--out", own, "--max-new-tokens", 256
     mtp(f"Let it answer {size.prompts} prompts", own, *regenerate)
     mtp("Keep its hidden states", states, "data", "hidden", *on, "--source", own, "--out", states, "--seq-len", 512)

@@ -1,9 +1,14 @@
-"""Prompts for a small chat model, made of templates: instructions, code and sums, no text of anybody's.
+"""Prompts for a small chat model, no text of anybody's: instructions, code and sums made of templates, and what the
+model itself expects to be asked.
 
-    python experiments/prompts.py prompts.jsonl --count 700              # to be answered and learnt from
-    python experiments/prompts.py dev.jsonl --count 48 --held-out        # of subjects that the others do not have
+    python experiments/prompts.py prompts.jsonl --count 700 --base runs/base   # to be answered and learnt from
+    python experiments/prompts.py dev.jsonl --count 48 --held-out              # of subjects that the others do not have
 
-A line has `messages` and a `category`. The same arguments make the same file.
+With `--base` each fourth prompt is invented by that model: it goes on where in its chat template the user's words begin
+(Magpie, arXiv 2406.08464). Templates are few, and a head that learns from them alone drafts well for them alone.
+A line has `messages` and a `category`. The same arguments make the same file on the same machine.
+
+Cost: of SmolLM2-135M in bfloat16 two minutes for 437 that are invented, on two cores with AMX.
 """
 
 import argparse
@@ -11,6 +16,10 @@ import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
+
+import numpy as np
+
+import mtp_jax
 
 SUBJECTS = """
 a bakery; a bicycle; a black hole; a budget for a family; a city garden; a compost heap; a coral reef; a debate club
@@ -143,28 +152,47 @@ def sums(held_out: bool, chance: random.Random) -> Iterator[str]:
             yield text
 
 
-def prompts(count: int, held_out: bool = False, seed: int = 0) -> list[dict]:
-    """So many records of the three kinds in turn. Raises `ValueError` where the templates do not give so many."""
+def invented(base: str, most: int) -> Iterator[str]:
+    """What the model of a run writes where the user's words would be, if it comes to an end: up to `most` texts, and
+    fewer of a model that ends few."""
+    run, seen = mtp_jax.load(base, decoding_only=True), set()
+    one, other = (run.conversation([{"role": "user", "content": text}]) for text in ("a", "b"))
+    begin = one[: np.argmax(one != other)]
+    for seed in range(4 + most // 16):  # of 64 texts 51 of SmolLM2-135M come to an end
+        out = run.generate_tokens([begin] * 64, max_new_tokens=96, temperature=1.0, top_p=0.95, seed=seed, k=0)
+        for ids in out.tokens:
+            text = run.tokenizer.decode(ids[:-1]).strip()
+            if ids[-1] in run.stop_tokens and len(text) >= 16 and text not in seen:
+                seen.add(text)
+                yield text
+
+
+def prompts(count: int, held_out: bool = False, base: str = "", seed: int = 0) -> list[dict]:
+    """So many records of the kinds in turn. Raises `ValueError` where the templates do not give so many."""
     chance = random.Random(f"{seed} {held_out}")
     kinds = {
         "instruction": about(INSTRUCTIONS, SUBJECTS, held_out, chance),
         "code": about(CODE, TASKS, held_out, chance),
         "math": sums(held_out, chance),
     }
+    own = iter(invented(base, count) if base else ())
     found = []
     while len(found) < count:
-        category = list(kinds)[len(found) % len(kinds)]
-        text = next(kinds[category], None)
-        if text is None:
-            raise ValueError(f"The templates give {len(found)} prompts, and {count} were asked for.")
-        found.append({"messages": [{"role": "user", "content": text}], "category": category})
-    return found
+        for category, texts in (*kinds.items(), ("invented", own)):
+            text = next(texts, None)
+            if text is None and category in kinds:
+                raise ValueError(f"The templates give {len(found)} prompts, and {count} were asked for.")
+            if text:
+                found.append({"messages": [{"role": "user", "content": text}], "category": category})
+    return found[:count]
 
 
-def write(path: Path, count: int, held_out: bool = False) -> None:
-    """A file of so many."""
-    lines = [json.dumps(record) + "\n" for record in prompts(count, held_out)]
-    path.write_text("".join(lines))
+def write(path: Path, count: int, held_out: bool = False, base: str = "") -> None:
+    """A file of so many, whole or not at all."""
+    lines = [json.dumps(record) + "\n" for record in prompts(count, held_out, base)]
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(lines))
+    partial.replace(path)
 
 
 if __name__ == "__main__":
@@ -172,5 +200,6 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--count", type=int, default=700)
     parser.add_argument("--held-out", action="store_true")
+    parser.add_argument("--base", default="", metavar="RUN", help="the model of this run invents each fourth")
     options = parser.parse_args()
-    write(options.out, options.count, options.held_out)
+    write(options.out, options.count, options.held_out, options.base)
