@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 
 from mtp_jax.model.cache import LayerCache, read, write
 from mtp_jax.model.config import ModelConfig
@@ -68,8 +68,7 @@ def attend_cached(q_BTNH: Array, cache: LayerCache, mask_B1TS: Array) -> Array:
         # G: query heads of a key head. Slices that are joined lie in memory as they are wanted; a CPU would move the
         # numbers of a transposed array one by one.
         q_BKMH = jnp.concatenate([q_BTKGH[:, :, i].reshape(batch, 1, -1, width) for i in range(kv_heads)], axis=1)
-        # With the barrier the scores, and not the keys, are transposed.
-        scores_BKSM = lax.optimization_barrier(product("bksh,bkmh->bksm", k_BKSH, q_BKMH))
+        scores_BKSM = product("bksh,bkmh->bksm", k_BKSH, q_BKMH)
         scores_BKTGS = jnp.moveaxis(scores_BKSM.reshape(batch, kv_heads, slots, time, -1), 2, -1)
         weights_BKTGS = jax.nn.softmax(jnp.where(mask[:, :, :, None], scores_BKTGS, -jnp.inf), axis=-1).astype(dtype)
         y_BKMH = product("bkms,bksh->bkmh", weights_BKTGS.reshape(batch, kv_heads, -1, slots), v_BKSH)
