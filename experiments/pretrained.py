@@ -19,8 +19,8 @@ steps of training 33 (commit 6b34346). The whole has not been run to its end yet
 Expect: of a head that learnt for 3,200 steps from 294,925 tokens of answers to templates alone, a held-out loss of 2.51
 2.98 3.45 nats per token by offset behind the model's own 0.96, and with three drafts, decoded on 24 prompts that no
 template gives, a third each code, mathematics and instructions, 1.80 tokens per forward at T = 0, where drafts are
-accepted 0.45 0.23 0.13, and 1.71 at T = 0.7. On prompts of the templates 2.28 and 2.00 are expected. One that learnt
-from 240,051 tokens of answers to more various prompts: 1.90 and 1.85, expected on 48 others.
+accepted 0.45 0.23 0.13, and 1.71 at T = 0.7 (commit e280802). On prompts of the templates 2.28 and 2.00 are expected.
+One that learnt from 240,051 tokens of answers to more various prompts: 1.90 and 1.85, expected on 48 others.
 """
 
 import argparse

@@ -12,6 +12,7 @@ Cost: of SmolLM2-135M in bfloat16 two minutes for 437 that are invented, on two 
 """
 
 import argparse
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -152,19 +153,22 @@ def sums(held_out: bool, chance: random.Random) -> Iterator[str]:
             yield text
 
 
-def invented(base: str, most: int) -> Iterator[str]:
-    """What the model of a run writes where the user's words would be, if it comes to an end: up to `most` texts, and
-    fewer of a model that ends few."""
+def invented(base: str) -> Iterator[str]:
+    """What the model of a run writes where the user's words would be, if it comes to an end; no more where of 64 texts
+    fewer than eight are new and do. 51 of SmolLM2-135M's first 64 do."""
     run, seen = mtp_jax.load(base, decoding_only=True), set()
     one, other = (run.conversation([{"role": "user", "content": text}]) for text in ("a", "b"))
     begin = one[: np.argmax(one != other)]
-    for seed in range(4 + most // 16):  # of 64 texts 51 of SmolLM2-135M come to an end
+    for seed in itertools.count():
+        before = len(seen)
         out = run.generate_tokens([begin] * 64, max_new_tokens=96, temperature=1.0, top_p=0.95, seed=seed, k=0)
         for ids in out.tokens:
             text = run.tokenizer.decode(ids[:-1]).strip()
             if ids[-1] in run.stop_tokens and len(text) >= 16 and text not in seen:
                 seen.add(text)
                 yield text
+        if len(seen) < before + 8:
+            return
 
 
 def prompts(count: int, held_out: bool = False, base: str = "", seed: int = 0) -> list[dict]:
@@ -175,7 +179,7 @@ def prompts(count: int, held_out: bool = False, base: str = "", seed: int = 0) -
         "code": about(CODE, TASKS, held_out, chance),
         "math": sums(held_out, chance),
     }
-    own = iter(invented(base, count) if base else ())
+    own = iter(invented(base) if base else ())
     found = []
     while len(found) < count:
         for category, texts in (*kinds.items(), ("invented", own)):

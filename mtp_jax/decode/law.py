@@ -61,7 +61,7 @@ def of_drafts(sampling: Sampling, head: HeadConfig) -> Sampling:
 
 
 def argmax(x: Array) -> Array:
-    """The index of the largest along the last axis, the first of several, as int32; 0 where one is not a number."""
+    """The index of the largest along the last axis, the first of several, as int32; any where one is not a number."""
     if platform() != "cpu":
         return jnp.argmax(x, axis=-1).astype(jnp.int32)
     # XLA compares pairs of a number and its index one by one on a CPU, and either alone many at a time.

@@ -203,12 +203,12 @@ def test_drafts_are_chosen_among_listed_tokens_as_among_all(options, shape, monk
 
     with tiny.mesh(*shape):
         model = for_decoding(make()[1])
-        for method in (listed, spread):
+        for method in (spread, listed):
             monkeypatch.setattr(MixtureHead, "next_listed", method)
             for function in (loop.begin, loop.run):
                 function.clear_cache()
             found.append(generate(model, prompts, max_new_tokens=24, k=W - 1, seed=3, **options))
-    among, all_of_them = found
+    all_of_them, among = found
     assert among.accepted.sum() and (among.accepted == all_of_them.accepted).all()
     for a, b in zip(among.tokens, all_of_them.tokens, strict=True):
         np.testing.assert_array_equal(a, b)
