@@ -16,7 +16,7 @@ from mtp_jax.heads.base import Aux, Head, Seen
 from mtp_jax.heads.circuits import Independent
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.heads.registry import check_head
-from mtp_jax.losses.mixture import Terms, mixture_loss
+from mtp_jax.losses.mixture import Terms, factor_scores, mixture_loss
 from mtp_jax.losses.next_token import NextToken
 from mtp_jax.model.config import ModelConfig
 from mtp_jax.model.transformer import Trunk, UnrolledTrunk
@@ -92,7 +92,7 @@ class LanguageModel(nnx.Module):
         own: bool = True,
     ) -> tuple[Array, Aux]:
         """The training loss of a batch in nats, and sums to report; `Head.loss` says what the arguments are. With
-        hidden states in the batch, `x_BTD`, the trunk is not run.
+        hidden states in the batch, `x_BTD`, the trunk is not run, nor where it is there too is `normaliser_BT` formed.
 
         With target `ntp` the next-token loss is added with `ntp_weight`, and is `loss_first_token`; not if `own` is
         False, for a model that stays as it is.
@@ -101,6 +101,7 @@ class LanguageModel(nnx.Module):
         if "x_BTD" in batch:  # and the taps behind them, in one array
             x_BTD, *taps = jnp.split(batch["x_BTD"].astype(self.config.dtype), 1 + len(self.head.taps), axis=-1)
             seen = self.seen(x_BTD, tokens_BT, tuple(taps), segments_BT)
+            seen = dataclasses.replace(seen, normaliser_BT=batch.get("normaliser_BT"))
         else:
             seen = self.see(tokens_BT, segments_BT)
         loss, aux = self.head.loss(seen, targets_BTW, weights_BTW, key, law_weights_BTW)
@@ -122,6 +123,15 @@ class LanguageModel(nnx.Module):
         if aux["loss_offset"].shape[0] < config.window:  # the head leaves the first offset to the model
             aux = {**aux, "loss_offset": jnp.concatenate([nll_1, aux["loss_offset"]])}
         return loss + config.ntp_weight * first_loss, {**aux, "loss_first_token": nll_1[0]}
+
+    def normaliser(self, x_BTD: Array, temperature: float) -> Array:
+        """That of the model's own law at a temperature, the logarithm of the sum over the vocabulary of exp(logits /
+        temperature): `[B, T]` in float32, in tiles of positions."""
+        assert self.unembed_VD is not None
+        form, params = NextToken(temperature=temperature), {"unembed_VD": self.unembed_VD[...]}
+        anything_BT1 = jnp.zeros_like(x_BTD[..., :1], jnp.int32)
+        _, lse_BT11 = factor_scores(form, params, x_BTD, anything_BT1, self.config.known)
+        return lse_BT11[:, :, 0, 0]
 
     def next_token(self, x_BTD: Array) -> Array:
         """The model's own law of the next token: log-probabilities `[B, T, V]` in float32."""

@@ -112,7 +112,7 @@ def _prepare(config: TrainConfig, mesh: Any, store: Store | Mixture | None) -> t
             ids, _ = most_frequent(store.train.frequencies(config.model.vocab_size), config.head.shortlist)
             state = dataclasses.replace(state, params=put_listed(state.params, ids))
     step = trainer.step.lower(state, batch).compile()  # type: ignore[attr-defined]
-    memory, cost = step.memory_analysis(), costs(config, state.whole)
+    memory, cost = step.memory_analysis(), costs(config, state.whole, store is not None and store.normalised)
     held = [state]
 
     def run() -> Any:

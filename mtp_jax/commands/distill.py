@@ -75,11 +75,16 @@ class HiddenOptions:
     """Of what is kept; by default what the base computes in."""
     taps: tuple[int, ...] = ()
     """Layers, counted from 1, whose outputs are kept too, for heads with head.taps."""
+    temperature: float | None = None
+    """Of the base's law whose normaliser is kept, for losses against it; by default that of the texts, or 1."""
     batch_size: int = 8
     """Rows at a time."""
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size")
+
+
+HIDDEN = "dtype", "taps", "temperature", "batch_size"
 
 
 def regenerate_command(args: list[str]) -> None:
@@ -132,7 +137,7 @@ def hidden_command(args: list[str]) -> None:
     run, base = _base(options.base, MeshConfig(-1, 1, 1))
     length = options.seq_len or run.config.data.seq_len
     with _progress("caching", "rows") as tell:
-        made = {"seq_len": length, **{name: getattr(options, name) for name in ("dtype", "taps", "batch_size")}}
+        made = {"seq_len": length, **{name: getattr(options, name) for name in HIDDEN}}
         cache_hidden(run, base, store, options.out, **made, log=print, progress=lambda done, of: tell(done, of, 0))
     fraction = store.manifest["valid_fraction"]
     split = "" if fraction == SourceConfig.valid_fraction else f" --data.valid-fraction {fraction:g}"

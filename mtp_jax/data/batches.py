@@ -109,9 +109,12 @@ class RowSequences:
         tokens_BS, pieces_BS = np.pad(tokens_BT, ahead), np.pad(pieces_BT, ahead, constant_values=-1)
         batch = _batch(tokens_BS, pieces_BS, self.window, np.pad(supervised_BT, ahead))
         hidden = self.rows.documents.hidden
+        normaliser = self.rows.documents.normaliser
+        inside = np.minimum(numbers, len(self.rows) - 1)
         if hidden is not None:
-            inside = np.minimum(numbers, len(self.rows) - 1)
             batch["x_BTD"] = np.where((numbers == inside)[:, None, None], hidden[inside], np.zeros((), hidden.dtype))
+        if normaliser is not None:
+            batch["normaliser_BT"] = np.where((numbers == inside)[:, None], normaliser[inside], np.float32(0))
         return batch
 
 
@@ -161,7 +164,8 @@ def batches(
       `valid_BTW` bool: whether that target belongs to the same document as its input, and with a loss mask whether it
         and all targets before it are supervised. The end-of-document token is a valid target, and as an input has none;
       `segments_BT` int32: which document of the sequence a token belongs to, counted from 0;
-      `x_BTD`: the hidden states of a base, where the store has them.
+      `x_BTD`: the hidden states of a base, where the store has them;
+      `normaliser_BT`: that of the base's law, where the store has it.
 
     Raises `ConfigError` if the split has no documents or `count` does not divide B.
     """

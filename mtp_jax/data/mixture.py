@@ -116,6 +116,11 @@ class Mixture:
             )
         return self.stores[0].hidden
 
+    @property
+    def normalised(self) -> bool:
+        """Whether the normaliser of the base's law is beside their hidden states."""
+        return self.stores[0].normalised
+
     @classmethod
     def open(cls, files: str) -> Mixture:
         """Open what `WEIGHT:DIRECTORY,...` lists.

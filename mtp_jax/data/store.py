@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,8 +52,8 @@ class Documents:
 
     `tokens` is the memory map of all documents end to end, uint16 or uint32; document i is
     `tokens[offsets[i] : offsets[i + 1]]` and is called `names[i]`. `mask`, uint8, has 1 for each token that is
-    supervised; without one all are. `hidden` `[rows, T, D]`: a base's hidden states, by row. `split` is its name in
-    messages.
+    supervised; without one all are. `hidden` `[rows, T, D]`: a base's hidden states, by row, and `normaliser`
+    `[rows, T]` in float32 that of its law there. `split` is its name in messages.
     """
 
     split: str
@@ -61,6 +62,7 @@ class Documents:
     names: Sequence[str]
     mask: np.ndarray | None = None
     hidden: np.ndarray | None = None
+    normaliser: np.ndarray | None = None
 
     def require_some(self) -> None:
         """Raise `ConfigError` if there are none."""
@@ -130,8 +132,14 @@ class Store:
 
     @property
     def hidden(self) -> dict[str, Any] | None:
-        """What its hidden states are, if it has some: seq_len, width, dtype, taps, and the base with its sha256."""
+        """What its hidden states are, if it has some: seq_len, width, dtype, taps, the base with its sha256, and the
+        temperature of the law whose normaliser is beside them."""
         return self.manifest.get("hidden")
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the normaliser of the base's law is beside its hidden states."""
+        return bool(self.hidden and self.hidden.get("temperature"))
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that it was made with: its own copy."""
@@ -165,13 +173,17 @@ def _open_split(path: Path, manifest: dict[str, Any], split: str) -> Documents:
     offsets = np.load(path / f"{split}.offsets.npy", mmap_mode="r")
     if len(offsets) != counts["documents"] + 1 or offsets[-1] != counts["tokens"]:
         raise ValueError(f"{split}.offsets.npy does not fit {split}.tokens.bin")
-    names, hidden = Names(path / f"{split}.names.jsonl", counts["documents"]), None
+    names, hidden, normaliser = Names(path / f"{split}.names.jsonl", counts["documents"]), None, None
     if states := manifest.get("hidden"):
         file, kind = path / f"{split}.hidden.bin", ml_dtypes.finfo(states["dtype"]).dtype
         row = states["seq_len"] * states["width"]
         hidden = _mapped(file, kind, file.stat().st_size // (row * kind.itemsize) * row)
         hidden = hidden.reshape(-1, states["seq_len"], states["width"])
-    return Documents(split, tokens, offsets, names, mask, hidden)
+        if states.get("temperature") is not None:
+            shape = hidden.shape[:2]
+            normaliser = _mapped(path / f"{split}.normaliser.bin", np.dtype(np.float32), math.prod(shape))
+            normaliser = normaliser.reshape(shape)
+    return Documents(split, tokens, offsets, names, mask, hidden, normaliser)
 
 
 def _mapped(file: Path, dtype: np.dtype, count: int) -> np.ndarray:

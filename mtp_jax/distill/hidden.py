@@ -1,8 +1,9 @@
 """Cache of hidden states: what a base makes of every row of a store, computed once.
 
 The cache is a store itself: the same documents, and `train.hidden.bin`, `[rows, T, D]`, beside them. A head that is
-trained on it reads its base's vocabulary tables and never its trunk. It is made aside (`.NAME.partial`), renamed when
-complete, and what an interruption leaves is continued.
+trained on it reads its base's vocabulary tables and never its trunk. `train.normaliser.bin`, `[rows, T]`, has the
+normaliser of the base's law, for losses against it: a step would multiply with the whole table for that alone. It is
+made aside (`.NAME.partial`), renamed when complete, and what an interruption leaves is continued.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def cache_hidden(
     seq_len: int,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     taps: tuple[int, ...] = (),
+    temperature: float | None = None,
     batch_size: int = 8,
     log: Callable[[str], None] = lambda _: None,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -56,6 +58,7 @@ def cache_hidden(
       seq_len: tokens in a row (T): that of the training to come.
       dtype: of what is kept; by default what the base computes in, so that nothing is lost.
       taps: layers, counted from 1, whose outputs are kept too, for a head that reads them.
+      temperature: of the law whose normaliser is kept; by default that at which the texts were sampled, or 1.
       batch_size: rows at a time.
       log: told the bytes before the first is written.
       progress: told after each batch how many rows of all are done.
@@ -84,10 +87,21 @@ def cache_hidden(
     outside = [n for n in taps if not 1 <= n <= model.num_layers]
     require(not outside, f"taps has {outside} and the base has the layers 1..{model.num_layers}; give some of those.")
     kept: dict[str, Any] = {"seq_len": seq_len, "width": (1 + len(taps)) * model.d_model, "dtype": dtype}
-    kept |= {"computed_in": model.dtype, "taps": [*taps]}
+    kept |= {"computed_in": model.dtype, "taps": [*taps], "temperature": _temperature(run, store, temperature)}
     with one_maker(path):
         _make(run, store, path, {**kept, "base": base.reference()}, batch_size, log, progress)
     return path
+
+
+def _temperature(run: LoadedRun, store: Store, temperature: float | None) -> float | None:
+    """Of the law whose normaliser is kept. None of a base whose own law goes through its head's table."""
+    require(
+        temperature is None or temperature > 0,
+        f"temperature is {temperature}; it must be above 0: that of the law that a head is compared with.",
+    )
+    if run.config.head.target != "ntp":
+        return None
+    return temperature or (store.sampled or {}).get("temperature") or 1.0
 
 
 def _make(
@@ -109,8 +123,8 @@ def _make(
     scratch = path.with_name(f".{path.name}.partial")
     done = _begin(scratch, store, manifest)
     count, kind = sum(map(len, rows.values())), np.dtype(jnp.dtype(dtype))
-    size = count * seq_len * width * kind.itemsize
-    left = size - sum(done.values()) * seq_len * width * kind.itemsize
+    row = seq_len * (width * kind.itemsize + 4 * (kept["temperature"] is not None))
+    size, left = count * row, (count - sum(done.values())) * row
     free = shutil.disk_usage(scratch).free
     log(f"{count:,} rows of {seq_len} x {width} in {dtype}: {size / 1e9:.3f} GB")
     require(left < free, f"{path.parent} has {free / 1e9:.2f} GB free, and {left / 1e9:.2f} GB are needed. Make room.")
@@ -119,16 +133,16 @@ def _make(
         each = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
         batch_size = -(-batch_size // each) * each
         for split in SPLITS:
-            shape = (len(rows[split]), seq_len, width)
-            file = scratch / f"{split}.hidden.bin"
-            kept_NTD = np.memmap(file, kind, "r+" if file.exists() else "w+", shape=shape) if shape[0] else None
-            if kept_NTD is None:
-                file.touch()
+            shape = (len(rows[split]), seq_len)
+            files = [_file(scratch / f"{split}.hidden.bin", kind, (*shape, width))]
+            if kept["temperature"] is not None:
+                files.append(_file(scratch / f"{split}.normaliser.bin", np.dtype(np.float32), shape))
             for first in range(done.get(split, 0), shape[0], batch_size):
-                assert kept_NTD is not None
                 last = min(first + batch_size, shape[0])
-                kept_NTD[first:last] = _states(run, rows[split], first, batch_size, kept)[: last - first]
-                kept_NTD.flush()
+                for file, found in zip(files, _states(run, rows[split], first, batch_size, kept), strict=True):
+                    assert file is not None
+                    file[first:last] = found[: last - first]
+                    file.flush()
                 done[split] = last
                 replace_file(epath.Path(scratch / DONE), json.dumps(done))
                 progress(before + last, count)
@@ -137,6 +151,14 @@ def _make(
         (scratch / file).unlink(missing_ok=True)
     (scratch / MANIFEST).write_text(json.dumps(manifest, indent=2))
     scratch.rename(path)
+
+
+def _file(path: Path, kind: np.dtype, shape: tuple[int, ...]) -> np.memmap | None:
+    """A file to write to, with what is in it; None, and an empty file, where there is nothing to write."""
+    if not shape[0]:
+        path.touch()
+        return None
+    return np.memmap(path, kind, "r+" if path.exists() else "w+", shape=shape)
 
 
 def _begin(scratch: Path, store: Store, manifest: dict[str, Any]) -> dict[str, int]:
@@ -150,27 +172,39 @@ def _begin(scratch: Path, store: Store, manifest: dict[str, Any]) -> dict[str, i
     return {}
 
 
-def _states(run: LoadedRun, rows: Rows, first: int, count: int, kept: dict[str, Any]) -> np.ndarray:
-    """The hidden states of `count` rows from `first` on, `[count, T, D]`, and taps behind each."""
+def _states(run: LoadedRun, rows: Rows, first: int, count: int, kept: dict[str, Any]) -> list[np.ndarray]:
+    """The hidden states of `count` rows from `first` on, `[count, T, D]`, with taps behind each, and if it is kept the
+    normaliser of the law there, `[count, T]`."""
     dtype = kept["dtype"]
     tokens_BT, pieces_BT, _ = rows.read(np.arange(first, first + count))
     batch = place({"tokens_BT": tokens_BT, "pieces_BT": pieces_BT.astype(np.int32)}, run.mesh)
-    x_BTD, finite_B = _see(run.model, batch["tokens_BT"], batch["pieces_BT"], dtype, (*kept["taps"],))
+    asked = dtype, (*kept["taps"],), kept["temperature"]
+    *found, finite_B = _see(run.model, batch["tokens_BT"], batch["pieces_BT"], *asked)
     if not (finite_B := np.asarray(finite_B)).all():
         bad = first + int(np.argmin(finite_B))
         raise ConfigError(
             f"Row {bad} of the {rows.documents.split} split has states that are not finite in {dtype}. Keep them "
             "in bfloat16 or float32, or look at that text."
         )
-    return np.asarray(x_BTD)
+    return [*map(np.asarray, found)]
 
 
 def _hidden(
-    model: LanguageModel, tokens_BT: Array, segments_BT: Array, dtype: str, taps: tuple[int, ...]
-) -> tuple[Array, Array]:
+    model: LanguageModel,
+    tokens_BT: Array,
+    segments_BT: Array,
+    dtype: str,
+    taps: tuple[int, ...],
+    temperature: float | None,
+) -> tuple[Array, ...]:
     seen = model.see(tokens_BT, segments_BT, taps)
     x_BTD = jnp.concatenate([seen.x_BTD, *seen.taps], axis=-1).astype(dtype)
-    return x_BTD, jnp.all(jnp.isfinite(x_BTD), axis=(1, 2))
+    finite_B = jnp.all(jnp.isfinite(x_BTD), axis=(1, 2))
+    if temperature is None:
+        return x_BTD, finite_B
+    # Of the states as they are kept: it is they that the law is formed from.
+    last_BTD = seen.x_BTD.astype(dtype).astype(model.config.dtype)
+    return x_BTD, model.normaliser(last_BTD, temperature), finite_B
 
 
-_see = jax.jit(_hidden, static_argnames=("dtype", "taps"))
+_see = jax.jit(_hidden, static_argnames=("dtype", "taps", "temperature"))

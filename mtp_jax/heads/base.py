@@ -32,7 +32,7 @@ class Seen:
     `x_BTD`: hidden states after the final norm. `tokens_BT`: the tokens that were read. `segments_BT`: the document of
     each position; None in decoding, where a row is one. `taps`: the residual stream `[B, T, D]` behind each layer of
     `Head.taps`. `embed`: token ids `[B, T]` to the model's embeddings. `unembed_VD`: the model's vocabulary table, if
-    it has one.
+    it has one. `normaliser_BT`: that of the target's law, where it was kept.
     """
 
     x_BTD: Array
@@ -41,6 +41,7 @@ class Seen:
     taps: tuple[Array, ...]
     embed: Callable[[Array], Array]
     unembed_VD: Any
+    normaliser_BT: Array | None = None
 
     def at(self, index_B: Array) -> Seen:
         """One position of each row: every array has T = 1. The index may come from anywhere."""

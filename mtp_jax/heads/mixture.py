@@ -154,7 +154,7 @@ class MixtureHead(Head):
         if key is not None and config.loss_fraction < 1:
             batch = subsample(jax.random.fold_in(key, 1), config.loss_fraction, *batch)
         if terms.against:
-            law = self._law(params, seen, listed_BTW, law_weights_BTW)
+            law = target_law(terms.against, params, seen, listed_BTW, law_weights_BTW)
             loss, sums = mixture_loss_against(self.form, terms, params, *batch, law)
             if self.shortlist:
                 sums["listed_before"] = jnp.sum(law.weights_BTW, axis=(0, 1))
@@ -179,13 +179,6 @@ class MixtureHead(Head):
         against = against_target(config, names)
         before = 1 - self.whole
         return Terms(type(self.circuit), config.gamma, config.z_weight, self.known, before, config.nll_weight, against)
-
-    def _law(self, params: Tables, seen: Seen, listed_BTW: Array, law_weights_BTW: Array | None) -> TargetLaw:
-        """The target's law of what was seen. Where a token before is not listed, the head has no law to compare."""
-        if law_weights_BTW is None:
-            raise ValueError("A loss against the target's law has weights of its own; give law_weights_BTW.")
-        tables = {} if "unembed_VD" in params else {"unembed_VD": seen.unembed_VD}
-        return TargetLaw(tables, seen.x_BTD, behind_listed(listed_BTW, law_weights_BTW))
 
     def log_likelihood(self, seen: Seen, targets_BTW: Array) -> Array:
         """log q(x_s | x_<s, h), `[B, T, W]` in nats, in tiles; -inf from the first target on that is not listed."""
@@ -289,6 +282,17 @@ def against_target(config: HeadConfig, columns: tuple[str, ...]) -> Against | No
     """The losses against the target's law that a config weighs, if there are any; `columns` as `Against` has them."""
     weights = config.kl_weight, config.tv_weight, config.acceptance_weight, config.lk_weight
     return Against(*weights, config.temperature, columns) if config.against_target else None
+
+
+def target_law(
+    against: Against, params: Tables, seen: Seen, listed_BTW: Array, law_weights_BTW: Array | None
+) -> TargetLaw:
+    """The target's law of what was seen. Where a token before is not listed, the head has no law to compare."""
+    if law_weights_BTW is None:
+        raise ValueError("A loss against the target's law has weights of its own; give law_weights_BTW.")
+    wanted = against.tables(normalised=seen.normaliser_BT is not None)
+    tables = {"unembed_VD": seen.unembed_VD} if "unembed_VD" in wanted and "unembed_VD" not in params else {}
+    return TargetLaw(tables, seen.x_BTD, behind_listed(listed_BTW, law_weights_BTW), seen.normaliser_BT)
 
 
 def _factors(config: HeadConfig) -> type[Factors]:

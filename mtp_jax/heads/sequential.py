@@ -28,12 +28,11 @@ from mtp_jax.heads.base import Aux, Head, Seen, with_own_first
 from mtp_jax.heads.circuits import Independent
 from mtp_jax.heads.config import HeadConfig
 from mtp_jax.heads.encoder import TokenEncoder
-from mtp_jax.heads.mixture import against_target
-from mtp_jax.heads.shortlist import SHORT, Shortlist, behind_listed, columns
+from mtp_jax.heads.mixture import against_target, target_law
+from mtp_jax.heads.shortlist import SHORT, Shortlist, columns
 from mtp_jax.heads.stages import block_flops, silent_block, stacked, stage, unstacked
 from mtp_jax.losses.mixture import Terms, factor_scores, mixture_loss, mixture_loss_against
 from mtp_jax.losses.next_token import EachToken, NextToken
-from mtp_jax.losses.target_law import TargetLaw
 from mtp_jax.model.attention import attend_chain, cache_mask, causal_mask
 from mtp_jax.model.cache import Cache, init_cache, read, write
 from mtp_jax.model.config import ModelConfig
@@ -218,26 +217,23 @@ class SequentialHead(Head):
         columns_BTL, listed_BTL = columns(self.shortlist, targets_BTW[..., 1:])  # L: the later offsets
         params = self._table(seen.unembed_VD)
         (name,) = params
-        tables = {} if name == "unembed_VD" else {"unembed_VD": seen.unembed_VD}
         weights = jnp.where(listed_BTL, weights_BTW[..., 1:], 0.0)
         against = against_target(config, (name,))
         g_BTLD = jnp.stack([*self._stream(seen, targets_BTW)], axis=2)
         terms = Terms(Independent, config.gamma, config.z_weight, self.known, 1, config.nll_weight, against)
         form: Any = EachToken(name)
         batch = params, g_BTLD, Independent.latent(seen.x_BTD), columns_BTL, weights
-        law_weights = None
         if against:
-            if law_weights_BTW is None:
-                raise ValueError("A loss against the target's law has weights of its own; give law_weights_BTW.")
-            law_weights = behind_listed(listed_BTL, law_weights_BTW[..., 1:])
-            total, aux = mixture_loss_against(form, terms, *batch, TargetLaw(tables, seen.x_BTD, law_weights))
+            later = None if law_weights_BTW is None else law_weights_BTW[..., 1:]
+            law = target_law(against, params, seen, listed_BTL, later)
+            total, aux = mixture_loss_against(form, terms, *batch, law)
+            if self.shortlist:
+                aux["listed_before"] = jnp.sum(law.weights_BTW, axis=(0, 1))
         else:
             total, nll_L = mixture_loss(form, terms, *batch)
             aux = {"loss_offset": nll_L}
         if self.shortlist:
             aux["listed"] = jnp.sum(weights, axis=(0, 1))
-            if law_weights is not None:
-                aux["listed_before"] = jnp.sum(law_weights, axis=(0, 1))
         return total, with_own_first(aux, weights_BTW, law_weights_BTW)
 
     def log_likelihood(self, seen: Seen, targets_BTW: Array) -> Array:

@@ -123,7 +123,7 @@ def _in_tiles(
     @functools.partial(jax.shard_map, in_specs=specs, out_specs=((P(), P()), specs[:3] if gradient else None))
     def local(params: Any, x: Array, latent: Any, targets: Array, weights: Array, law: TargetLaw | None) -> Any:
         against = terms.against if law else None
-        beside = against.beside({**params, **law.tables}) if against and law else 0
+        beside = against.beside({**params, **law.tables}, law.normalised) if against and law else 0
         own = {name: params[name] for name in terms.law.TABLES if name in params}
         factors, split = ({n: a for n, a in of.items() if n not in own} if own else of for of in (params, specs[0]))
         more = latent.dtype.itemsize * terms.law.unfolds(own)

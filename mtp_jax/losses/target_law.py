@@ -39,7 +39,7 @@ class Against:
     """What is static in these losses: a weight for each term, and the temperature of p.
 
     `columns`: for each array of logits the name of the table, in `TargetLaw.tables` or among the head's parameters,
-    whose rows are its columns. `unembed_VD` is the one that p is normalised over.
+    whose rows are its columns. `unembed_VD` is the one that p is normalised over, where its normaliser is not known.
     """
 
     kl: float = 0.0
@@ -49,10 +49,9 @@ class Against:
     temperature: float = 1.0
     columns: tuple[str, ...] = ("unembed_VD",)
 
-    @property
-    def tables(self) -> tuple[str, ...]:
-        """The names of all tables that p takes."""
-        return tuple(dict.fromkeys(("unembed_VD", *self.columns)))
+    def tables(self, normalised: bool) -> tuple[str, ...]:
+        """The names of all tables that p takes; where it is `normalised` already, those of its columns alone."""
+        return tuple(dict.fromkeys(self.columns if normalised else ("unembed_VD", *self.columns)))
 
     @property
     def reported(self) -> tuple[str, ...]:
@@ -60,9 +59,9 @@ class Against:
         some = (("acceptance_offset", self.acceptance), ("lk_offset", self.lk))
         return "kl_offset", "overlap_offset", *(name for name, weight in some if weight)
 
-    def beside(self, tables: dict[str, Any]) -> int:
+    def beside(self, tables: dict[str, Any], normalised: bool) -> int:
         """Columns of the logits of p at one position."""
-        return sum(tables[name].shape[0] for name in self.tables)
+        return sum(tables[name].shape[0] for name in self.tables(normalised))
 
 
 @jax.tree_util.register_dataclass
@@ -71,12 +70,20 @@ class TargetLaw:
     """What p is formed from, all of it constant: hidden states of the model and its tables `[V, D]`, by name.
 
     `tables`: those that the head's own parameters do not have. `weights_BTW`: 0 where a target is masked or position
-    t + s - 1 lies outside the row, and elsewhere what the terms at (t, s) count.
+    t + s - 1 lies outside the row, and elsewhere what the terms at (t, s) count. `normaliser_BT`: the logarithm of the
+    sum over the vocabulary of exp(logits / temperature), where it is known; the product with the whole table, which is
+    most of the work beside a shortlist, is then not made.
     """
 
     tables: dict[str, Array]
     x_BTD: Array
     weights_BTW: Array
+    normaliser_BT: Array | None = None
+
+    @property
+    def normalised(self) -> bool:
+        """Whether the normaliser is known."""
+        return self.normaliser_BT is not None
 
 
 class Measure:
@@ -91,9 +98,11 @@ class Measure:
         own = {n: gather_local(w, specs[n], law.x_BTD.dtype) for n, w in law.tables.items()}
         self.tables = {**device.whole, **own}
         self.halo = before + gamma_W.shape[0] - 1
-        flat_ND = law.x_BTD.reshape(-1, law.x_BTD.shape[-1])
-        end = -flat_ND.shape[0] % device.width + self.halo
-        self.x_ND = vary(jnp.pad(flat_ND, ((0, end), (0, 0))))
+        self.names = against.tables(law.normalised)
+        given = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), (law.x_BTD, law.normaliser_BT))
+        end = -given[0].shape[0] % device.width + self.halo
+        padded = jax.tree.map(lambda a: vary(jnp.pad(a, ((0, end), *((0, 0),) * (a.ndim - 1)))), given)
+        self.x_ND, self.normaliser_N = padded
 
     def tiles(self, weights_BTW: Array) -> tuple[Array, Array]:
         """What each tile takes: the weights of its positions, and its number."""
@@ -143,13 +152,16 @@ class Measure:
     def _target(self, number: Array) -> tuple[dict[str, Array], Array]:
         """Logits of p over the columns of each table, at the positions of the tile and its halo, and the normaliser."""
         width = self.device.width
-        x_1PD = lax.dynamic_slice_in_dim(self.x_ND, number * width, width + self.halo)[None]
+        here = lambda a: lax.dynamic_slice_in_dim(a, number * width, width + self.halo)  # noqa: E731
+        x_1PD = here(self.x_ND)[None]
 
         def logits_PV(name: str) -> Array:
             logits_PV = product("btd,vd->btv", x_1PD, self.tables[name])[0] / self.against.temperature
             return self.device.rule_out(logits_PV)
 
-        found = {name: logits_PV(name) for name in self.against.tables}
+        found = {name: logits_PV(name) for name in self.names}
+        if self.normaliser_N is not None:
+            return found, here(self.normaliser_N)[:, None]
         return found, self.device.normaliser(found["unembed_VD"])
 
     def _terms(

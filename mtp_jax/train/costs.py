@@ -87,8 +87,9 @@ def training_flops(config: TrainConfig) -> tuple[float, float]:
     return trunk, sum(check_head(head).flops(head, model, frozen)) + passes * own
 
 
-def costs(config: TrainConfig, params: Any) -> Costs:
-    """The costs of a run. `params` is the parameter tree, of arrays or of shapes."""
+def costs(config: TrainConfig, params: Any, normalised: bool = False) -> Costs:
+    """The costs of a run. `params` is the parameter tree, of arrays or of shapes. `normalised`: the data have the
+    normaliser of the base's law."""
 
     def count(tree: Any) -> int:
         return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
@@ -100,9 +101,17 @@ def costs(config: TrainConfig, params: Any) -> Costs:
         head_params=count(params.get("head", {})),
         embedding_params=count({name: params[name] for name in ("embed_VD", "unembed_VD") if name in params}),
         trunk_flops=trunk if "trunk" in params else 0.0,
-        head_flops=head,
+        head_flops=head - (_normaliser_flops(config) if normalised else 0),
         plain_flops=3 * trunk_forward_flops(model, config.data.seq_len) + 6 * model.vocab_size * model.d_model,
     )
+
+
+def _normaliser_flops(config: TrainConfig) -> float:
+    """Of the product with the vocabulary table that a token's normaliser takes, where nothing else needs it."""
+    head, model = config.head, config.model
+    drafts_alone = head.kind == "sequential" or head.encoder != "none"
+    alone = head.against_target and head.shortlist and drafts_alone
+    return 2 * model.d_model * model.vocab_size if alone else 0
 
 
 def accelerator(device_kind: str) -> Accelerator | None:

@@ -222,10 +222,11 @@ def cached(run: LoadedRun, store: Store | Mixture) -> Gate:
         some = numbers[first : first + each]
         some = np.concatenate([some, np.full(each - len(some), some[0])])
         tokens_BT, pieces_BT, _ = rows.read(some)
-        batch = place(
-            {"tokens_BT": tokens_BT, "segments_BT": pieces_BT.astype(np.int32), "x_BTD": kept_NTD[some]}, run.mesh
-        )
-        nats_BT = np.asarray(_moved(run.model, **batch))[: len(numbers) - first]
+        batch = {"tokens_BT": tokens_BT, "segments_BT": pieces_BT.astype(np.int32), "x_BTD": kept_NTD[some]}
+        if store.train.normaliser is not None:
+            batch["normaliser_BT"] = store.train.normaliser[some]
+        temperature = store.hidden.get("temperature")
+        nats_BT = np.asarray(_moved(run.model, temperature, **place(batch, run.mesh)))[: len(numbers) - first]
         nats_n = nats_BT[pieces_BT[: len(nats_BT)] < len(rows.rows)]
         total, worst, count = total + float(nats_n.sum()), max(worst, float(nats_n.max())), count + len(nats_n)
     mean, dtypes = total / max(1, count), {store.hidden["dtype"], run.config.model.dtype}
@@ -234,16 +235,26 @@ def cached(run: LoadedRun, store: Store | Mixture) -> Gate:
     return Gate("cache", mean <= limit, said)
 
 
-@jax.jit
-def _moved(model: LanguageModel, tokens_BT: Array, segments_BT: Array, x_BTD: Array) -> Array:
-    """KL in nats, `[B, T]`, of the next token's law from given hidden states behind that from the trunk's."""
+@functools.partial(jax.jit, static_argnums=1)
+def _moved(
+    model: LanguageModel,
+    temperature: float | None,
+    tokens_BT: Array,
+    segments_BT: Array,
+    x_BTD: Array,
+    normaliser_BT: Array | None = None,
+) -> Array:
+    """KL in nats, `[B, T]`, of the next token's law from given hidden states behind that from the trunk's, and how far
+    a normaliser that is given is from that of these states."""
     own_BTD = model.see(tokens_BT, segments_BT).x_BTD
-    x_BTD = x_BTD[..., : own_BTD.shape[-1]]  # taps lie behind them
+    x_BTD = x_BTD[..., : own_BTD.shape[-1]].astype(own_BTD.dtype)  # taps lie behind them
     some = math.gcd(own_BTD.shape[1], POSITIONS)
-    laws = ([*jnp.split(a_BTD, a_BTD.shape[1] // some, axis=1)] for a_BTD in (own_BTD, x_BTD.astype(own_BTD.dtype)))
+    laws = ([*jnp.split(a_BTD, a_BTD.shape[1] // some, axis=1)] for a_BTD in (own_BTD, x_BTD))
     own, kept = (jnp.stack(parts) for parts in laws)
-    nats = lax.map(lambda pair: _kl(*map(model.next_token, pair)), (own, kept))
-    return jnp.concatenate([*nats], axis=1)
+    nats_BT = jnp.concatenate([*lax.map(lambda pair: _kl(*map(model.next_token, pair)), (own, kept))], axis=1)
+    if normaliser_BT is None or temperature is None:
+        return nats_BT
+    return nats_BT + jnp.abs(normaliser_BT - model.normaliser(x_BTD, temperature))
 
 
 def decoding(model: LanguageModel, decoded: list[Decoded], temperature: float) -> Gate:

@@ -110,8 +110,8 @@ def train(
         with jax.set_mesh(mesh):
             with session.phase("preparing data", 0), session.signals.at_once():
                 store = prepare_data(config.data, print, tokenizer)
-            check_cache(config, store, base)
             config = learnt_from(config, store)
+            check_cache(config, store, base)
             trainer = make_trainer(config, trunk=store.hidden is None)
             held_out_batches = held_out(config, store, mesh, config.eval_batches)
             if meta:
@@ -125,7 +125,7 @@ def train(
                     shapes = jax.eval_shape(trainer.init).base
                     state = dataclasses.replace(state, base=base.params(on_mesh(shapes, mesh)))
             first = int(state.step)
-            cost = costs(config, state.whole)
+            cost = costs(config, state.whole, store.normalised)
             describe(config, store, mesh, path, cost, first)
             texts: list[Texts] = []
             drafts = config.head.window > 1 and config.head.target == "ntp"  # by which the base's law is preserved

@@ -96,6 +96,60 @@ def test_training_from_the_cache_is_training_with_the_trunk(setting, tmp_path, m
     assert run.generate("The", max_new_tokens=4)
 
 
+def test_losses_against_the_law_take_its_normaliser_from_the_cache(setting, tmp_path):
+    """Training is that with the trunk, and with the states alone, as older caches have them."""
+    cached = setting.cache(tmp_path / "cooler", temperature=0.7)
+    older = tmp_path / "older"
+    shutil.copytree(cached, older)
+    manifest = json.loads((older / "manifest.json").read_text())
+    assert manifest["hidden"].pop("temperature") == 0.7
+    (older / "manifest.json").write_text(json.dumps(manifest))
+    store, found = Store.open(cached), {}
+    model = mtp_jax.load(setting.base).model
+    table_VD = np.asarray(model.unembed_VD[...])[: model.config.known]
+    for split in (store.train, store.valid):
+        logits_NTV = np.asarray(split.hidden, np.float64) @ table_VD.T / 0.7
+        np.testing.assert_allclose(split.normaliser, np.log(np.exp(logits_NTV).sum(-1)), atol=1e-5)
+    assert Store.open(older).train.normaliser is None
+    head = tiny.head_config(
+        target="ntp", encoder="token", factors="lowrank", shortlist=64, lk_weight=1.0, kl_weight=0.5, temperature=0.7
+    )
+    for name, source in (("trunk", setting.store.path), ("cache", cached), ("older", older)):
+        train(dataclasses.replace(setting.config(source), head=head), tmp_path / name)
+        found[name] = np.array([row[2] for row in losses(tmp_path / name)])
+    np.testing.assert_allclose(found["cache"], found["trunk"], atol=1e-5)
+    np.testing.assert_allclose(found["older"], found["trunk"], atol=1e-5)
+
+
+def test_the_law_is_that_of_the_texts_or_of_who_asks(setting, tmp_path):
+    manifest = json.loads((setting.store.path / "manifest.json").read_text())
+    kept = {}
+    for there, asked in ((None, None), (0.8, None), (0.0, None), (0.8, 0.5)):
+        store = tmp_path / f"{there}-{asked}"
+        shutil.copytree(setting.store.path, store)
+        if there is not None:
+            sampled = {"temperature": there, "top_k": 0, "top_p": 1.0}
+            (store / "manifest.json").write_text(json.dumps({**manifest, "sampled": sampled}))
+        out = tmp_path / f"states-{there}-{asked}"
+        run, base = mtp_jax.load(setting.base), open_base(setting.base)
+        cache_hidden(run, base, Store.open(store), out, seq_len=T, temperature=asked)
+        kept[there, asked] = Store.open(out).hidden["temperature"]
+    assert kept == {(None, None): 1.0, (0.8, None): 0.8, (0.0, None): 1.0, (0.8, 0.5): 0.5}
+    with pytest.raises(ConfigError, match=r"temperature is 0\.0; it must be above 0"):
+        setting.cache(tmp_path / "greedy", temperature=0.0)
+
+
+def test_a_normaliser_at_another_temperature_is_refused(setting, tmp_path):
+    """Not by a head that is not compared with the law."""
+    base, store = open_base(setting.base), Store.open(setting.cached)
+    head = tiny.head_config(target="ntp", encoder="token", factors="lowrank", temperature=0.7)
+    config = dataclasses.replace(base.resolve(setting.config(setting.cached)), head=head)
+    check_cache(config, store, base)
+    against = dataclasses.replace(config, head=dataclasses.replace(head, tv_weight=1.0))
+    with pytest.raises(ConfigError, match=r"at temperature 1.0, and HeadConfig.temperature is 0.7.*--temperature 0.7"):
+        check_cache(against, store, base)
+
+
 @pytest.mark.slow
 def test_a_head_that_taps_inner_layers_has_them_from_the_cache(setting, tmp_path):
     taps, found = (2, 1), {}
@@ -162,7 +216,8 @@ def test_what_an_interruption_leaves_is_continued(setting, tmp_path, monkeypatch
     again = made[2:]  # the third batch came twice, and the first ones once
     assert made[:3] == [0, 3, 6] and again[0] == again[0] == 6 and 0 not in again[: again.index(0)]
     assert re.fullmatch(r"\d+ rows of 32 x 16 in float32: 0\.\d{3} GB", lines[0])
-    for file in ("train.hidden.bin", "valid.hidden.bin", "manifest.json", "train.tokens.bin"):
+    files = "train.hidden.bin", "valid.hidden.bin", "train.normaliser.bin", "manifest.json", "train.tokens.bin"
+    for file in files:
         assert (tmp_path / "out" / file).read_bytes() == (Store.open(setting.cached).path / file).read_bytes(), file
 
 
@@ -199,6 +254,8 @@ def test_devices_share_the_rows(setting, tmp_path):
     run = mtp_jax.load(setting.base, mesh=mtp_jax.MeshConfig(2, 2, 2))
     cache_hidden(run, open_base(setting.base), setting.store, tmp_path / "out", seq_len=T, batch_size=3)
     ours, theirs = (Store.open(path).train.hidden for path in (tmp_path / "out", setting.cached))
+    np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    ours, theirs = (Store.open(path).train.normaliser for path in (tmp_path / "out", setting.cached))
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
 
 

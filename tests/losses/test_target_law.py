@@ -63,6 +63,20 @@ def test_eight_devices_have_what_one_has(case, shape, monkeypatch):
         assert_close(jax.device_get(differentiate(make(**CASES[case], **ALL))), want, 1e-10)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("case", ["shortlist", "encoder, shortlist", "encoder, btree"])
+def test_a_normaliser_that_is_known_is_not_formed_again(case, shape, monkeypatch):
+    """The same, with no table beside those of the columns; a wrong one is a wrong law."""
+    want = reference(make(**CASES[case], **ALL))
+    set_tile_bytes(monkeypatch, SOME // 8)
+    with tiny.mesh(*shape):
+        problem = make(**CASES[case], **ALL, normalised=True)
+        assert_close(jax.device_get(differentiate(problem)), want, 1e-10)
+        problem.normaliser_BT = problem.normaliser_BT + 0.01
+        with pytest.raises(AssertionError, match="Not equal to tolerance"):
+            assert_close(jax.device_get(differentiate(problem)), want, 1e-3)
+
+
 @pytest.mark.parametrize("size", [1, SOME // 3, SOME, 10**9])
 def test_tiles_of_any_width_have_the_same(size, monkeypatch):
     problem = make(**CASES["shortlist"], **ALL)

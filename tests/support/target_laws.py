@@ -42,9 +42,11 @@ def make(
     circuit: str = "cpd",
     nll_weight: float = 0.5,
     temperature: float = 0.7,
+    normalised: bool = False,
     **weights: float,
 ) -> SimpleNamespace:
-    """A problem on the mesh in scope: windows end early and at the rows' ends, and two ids are ruled out."""
+    """A problem on the mesh in scope: windows end early and at the rows' ends, and two ids are ruled out. The law may
+    come `normalised`; it then has no table that its columns do not take."""
     rng = np.random.default_rng(3)
     params = make_params(factors, circuit=circuit)
     table = params.get("unembed_VD", make_params("shared")["unembed_VD"])
@@ -74,6 +76,8 @@ def make(
         law_weights_BTW[..., 1:] *= known[..., :-1]
     x_BTD, log_w_BTR = rng.standard_normal((B, T, D)), log_softmax(rng.standard_normal((B, T, rank)))
     law_BTD = rng.standard_normal((B, T, D)) if before else x_BTD
+    needed = {} if "unembed_VD" in params or (normalised and "unembed_VD" not in columns) else {"unembed_VD": table}
+    logits_BTV = law_BTD @ np.asarray(table)[:KNOWN].T / temperature
     terms = Terms(
         CIRCUITS[circuit] if rank > 1 else Independent,
         GAMMA,
@@ -88,7 +92,8 @@ def make(
         terms=terms,
         params=params,
         arrays=(x_BTD, log_w_BTR, targets_BTW, weights_BTW),
-        tables={} if "unembed_VD" in params else {"unembed_VD": table},
+        tables=needed,
+        normaliser_BT=np.log(np.exp(logits_BTV).sum(-1)) if normalised else None,
         table_VD=np.asarray(table),
         law_BTD=law_BTD,
         law_weights_BTW=law_weights_BTW,
@@ -99,7 +104,8 @@ def make(
 
 def differentiate(problem: SimpleNamespace) -> Any:
     """((loss, sums), gradients of params, x and log w), compiled afresh."""
-    law = TargetLaw(problem.tables, tiny.shard(problem.law_BTD), tiny.shard(problem.law_weights_BTW))
+    given = (problem.law_BTD, problem.law_weights_BTW, problem.normaliser_BT)
+    law = TargetLaw(problem.tables, *jax.tree.map(tiny.shard, given))
     loss = functools.partial(mixture_loss_against, problem.form, problem.terms)
     compiled = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))
     return jax.tree.map(np.asarray, compiled(problem.params, *map(tiny.shard, problem.arrays), law))

@@ -231,6 +231,27 @@ def test_the_targets_law_is_formed_once_and_not_differentiated(changes):
     assert np.diff(found) == more * (BATCH * TIME + config.head.window - 1)
 
 
+@pytest.mark.parametrize("head", [{"encoder": "token"}, {"kind": "sequential"}, {"encoder": "none"}])
+def test_a_normaliser_that_is_kept_saves_the_product_with_the_table(head):
+    """Not where the first offset's own columns are the whole vocabulary."""
+    config = make_config("lowrank with its own next-token head")
+    if "kind" in head:
+        config = dataclasses.replace(config, head=HeadConfig(window=5, target="ntp"))
+    config = dataclasses.replace(
+        config, base="b", head=dataclasses.replace(config.head, shortlist=9, kl_weight=1.0, **head)
+    )
+    graph, params = split(jax.eval_shape(lambda: build_model(config, jax.random.key(0), trunk=False)))
+    batch, counted = tiny.make_batch(config), []
+    kept = {"x_BTD": tiny.shard(np.ones((BATCH, TIME, MODEL["d_model"]), np.float32))}
+    for more in (kept, {**kept, "normaliser_BT": tiny.shard(np.ones((BATCH, TIME), np.float32))}):
+        loss = lambda params, batch, n: batch_loss(graph, params, batch, n, own=False)[0]  # noqa: E731
+        counted.append(dot_flops(loss, params, {**batch, **more}, jnp.ones((2, 5))))
+    predicted = [costs(config, params, normalised).head_flops for normalised in (False, True)]
+    table = 2 * MODEL["d_model"] * config.model.vocab_size * (head != {"encoder": "none"})
+    assert -np.diff(predicted) == table
+    assert -np.diff(counted) == table * (BATCH * TIME + config.head.window - 1)
+
+
 def test_attention_is_counted_at_its_mean_length():
     """Position t attends to t + 1 keys."""
     model = make_config().model

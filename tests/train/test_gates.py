@@ -88,6 +88,13 @@ def test_states_of_another_row_fail(run, cache):
         assert gates.cached(run, wrong).passed is False
 
 
+def test_a_normaliser_of_another_law_fails(run, cache):
+    with jax.set_mesh(run.mesh):
+        wrong = Store.open(cache.path)
+        object.__setattr__(wrong.train, "normaliser", np.array(wrong.train.normaliser) + 1e-2)
+        assert gates.cached(run, wrong).passed is False
+
+
 @pytest.mark.parametrize("temperature", [pytest.param(0.0, marks=pytest.mark.slow), 0.9])
 def test_decoding_with_another_head_fails(temperature, mesh, monkeypatch):
     """Drafts behind a token that was not chosen cost acceptance, and no token."""
