@@ -94,6 +94,6 @@ SWEEPS = {
         HEADS,
         MEDUSA,
         first={"trunk": TRUNK_CPU},
-        measure=MeasureConfig(prompts=80, temperatures=(0.7, 0.0), ks=(3, 5), rounds=5),
+        measure=MeasureConfig(prompts=80, new_tokens=128, temperatures=(0.7, 0.0), ks=(3, 5), rounds=5),
     ),
 }
