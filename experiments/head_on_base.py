@@ -10,7 +10,7 @@ Data: the model's own answers to your prompts, of all the kinds that it will be 
 `messages` or a `prompt` each.
 Shape: what the head reads of the chosen token weighs more than anything else; two components, and among the 8,192 most
 frequent tokens alone.
-Loss: LK, against the model's own law of each next token. By the log-likelihood a step says as much and takes half as
+Loss: LK, against the model's own law of each next token. By the log-likelihood a step said as much and took half as
 long (`losses.py`), but that was found after this run.
 Drafts: at 0.6 of the text's temperature, which `mtp-jax eval --draft-temperatures` found on held-out prompts of the
 run's own data: 1.735 tokens per forward, and 1.656 at 1.

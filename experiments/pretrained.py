@@ -134,7 +134,8 @@ class Pace:
             return ""
         if not self.taken:
             return f" (about {minutes} minute{'s' * (minutes > 1)} on two cores with AMX)"
-        return f" (about {max(1, round(minutes * self.taken / self.expected))} minutes, as the stages before went)"
+        here = max(1, round(minutes * self.taken / self.expected))
+        return f" (about {here} minute{'s' * (here > 1)}, as the stages before went)"
 
     def add(self, minutes: int | None, taken: float) -> None:
         """Take a stage into account that was not there already."""
@@ -191,9 +192,10 @@ def main(size: Size, into: Path) -> None:
     on, ema, minutes, pace = ("--base", base), ("--weights", "ema"), iter(size.minutes), Pace()
 
     def timed(title: str, made: Path | None, *command: object, mark: bool = False) -> None:
-        expected, taken_up = next(minutes, None), made is None and head.exists()
+        expected, partial = next(minutes, None), head if made is None else made.with_name(f".{made.name}.partial")
+        goes_on = partial.exists()  # which says little of the pace
         taken = stage(title, pace.about(expected), made, *command, mark=mark)
-        if not taken_up:  # a training that goes on says little of the pace
+        if not goes_on:
             pace.add(expected, taken)
 
     if not base.exists():

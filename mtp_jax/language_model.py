@@ -92,7 +92,8 @@ class LanguageModel(nnx.Module):
         own: bool = True,
     ) -> tuple[Array, Aux]:
         """The training loss of a batch in nats, and sums to report; `Head.loss` says what the arguments are. With
-        hidden states in the batch, `x_BTD`, the trunk is not run, nor where it is there too is `normaliser_BT` formed.
+        hidden states in the batch, `x_BTD`, the trunk is not run. With `normaliser_BT` beside them the target's law is
+        normalised.
 
         With target `ntp` the next-token loss is added with `ntp_weight`, and is `loss_first_token`; not if `own` is
         False, for a model that stays as it is.

@@ -33,8 +33,9 @@ class RankResults(Results):
 
     @property
     def over_balance(self) -> bool:
-        """Whether runs differ in the kind or the weight of load balancing."""
-        return len({(run.head["balance"], run.head["balance_weight"]) for run in self.runs}) > 1
+        """Whether runs differ in the kind or the weight of load balancing, and in nothing else of the head but rank."""
+        names = {*self.besides_rank}
+        return bool(names) and names <= {"head.balance", "head.balance_weight"}
 
     @property
     def over_rank(self) -> bool:

@@ -23,7 +23,7 @@ from mtp_jax.runs.base import open_base
 from mtp_jax.runs.layout import versions
 from mtp_jax.train.checks import check_machine
 from mtp_jax.train.costs import costs, peak_flops
-from mtp_jax.train.evaluate import batch_sizes
+from mtp_jax.train.evaluate import batch_sizes, is_normalised
 from mtp_jax.train.step import make_trainer
 
 NEXT_TOKEN = "next token"
@@ -112,7 +112,8 @@ def _prepare(config: TrainConfig, mesh: Any, store: Store | Mixture | None) -> t
             ids, _ = most_frequent(store.train.frequencies(config.model.vocab_size), config.head.shortlist)
             state = dataclasses.replace(state, params=put_listed(state.params, ids))
     step = trainer.step.lower(state, batch).compile()  # type: ignore[attr-defined]
-    memory, cost = step.memory_analysis(), costs(config, state.whole, store is not None and store.normalised)
+    normalised = store is not None and is_normalised(config, store)
+    memory, cost = step.memory_analysis(), costs(config, state.whole, normalised)
     held = [state]
 
     def run() -> Any:

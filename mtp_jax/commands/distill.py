@@ -84,9 +84,6 @@ class HiddenOptions:
         at_least(self, 1, "batch_size")
 
 
-HIDDEN = "dtype", "taps", "temperature", "batch_size"
-
-
 def regenerate_command(args: list[str]) -> None:
     """`mtp-jax data regenerate`."""
     options = parse(
@@ -137,7 +134,8 @@ def hidden_command(args: list[str]) -> None:
     run, base = _base(options.base, MeshConfig(-1, 1, 1))
     length = options.seq_len or run.config.data.seq_len
     with _progress("caching", "rows") as tell:
-        made = {"seq_len": length, **{name: getattr(options, name) for name in HIDDEN}}
+        names = "dtype", "taps", "temperature", "batch_size"
+        made = {"seq_len": length, **{name: getattr(options, name) for name in names}}
         cache_hidden(run, base, store, options.out, **made, log=print, progress=lambda done, of: tell(done, of, 0))
     fraction = store.manifest["valid_fraction"]
     split = "" if fraction == SourceConfig.valid_fraction else f" --data.valid-fraction {fraction:g}"

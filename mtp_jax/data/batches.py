@@ -14,7 +14,7 @@ permuted by (seed, epoch) as they are. With the hidden states of a base in the s
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -84,11 +84,13 @@ class Sequences:
 class RowSequences:
     """Random access to the rows of a split. Safe to read from several threads."""
 
-    def __init__(self, documents: Documents, *, seq_len: int, window: int, seed: int, store: int = 0):
-        """As `Sequences`."""
+    def __init__(
+        self, documents: Documents, *, seq_len: int, window: int, seed: int, store: int = 0, normalised: bool = False
+    ):
+        """As `Sequences`; `normalised`: with the normaliser of the base's law."""
         documents.require_some()
         self.rows, self.window = pack(documents, seq_len), window
-        hidden = documents.hidden
+        hidden, self.normaliser = documents.hidden, documents.normaliser if normalised else None
         require(
             hidden is None or hidden.shape[:2] == (len(self.rows), seq_len),
             f"The hidden states of the {documents.split} split are {[] if hidden is None else list(hidden.shape)} and "
@@ -109,25 +111,21 @@ class RowSequences:
         tokens_BS, pieces_BS = np.pad(tokens_BT, ahead), np.pad(pieces_BT, ahead, constant_values=-1)
         batch = _batch(tokens_BS, pieces_BS, self.window, np.pad(supervised_BT, ahead))
         hidden = self.rows.documents.hidden
-        normaliser = self.rows.documents.normaliser
         inside = np.minimum(numbers, len(self.rows) - 1)
         if hidden is not None:
             batch["x_BTD"] = np.where((numbers == inside)[:, None, None], hidden[inside], np.zeros((), hidden.dtype))
-        if normaliser is not None:
-            batch["normaliser_BT"] = np.where((numbers == inside)[:, None], normaliser[inside], np.float32(0))
+        if self.normaliser is not None:
+            batch["normaliser_BT"] = np.where((numbers == inside)[:, None], self.normaliser[inside], np.float32(0))
         return batch
 
 
 class MixedSequences:
     """Random access to the sequences of a mixture: those of each store in its own order, by turns."""
 
-    def __init__(self, documents: MixedDocuments, *, seq_len: int, window: int, seed: int, rows: bool = False):
-        """As `Sequences`; `rows`: of rows."""
+    def __init__(self, documents: MixedDocuments, *, make: Callable[..., Any], seed: int):
+        """`make`: `Sequences` or `RowSequences` of a part, as its `seed` and the number of its `store` go on."""
         self._turns = Turns(documents.weights, seed)
-        self._sequences = [
-            (RowSequences if rows else Sequences)(part, seq_len=seq_len, window=window, seed=seed, store=store)
-            for store, part in enumerate(documents.parts)
-        ]
+        self._sequences = [make(part, seed=seed, store=store) for store, part in enumerate(documents.parts)]
 
     def at(self, places: np.ndarray) -> Batch:
         """The sequences that training reads in `places` (B,)."""
@@ -149,6 +147,7 @@ def batches(
     start: int = 0,
     shard: tuple[int, int] = (0, 1),
     rows: bool = False,
+    normalised: bool = False,
     threads: int = 2,
     prefetch: int = 8,
 ) -> Iterator[Batch]:
@@ -156,7 +155,8 @@ def batches(
 
     `batch_size` (B) is global; with `shard = (index, count)` each batch holds rows [index * B / count,
     (index + 1) * B / count) of the global one. `rows`: of documents that are packed in rows, and not of one endless
-    string. `prefetch` batches are read ahead by `threads` threads.
+    string; `normalised`: with the normaliser of a base's law, which the documents have. `prefetch` batches are read
+    ahead by `threads` threads.
 
     A batch is a dict of
       `tokens_BT` int32: the inputs;
@@ -165,18 +165,17 @@ def batches(
         and all targets before it are supervised. The end-of-document token is a valid target, and as an input has none;
       `segments_BT` int32: which document of the sequence a token belongs to, counted from 0;
       `x_BTD`: the hidden states of a base, where the store has them;
-      `normaliser_BT`: that of the base's law, where the store has it.
+      `normaliser_BT`: that of the base's law, if it is `normalised`.
 
     Raises `ConfigError` if the split has no documents or `count` does not divide B.
     """
     import grain
 
     own = _own(batch_size, shard)
-    sizes = {"seq_len": seq_len, "window": window, "seed": seed}
-    if isinstance(documents, MixedDocuments):
-        sequences: Any = MixedSequences(documents, **sizes, rows=rows)
-    else:
-        sequences = (RowSequences if rows else Sequences)(documents, **sizes)
+    kind = functools.partial(RowSequences, normalised=normalised) if rows else Sequences
+    make = functools.partial(kind, seq_len=seq_len, window=window)
+    mixed = isinstance(documents, MixedDocuments)
+    sequences: Any = MixedSequences(documents, make=make, seed=seed) if mixed else make(documents, seed=seed)
     dataset = grain.MapDataset.range(start, ENDLESS).map(lambda n: sequences.at(n * batch_size + own))
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)))
 
@@ -190,6 +189,7 @@ def held_out_batches(
     limit: int | None = None,
     shard: tuple[int, int] = (0, 1),
     rows: bool = False,
+    normalised: bool = False,
 ) -> list[Batch]:
     """The batches of an evaluation: the documents in the store's order, each token once, or all `rows`. With a `limit`,
     so many batches of sequences that lie evenly over all of it.
@@ -201,12 +201,13 @@ def held_out_batches(
     documents.require_some()
     if isinstance(documents, MixedDocuments):
         sizes: dict[str, Any] = {"seq_len": seq_len, "window": window, "batch_size": batch_size}
-        sizes |= {"shard": shard, "rows": rows}
+        sizes |= {"shard": shard, "rows": rows, "normalised": normalised}
         some = [None if limit is None else max(1, part) for part in shares(documents.weights, limit or 0)]
         parts = zip(documents.parts, some, strict=True)
         return [batch for part, few in parts for batch in held_out_batches(part, limit=few, **sizes)]
     own, total = _own(batch_size, shard), len(documents.tokens)
-    found = RowSequences(documents, seq_len=seq_len, window=window, seed=0) if rows else None
+    sizes = {"seq_len": seq_len, "window": window}
+    found = RowSequences(documents, **sizes, seed=0, normalised=normalised) if rows else None
     sequences = len(found.rows) if found else -(-total // seq_len)
     count = -(-sequences // batch_size)
     numbers = np.arange(count * batch_size)

@@ -104,9 +104,11 @@ class Mixture:
 
     @property
     def hidden(self) -> dict[str, Any] | None:
-        """What their hidden states are, if they have some. Raises `ConfigError` if they differ in that."""
+        """What their hidden states are, if they have some; `temperature` is that of the first store. Raises
+        `ConfigError` if they differ in anything else."""
         first, *others = (
-            store.hidden and {**store.hidden, "base": store.hidden["base"]["sha256"]} for store in self.stores
+            store.hidden and {**store.hidden, "base": store.hidden["base"]["sha256"], "temperature": None}
+            for store in self.stores
         )
         for store, hidden in zip(self.stores[1:], others, strict=True):
             require(
@@ -117,9 +119,10 @@ class Mixture:
         return self.stores[0].hidden
 
     @property
-    def normalised(self) -> bool:
-        """Whether the normaliser of the base's law is beside their hidden states."""
-        return self.stores[0].normalised
+    def law_temperature(self) -> float | None:
+        """That of the base's law whose normaliser is beside the hidden states; None where one has none, or another."""
+        found = {store.law_temperature for store in self.stores}
+        return found.pop() if len(found) == 1 else None
 
     @classmethod
     def open(cls, files: str) -> Mixture:

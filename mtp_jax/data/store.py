@@ -132,14 +132,14 @@ class Store:
 
     @property
     def hidden(self) -> dict[str, Any] | None:
-        """What its hidden states are, if it has some: seq_len, width, dtype, taps, the base with its sha256, and the
-        temperature of the law whose normaliser is beside them."""
+        """What its hidden states are, if it has some: seq_len, width, dtype, taps, the base with its sha256, and as
+        `temperature` the `law_temperature`."""
         return self.manifest.get("hidden")
 
     @property
-    def normalised(self) -> bool:
-        """Whether the normaliser of the base's law is beside its hidden states."""
-        return bool(self.hidden and self.hidden.get("temperature"))
+    def law_temperature(self) -> float | None:
+        """That of the base's law whose normaliser is beside the hidden states; None where there is none."""
+        return (self.hidden or {}).get("temperature")
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that it was made with: its own copy."""

@@ -2,8 +2,8 @@
 
 The cache is a store itself: the same documents, and `train.hidden.bin`, `[rows, T, D]`, beside them. A head that is
 trained on it reads its base's vocabulary tables and never its trunk. `train.normaliser.bin`, `[rows, T]`, has the
-normaliser of the base's law, for losses against it: a step would multiply with the whole table for that alone. It is
-made aside (`.NAME.partial`), renamed when complete, and what an interruption leaves is continued.
+normaliser of the base's law, for losses against it: a step would multiply with the whole table for that alone. The
+cache is made aside (`.NAME.partial`), renamed when complete, and what an interruption leaves is continued.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def cache_hidden(
     Raises:
       BusyError: another command makes it.
       ConfigError: the store has another tokenizer or is a cache itself, a row does not fit the context, `out` is there,
-        there is no room, or a state is not finite in that dtype.
+        there is no room, a state is not finite in that dtype, or `temperature` is not that of texts that were sampled.
     """
     model, path = run.config.model, Path(os.path.expanduser(out)).absolute()
     seq_len, batch_size = integer("seq_len", seq_len, 1), integer("batch_size", batch_size, 1)
@@ -95,13 +95,19 @@ def cache_hidden(
 
 def _temperature(run: LoadedRun, store: Store, temperature: float | None) -> float | None:
     """Of the law whose normaliser is kept. None of a base whose own law goes through its head's table."""
+    there = (store.sampled or {}).get("temperature")
     require(
         temperature is None or temperature > 0,
         f"temperature is {temperature}; it must be above 0: that of the law that a head is compared with.",
     )
+    require(
+        not temperature or temperature == (there or temperature),
+        f"temperature is {temperature} and the texts in {store.path} were sampled at {there}, whose law a head learns "
+        "from them. Leave it out.",
+    )
     if run.config.head.target != "ntp":
         return None
-    return temperature or (store.sampled or {}).get("temperature") or 1.0
+    return temperature or there or 1.0
 
 
 def _make(
@@ -121,7 +127,7 @@ def _make(
             log(f"{packed.losses()} Raise --seq-len, if the model's context allows it.")
     manifest = {**store.manifest, "hidden": kept}
     scratch = path.with_name(f".{path.name}.partial")
-    done = _begin(scratch, store, manifest)
+    done = _begin(scratch, store, manifest, log)
     count, kind = sum(map(len, rows.values())), np.dtype(jnp.dtype(dtype))
     row = seq_len * (width * kind.itemsize + 4 * (kept["temperature"] is not None))
     size, left = count * row, (count - sum(done.values())) * row
@@ -161,11 +167,13 @@ def _file(path: Path, kind: np.dtype, shape: tuple[int, ...]) -> np.memmap | Non
     return np.memmap(path, kind, "r+" if path.exists() else "w+", shape=shape)
 
 
-def _begin(scratch: Path, store: Store, manifest: dict[str, Any]) -> dict[str, int]:
+def _begin(scratch: Path, store: Store, manifest: dict[str, Any], log: Callable[[str], None]) -> dict[str, int]:
     """Make the directory, or go on with what is there if it is of the same; returns how many rows are done by split."""
     wanted, asked = json.dumps(manifest, indent=2), scratch / ASKED
     if asked.exists() and asked.read_text() == wanted:
         return json.loads((scratch / DONE).read_text()) if (scratch / DONE).exists() else {}
+    if scratch.exists():
+        log(f"{scratch} is of other states, or of an earlier version, and is made anew.")
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.copytree(store.path, scratch, ignore=shutil.ignore_patterns(MANIFEST))
     asked.write_text(wanted)
@@ -202,9 +210,10 @@ def _hidden(
     finite_B = jnp.all(jnp.isfinite(x_BTD), axis=(1, 2))
     if temperature is None:
         return x_BTD, finite_B
-    # Of the states as they are kept: it is they that the law is formed from.
-    last_BTD = seen.x_BTD.astype(dtype).astype(model.config.dtype)
-    return x_BTD, model.normaliser(last_BTD, temperature), finite_B
+    # Of the states as they are kept: it is they that the law is formed from. XLA may drop a pair of casts.
+    kept = jnp.finfo(dtype)
+    last_BTD = jax.lax.reduce_precision(seen.x_BTD.astype(jnp.float32), kept.nexp, kept.nmant)
+    return x_BTD, model.normaliser(last_BTD.astype(model.config.dtype), temperature), finite_B
 
 
 _see = jax.jit(_hidden, static_argnames=("dtype", "taps", "temperature"))

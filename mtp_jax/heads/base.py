@@ -47,9 +47,8 @@ class Seen:
         """One position of each row: every array has T = 1. The index may come from anywhere."""
         index_B = jax.reshard(jnp.asarray(index_B), RULES.rows_B)
         pick = lambda a: arrays.at(a, index_B)[:, None]  # noqa: E731
-        everywhere = self.x_BTD, self.tokens_BT, self.segments_BT, self.taps
-        x_BTD, tokens_BT, segments_BT, taps = jax.tree.map(pick, everywhere)
-        return dataclasses.replace(self, x_BTD=x_BTD, tokens_BT=tokens_BT, segments_BT=segments_BT, taps=taps)
+        names = "x_BTD", "tokens_BT", "segments_BT", "taps", "normaliser_BT"
+        return dataclasses.replace(self, **jax.tree.map(pick, {name: getattr(self, name) for name in names}))
 
 
 def with_own_first(aux: Aux, weights_BTW: Array, law_weights_BTW: Array | None) -> Aux:

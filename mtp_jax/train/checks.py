@@ -140,12 +140,6 @@ def check_cache(config: TrainConfig, store: Store | Mixture, base: Base | None) 
             states[name] == here,
             f"{where} made with {name} {states[name]!r}, and {field} is {here!r}. Give the same, or cache them again.",
         )
-    kept, here = states.get("temperature"), config.head.temperature
-    require(
-        kept in (None, here) or not config.head.against_target,
-        f"The normaliser of the law in {store.path} is that at temperature {kept}, and HeadConfig.temperature is "
-        f"{here}. Give {kept}, or cache the states again with --temperature {here}.",
-    )
 
 
 def learnt_from(config: TrainConfig, store: Store | Mixture) -> TrainConfig:

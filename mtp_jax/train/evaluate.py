@@ -30,11 +30,17 @@ ROWS = 8
 
 
 def batch_sizes(config: TrainConfig, store: Store | Mixture, mesh: Mesh) -> dict[str, Any]:
-    """What `mtp_jax.data.batches` is told of a run's batches: sizes, the part that this process reads, and whether
-    documents come in rows: those of a head on a base do, and conversations."""
+    """What `mtp_jax.data.batches` is told of a run's batches: sizes, the part that this process reads, whether
+    documents come in rows (those of a head on a base do, and conversations), and whether with a normaliser."""
     data, shard = config.data, shard_of(mesh, config.data.batch_size)
     sizes = {"seq_len": data.seq_len, "window": config.head.window, "batch_size": data.batch_size}
-    return {**sizes, "shard": shard, "rows": bool(config.base) or store.masked}
+    rows, normalised = bool(config.base) or store.masked, is_normalised(config, store)
+    return {**sizes, "shard": shard, "rows": rows, "normalised": normalised}
+
+
+def is_normalised(config: TrainConfig, store: Store | Mixture) -> bool:
+    """Whether a run reads the normaliser of the law that its head is compared with: at its temperature, and kept."""
+    return bool(config.head.against_target) and store.law_temperature == config.head.temperature
 
 
 def held_out(config: TrainConfig, store: Store | Mixture, mesh: Mesh, limit: int | None) -> list[Any]:

@@ -5,7 +5,8 @@
 | start | the head before its first step, on texts of the model | it drafts by the base's law, within 0.01 nats |
 | shuffled | its drafts where tokens are dealt out anew, and hidden states stay | they hit at most 0.02 more than the \
 most frequent token |
-| cache | a base's logits from its trunk and from the cached states, on 100 rows | they have the same law |
+| cache | a base's logits from its trunk and from the cached states, on 100 rows | they have the same law, and \
+the kept normaliser is that of the states |
 | decoding | decoding's counters beside what is expected of the texts that it wrote | inside the 95% interval |
 | greedy | greedy decoding with and without drafts, in float32 | token for token the same |
 
@@ -50,6 +51,8 @@ START, SHUFFLED, CACHE_ROWS, DRAWS = 0.01, 0.02, 100, 4000
 SAME_LAW = {"float32": 1e-5}
 """Nats between two laws that are computed alike in a dtype, at most."""
 SAME_LAW_ELSE = 1e-3
+SAME_NORMALISER = 0.01
+"""Nats between a normaliser that was kept and that of the states beside it, at most."""
 POSITIONS = 64
 """Whose logits are alive at a time."""
 
@@ -217,7 +220,7 @@ def cached(run: LoadedRun, store: Store | Mixture) -> Gate:
     kept_NTD = store.train.hidden
     assert kept_NTD is not None
     each = run.mesh.shape["data"] * run.mesh.shape["fsdp"]
-    total, worst, count = 0.0, 0.0, 0
+    total, worst, off, count = 0.0, 0.0, 0.0, 0
     for first in range(0, len(numbers), each):
         some = numbers[first : first + each]
         some = np.concatenate([some, np.full(each - len(some), some[0])])
@@ -225,14 +228,18 @@ def cached(run: LoadedRun, store: Store | Mixture) -> Gate:
         batch = {"tokens_BT": tokens_BT, "segments_BT": pieces_BT.astype(np.int32), "x_BTD": kept_NTD[some]}
         if store.train.normaliser is not None:
             batch["normaliser_BT"] = store.train.normaliser[some]
-        temperature = store.hidden.get("temperature")
-        nats_BT = np.asarray(_moved(run.model, temperature, **place(batch, run.mesh)))[: len(numbers) - first]
-        nats_n = nats_BT[pieces_BT[: len(nats_BT)] < len(rows.rows)]
+        temperature = store.law_temperature
+        found = _moved(run.model, temperature, **place(batch, run.mesh))
+        nats_BT, off_BT = (np.asarray(each_BT)[: len(numbers) - first] for each_BT in found)
+        inside_BT = pieces_BT[: len(nats_BT)] < len(rows.rows)
+        nats_n, off = nats_BT[inside_BT], max(off, float(off_BT[inside_BT].max()))
         total, worst, count = total + float(nats_n.sum()), max(worst, float(nats_n.max())), count + len(nats_n)
     mean, dtypes = total / max(1, count), {store.hidden["dtype"], run.config.model.dtype}
     limit = max(SAME_LAW.get(dtype, SAME_LAW_ELSE) for dtype in dtypes)
     said = f"{mean:.2g} nats from the trunk's law, {worst:.2g} at most, on {len(numbers)} rows"
-    return Gate("cache", mean <= limit, said)
+    if store.law_temperature is not None:
+        said += f"; its normaliser off by {off:.2g} at most"
+    return Gate("cache", mean <= limit and off <= SAME_NORMALISER, said)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -243,9 +250,9 @@ def _moved(
     segments_BT: Array,
     x_BTD: Array,
     normaliser_BT: Array | None = None,
-) -> Array:
-    """KL in nats, `[B, T]`, of the next token's law from given hidden states behind that from the trunk's, and how far
-    a normaliser that is given is from that of these states."""
+) -> tuple[Array, Array]:
+    """KL in nats, `[B, T]`, of the next token's law from given hidden states behind that from the trunk's; and how far
+    a normaliser that is given is from that of these states, `[B, T]`."""
     own_BTD = model.see(tokens_BT, segments_BT).x_BTD
     x_BTD = x_BTD[..., : own_BTD.shape[-1]].astype(own_BTD.dtype)  # taps lie behind them
     some = math.gcd(own_BTD.shape[1], POSITIONS)
@@ -253,8 +260,8 @@ def _moved(
     own, kept = (jnp.stack(parts) for parts in laws)
     nats_BT = jnp.concatenate([*lax.map(lambda pair: _kl(*map(model.next_token, pair)), (own, kept))], axis=1)
     if normaliser_BT is None or temperature is None:
-        return nats_BT
-    return nats_BT + jnp.abs(normaliser_BT - model.normaliser(x_BTD, temperature))
+        return nats_BT, jnp.zeros_like(nats_BT)
+    return nats_BT, jnp.abs(normaliser_BT - model.normaliser(x_BTD, temperature))
 
 
 def decoding(model: LanguageModel, decoded: list[Decoded], temperature: float) -> Gate:

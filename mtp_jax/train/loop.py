@@ -43,7 +43,7 @@ from mtp_jax.train.checks import (
 )
 from mtp_jax.train.clock import Speedometer
 from mtp_jax.train.costs import Costs, costs
-from mtp_jax.train.evaluate import batch_sizes, evaluate, held_out, named
+from mtp_jax.train.evaluate import batch_sizes, evaluate, held_out, is_normalised, named
 from mtp_jax.train.init_from import begin_from
 from mtp_jax.train.loggers import Loggers
 from mtp_jax.train.profile import Profile
@@ -125,7 +125,7 @@ def train(
                     shapes = jax.eval_shape(trainer.init).base
                     state = dataclasses.replace(state, base=base.params(on_mesh(shapes, mesh)))
             first = int(state.step)
-            cost = costs(config, state.whole, store.normalised)
+            cost = costs(config, state.whole, is_normalised(config, store))
             describe(config, store, mesh, path, cost, first)
             texts: list[Texts] = []
             drafts = config.head.window > 1 and config.head.target == "ntp"  # by which the base's law is preserved
@@ -332,6 +332,8 @@ def describe(
         ratio = cost.head_flops / cost.trunk_flops
         per_token = f"head / trunk {ratio:.2f} of {cost.trunk_flops / 1e6:.1f} MFLOPs a token"
     reads = f"hidden states of {config.base} from {store.path}" if store.hidden else "hidden states from the trunk"
+    if store.hidden and config.head.against_target:
+        reads += f", {'with' if is_normalised(config, store) else 'without'} the law's normaliser"
     processes = f", {jax.process_count()} processes" if jax.process_count() > 1 else ""
     say(
         f"{path}: {'resuming at step ' + str(first) if first else 'new run'}, {config.steps} steps of "

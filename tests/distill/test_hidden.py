@@ -11,6 +11,7 @@ import pytest
 
 import mtp_jax
 from mtp_jax.config import OptimizerConfig, TrainConfig
+from mtp_jax.data.batches import batches
 from mtp_jax.data.mixture import Mixture
 from mtp_jax.data.preparation import prepare
 from mtp_jax.data.store import Store
@@ -107,6 +108,9 @@ def test_losses_against_the_law_take_its_normaliser_from_the_cache(setting, tmp_
     store, found = Store.open(cached), {}
     model = mtp_jax.load(setting.base).model
     table_VD = np.asarray(model.unembed_VD[...])[: model.config.known]
+    row = next(batches(store.train, seq_len=T, window=4, batch_size=2, seed=0, rows=True, normalised=True))
+    logits_BTV = row["x_BTD"].astype(np.float64) @ table_VD.T / 0.7
+    np.testing.assert_allclose(row["normaliser_BT"], np.log(np.exp(logits_BTV).sum(-1)), atol=1e-5)
     for split in (store.train, store.valid):
         logits_NTV = np.asarray(split.hidden, np.float64) @ table_VD.T / 0.7
         np.testing.assert_allclose(split.normaliser, np.log(np.exp(logits_NTV).sum(-1)), atol=1e-5)
@@ -114,40 +118,61 @@ def test_losses_against_the_law_take_its_normaliser_from_the_cache(setting, tmp_
     head = tiny.head_config(
         target="ntp", encoder="token", factors="lowrank", shortlist=64, lk_weight=1.0, kl_weight=0.5, temperature=0.7
     )
+    half = setting.cache(tmp_path / "half", temperature=0.7, dtype="bfloat16")
     for name, source in (("trunk", setting.store.path), ("cache", cached), ("older", older)):
         train(dataclasses.replace(setting.config(source), head=head), tmp_path / name)
         found[name] = np.array([row[2] for row in losses(tmp_path / name)])
     np.testing.assert_allclose(found["cache"], found["trunk"], atol=1e-5)
     np.testing.assert_allclose(found["older"], found["trunk"], atol=1e-5)
+    half = Store.open(half).train
+    logits_NTV = np.asarray(half.hidden, np.float64) @ table_VD.T / 0.7
+    np.testing.assert_allclose(half.normaliser, np.log(np.exp(logits_NTV).sum(-1)), atol=1e-5)
+
+
+def sampled_at(setting, path, temperature):
+    """The store as if a model had written it."""
+    shutil.copytree(setting.store.path, path)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["sampled"] = {"temperature": temperature, "top_k": 0, "top_p": 1.0}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return dataclasses.replace(setting, store=Store.open(path))
 
 
 def test_the_law_is_that_of_the_texts_or_of_who_asks(setting, tmp_path):
-    manifest = json.loads((setting.store.path / "manifest.json").read_text())
     kept = {}
-    for there, asked in ((None, None), (0.8, None), (0.0, None), (0.8, 0.5)):
-        store = tmp_path / f"{there}-{asked}"
-        shutil.copytree(setting.store.path, store)
-        if there is not None:
-            sampled = {"temperature": there, "top_k": 0, "top_p": 1.0}
-            (store / "manifest.json").write_text(json.dumps({**manifest, "sampled": sampled}))
-        out = tmp_path / f"states-{there}-{asked}"
-        run, base = mtp_jax.load(setting.base), open_base(setting.base)
-        cache_hidden(run, base, Store.open(store), out, seq_len=T, temperature=asked)
-        kept[there, asked] = Store.open(out).hidden["temperature"]
-    assert kept == {(None, None): 1.0, (0.8, None): 0.8, (0.0, None): 1.0, (0.8, 0.5): 0.5}
+    for there, asked in ((None, None), (None, 0.5), (0.8, None), (0.8, 0.8), (0.0, None)):
+        name = f"{there}-{asked}"
+        own = setting if there is None else sampled_at(setting, tmp_path / name, there)
+        kept[there, asked] = Store.open(own.cache(tmp_path / f"states-{name}", temperature=asked)).law_temperature
+    assert kept == {(None, None): 1.0, (None, 0.5): 0.5, (0.8, None): 0.8, (0.8, 0.8): 0.8, (0.0, None): 1.0}
     with pytest.raises(ConfigError, match=r"temperature is 0\.0; it must be above 0"):
         setting.cache(tmp_path / "greedy", temperature=0.0)
+    with pytest.raises(ConfigError, match=r"temperature is 0\.5 and the texts in .* were sampled at 0\.8"):
+        sampled_at(setting, tmp_path / "again", 0.8).cache(tmp_path / "x", temperature=0.5)
 
 
-def test_a_normaliser_at_another_temperature_is_refused(setting, tmp_path):
-    """Not by a head that is not compared with the law."""
-    base, store = open_base(setting.base), Store.open(setting.cached)
-    head = tiny.head_config(target="ntp", encoder="token", factors="lowrank", temperature=0.7)
-    config = dataclasses.replace(base.resolve(setting.config(setting.cached)), head=head)
-    check_cache(config, store, base)
-    against = dataclasses.replace(config, head=dataclasses.replace(head, tv_weight=1.0))
-    with pytest.raises(ConfigError, match=r"at temperature 1.0, and HeadConfig.temperature is 0.7.*--temperature 0.7"):
-        check_cache(against, store, base)
+def test_a_head_reads_the_normaliser_of_the_law_that_it_learns(setting, tmp_path, capsys, monkeypatch):
+    """Which is at its texts' temperature. One of another law is not read, nor by a head that is compared with none."""
+    batches, fit = {}, loop.TrainRun.fit
+    monkeypatch.setattr(
+        loop.TrainRun,
+        "fit",
+        lambda run, state, batch, data, **o: (batches.update(last=batch), fit(run, state, batch, data, **o))[1],
+    )
+    own = sampled_at(setting, tmp_path / "own", 0.8)
+    cached = {"own": own.cache(tmp_path / "states"), "other": setting.cached}
+    head = tiny.head_config(target="ntp", encoder="token", factors="lowrank", shortlist=64, tv_weight=1.0)
+    for name, source, changes, said in (
+        ("read", "own", {}, "with the law's normaliser"),
+        ("cooler", "other", {"temperature": 0.5}, "without the law's normaliser"),
+        ("text", "own", {"tv_weight": 0.0}, None),
+    ):
+        config = dataclasses.replace(setting.config(cached[source], steps=1), head=dataclasses.replace(head, **changes))
+        train(config, tmp_path / name)
+        found = re.search(r"with(out)? the law's normaliser", capsys.readouterr().out)
+        assert (found and found[0]) == said
+        assert ("normaliser_BT" in batches["last"]) == (name == "read")
+    assert batches["last"]["x_BTD"].shape[:2] == (8, T)
 
 
 @pytest.mark.slow
@@ -216,7 +241,8 @@ def test_what_an_interruption_leaves_is_continued(setting, tmp_path, monkeypatch
     again = made[2:]  # the third batch came twice, and the first ones once
     assert made[:3] == [0, 3, 6] and again[0] == again[0] == 6 and 0 not in again[: again.index(0)]
     assert re.fullmatch(r"\d+ rows of 32 x 16 in float32: 0\.\d{3} GB", lines[0])
-    files = "train.hidden.bin", "valid.hidden.bin", "train.normaliser.bin", "manifest.json", "train.tokens.bin"
+    states = [f"{split}.{kind}.bin" for split in ("train", "valid") for kind in ("hidden", "normaliser")]
+    files = *states, "manifest.json", "train.tokens.bin"
     for file in files:
         assert (tmp_path / "out" / file).read_bytes() == (Store.open(setting.cached).path / file).read_bytes(), file
 
@@ -257,6 +283,16 @@ def test_devices_share_the_rows(setting, tmp_path):
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
     ours, theirs = (Store.open(path).train.normaliser for path in (tmp_path / "out", setting.cached))
     np.testing.assert_allclose(ours, theirs, atol=2e-5)
+
+
+def test_a_mixture_has_a_normaliser_where_all_have_that_of_one_law(setting, tmp_path):
+    other = setting.cache(tmp_path / "other", temperature=0.5)
+    assert Mixture.open(f"1:{setting.cached},1:{setting.cached}").law_temperature == 1.0
+    mixed = Mixture.open(f"1:{setting.cached},1:{other}")
+    assert mixed.law_temperature is None and mixed.hidden["seq_len"] == T
+    for normalised in (False, True):
+        row = next(batches(mixed.train, seq_len=T, window=4, batch_size=2, seed=0, rows=True, normalised=normalised))
+        assert ("normaliser_BT" in row) == normalised and "x_BTD" in row
 
 
 def test_caches_of_one_base_are_mixed_wherever_it_lay(setting, tmp_path):
