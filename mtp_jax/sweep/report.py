@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 
 from mtp_jax.plots import MARKERS, PALETTE, legend, markdown_table, panels
 from mtp_jax.sweep.compare import Metric, compare, decoding, estimate, joint_loss, tokens_per_forward
-from mtp_jax.sweep.config import SEED
+from mtp_jax.sweep.config import CASE, SEED
 from mtp_jax.sweep.results import OVER, READINGS, Results, load_results
 
 if TYPE_CHECKING:
@@ -33,19 +33,25 @@ that is less: it has no more steps, or no checkpoint nearer."""
 CAPTION = "Differences to the reference, with intervals of 95%. Hollow: of one seed."
 
 
-def write_report(paths: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str], looks: int = 1) -> Path:
+def write_report(
+    paths: Sequence[str | os.PathLike[str]],
+    out: str | os.PathLike[str],
+    looks: int = 1,
+    reference: Mapping[str, str] | None = None,
+) -> Path:
     """Write `report.md` and `differences.png` into the directory `out`, and return the path of the page.
 
     `paths` are results files of `mtp-jax sweep`. `looks`: how often they were looked at, with more seeds run while they
-    decided nothing: the level is divided by it.
+    decided nothing: the level is divided by it. `reference`: what to compare with, in place of the sweeps' own.
 
     Raises:
-      ConfigError: a file is not one of results, or `looks` is less than 1.
+      ConfigError: a file is not one of results or has no such reference, or `looks` is less than 1.
     """
-    all_results, directory = load_results(paths, looks), Path(out)
+    all_results, directory = load_results(paths, looks, reference), Path(out)
     directory.mkdir(parents=True, exist_ok=True)
     _figure(all_results).savefig(directory / FIGURE, dpi=150)
     again = f" --looks {looks}" * (looks > 1)
+    again += "".join(f" --reference {name}={value}" for name, value in (reference or {}).items())
     said = f"They hold for all {looks} looks together." if looks > 1 else "They are for one look at the data."
     sections = ["# Sweeps", f"{HOW} {said}", f"![{CAPTION}]({FIGURE})\n\n*{CAPTION}*", *map(_section, all_results)]
     sections.append(f"Written by `mtp-jax report {' '.join(map(str, paths))} --out {out}{again}`.")
@@ -65,11 +71,11 @@ def readings_of(results: Results) -> dict[str, str]:
 
 def _section(results: Results) -> str:
     raw = results.raw
-    reference = ", ".join(f"`{field}` {value}" for field, value in raw["reference"].items()) or "none"
+    reference = ", ".join(f"`{n}` {value}" for n, value in (results.against or raw["reference"]).items()) or "none"
     machine = ", ".join(str(raw["machine"][name]) for name in ("processor", "device") if name in raw["machine"])
     versions = ", ".join(f"{name} {version}" for name, version in raw["versions"].items())
     runs = f"{len(results.runs)} runs of `{raw['command']}`; reference: {reference}"
-    parts = [f"## {results.label}", f"{raw['title']} {runs}; {machine}; {versions}."]
+    parts = [f"## {results.label}", f"{raw['title']} {runs}; {machine}; {versions}.", *_cases(results)]
     for reading, words in readings_of(results).items():
         rows = [_row(results, point, reading) for point in results.points]
         known = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
@@ -79,10 +85,23 @@ def _section(results: Results) -> str:
     return "\n\n".join(parts)
 
 
+def _cases(results: Results) -> list[str]:
+    """A table of what each case changes, if there are cases. Rows of runs have their names."""
+    if CASE not in results.fields:
+        return []
+    of = {run.raw["changes"][CASE]: run.raw["changes"] for run in results.runs}
+    own = {case: changes.keys() - {*results.fields, SEED} for case, changes in of.items()}
+    rows = ((case, _values(of[case], (n for n in of[case] if n in own[case])) or "-") for case in of)
+    return [markdown_table([CASE, "changes"], rows)]
+
+
+def _values(changes: Mapping[str, Any], names: Iterable[str]) -> str:
+    return ", ".join(str(changes[name]) if name == CASE else f"{name} = {changes[name]}" for name in names)
+
+
 def _row(results: Results, point: Point, reading: str) -> dict[str, str]:
     """The cells of a variant by column, "-" where nothing is known."""
     is_reference, runs = results.reference(point) == point, results.of(point)
-    changes = [f"{name} = {value}" for name, value in runs[0].raw["changes"].items() if name != SEED]
     ends = [at for run in runs if (at := run.at(reading))]
     cost = runs[0].raw["cost"]
     over, steps = cost["over_reference"], [step for run in runs if (step := run.raw["readings"].get(reading))]
@@ -107,7 +126,7 @@ def _row(results: Results, point: Point, reading: str) -> dict[str, str]:
     timed = dict.fromkeys([_temperature(results), *(row["temperature"] for row in cost["decoding"])])
     by_temperature = {name: text for t in timed for name, text in tempered(t).items()}
     return {
-        "run": ", ".join(changes) or runs[0].name,
+        "run": _values(runs[0].raw["changes"], results.fields) or runs[0].name,
         "seeds": f"{len(runs)}" + ", **reference**" * is_reference,
         "joint loss": cell(joint_loss),
         "loss by offset": _means([[e["mean"] for e in at["loss"]["offsets"]] for at in ends]),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ class Results:
     """One file. `fields` are those of a `point`; `failed` are the runs that are not among `runs`, with their errors.
 
     `looks`: how often it was looked at, with more seeds added while it decided nothing; intervals are as much wider.
+    `against`: the changes by which a run becomes the one that it is compared with; by default the sweep's own.
     """
 
     path: str
@@ -52,6 +54,7 @@ class Results:
     runs: tuple[Run, ...]
     failed: Mapping[str, str]
     looks: int = 1
+    against: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -69,32 +72,52 @@ class Results:
 
     def reference(self, point: tuple[Any, ...]) -> tuple[Any, ...]:
         """The point that one is compared with."""
-        changes = self.raw["reference"]
-        return tuple(_hashable(changes.get(field, at)) for field, at in zip(self.fields, point, strict=True))
+        return self._changed(point, self.against or self.raw["reference"])
 
     def share(self, point: tuple[Any, ...], reading: str) -> float | None:
-        """What part of the steps, FLOPs or seconds of its reference a point had spent at a reading, where both are."""
-        runs, others = self.of(point), self.of(self.reference(point))
+        """What part of the steps, FLOPs or seconds of the sweep's reference a point had spent at a reading, where both
+        are."""
+        runs, others = self.of(point), self.of(self._changed(point, self.raw["reference"]))
         step = runs[0].raw["readings"].get(reading)
         if step is None or not others:
             return None
         cost = runs[0].raw["cost"]["over_reference"][OVER[reading]] if reading in OVER else 1.0
         return cost * step / others[0].raw["config"]["steps"]
 
+    def _changed(self, point: tuple[Any, ...], changes: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(_hashable(changes.get(name, at)) for name, at in zip(self.fields, point, strict=True))
+
     def text(self, point: tuple[Any, ...]) -> str:
         """A point in words, as in "R = 4, learning_rate = 0.001"; a case is its own word."""
-        names = [LETTERS.get(field, field.rpartition(".")[2]) for field in self.fields]
+        names = [LETTERS.get(name, name.rpartition(".")[2]) for name in self.fields]
         pairs = zip(names, point, strict=True)
         words = (str(value) if name == CASE else f"{name} = {value}" for name, value in pairs)
         return ", ".join(words) or self.of(point)[0].name
 
 
-def load_results(paths: Iterable[str | os.PathLike[str]], looks: int = 1) -> list[Results]:
-    """Read results files. Raises `ConfigError`, with the file and the field, on one that is not of this format, and
-    where `looks` is less than 1."""
+def load_results(
+    paths: Iterable[str | os.PathLike[str]], looks: int = 1, reference: Mapping[str, str] | None = None
+) -> list[Results]:
+    """Read results files. `reference`: fields and their values, as they are written, of the runs to compare with.
+
+    Raises `ConfigError`, with the file and the field, on one that is not of this format or has no such run, and where
+    `looks` is less than 1.
+    """
     require(looks >= 1, f"looks is {looks}; give how often the results were looked at, 1 or more.")
     found = [_load(Path(path), looks) for path in paths]
     require(bool(found), "There are no results files; give one or more that `mtp-jax sweep` has written.")
+    return [dataclasses.replace(one, against=_against(one, reference or {})) for one in found]
+
+
+def _against(results: Results, reference: Mapping[str, str]) -> dict[str, Any]:
+    """The values that are written so."""
+    found = {}
+    for name, wanted in reference.items():
+        at = results.fields.index(name) if name in results.fields else None
+        values = {} if at is None else {str(point[at]): point[at] for point in results.points}
+        known = f"{name} has the values {', '.join(values)}" if values else f"it has {', '.join(results.fields)}"
+        require(wanted in values, f"The reference is {name}={wanted}, and {results.path} has no such run; {known}.")
+        found[name] = values[wanted]
     return found
 
 
@@ -111,7 +134,7 @@ def _load(path: Path, looks: int) -> Results:
         )
     known = ", ".join(map(str, FORMATS))
     require(raw["format"] in FORMATS, f"{path} is of format {raw['format']} and this is for {known}; write it anew.")
-    fields = tuple(field for field in raw["fields"] if field != SEED)
+    fields = tuple(name for name in raw["fields"] if name != SEED)
     runs, failed = [], {}
     for run in raw["runs"]:
         for name in ("name", "changes", "state"):
@@ -121,7 +144,7 @@ def _load(path: Path, looks: int) -> Results:
             continue
         for name in ("config", "cost", "readings", "measured"):
             require(name in run, f"{path}: the run {run['name']} is done and has no field {name!r}.")
-        point = tuple(_hashable(run["changes"][field]) for field in fields)
+        point = tuple(_hashable(run["changes"][name]) for name in fields)
         runs.append(Run(run["name"], point, run["changes"].get(SEED, 0), run))
     require(bool(runs), f"{path} has no finished run ({len(failed)} failed); start the sweep again.")
     return Results(str(path), raw, fields, tuple(runs), failed, looks)

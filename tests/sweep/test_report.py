@@ -203,8 +203,28 @@ def test_a_variant_is_named_by_all_that_it_changes(tmp_path):
     cases = {"a": {"head.balance": "none", "model.width": [1, 2]}, "b": {"head.balance": "squared", "head.width": 3}}
     page = report(tmp_path, results(ranks=(4,), cases=cases))
     a, b = "head.balance = none, model.width = [1, 2]", "head.balance = squared, head.width = 3"
-    assert f"| case = a, head.rank = 4, {a} | 3, **reference** |" in page
-    assert f"| case = b, head.rank = 4, {b} | 3 |" in page
+    assert f"| case | changes |\n| --- | --- |\n| a | {a} |\n| b | {b} |" in page
+    assert "| a, head.rank = 4 | 3, **reference** |" in page
+    assert "| b, head.rank = 4 | 3 |" in page
+
+
+def test_others_may_be_compared_with(load, tmp_path):
+    """Differences are to the run that is named; what was equal at equal cost stays so."""
+    value = results(ranks=(1, 2, 4))
+    (tmp_path / "a.json").write_text(json.dumps(value))
+    own, other = (load_results([tmp_path / "a.json"], 1, given)[0] for given in ({}, {"head.rank": "2"}))
+    assert own.reference((4,)) == (1,) and other.reference((4,)) == (2,)
+    assert own.share((4,), "seconds") == other.share((4,), "seconds")
+    a, b = (compare(own, (rank,), "steps", joint_loss) for rank in (2, 4))
+    c = compare(other, (4,), "steps", joint_loss)
+    assert c.mean == pytest.approx(b.mean - a.mean)
+    page = report(tmp_path, value, options=("--reference", "head.rank=2"))
+    assert "reference: `head.rank` 2;" in page and page.rstrip().endswith("--reference head.rank=2`.")
+    assert "| head.rank = 2 | 3, **reference** |" in page
+    with pytest.raises(ConfigError, match=r"reference is head\.rank=3, and .* has the values 1, 2, 4"):
+        load_results([tmp_path / "a.json"], 1, {"head.rank": "3"})
+    with pytest.raises(ConfigError, match=r"reference is case=a, and .* has no such run; it has head\.rank"):
+        load_results([tmp_path / "a.json"], 1, {"case": "a"})
 
 
 def test_a_field_may_have_lists_for_values(load):
