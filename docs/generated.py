@@ -33,6 +33,7 @@ COMMANDS = (
     f"doctor {EXPERIMENT}",
 )
 WIDTH = "100"
+RESULTS = Path("experiments/results")
 DEFAULTS = "Commands with the name of a file have its values for defaults. Those of the config are in [Python](api.md)."
 
 
@@ -68,16 +69,24 @@ def _help(command: str) -> str:
 
 
 def _results() -> None:
-    """The page of what rank gives, from the committed results."""
+    """The pages of what rank gives and of heads compared, from the committed results."""
     from experiments.claims.page import write_page
+    from mtp_jax.sweep.report import write_report
 
-    found = sorted(str(path) for path in Path("experiments/results").glob("*-cpu.json"))
-    scratch = DOCS / "_build" / "claims"
+    of_heads = sorted(map(str, RESULTS.glob("heads-*.json")))
+    of_rank = sorted({*map(str, RESULTS.glob("*-cpu.json"))} - {*of_heads})
+    scratch = DOCS / "_build" / "results"
     shutil.rmtree(scratch, ignore_errors=True)
-    page = Path(write_page(found, str(scratch)))
-    _put(DOCS / "results" / "rank.md", page.read_text().replace(str(scratch), "reports/claims"))
-    for figure in sorted((scratch / "figures").iterdir()):
-        target = DOCS / "results" / "figures" / figure.name
+    _page("rank.md", Path(write_page(of_rank, str(scratch / "claims"))))
+    _page("heads.md", write_report(of_heads, scratch / "heads"), "# Heads compared")
+
+
+def _page(name: str, made: Path, title: str = "") -> None:
+    """A page of results that was made elsewhere, and its figures; with a title of its own if one is given."""
+    lines = made.read_text().replace(str(made.parent), f"reports/{made.parent.name}").splitlines(keepends=True)
+    _put(DOCS / "results" / name, "".join([f"{title}\n", *lines[1:]] if title else lines))
+    for figure in made.parent.glob("**/*.png"):
+        target = DOCS / "results" / figure.relative_to(made.parent)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(figure, target)
 

@@ -24,7 +24,15 @@ has prompts that the data has not, with a `category` each. Seeds come one after 
 On SmolLM2 each has about as many steps as ten minutes hold on two cores (commit d18b877; the loss has become faster
 since), and all are read at the wall-clock of `medusa`; in `@bytes` all have the same. On SmolLM2 all draft at 0.6 of
 the text's temperature.
-There are no results yet.
+On SmolLM2 there are no results yet.
+
+Cost of `@bytes` on two cores of an AMD EPYC with AVX2 (commit 6b3638a): 24 minutes of training the trunk, 17 of timing
+steps and iterations, and on one core 7 to 15 for a run, its training and its measuring.
+
+Found on bytes (results/heads-bytes.json; W = 8, T = 0.7, k = 7; `hydra` and `eagle` were not run): being told the token
+gains most, a third of a token per forward at equal wall-clock. After the same steps `hmm` and `btree` with four
+components give as many tokens as `cpd` with eight. The page is made by `mtp-jax report`, and compares with another head
+by `--reference case=cpd-4-token`.
 """
 
 from collections.abc import Iterable
