@@ -13,6 +13,7 @@ of the hub. The prompts are made by `prompts.py`, each fourth by the model itsel
 Shape: one small module from offset to offset (Hydra), among the 8,192 most frequent tokens alone.
 Loss: LK, against the model's own law. The log-likelihood of the same text knows one token where the law knows all, and
 learns the text by heart within a few passes.
+Steps: as many as 15 minutes hold (`--size cpu`: 40), at most 1,200 (3,800): a step is timed first.
 
 Cost: of `--size cpu` on two cores with AMX the prompts take two minutes and the answers 18 (commit 1ef12d7), and 3,200
 steps of training 33 (commit 6b34346). The whole has not been run to its end yet.
@@ -25,6 +26,7 @@ One that learnt from 240,051 tokens of answers to more various prompts: 1.90 and
 
 import argparse
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -34,13 +36,18 @@ from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
+from etils import epath
 from head_on_base import CONFIG as ON_BASE
 from prompts import write
 from rich.console import Console
 
 import mtp_jax
 from mtp_jax import HeadConfig, OptimizerConfig
+from mtp_jax.bench.train import measure_steps
+from mtp_jax.data.preparation import prepare
 from mtp_jax.decode.spans import print_span
+from mtp_jax.runs.base import open_base
+from mtp_jax.runs.paths import replace_file
 
 CONFIG = replace(
     ON_BASE,
@@ -80,22 +87,27 @@ class Size:
     suite: int
     """Prompts of the benchmark, a third each instructions, code and sums."""
     repetitions: int
-    training: tuple[str, ...] = ()
-    """Options of the training, in place of what CONFIG says."""
+    steps: int
+    """Of training, at most."""
+    training_minutes: int
+    """Which it takes no longer than, about: fewer steps are taken where a step takes longer."""
+    batch_size: int = CONFIG.data.batch_size
     bench: tuple[str, ...] = ("--batch-sizes", "1")
     minutes: tuple[int, ...] = ()
-    """Of the stages from the prompts to the benchmark, reckoned from the speeds of other runs."""
+    """Of the stages from the prompts to the benchmark but the training, reckoned from the speeds of other runs."""
     accelerator: bool = False
 
 
 HF = ("--compare", "hf") if find_spec("torch") and find_spec("transformers") else ()
-CPU = "--steps", "3800", "--eval-every", "950", "--checkpoint-every", "950"
-GPU = "--steps", "4000", "--data.batch-size", "16"
+ALL = "--batch-sizes", "1", "8", *HF
 SIZES = {
-    "demo": Size(700, 12, 1, minutes=(1, 8, 3, 15, 3, 1, 7)),
-    "cpu": Size(1750, 24, 3, CPU, ("--batch-sizes", "1", "8", *HF), minutes=(2, 18, 6, 39, 3, 1, 60)),
-    "gpu": Size(2000, 24, 3, GPU, ("--batch-sizes", "1", "8", *HF), accelerator=True),
+    "demo": Size(700, 12, 1, CONFIG.steps, 15, minutes=(1, 8, 3, 1, 3, 1, 7)),
+    "cpu": Size(1750, 24, 3, 3800, 40, bench=ALL, minutes=(2, 18, 6, 1, 3, 1, 60)),
+    "gpu": Size(2000, 24, 3, 4000, 40, 16, ALL, accelerator=True),
 }
+FEWEST = 100
+"""Steps that are taken however long they take."""
+COUNTED = "steps.json"
 
 
 def stage(title: str, about: str, made: Path | None, *command: object, mark: bool = False) -> float:
@@ -165,6 +177,19 @@ def fast_in_bfloat16() -> bool:
     return processor.exists() and " amx_bf16 " in processor.read_text()
 
 
+def count_steps(size: Size, into: Path) -> None:
+    """Time a few steps of training, and write down how many its minutes hold."""
+    base = open_base(str(into / "base"))
+    data = replace(CONFIG.data, source=str(into / "states"), batch_size=size.batch_size)
+    config = base.resolve(replace(CONFIG, base=str(base.path), data=data))
+    store = prepare(config.data, tokenizer=base.tokenizer, reading=True)
+    seconds = measure_steps({"head": config}, 3, stores={"head": store})["head"]["seconds"]["median"]
+    steps = min(size.steps, max(FEWEST, int(60 * size.training_minutes / seconds) // 20 * 20))
+    minutes = round(steps * seconds / 60)
+    print(f"A step takes {seconds:.2f} s, and {steps:,} of them {minutes} minutes.")
+    replace_file(epath.Path(into / COUNTED), json.dumps({"steps": steps, "minutes": minutes}))
+
+
 def answers(run_dir: Path) -> None:
     """Answer three prompts with drafts in colour, and say how fast beside plain decoding."""
     run = mtp_jax.load(run_dir, weights="ema", decoding_only=True)
@@ -183,8 +208,9 @@ def answers(run_dir: Path) -> None:
         console.print(said, style="dim", markup=False)
 
 
-def main(size: Size, into: Path) -> None:
-    """All stages, one after the other."""
+def main(name: str, into: Path) -> None:
+    """All stages of a size, one after the other."""
+    size = SIZES[name]
     into.mkdir(parents=True, exist_ok=True)
     asked, suite = into / "prompts.jsonl", into / "suite.jsonl"
     write(suite, size.suite, held_out=True)
@@ -207,8 +233,13 @@ def main(size: Size, into: Path) -> None:
     timed(f"Let it answer {size.prompts} prompts", own, *regenerate)
     hidden = *MTP_JAX, "data", "hidden", *on, "--source", own, "--out", states, "--seq-len", 512
     timed("Keep its hidden states", states, *hidden)
-    training = *MTP_JAX, "train", __file__, *on, "--data.source", states, "--run-dir", head, "--auto-resume"
-    timed("Train the head", None, *training, *size.training)
+    counted = into / COUNTED
+    timed("How long is a step?", counted, __file__, "--size", name, "--count-steps", into)
+    steps, takes = json.loads(counted.read_text()).values()
+    train = *MTP_JAX, "train", __file__, *on, "--data.source", states, "--data.batch-size", size.batch_size
+    often = "--steps", steps, "--eval-every", steps // 4, "--checkpoint-every", steps // 4
+    about = f" (about {takes} minutes)"
+    stage(f"Train the head, {steps:,} steps", about, None, *train, *often, "--run-dir", head, "--auto-resume")
     gates = *MTP_JAX, "eval", head, *ema, "--gates", "--batches", 4, "--prompts", 12
     timed("May the head be believed?", head / "gates-passed", *gates, mark=True)
     timed("Three answers, accepted drafts in green", None, __file__, "--answer", head)
@@ -223,9 +254,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="demo")
     parser.add_argument("--answer", type=Path, metavar="RUN", help="only answer three prompts with the head of a run")
+    parser.add_argument("--count-steps", type=Path, metavar="DIR", help="only see how many steps the training may have")
     options = parser.parse_args()
     if options.answer:
         answers(options.answer)
+    elif options.count_steps:
+        count_steps(SIZES[options.size], options.count_steps)
     else:  # every stage in a process of its own: an accelerator belongs to one
         named = os.environ.get("MTP_JAX_DEMO_MODEL", "")
-        main(SIZES[options.size], Path("runs") / "-".join(filter(None, ("pretrained", options.size, Path(named).stem))))
+        main(options.size, Path("runs") / "-".join(filter(None, ("pretrained", options.size, Path(named).stem))))
