@@ -92,6 +92,8 @@ class Size:
     training_minutes: int
     """Which it takes no longer than, about: fewer steps are taken where a step takes longer."""
     batch_size: int = CONFIG.data.batch_size
+    training: tuple[str, ...] = ()
+    """Further options of the training."""
     bench: tuple[str, ...] = ("--batch-sizes", "1")
     minutes: tuple[int, ...] = ()
     """Of the stages from the prompts to the benchmark but the training, reckoned from the speeds of other runs."""
@@ -103,7 +105,7 @@ ALL = "--batch-sizes", "1", "8", *HF
 SIZES = {
     "demo": Size(700, 12, 1, CONFIG.steps, 15, minutes=(1, 8, 3, 1, 3, 1, 7)),
     "cpu": Size(1750, 24, 3, 3800, 40, bench=ALL, minutes=(2, 18, 6, 1, 3, 1, 60)),
-    "gpu": Size(2000, 24, 3, 4000, 40, 16, ALL, accelerator=True),
+    "gpu": Size(2000, 24, 3, 4000, 40, 16, bench=ALL, accelerator=True),
 }
 FEWEST = 100
 """Steps that are taken however long they take."""
@@ -237,7 +239,7 @@ def main(name: str, into: Path) -> None:
     timed("How long is a step?", counted, __file__, "--size", name, "--count-steps", into)
     steps, takes = json.loads(counted.read_text()).values()
     train = *MTP_JAX, "train", __file__, *on, "--data.source", states, "--data.batch-size", size.batch_size
-    often = "--steps", steps, "--eval-every", steps // 4, "--checkpoint-every", steps // 4
+    often = "--steps", steps, "--eval-every", steps // 4, "--checkpoint-every", steps // 4, *size.training
     about = f" (about {takes} minutes)"
     stage(f"Train the head, {steps:,} steps", about, None, *train, *often, "--run-dir", head, "--auto-resume")
     gates = *MTP_JAX, "eval", head, *ema, "--gates", "--batches", 4, "--prompts", 12

@@ -24,7 +24,7 @@ COMMANDS = {
     "chat": ("mtp_jax.commands.chat", "RUN                               talk with a model that has a chat template"),
     "bench": ("mtp_jax.commands.bench", "decode RUN | loss | train FILE    time decoding, the loss or training steps"),
     "data": ("mtp_jax.commands.data", "prepare | show | regenerate | hidden   make stores of tokens, look into them"),
-    "eval": ("mtp_jax.commands.eval", "RUN                               held-out loss by offset"),
+    "eval": ("mtp_jax.commands.eval", "RUN                               held-out loss by offset, tokens per forward"),
     "import": ("mtp_jax.commands.import_run", "SOURCE --out RUN                  a pretrained model becomes a run"),
     "export": ("mtp_jax.commands.export_run", "RUN --out DIR                     the model of a run, for transformers"),
     "tokenizer": (

@@ -44,13 +44,13 @@ def markdown(all_results: Sequence[RankResults], drawn: dict[str, list[RankResul
     """The text of the page; `drawn` are the figures that there are, with what each is of."""
     found = claims(all_results)
     sections = [
-        "# What rank gives",
-        _setting(all_results, command),
-        "## Verdicts",
+        "# Does rank pay",
         markdown_table(["claim", "verdict"], ([claim.title, f"**{claim.verdict}**"] for claim in found)),
         RULE,
         "## Recommendation",
         recommendation(all_results),
+        "## Setting",
+        _setting(all_results, command),
         "## Claim by claim",
         *(_claim(claim) for claim in found),
         "## Figures",

@@ -80,6 +80,8 @@ class Head(nnx.Module):
     """Whether such a head has losses against the target's law."""
     modular: ClassVar[bool] = False
     """Whether such a head has modules along the window."""
+    leaves_first: ClassVar[bool] = False
+    """Whether such a head leaves the first offset to the model."""
 
     def __init__(self, config: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         self.config = config

@@ -26,6 +26,7 @@ class EncodedHead(Head):
 
     shortlists = True
     learns_law = True
+    leaves_first = True
 
     def __init__(self, config: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(config, model, rngs=rngs)

@@ -100,6 +100,7 @@ class SequentialHead(Head):
     shortlists = True
     learns_law = True
     modular = True
+    leaves_first = True
 
     def __init__(self, config: HeadConfig, model: ModelConfig, *, rngs: nnx.Rngs):
         super().__init__(config, model, rngs=rngs)

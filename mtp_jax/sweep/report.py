@@ -30,6 +30,7 @@ each beside plain decoding, of which they are multiples; speeds have no interval
 those that the verifier `token` is expected to give on texts of the base's, whose prompts are the documents, and
 iterations are of that verifier; documents of conversations are rows. The share is what a run had of its part, where
 that is less: it has no more steps, or no checkpoint nearer."""
+_MACHINE = {"cores": "{} cores", "processor": "{}", "device": "{}"}
 CAPTION = "Differences to the reference, with intervals of 95%. Hollow: of one seed."
 
 
@@ -53,7 +54,8 @@ def write_report(
     again = f" --looks {looks}" * (looks > 1)
     again += "".join(f" --reference {name}={value}" for name, value in (reference or {}).items())
     said = f"They hold for all {looks} looks together." if looks > 1 else "They are for one look at the data."
-    sections = ["# Sweeps", f"{HOW} {said}", f"![{CAPTION}]({FIGURE})\n\n*{CAPTION}*", *map(_section, all_results)]
+    sections = ["# Sweeps", f"![{CAPTION}]({FIGURE})\n\n*{CAPTION}*", *map(_section, all_results)]
+    sections += ["## How it was measured", f"{HOW} {said}"]
     sections.append(f"Written by `mtp-jax report {' '.join(map(str, paths))} --out {out}{again}`.")
     (directory / PAGE).write_text("\n\n".join(sections) + "\n")
     return directory / PAGE
@@ -72,7 +74,7 @@ def readings_of(results: Results) -> dict[str, str]:
 def _section(results: Results) -> str:
     raw = results.raw
     reference = ", ".join(f"`{n}` {value}" for n, value in (results.against or raw["reference"]).items()) or "none"
-    machine = ", ".join(str(raw["machine"][name]) for name in ("processor", "device") if name in raw["machine"])
+    machine = ", ".join(_MACHINE[name].format(raw["machine"][name]) for name in _MACHINE if name in raw["machine"])
     versions = ", ".join(f"{name} {version}" for name, version in raw["versions"].items())
     runs = f"{len(results.runs)} runs of `{raw['command']}`; reference: {reference}"
     parts = [f"## {results.label}", f"{raw['title']} {runs}; {machine}; {versions}.", *_cases(results)]

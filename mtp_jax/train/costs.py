@@ -109,8 +109,7 @@ def costs(config: TrainConfig, params: Any, normalised: bool = False) -> Costs:
 def _normaliser_flops(config: TrainConfig) -> float:
     """Of the product with the vocabulary table that a token's normaliser takes, where nothing else needs it."""
     head, model = config.head, config.model
-    drafts_alone = head.kind == "sequential" or head.encoder != "none"
-    alone = head.against_target and head.shortlist and drafts_alone
+    alone = head.against_target and head.shortlist and check_head(head).leaves_first
     return 2 * model.d_model * model.vocab_size if alone else 0
 
 

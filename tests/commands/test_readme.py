@@ -26,9 +26,17 @@ def code(text, language):
 
 
 def commands(text):
-    """The words of each call of `mtp-jax`, without comments."""
+    """The words of each call of `mtp-jax`, without comments, in blocks and in prose."""
     lines = re.sub(r"\\\n\s*", " ", code(text, "sh")).splitlines()
-    return sorted({tuple(shlex.split(line, comments=True)[1:]) for line in lines if line.startswith("mtp-jax ")})
+    lines += [" ".join(span.split()) for span in re.findall(r"`(mtp-jax [^`]+)`", text)]
+    found = (shlex.split(line, comments=True)[1:] for line in lines if line.startswith("mtp-jax "))
+    return sorted({tuple(words) for words in found if words})
+
+
+def anchors(text):
+    """What a link may name behind a #: headings as GitHub and MyST write them."""
+    titles = re.findall(r"^#+ (.*)$", text, re.M)
+    return {re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 @functools.cache
@@ -66,11 +74,22 @@ def test_every_command_has_the_options_that_are_given(page):
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
 def test_every_link_leads_to_a_file(page):
-    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text()):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
         if not target.startswith(("http", "mailto")):
-            path = (page.parent / target).resolve()
+            path = (page.parent / target).resolve() if target else page
             made = str(path.relative_to(REPOSITORY)).startswith(MADE)
             assert path.exists() or (made and page.name != "README.md"), target
+            assert made or not anchor or anchor in anchors(path.read_text()), (target, anchor)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=NAMES)
+def test_every_target_of_make_and_every_script_is_there(page):
+    text, makefile = page.read_text(), (REPOSITORY / "Makefile").read_text()
+    targets = set(re.search(r"^\.PHONY: (.*)$", makefile, re.M).group(1).split())
+    called = re.findall(r"(?:^ *|`)make ((?:[a-z-]+ ?)+)", text, re.M)
+    assert {word for words in called for word in words.split()} <= targets
+    for path in re.findall(r"\bpython (experiments/[\w/]+\.py)", text):
+        assert (REPOSITORY / path).exists(), path
 
 
 def test_the_first_page_is_short_and_every_file_that_it_names_is_there():
