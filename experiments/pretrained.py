@@ -16,16 +16,16 @@ learns the text by heart within a few passes.
 Steps: as many as 15 minutes hold (`--size cpu`: 40), at most 1,200 (3,800): a step is timed first.
 
 Cost: `make demo-pretrained` from a fresh clone on two cores of an AMD EPYC without AMX, in float32, took 83 minutes and
-2.6 GB of memory: 5 for prompts, 29 for answers (127,849 tokens), 14 for caching, 17 for training (520 steps), 8 for gates
-and 6 for the benchmark (commit 967e62c). With AMX about half of that is expected. `--size cpu` was not run to its end:
+2.6 GB of memory: 5 for prompts, 29 for answers (127,849 tokens), 14 for caching, 17 for training (520 steps), 8 for
+gates and 6 for the benchmark (commit 967e62c). With AMX about half of that is expected. `--size cpu` was not run whole:
 with AMX its prompts take two minutes and its answers 18 (commit 1ef12d7), 3,200 steps of training 33 (commit 6b34346).
 Expect: of a head that learnt for 3,200 steps from 294,925 tokens of answers to templates alone, a held-out loss of 2.51
 2.98 3.45 nats per token by offset behind the model's own 0.96, and with three drafts, decoded on 24 prompts that no
 template gives, a third each code, mathematics and instructions, 1.80 tokens per forward at T = 0, where drafts are
 accepted 0.45 0.23 0.13, and 1.71 at T = 0.7 (commit e280802). On prompts of the templates 2.28 and 2.00 are expected.
 One that learnt from 240,051 tokens of answers to more various prompts: 1.90 and 1.85, expected on 48 others.
-After the demo's 520 steps 1.66 and 1.53 on its 12 prompts, and all gates pass. What that gains depends on the
-processor: without AMX an iteration of four tokens takes 1.5 times as long as plain decoding, with it 1.25 to 1.28 times.
+After the demo's 520 steps 1.66 and 1.53 on its 12 prompts, and all gates pass. What that gains depends on
+the processor: without AMX an iteration of four tokens takes 1.5 times as long as plain decoding, with it 1.25 to 1.28.
 """
 
 import argparse
