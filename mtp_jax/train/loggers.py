@@ -275,8 +275,9 @@ class ProgressLogger:
         self._progress.update(self._task, completed=max(step, int(self._progress.tasks[0].completed)), numbers=numbers)
         tenth = 10 * step // self._total
         if not self._live and tenth > self._printed_tenth:
+            # At the first numbers steps were begun, and none has ended: nothing is known of how long they take.
+            seconds = self._progress.tasks[0].time_remaining if self._printed_tenth >= 0 else None
             self._printed_tenth = tenth
-            seconds = self._progress.tasks[0].time_remaining
             left = f"  {datetime.timedelta(seconds=int(seconds))} left" if seconds else ""
             self._print(f"step {step}/{self._total}  {numbers}{left}")
 
