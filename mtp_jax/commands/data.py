@@ -40,12 +40,12 @@ class Prepare(SourceConfig):
     """The run directory of an imported model: its tokenizer, instead of one that is named."""
     chat: bool = False
     """Records of messages, of conversations, or of prompt and response, as the base's chat template writes them."""
-    processes: int = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    """How many processes tokenise."""
+    processes: int = 0
+    """How many processes tokenise; 0 for one on each core."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least(self, 1, "processes")
+        at_least(self, 0, "processes")
         require(
             self.source not in ("store", "mixture"),
             f"--source is {self.files}, which was prepared before; train on it with --data.source {self.files}.",
@@ -135,7 +135,7 @@ def _prepare(args: list[str]) -> None:
             so_far = f"tokenising: {size / 1e6:,.1f} MB, part {done} of {total}"
             bar.update(task, completed=done, total=total, description=so_far)
 
-        made = {"out": options.out, "processes": options.processes, "chat": chat}
+        made = {"out": options.out, "processes": options.processes or _cores(), "chat": chat}
         store = prepare(options.config(), lines.append, **made, progress=progress)
     print(*lines or [f"{store.path} was prepared before."], sep="\n")
     # A store is read with the tokenizer and the split that it was made with.
@@ -143,6 +143,11 @@ def _prepare(args: list[str]) -> None:
     same = {"source": options.out} | {name: v for name, v in same.items() if v != getattr(DataConfig, name)}
     flags = (f"--data.{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in same.items())
     print("Train on it:", *flags)
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system says it."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _show(args: list[str]) -> None:
