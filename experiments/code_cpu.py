@@ -9,7 +9,7 @@ Shape: few wide layers, because on a CPU a forward of k + 1 tokens costs least, 
 the time goes into reading large matrices. Sequences of 384 tokens cover the positions that the benchmark decodes
 (96 + 256).
 
-Cost: 5 to 8 minutes of training on two cores; the three commands take 8 to 15.
+Cost: 5 to 8 minutes of training on two cores; the three commands take 8 to 16.
 Expect: validation loss by offset 1.9 2.1 2.2 2.4 nats per byte, 7 of the 8 components in effect, about 2.5 tokens per
 forward at T = 0.7 with k = 3, and decoding 1.5 to 1.8 times as fast as without drafts. A change in the last digit of
 any sum, or another interpreter's library, leads to another model, so the figures differ a little; at T = 0, where a

@@ -1,6 +1,8 @@
 """Which head? Mixtures and what the field uses, on one frozen base, by the tokens that a forward gives and their cost.
 
     mtp-jax import HuggingFaceTB/SmolLM2-135M-Instruct --out runs/base
+    python experiments/prompts.py prompts.jsonl --count 1400 --base runs/base
+    python experiments/prompts.py data/dev.jsonl --count 48 --held-out
     mtp-jax data regenerate --base runs/base --source prompts.jsonl --out data/own --max-new-tokens 256
     mtp-jax data hidden --base runs/base --source data/own --out data/states --seq-len 512
     mtp-jax sweep experiments/heads.py@rates     # the learning rate, of four
@@ -8,8 +10,8 @@
     mtp-jax report experiments/results/heads-cpu.json --out reports/heads
 
 `@gpu` for one GPU; `@bytes` is the same on a byte model of ours, which is trained first. The suite, `data/dev.jsonl`,
-has prompts that the data has not, with a `category` each. Seeds come one after the other: `--only` names runs, and
-`--collect` ends early.
+has prompts that the data has not, with a `category` each; any other will do. Seeds come one after the other: `--only`
+names runs, and `--collect` ends early.
 
 | case | what it is |
 | --- | --- |

@@ -1,14 +1,17 @@
 """Which loss for a head on a pretrained model? Log-likelihood alone, the LK loss, and a sum of the two.
 
     mtp-jax import HuggingFaceTB/SmolLM2-135M-Instruct --out runs/base
+    python experiments/prompts.py prompts.jsonl --count 1400 --base runs/base
+    python experiments/prompts.py data/dev.jsonl --count 48 --held-out
     mtp-jax data regenerate --base runs/base --source prompts.jsonl --out data/own --max-new-tokens 256
     mtp-jax data hidden --base runs/base --source data/own --out data/states --seq-len 512
     mtp-jax sweep experiments/losses.py
     mtp-jax report experiments/results/losses-cpu.json --out reports/losses
 
-`@long` takes ten minutes of training a run, `@gpu` is for one GPU. The suite, `data/dev.jsonl`, has prompts that the
-data has not, with a `category` each. The log-likelihood needs no law of the model, so with the others a step takes 1.6
-times as long (docs/benchmarks.md): they have five eighths of the steps, and are compared at equal wall-clock.
+`@long` takes ten minutes of training a run, `@gpu` is for one GPU. The suite, `data/dev.jsonl`, has prompts of subjects
+that the data has not, with a `category` each; any other will do. The log-likelihood needs no law of the model, so with
+the others a step takes 1.6 times as long (docs/benchmarks.md): they have five eighths of the steps, and are compared at
+equal wall-clock.
 
 What `@long` gave (three seeds, commit ded890a, two cores of an Intel Xeon, 24 prompts of 128 new tokens, T = 0.7,
 k = 3; the second look at these losses): tokens per forward, and the difference to the log-likelihood, with intervals of
@@ -21,7 +24,7 @@ log-likelihood, and had half as many
 | LK | +0.004 [-0.006, +0.015] | -0.042 [-0.074, -0.009] |
 | both | +0.002 [-0.012, +0.016] | -0.044 [-0.072, -0.016] |
 
-So in three epochs of text the law says no more than the text, and at equal time the log-likelihood is ahead.
+So in a few passes over the text the law says no more than the text, and at equal time the log-likelihood is ahead.
 """
 
 from dataclasses import replace

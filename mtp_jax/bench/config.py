@@ -11,37 +11,40 @@ from mtp_jax.validate import at_least, require, typed
 
 @dataclass(frozen=True)
 class BenchConfig:
-    """What `mtp-jax bench decode` measures: every batch size x temperature x verifier x k.
+    """What `mtp-jax bench decode` measures: every batch size x temperature x verifier x k, beside k = 0.
 
-    k is each of 0..W-1, or those of them that `ks` names; 0 is what all are compared with.
-
-    `prompts` documents are chosen by `seed`, among those held out or, given the glob `files`, among its files; each
-    gives its first `prompt_tokens` tokens and is continued by `new_tokens`, or up to a stop token. They are decoded in
-    batches of each of `batch_sizes`. `verifiers` are for temperatures above 0; without any, the default there. For each
-    batch of prompts all that is measured follows one another, so that a machine whose speed drifts slows all of them.
-    `repetitions` of the whole; a rate is the total of tokens over the median of the repetitions' total times.
-    A `suite` takes the place of documents: JSON lines, plain or compressed, each with a `prompt`, with `messages` that
-    end with the user's, or with `turns`, a list of the user's messages of which the first is asked; the latter two go
-    through the run's chat template. Of each `category`, where records have one, `prompts` at most are chosen by `seed`,
-    whole, so many that they fill batches; each is measured for itself too.
-    `auto`: the k that k="auto" stands for too, in rows of its own; it is chosen before anything is timed.
-    `compare` hf: greedy decoding by Hugging Face `transformers` too, of the same weights, plain and with its prompt
-    lookup, one prompt at a time, and neither ends at stop tokens.
+    For each batch of prompts all that is measured follows one another, so that a machine whose speed drifts slows all
+    of it. A rate is the total of tokens over the median of the repetitions' total times. The records of a suite may be
+    compressed. Their messages end with the user's, and of turns the first is asked; both go through the run's chat
+    template. They are chosen whole, so many that they fill batches.
     """
 
     prompts: int = 24
+    """How many documents; of a suite, of each `category` at most."""
     prompt_tokens: int = 96
+    """How many tokens of each document are its prompt; prompts of a suite are whole."""
     new_tokens: int = 256
+    """How many tokens follow, or as many as come before a stop token."""
     temperatures: tuple[float, ...] = (0.0, 0.7)
+    """0 is greedy."""
     batch_sizes: tuple[int, ...] = (1,)
+    """Rows at a time; each must divide the prompts."""
     verifiers: tuple[str, ...] = ()
+    """For temperatures above 0: coupled, token, block; without any, coupled."""
     ks: tuple[int, ...] = ()
+    """Numbers of drafts, 0 among them; without any, each of 0 to W-1."""
     files: str = ""
+    """A glob of text files, in place of held-out documents."""
     suite: str = ""
+    """JSON lines in place of documents, with prompt, messages or turns; each category is measured for itself too."""
     auto: bool = False
+    """Rows for k = auto too. What it stands for is chosen before anything is timed."""
     compare: Literal["none", "hf"] = "none"
+    """hf: transformers too, greedily, plain and with its prompt lookup; nothing then ends at stop tokens."""
     repetitions: int = 3
+    """How often the whole is measured."""
     seed: int = 0
+    """Of the choice of prompts."""
 
     def __post_init__(self) -> None:
         typed(self)
@@ -74,22 +77,32 @@ class BenchConfig:
 
 @dataclass(frozen=True)
 class LossBenchConfig:
-    """What `mtp-jax bench loss` measures: loss and gradient of a head of `rank` x `window` factors over a vocabulary of
-    `v`, on `tokens` positions of width `d`, on one device. `factor_width` is that of `lowrank` and `lora`, `shortlist`
-    the number of tokens that the offsets after the first know. Another `circuit` than cpd is compared with that too."""
+    """What `mtp-jax bench loss` measures: loss and gradient of a head on one device."""
 
     d: int = 256
+    """Width of the hidden states."""
     v: int = 32768
+    """Tokens of the vocabulary."""
     window: int = 4
+    """W, the tokens that the head looks ahead."""
     rank: int = 8
+    """R, its components."""
     tokens: int = 512
+    """Positions."""
     dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which is computed."""
     factors: str = "shared"
+    """As head.factors."""
     factor_width: int = 64
+    """That of lowrank and lora."""
     shortlist: int = 0
+    """How many tokens the offsets after the first know; 0 for all."""
     circuit: str = "cpd"
+    """As head.circuit; another one is compared with cpd too."""
     circuit_width: int = 0
+    """As head.circuit_width."""
     repetitions: int = 5
+    """How often each is timed."""
 
     def __post_init__(self) -> None:
         typed(self)
@@ -116,11 +129,13 @@ class LossBenchConfig:
 
 @dataclass(frozen=True)
 class TrainBenchConfig:
-    """What `mtp-jax bench train` measures: steps of an experiment's model with a CPD head of each of `ranks`, against
-    the same trunk with one plain next-token head, on random tokens."""
+    """What `mtp-jax bench train` measures: steps of an experiment's model with a CPD head, on random tokens, against
+    the same trunk with one plain next-token head."""
 
     ranks: tuple[int, ...] = (1, 2, 4, 8)
+    """Of the heads."""
     repetitions: int = 5
+    """How often each step is timed."""
 
     def __post_init__(self) -> None:
         typed(self)

@@ -45,7 +45,7 @@ def main(args: list[str]) -> None:
     """The command, with the arguments behind its name."""
     if not args or args[0] in ("-h", "--help"):
         print("usage: mtp-jax bench decode RUN [options]\n       mtp-jax bench loss [options]")
-        print("       mtp-jax bench train EXPERIMENT.py [options]\n\nmtp-jax bench NAME --help lists the options.")
+        print("       mtp-jax bench train EXPERIMENT.py [options]\n\n--help behind one of these lists its options.")
         return
     lookup(BENCHES, args[0], "The benchmark")(args[1:])
 
