@@ -79,9 +79,8 @@ def _section(results: Results) -> str:
     runs = f"{len(results.runs)} runs of `{raw['command']}`; reference: {reference}"
     parts = [f"## {results.label}", f"{raw['title']} {runs}; {machine}; {versions}.", *_cases(results)]
     for reading, words in readings_of(results).items():
-        rows = [_row(results, point, reading) for point in results.points]
-        known = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
-        parts += [f"At {words}:", markdown_table(known, ([row[name] for name in known] for row in rows))]
+        parts += [f"### At {words}", _table([_row(results, point, reading) for point in results.points])]
+        parts += ["By offset:", _table([_by_offset(results, point, reading) for point in results.points])]
     if results.failed:
         parts += ["Runs that failed:", markdown_table(["run", "error"], results.failed.items())]
     return "\n\n".join(parts)
@@ -101,10 +100,15 @@ def _values(changes: Mapping[str, Any], names: Iterable[str]) -> str:
     return ", ".join(str(changes[name]) if name == CASE else f"{name} = {changes[name]}" for name in names)
 
 
+def _table(rows: Sequence[Mapping[str, str]]) -> str:
+    """Rows of cells by column, without the columns of which nothing is known."""
+    known = [name for name in rows[0] if any(row[name] != "-" for row in rows)]
+    return markdown_table(known, ([row[name] for name in known] for row in rows))
+
+
 def _row(results: Results, point: Point, reading: str) -> dict[str, str]:
     """The cells of a variant by column, "-" where nothing is known."""
     is_reference, runs = results.reference(point) == point, results.of(point)
-    ends = [at for run in runs if (at := run.at(reading))]
     cost = runs[0].raw["cost"]
     over, steps = cost["over_reference"], [step for run in runs if (step := run.raw["readings"].get(reading))]
 
@@ -113,32 +117,49 @@ def _row(results: Results, point: Point, reading: str) -> dict[str, str]:
         return "-" if e is None else f"{e:.3f}" if is_reference else f"{e:+.3f}"
 
     def tempered(t: float) -> dict[str, str]:
-        drafted = [found for run in runs if (found := decoding(run, reading, t))]
         rates = speeds(results, point, reading, t)
         k = max(rates, key=rates.__getitem__, default=0)
         return {
             f"tokens per forward, T = {t:g}": cell(tokens_per_forward(t)),
-            f"kept by offset, T = {t:g}": _means([[e["mean"] for e in found["acceptance"]] for found in drafted]),
             f"tokens/s, T = {t:g}": f"{rates[k]:,.0f} (k = {k})" if rates else "-",
             f"over plain decoding, T = {t:g}": f"{rates[k] / rates[0]:.2f}" if rates else "-",
         }
 
     share = results.share(point, reading) if reading in OVER else None
     step = f"{1e3 * cost['seconds']:.0f} ms" if is_reference else f"{over['measured']:.2f}x +- {over['error']:.2f}"
-    timed = dict.fromkeys([_temperature(results), *(row["temperature"] for row in cost["decoding"])])
-    by_temperature = {name: text for t in timed for name, text in tempered(t).items()}
+    by_temperature = {name: text for t in _temperatures(results) for name, text in tempered(t).items()}
     return {
-        "run": _values(runs[0].raw["changes"], results.fields) or runs[0].name,
+        "run": _name(results, point),
         "seeds": f"{len(runs)}" + ", **reference**" * is_reference,
         "joint loss": cell(joint_loss),
-        "loss by offset": _means([[e["mean"] for e in at["loss"]["offsets"]] for at in ends]),
         **by_temperature,
         "head": f"{cost['head_parameters'] / 1e6:.1f}M" if "head_parameters" in cost else "-",
         "training step": step,
         "share": f"{share:.2f}" if share is not None and share < 0.97 else "-",
         "training": f"{np.mean(steps) * cost['seconds']:,.0f} s" if steps else "-",
+    }
+
+
+def _by_offset(results: Results, point: Point, reading: str) -> dict[str, str]:
+    """What is known of a variant offset by offset, and of its components."""
+    runs = results.of(point)
+    ends = [at for run in runs if (at := run.at(reading))]
+
+    def kept(t: float) -> str:
+        drafted = [found for run in runs if (found := decoding(run, reading, t))]
+        return _means([[e["mean"] for e in found["acceptance"]] for found in drafted])
+
+    return {
+        "run": _name(results, point),
+        "loss": _means([[e["mean"] for e in at["loss"]["offsets"]] for at in ends]),
+        **{f"drafts kept, T = {t:g}": kept(t) for t in _temperatures(results)},
         "components in effect": _means([at["gate"]["effective"] for at in ends if "gate" in at]),
     }
+
+
+def _name(results: Results, point: Point) -> str:
+    run = results.of(point)[0]
+    return _values(run.raw["changes"], results.fields) or run.name
 
 
 def speeds(results: Results, point: Point, reading: str, t: float) -> dict[int, float]:
@@ -155,6 +176,12 @@ def speeds(results: Results, point: Point, reading: str, t: float) -> dict[int, 
 def _temperature(results: Results) -> float:
     """The temperature at which every checkpoint is measured."""
     return results.raw["measure"]["temperatures"][0]
+
+
+def _temperatures(results: Results) -> list[float]:
+    """That one, and those at which iterations were timed."""
+    timed = (row["temperature"] for point in results.points for row in results.of(point)[0].raw["cost"]["decoding"])
+    return list(dict.fromkeys([_temperature(results), *timed]))
 
 
 def _means(values: Sequence[Any]) -> str:

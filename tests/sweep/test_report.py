@@ -145,9 +145,13 @@ def report(tmp_path, *values, options=()):
 def test_any_sweep_has_a_page_with_a_row_for_each_variant(tmp_path, capsys):
     page = report(tmp_path, sweep_over_rates(noise=0.0))
     assert f"Wrote {tmp_path / 'out' / 'report.md'}" in capsys.readouterr().out
-    header, _, *rows = re.findall(r"^\| (.*) \|$", page, re.MULTILINE)
+    (header, _, *rows), (offsets, _, *by_offset) = (
+        re.findall(r"^\| (.*) \|$", table, re.MULTILINE) for table in page.split("By offset:")
+    )
     names = header.split(" | ")
-    assert names[:3] == ["run", "seeds", "joint loss"] and "components in effect" not in names
+    assert names[:3] == ["run", "seeds", "joint loss"]
+    assert offsets.split(" | ") == ["run", "loss", "drafts kept, T = 0.7"]  # no components are known
+    assert [row.split(" | ")[0] for row in by_offset] == [row.split(" | ")[0] for row in rows]
     cells = [dict(zip(names, row.split(" | "), strict=True)) for row in rows]
     assert [of["run"] for of in cells] == [f"optimizer.learning_rate = {rate}" for rate in (0.001, 0.002, 0.004)]
     assert [of["seeds"] for of in cells] == ["3, **reference**", "3", "3"]
@@ -157,7 +161,7 @@ def test_any_sweep_has_a_page_with_a_row_for_each_variant(tmp_path, capsys):
         assert re.fullmatch(rf"\+0\.[1-4]\d\d {interval}", of["tokens per forward, T = 0.7"])
         assert of["training step"] == f"1.{doublings}0x +- 0.01"
     assert not re.match(r"[+-]", cells[0]["joint loss"]) and cells[0]["training step"] == "100 ms"
-    assert page.count("\nAt equal steps, equal training FLOPs, equal wall-clock:\n") == 1 == page.count("\nAt ")
+    assert page.count("\n### At equal steps, equal training FLOPs, equal wall-clock\n") == 1 == page.count("\n### ")
     assert (tmp_path / "out" / "differences.png").read_bytes().startswith(b"\x89PNG")
     assert f"`mtp-jax report {tmp_path / '0.json'} --out {tmp_path / 'out'}`" in page
     assert "nan" not in page and "None" not in page
@@ -175,9 +179,9 @@ def test_a_page_of_a_second_look_says_so_and_has_wider_intervals(tmp_path):
 
 def test_what_is_known_of_components_is_shown(tmp_path):
     page = report(tmp_path, results(lengths=True))
-    assert re.search(r"^\| run \| seeds \|.*\| components in effect \|$", page, re.MULTILINE)
+    assert re.search(r"^\| run \| loss \|.*\| components in effect \|$", page, re.MULTILINE)
     # Three readings of one run, and the lengths, which are where one of them is too or another.
-    assert re.findall(r"^At (.*):$", page, re.MULTILINE) == [
+    assert re.findall(r"^### At (.*)$", page, re.MULTILINE) == [
         "equal steps", "equal training FLOPs, equal wall-clock, `half`", "`quarter`",
     ]  # fmt: skip
 
@@ -244,7 +248,7 @@ def test_runs_that_failed_are_listed_and_a_missing_reference_leaves_no_differenc
                          "error": "no memory"}  # fmt: skip
     page = report(tmp_path, value)
     assert "| rank=2,seed=2 | no memory |" in page and "joint loss |" not in page and "nan" not in page
-    assert re.findall(r"^\| head\.rank = (\d) \| (\d) \| \d\.\d\d ", page, re.MULTILINE)[:2] == [("2", "2"), ("4", "3")]
+    assert re.findall(r"^\| head\.rank = (\d) \| (\d) \| ", page, re.MULTILINE)[:2] == [("2", "2"), ("4", "3")]
 
 
 def test_a_sweep_without_a_reference_or_speeds_shows_what_each_variant_has(tmp_path):
