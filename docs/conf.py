@@ -22,6 +22,8 @@ extensions = [
 ]
 html_theme = "furo"
 html_title = "mtp_jax"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 exclude_patterns = ["_build"]
 
 myst_enable_extensions = ["amsmath", "colon_fence", "dollarmath"]
