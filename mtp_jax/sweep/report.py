@@ -77,13 +77,41 @@ def _section(results: Results) -> str:
     machine = ", ".join(_MACHINE[name].format(raw["machine"][name]) for name in _MACHINE if name in raw["machine"])
     versions = ", ".join(f"{name} {version}" for name, version in raw["versions"].items())
     runs = f"{len(results.runs)} runs of `{raw['command']}`; reference: {reference}"
-    parts = [f"## {results.label}", f"{raw['title']} {runs}; {machine}; {versions}.", *_cases(results)]
+    parts = [
+        f"## {results.label}",
+        f"{raw['title']} {runs}; {machine}; {versions}.",
+        *_first(results),
+        *_cases(results),
+    ]
     for reading, words in readings_of(results).items():
         parts += [f"### At {words}", _table([_row(results, point, reading) for point in results.points])]
         parts += ["By offset:", _table([_by_offset(results, point, reading) for point in results.points])]
     if results.failed:
         parts += ["Runs that failed:", markdown_table(["run", "error"], results.failed.items())]
     return "\n\n".join(parts)
+
+
+def _first(results: Results) -> list[str]:
+    """Which variants come first, at equal wall-clock of training if the runs were read there."""
+    t, reading = _temperature(results), "seconds" if "seconds" in _read(results) else "steps"
+    gains = {point: compare(results, point, reading, tokens_per_forward(t)) for point in results.points}
+    gains = {point: e for point, e in gains.items() if e and results.reference(point) != point}
+    rates = {point: found for point in results.points if (found := speeds(results, point, reading, t))}
+    said = []
+    if gains:
+        most = max(gains, key=lambda point: gains[point].mean)
+        said.append(f"most tokens per forward: {results.text(most)}, {gains[most]:+.3f} over the reference")
+        said[0] += f" ({gains[most].how})"
+    if rates:
+        fastest = max(rates, key=lambda point: max(rates[point].values()))
+        k = max(rates[fastest], key=rates[fastest].__getitem__)
+        gain = rates[fastest][k] / rates[fastest][0]
+        said.append(f"fastest: {results.text(fastest)} with k = {k}, {gain:.2f} times plain decoding")
+    return [f"At {READINGS[reading]}, T = {t:g}: {'; '.join(said)}."] if said else []
+
+
+def _read(results: Results) -> set[str]:
+    return {name for run in results.runs for name in run.raw["readings"]}
 
 
 def _cases(results: Results) -> list[str]:

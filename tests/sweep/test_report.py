@@ -160,6 +160,8 @@ def test_any_sweep_has_a_page_with_a_row_for_each_variant(tmp_path, capsys):
         assert re.fullmatch(rf"-0\.{3 * doublings}00 {interval}", of["joint loss"])
         assert re.fullmatch(rf"\+0\.[1-4]\d\d {interval}", of["tokens per forward, T = 0.7"])
         assert of["training step"] == f"1.{doublings}0x +- 0.01"
+    first = "At equal wall-clock, T = 0.7: most tokens per forward: learning_rate = 0.004, +"
+    assert f"\n{first}{cells[2]['tokens per forward, T = 0.7'][1:]} over the reference (3 seeds, " in page
     assert not re.match(r"[+-]", cells[0]["joint loss"]) and cells[0]["training step"] == "100 ms"
     assert page.count("\n### At equal steps, equal training FLOPs, equal wall-clock\n") == 1 == page.count("\n### ")
     assert (tmp_path / "out" / "differences.png").read_bytes().startswith(b"\x89PNG")
