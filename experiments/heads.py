@@ -53,10 +53,11 @@ the difference to medusa with intervals of 95% over the prompts
 | cpd-4-token | 2.34 | 1.444 | +0.089 [+0.059, +0.119] |
 | btree-4-token | 2.33 | 1.442 | +0.087 [+0.058, +0.116] |
 | hydra | 3.58 | 1.425 | +0.070 [+0.029, +0.110] |
-| eagle | 5.05 | 1.370 | +0.015 [-0.025, +0.055] |
+| eagle | 5.05 | 1.371 | +0.015 [-0.025, +0.055] |
+| block-4 | 2.54 | 1.426 | +0.070 [+0.045, +0.096] |
 
 Again being told the token gains, and here circuits do not differ. That is too little for this processor: with k = 3 an
-iteration takes 1.4 to 1.5 times one of plain decoding, so at T = 0.7 none of them decodes faster than it after five
+iteration takes 1.4 to 1.6 times one of plain decoding, so at T = 0.7 none of them decodes faster than it after five
 minutes; `pretrained.py` trains for longer, and three drafts instead of seven. Of the rates (results/heads-rates.json,
 one seed) the middle one was the best of three for cpd-4-token, and as good as the larger for hydra and eagle; medusa
 was measured at the middle one alone.
