@@ -57,7 +57,7 @@ the difference to medusa with intervals of 95% over the prompts
 | block-4 | 2.54 | 1.426 | +0.070 [+0.045, +0.096] |
 
 Again being told the token gains, and here circuits do not differ. That is too little for this processor: with k = 3 an
-iteration takes 1.4 to 1.6 times one of plain decoding, so at T = 0.7 none of them decodes faster than it after five
+iteration takes 1.4 to 1.7 times one of plain decoding, so at T = 0.7 none of them decodes faster than it after five
 minutes; `pretrained.py` trains for longer, and three drafts instead of seven. Of the rates (results/heads-rates.json,
 one seed) the middle one was the best of three for cpd-4-token, and as good as the larger for hydra and eagle; medusa
 was measured at the middle one alone.
