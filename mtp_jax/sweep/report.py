@@ -93,25 +93,23 @@ def _section(results: Results) -> str:
 
 def _first(results: Results) -> list[str]:
     """Which variants come first, at equal wall-clock of training if the runs were read there."""
-    t, reading = _temperature(results), "seconds" if "seconds" in _read(results) else "steps"
+    t = _temperature(results)
+    reading = "seconds" if any("seconds" in run.raw["readings"] for run in results.runs) else "steps"
     gains = {point: compare(results, point, reading, tokens_per_forward(t)) for point in results.points}
     gains = {point: e for point, e in gains.items() if e and results.reference(point) != point}
     rates = {point: found for point in results.points if (found := speeds(results, point, reading, t))}
     said = []
     if gains:
         most = max(gains, key=lambda point: gains[point].mean)
-        said.append(f"most tokens per forward: {results.text(most)}, {gains[most]:+.3f} over the reference")
-        said[0] += f" ({gains[most].how})"
+        gained = f"{gains[most]:+.3f} over the reference ({gains[most].how})"
+        said.append(f"most tokens per forward: {results.text(most)}, {gained}")
     if rates:
         fastest = max(rates, key=lambda point: max(rates[point].values()))
         k = max(rates[fastest], key=rates[fastest].__getitem__)
-        gain = rates[fastest][k] / rates[fastest][0]
-        said.append(f"fastest: {results.text(fastest)} with k = {k}, {gain:.2f} times plain decoding")
+        gain = f"{rates[fastest][k] / rates[fastest][0]:.2f} times plain decoding"
+        none = "none is faster than plain decoding"
+        said.append(f"fastest: {results.text(fastest)} with k = {k}, {gain}" if k else none)
     return [f"At {READINGS[reading]}, T = {t:g}: {'; '.join(said)}."] if said else []
-
-
-def _read(results: Results) -> set[str]:
-    return {name for run in results.runs for name in run.raw["readings"]}
 
 
 def _cases(results: Results) -> list[str]:

@@ -8,9 +8,10 @@ import pytest
 
 from mtp_jax.cli import main
 from mtp_jax.sweep.compare import Estimate, compare, estimated, joint_loss, over
-from mtp_jax.sweep.report import _figure, readings_of, speeds
+from mtp_jax.sweep.report import _figure, readings_of, speeds, write_report
 from mtp_jax.sweep.results import load_results
 from mtp_jax.validate import ConfigError
+from support import REPOSITORY
 from support.results import results
 
 
@@ -167,6 +168,16 @@ def test_any_sweep_has_a_page_with_a_row_for_each_variant(tmp_path, capsys):
     assert (tmp_path / "out" / "differences.png").read_bytes().startswith(b"\x89PNG")
     assert f"`mtp-jax report {tmp_path / '0.json'} --out {tmp_path / 'out'}`" in page
     assert "nan" not in page and "None" not in page
+
+
+def test_a_page_says_whether_drafts_pay(tmp_path):
+    """In one of the committed results they do, in the other they cost more than they give."""
+    pages = {}
+    for name in ("heads-bytes", "heads-cpu"):
+        file = REPOSITORY / "experiments" / "results" / f"{name}.json"
+        pages[name] = write_report([file], tmp_path / name).read_text()
+    assert "; fastest: medusa with k = 3, 1.21 times plain decoding." in pages["heads-bytes"]
+    assert "; none is faster than plain decoding." in pages["heads-cpu"]
 
 
 def test_a_page_of_a_second_look_says_so_and_has_wider_intervals(tmp_path):
